@@ -1,0 +1,1 @@
+"""Triton kernels, in the order in which one attention call runs them."""

@@ -1,0 +1,1 @@
+"""Context-parallel MoBA attention for training on very long sequences."""

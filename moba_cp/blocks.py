@@ -1,0 +1,98 @@
+"""Where the key/value blocks of a packed batch lie.
+
+Legend: T tokens of all documents, B block size, n blocks. Blocks are numbered through all documents in order,
+so that one integer, the block id, names a block together with its document. Block ``j`` of a document that
+starts at token ``s`` and has ``len`` tokens covers ``[s + jB, s + min((j + 1)B, len))``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Geometry of the blocks of one packed batch; built by :func:`block_table` without waiting for the device.
+
+    ``start`` and ``length`` may carry trailing entries of length 0: their number is an upper bound that follows
+    from T and the number of documents alone. No query ever refers to those.
+    """
+
+    block_size: int
+    start: Tensor
+    """[n] int64, first token of each block."""
+    length: Tensor
+    """[n] int32, tokens in each block: B except for a document's last."""
+    own: Tensor
+    """[T] int32, block id of each token."""
+    first: Tensor
+    """[T] int32, first block id of each token's document; a token's candidates are ``first <= id < own``."""
+    offset: Tensor
+    """[T] int32, position of each token within its block."""
+
+    @property
+    def n_blocks(self) -> int:
+        return self.start.numel()
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
+    """Raise ValueError unless ``cu_seqlens`` cuts ``n_tokens`` tokens into documents.
+
+    Values on a GPU are checked there (a device-side assertion), because reading them would stall the host.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
+            "pass a 1-D int32 tensor [0, end of document 1, ..., number of tokens]"
+        )
+    ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.is_cuda:
+        torch._assert_async(ok)
+    elif not ok:
+        raise ValueError(
+            f"cu_seqlens={cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else '[...]'} must start at 0, never "
+            f"decrease and end at the number of tokens, {n_tokens}"
+        )
+
+
+def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, device) -> BlockTable:
+    """Block geometry of ``n_tokens`` packed tokens.
+
+    Args:
+        n_tokens: T.
+        block_size: B.
+        cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
+        device: where the tables go.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, n_tokens], dtype=torch.int64)
+    check_cu_seqlens(cu_seqlens, n_tokens)
+    cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
+    n_docs = cu_seqlens.numel() - 1
+    # Each document has at most one short block, so this bound needs no value from the device.
+    n_max = n_tokens // block_size + min(n_docs, n_tokens)
+
+    doc_length = cu_seqlens.diff()
+    doc_blocks = (doc_length + block_size - 1) // block_size
+    cu_blocks = torch.cat([doc_blocks.new_zeros(1), doc_blocks.cumsum(0)])
+
+    block = torch.arange(n_max, device=device)
+    # Documents of zero length own no block and no token; right=True steps over them.
+    doc = torch.searchsorted(cu_blocks, block, right=True).sub_(1).clamp_(max=n_docs - 1)
+    in_doc = (block - cu_blocks[doc]) * block_size
+    length = (doc_length[doc] - in_doc).clamp(min=0, max=block_size)
+    start = torch.where(length > 0, cu_seqlens[doc] + in_doc, 0)
+
+    token = torch.arange(n_tokens, device=device)
+    doc = torch.searchsorted(cu_seqlens, token, right=True).sub_(1)
+    position = token - cu_seqlens[doc]
+    first = cu_blocks[doc]
+    return BlockTable(
+        block_size=block_size,
+        start=start,
+        length=length.int(),
+        own=(first + position // block_size).int(),
+        first=first.int(),
+        offset=(position % block_size).int(),
+    )

@@ -1,0 +1,1 @@
+"""One MoBA layer over many devices."""

@@ -1,0 +1,1 @@
+"""The curves of the MoBA paper as commands."""

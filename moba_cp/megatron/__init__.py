@@ -1,0 +1,1 @@
+"""MoBA inside Megatron-core transformer layers."""

@@ -1,0 +1,138 @@
+"""MoBA attention written plainly: the specification that every other path is compared with.
+
+No Triton, no process group, loops over documents, heads and queries' own blocks. Works in any floating dtype,
+float64 included, and is differentiable by autograd.
+
+Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, B block size, k top-k.
+Source: MoBA, arXiv 2502.13189, section 2.2, and its authors' ``moba_naive``.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _documents(n_tokens: int, cu_seqlens) -> list[tuple[int, int]]:
+    ends = [0, n_tokens] if cu_seqlens is None else [int(x) for x in cu_seqlens]
+    return list(zip(ends[:-1], ends[1:]))
+
+
+def block_means(k: Tensor, block_size: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Representatives of the blocks of all documents: mean keys, ``[n_blocks, Hkv, D]`` in k's dtype.
+
+    Sums run in float32 (float64 for float64 keys). They carry no gradient.
+    """
+    wide = torch.promote_types(k.dtype, torch.float32)
+    means = [
+        k[start : min(start + block_size, end)].detach().to(wide).mean(0)
+        for begin, end in _documents(k.shape[0], cu_seqlens)
+        for start in range(begin, end, block_size)
+    ]
+    return torch.stack(means).to(k.dtype) if means else k.new_zeros(0, *k.shape[1:])
+
+
+def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The blocks each query chooses besides its own.
+
+    Args:
+        q: [T, Hq, D].
+        k: [T, Hkv, D], as attention sees them (after RoPE and any norm).
+        block_size, top_k: B and k.
+        cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
+
+    Returns:
+        [T, Hq, k - 1] int64, best first, -1 where there are fewer candidates. Block ids number the blocks of all
+        documents in order; with one document, id ``j`` covers tokens ``[jB, (j + 1)B)``.
+    """
+    n_tokens, n_heads, _ = q.shape
+    group = n_heads // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    means = block_means(k, block_size, cu_seqlens).to(wide)
+    chosen = torch.full((n_tokens, n_heads, top_k - 1), -1, dtype=torch.int64, device=q.device)
+    first_block = 0
+    for begin, end in _documents(n_tokens, cu_seqlens):
+        for own, start in enumerate(range(begin, end, block_size)):
+            n_take = min(top_k - 1, own)
+            if n_take == 0:
+                continue
+            rows = slice(start, min(start + block_size, end))
+            for head in range(n_heads):
+                candidates = means[first_block : first_block + own, head // group]
+                score = q[rows, head].detach().to(wide) @ candidates.T
+                # A stable descending sort of the candidates from newest to oldest lets the newer win a tie;
+                # NaN is ranked by hand, because torch would put it first.
+                score = torch.where(score.isnan(), -torch.inf, score).flip(-1)
+                is_nan = (q[rows, head].detach().to(wide) @ candidates.T).isnan().flip(-1)
+                order = score.argsort(dim=-1, descending=True, stable=True)
+                order = order.gather(-1, is_nan.gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True))
+                chosen[rows, head, :n_take] = first_block + own - 1 - order[:, :n_take]
+        first_block += -(-(end - begin) // block_size)
+    return chosen
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One head: q [Tq, D], k, v [Tk, D], mask [Tq, Tk] -> out [Tq, D], lse [Tq]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    score = (q.to(wide) @ k.to(wide).T * scale).masked_fill(~mask, -torch.inf)
+    return score.softmax(-1) @ v.to(wide), score.logsumexp(-1)
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    top_k: int,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """MoBA attention of packed documents.
+
+    Args:
+        q: [T, Hq, D].
+        k, v: [T, Hkv, D]; Hq must be a multiple of Hkv.
+        block_size, top_k: B and k.
+        cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
+        softmax_scale: factor of the scores; ``D ** -0.5`` by default.
+        return_lse: also return the log-sum-exp of the scaled scores, natural log.
+
+    Returns:
+        out [T, Hq, D] in q's dtype, and lse [T, Hq] in float32 (float64 for float64 inputs) if asked for.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    group = q.shape[1] // k.shape[1]
+    chosen = select_blocks(q, k, block_size, top_k, cu_seqlens)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    outs, lses = [q.new_zeros(0, q.shape[1], q.shape[2])], [q.new_zeros(0, q.shape[1], dtype=wide)]
+    first_block = 0
+    for begin, end in _documents(q.shape[0], cu_seqlens):
+        length = end - begin
+        position = torch.arange(length, device=q.device)
+        block = position // block_size
+        causal_own = (block[:, None] == block[None, :]) & (position[:, None] >= position[None, :])
+        heads = []
+        for head in range(q.shape[1]):
+            mask = causal_own.clone()
+            for slot in range(top_k - 1):
+                mask |= (chosen[begin:end, head, slot, None] - first_block) == block[None, :]
+            kv = head // group
+            heads.append(_masked_attention(q[begin:end, head], k[begin:end, kv], v[begin:end, kv], mask, scale))
+        if length:
+            outs.append(torch.stack([out for out, _ in heads], 1).to(q.dtype))
+            lses.append(torch.stack([lse for _, lse in heads], 1))
+        first_block += -(-length // block_size)
+    out = torch.cat(outs)
+    return (out, torch.cat(lses)) if return_lse else out
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Full causal attention of packed documents; arguments and results as :func:`moba_attention`."""
+    # One block that holds the longest document is every query's own block.
+    return moba_attention(q, k, v, max(1, q.shape[0]), 1, cu_seqlens, softmax_scale, return_lse)
