@@ -36,6 +36,35 @@ class BlockTable:
         return self.start.numel()
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Key/value blocks lying in a storage, found by (KV head, block id).
+
+    The storage is the local K and V themselves, or a buffer of blocks received from other ranks: nothing is copied
+    into place. Rows of different pages never overlap.
+    """
+
+    k: Tensor
+    """[R, H', D] with unit stride in D."""
+    v: Tensor
+    """[R, H', D] with unit stride in D."""
+    row: Tensor
+    """[Hkv, n] int64, storage row of the first token of each block; -1 where the block is not in this storage."""
+    head: Tensor
+    """[Hkv, n] int32, index of the head within the storage."""
+    length: Tensor
+    """[n] int32, tokens in each block."""
+    block_size: int
+
+
+def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:
+    """Pages of a storage that holds all tokens of ``table`` in order: k, v [T, Hkv, D]."""
+    n_heads = k.shape[1]
+    row = torch.where(table.length > 0, table.start, -1).expand(n_heads, -1)
+    head = torch.arange(n_heads, device=k.device, dtype=torch.int32)[:, None].expand(-1, table.n_blocks)
+    return Pages(k, v, row, head, table.length, table.block_size)
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
     """Raise ValueError unless ``cu_seqlens`` cuts ``n_tokens`` tokens into documents.
 

@@ -1,0 +1,169 @@
+"""MoBA and full attention: the public functions, and autograd on one device.
+
+Legend: T tokens (the local share under context parallelism), Hq query heads, Hkv key/value heads, D head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import dense, ops
+from .blocks import BlockTable, block_table, check_cu_seqlens, local_pages
+from .config import MoBAConfig
+
+
+class _MoBAAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, table: BlockTable, config: MoBAConfig, scale: float):
+        means = ops.block_means(k, table.start, table.length, table.block_size)
+        chosen = ops.select_blocks(q, means, table.first, table.own, config.top_k)
+        visible = table.offset + 1
+        out, lse = ops.attend(q, local_pages(k, v, table), chosen, table.own, visible, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, chosen)
+        ctx.table, ctx.config, ctx.scale, ctx.visible = table, config, scale, visible
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _dlse):
+        q, k, v, out, lse, chosen = ctx.saved_tensors
+        dq, dk, dv = ops.attend_backward(
+            q, local_pages(k, v, ctx.table), chosen, ctx.table.own, ctx.visible, ctx.scale,
+            dout, lse, row_sums(dout, out), ctx.config.deterministic,
+        )  # fmt: skip
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+class _FullAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, first, last, scale: float):
+        out, lse = dense.range_attention(q, k, v, first, last, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, first, last)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _dlse):
+        q, k, v, out, lse, first, last = ctx.saved_tensors
+        delta = row_sums(dout, out)
+        dq, dk, dv = dense.range_attention_backward(q, k, v, first, last, ctx.scale, dout, lse, delta)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def row_sums(dout: Tensor, out: Tensor) -> Tensor:
+    """``delta`` of the attention backward: sums of ``dout * out`` over D, [T, Hq], wide."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return torch.linalg.vecdot(dout.to(wide), out.to(wide))
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp=None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and the best k - 1 others.
+
+    Args:
+        q: [T, Hq, D] floating point.
+        k, v: [T, Hkv, D], same dtype and device; Hq must be a multiple of Hkv. Keys as attention sees them, after
+            RoPE and any norm.
+        config: block size and top-k.
+        cu_seqlens: [n_docs + 1] int32, boundaries of packed documents; None for one document. Not with ``cp``.
+        softmax_scale: factor of the scores; ``D ** -0.5`` by default.
+        cp: a :class:`moba_cp.CPContext`; T is then this rank's share of the sequence, and documents are the context's.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        out [T, Hq, D] in q's dtype; with ``return_lse`` also lse [T, Hq], natural log, in float32 (float64 for float64
+        inputs), through which no gradient flows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``.
+    """
+    if not isinstance(config, MoBAConfig):
+        raise ValueError(f"config={config!r} is not a MoBAConfig; pass MoBAConfig(block_size=512, top_k=3)")
+    scale = check_inputs(q, k, v, softmax_scale)
+    if cp is not None:
+        from .cp.moba import moba_attention as across_ranks
+
+        out, lse = across_ranks(q, k, v, config, scale, check_context(q, cp, cu_seqlens))
+    else:
+        table = block_table(q.shape[0], config.block_size, cu_seqlens, q.device)
+        out, lse = _MoBAAttention.apply(q, k, v, table, config, scale)
+    return (out, lse) if return_lse else out
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp=None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact causal attention; arguments, results and errors as :func:`moba_attention`."""
+    scale = check_inputs(q, k, v, softmax_scale)
+    if cp is not None:
+        from .cp.full import full_attention as across_ranks
+
+        out, lse = across_ranks(q, k, v, scale, check_context(q, cp, cu_seqlens))
+    else:
+        n_tokens = q.shape[0]
+        last = torch.arange(n_tokens, device=q.device)
+        first = torch.zeros_like(last)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, n_tokens)
+            starts = cu_seqlens.to(device=q.device, dtype=torch.int64)
+            first = starts[torch.searchsorted(starts, last, right=True) - 1]
+        out, lse = _FullAttention.apply(q, k, v, first, last, scale)
+    return (out, lse) if return_lse else out
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
+    """Raise ValueError unless q, k, v fit one another; return the softmax scale."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or not x.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; pass floating point [tokens, heads, head_dim]"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; tokens and head_dim must be equal"
+        )
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads, not a positive multiple of the {k.shape[1]} heads of k and v")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; move them to one device")
+    if q.shape[2] == 0:
+        raise ValueError("head_dim=0; it must be positive")
+    if softmax_scale is None:
+        return q.shape[2] ** -0.5
+    if not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
+        raise ValueError(f"softmax_scale={softmax_scale!r} is not a finite number; leave it out for head_dim ** -0.5")
+    return float(softmax_scale)
+
+
+def check_context(q: Tensor, cp, cu_seqlens):
+    """Raise ValueError unless ``q`` is the local share of ``cp``'s sequence; return ``cp``."""
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens was passed together with cp; give it to CPContext(..., cu_seqlens=...) instead")
+    if q.shape[0] != cp.local_len:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but rank {cp.rank} of {cp.size} holds {cp.local_len} of seq_len={cp.seq_len}; "
+            "pass the local share, e.g. cp.shard(q)"
+        )
+    return cp

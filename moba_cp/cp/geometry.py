@@ -1,0 +1,183 @@
+"""Which rank owns which block, and where its rows lie. Host arithmetic, done once per context and block size.
+
+The owner of a block is the rank that holds its first token. A block whose tokens are not all on its owner in one run
+*straddles*: the owner then keeps an assembled copy of it in extra rows behind its own, and the ranks that hold the
+rest of it (its tails) send that to the owner before anything else happens.
+
+Legend: T tokens, P ranks, L local tokens, n blocks of all documents, X extra rows, B block size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Segments, ragged_arange
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """Blocks as one rank sees them; tensors are on the context's device."""
+
+    block_size: int
+    length: Tensor
+    """[n] int32, tokens of each block."""
+    first: Tensor
+    """[L] int32, first block of each local token's document."""
+    own: Tensor
+    """[L] int32, block of each local token."""
+    visible: Tensor
+    """[L] int32, keys of its own block that each local token sees: its position in the block plus one."""
+    row: Tensor
+    """[n] int64, row of each owned block's first token among local and extra rows; -1 for blocks of other ranks."""
+    owned: list[Tensor]
+    """per rank, [m_p] int64: the blocks it owns, ascending."""
+    gathered: Tensor
+    """[n] int64, place of each block in an all-gather of owned blocks padded to the largest count."""
+    remote_candidate: Tensor
+    """[n] bool, blocks of other ranks that some local token can choose or lies in."""
+    straddles: bool
+    """whether any block of any rank straddles."""
+    n_extra: int
+    """X, extra rows of this rank."""
+    copy_from: Tensor
+    """int64 local rows that belong to straddling blocks of this rank."""
+    copy_to: Tensor
+    """int64 their extra rows, counted from 0."""
+    tail_from: Tensor
+    """int64 local rows sent to other ranks as tails, by destination."""
+    tail_to: Tensor
+    """int64 extra rows that take received tails, by source."""
+    tail_send: list[int]
+    """rows of tails sent to each rank."""
+    tail_receive: list[int]
+    """rows of tails received from each rank."""
+
+    @property
+    def n_blocks(self) -> int:
+        return self.length.numel()
+
+
+def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, block_size: int, device):
+    """:class:`BlockGeometry` of ``rank``; ``segments`` lists every rank's tokens, ``cu_seqlens`` [n_docs + 1]."""
+    size = len(segments)
+    start, length, cu_blocks = _blocks(cu_seqlens, block_size)
+    piece = _pieces(segments, start, int(cu_seqlens[-1]))
+    n = len(start)
+
+    is_first = piece["offset"] == 0
+    owner = np.empty(n, np.int64)
+    owner[piece["block"][is_first]] = piece["rank"][is_first]
+    # In place: every piece of the block is on the owner, one behind the other.
+    head_row = np.empty(n, np.int64)
+    head_row[piece["block"][is_first]] = piece["local"][is_first]
+    fits = (piece["rank"] == owner[piece["block"]]) & (
+        piece["local"] == head_row[piece["block"]] + piece["offset"]
+    )
+    in_place = np.ones(n, bool)
+    in_place[piece["block"][~fits]] = False
+
+    n_local = sum(count for _, count in segments[rank])
+    row = np.full(n, -1, np.int64)
+    mine = owner == rank
+    row[mine & in_place] = head_row[mine & in_place]
+    extra = np.flatnonzero(mine & ~in_place)
+    extra_start = np.cumsum(length[extra]) - length[extra]
+    row[extra] = n_local + extra_start
+    # First extra row of each straddling block, as every rank counts its own.
+    extra_row = np.zeros(n, np.int64)
+    extra_row[extra] = extra_start
+
+    assembled = ~in_place[piece["block"]]
+    owner_of_piece = owner[piece["block"]]
+    copy = assembled & (owner_of_piece == rank) & (piece["rank"] == rank)
+    send = assembled & (owner_of_piece != rank) & (piece["rank"] == rank)
+    receive = assembled & (owner_of_piece == rank) & (piece["rank"] != rank)
+
+    def rows(which, key, by=None):
+        chosen = np.flatnonzero(which)
+        if by is not None:
+            # Pieces are in global order, so sender and receiver list the rows of one pair of ranks alike.
+            chosen = chosen[np.argsort(by[chosen], kind="stable")]
+        begin = piece["local"] if key == "local" else extra_row[piece["block"]] + piece["offset"]
+        return torch.from_numpy(ragged_arange(begin[chosen], piece["length"][chosen])).to(device)
+
+    def counts(which, by):
+        return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
+
+    first, own, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
+    owned = [np.flatnonzero(owner == p) for p in range(size)]
+    widest = max(len(ids) for ids in owned)
+    gathered = np.empty(n, np.int64)
+    for p, ids in enumerate(owned):
+        gathered[ids] = p * widest + np.arange(len(ids))
+
+    def tensor(x, dtype):
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype)
+
+    return BlockGeometry(
+        block_size=block_size,
+        length=tensor(length, torch.int32),
+        first=tensor(first, torch.int32),
+        own=tensor(own, torch.int32),
+        visible=tensor(offset + 1, torch.int32),
+        row=tensor(row, torch.int64),
+        owned=[tensor(ids, torch.int64) for ids in owned],
+        gathered=tensor(gathered, torch.int64),
+        remote_candidate=tensor(_reachable(first, own, n) & ~mine, torch.bool),
+        straddles=bool((~in_place).any()),
+        n_extra=int(length[extra].sum()),
+        copy_from=rows(copy, "local"),
+        copy_to=rows(copy, "extra"),
+        tail_from=rows(send, "local", owner_of_piece),
+        tail_to=rows(receive, "extra", piece["rank"]),
+        tail_send=counts(send, owner_of_piece),
+        tail_receive=counts(receive, piece["rank"]),
+    )
+
+
+def _blocks(cu_seqlens: np.ndarray, block_size: int):
+    """start [n], length [n] of all blocks, and cu_blocks [n_docs + 1]."""
+    doc_length = np.diff(cu_seqlens)
+    doc_blocks = -(-doc_length // block_size)
+    cu_blocks = np.concatenate([[0], np.cumsum(doc_blocks)])
+    in_doc = ragged_arange(np.zeros_like(doc_blocks), doc_blocks) * block_size
+    start = np.repeat(cu_seqlens[:-1], doc_blocks) + in_doc
+    length = np.minimum(block_size, np.repeat(cu_seqlens[1:], doc_blocks) - start)
+    return start, length, cu_blocks
+
+
+def _pieces(segments: list[Segments], start: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
+    """Largest runs of tokens that lie in one block and one segment, in global order."""
+    seg_rank = np.array([r for r, runs in enumerate(segments) for _ in runs])
+    seg_start = np.array([s for runs in segments for s, _ in runs])
+    seg_local = np.concatenate([np.cumsum([0] + [n for _, n in runs])[:-1] for runs in segments if runs])
+    order = np.argsort(seg_start)
+    seg_rank, seg_start, seg_local = seg_rank[order], seg_start[order], seg_local[order]
+    cut = np.union1d(start, seg_start)
+    block = np.searchsorted(start, cut, side="right") - 1
+    seg = np.searchsorted(seg_start, cut, side="right") - 1
+    return {
+        "block": block,
+        "offset": cut - start[block],
+        "length": np.diff(np.append(cut, seq_len)),
+        "rank": seg_rank[seg],
+        "local": seg_local[seg] + cut - seg_start[seg],
+    }
+
+
+def _local_blocks(segments: Segments, cu_seqlens: np.ndarray, cu_blocks: np.ndarray, block_size: int):
+    """first, own, offset [L] of a rank's tokens, see :class:`moba_cp.blocks.BlockTable`."""
+    position = ragged_arange(*np.array(segments, np.int64).reshape(-1, 2).T)
+    doc = np.searchsorted(cu_seqlens, position, side="right") - 1
+    in_doc = position - cu_seqlens[doc]
+    return cu_blocks[doc], cu_blocks[doc] + in_doc // block_size, in_doc % block_size
+
+
+def _reachable(first: np.ndarray, own: np.ndarray, n: int) -> np.ndarray:
+    """[n] bool, blocks ``first[t] <= id <= own[t]`` for some t."""
+    step = np.zeros(n + 1, np.int64)
+    np.add.at(step, first, 1)
+    np.add.at(step, own + 1, -1)
+    return np.cumsum(step)[:n] > 0

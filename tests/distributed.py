@@ -1,0 +1,123 @@
+"""Run a function on several ranks: spawned gloo processes, or threads of this process.
+
+``run_ranks`` starts real processes. ``run_threads`` gives each rank a thread and a Communicator that exchanges tensors
+in memory: the same library code, hundreds of cases a minute.
+"""
+
+import os
+import queue
+import socket
+import threading
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moba_cp.cp.comm import Communicator
+
+TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S) -> list:
+    """``function(rank, *args)`` on ``n`` gloo ranks; returns their results in rank order.
+
+    ``function`` must be importable by the spawned processes. Any rank's exception, or silence for ``timeout`` seconds,
+    kills all ranks and fails with every traceback.
+    """
+    ctx = mp.get_context("spawn")
+    results, port = ctx.Queue(), free_port()
+    processes = [ctx.Process(target=_rank_main, args=(r, n, port, results, function, args), daemon=True) for r in range(n)]
+    for process in processes:
+        process.start()
+    reports: dict[int, tuple[bool, object]] = {}
+    try:
+        while len(reports) < n:
+            try:
+                rank, ok, value = results.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"ranks {sorted(set(range(n)) - set(reports))} silent for {timeout} s") from None
+            reports[rank] = ok, value
+            if not ok:
+                break
+    finally:
+        for process in processes:
+            if len(reports) < n or not all(ok for ok, _ in reports.values()):
+                process.kill()
+            process.join(timeout=30)
+    failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(reports.items()) if not ok]
+    assert not failures, "\n".join(failures)
+    return [reports[rank][1] for rank in range(n)]
+
+
+def _rank_main(rank, n, port, results, function, args):
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank)
+    )
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=n)
+        value = function(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        results.put((rank, True, value))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+class ThreadCommunicator(Communicator):
+    """A Communicator whose ranks are threads: tensors change hands through a shared board."""
+
+    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier):
+        super().__init__(None)
+        self.rank, self.size = rank, size
+        self._board, self._barrier = board, barrier
+
+    def _swap(self, mine):
+        self._board[self.rank] = mine
+        self._barrier.wait(TIMEOUT_S)
+        everybody = list(self._board)
+        self._barrier.wait(TIMEOUT_S)
+        return everybody
+
+    def _all_gather(self, x):
+        return torch.stack(self._swap(x))
+
+    def _all_to_all(self, x, send, receive):
+        assert x.shape[0] == sum(send) and len(send) == len(receive) == self.size
+        everybody = self._swap(x.split(send))
+        arrived = [parts[self.rank] for parts in everybody]
+        assert [part.shape[0] for part in arrived] == receive, "the two sides disagree on what is sent"
+        out = torch.cat(arrived)
+        return lambda: out
+
+
+def run_threads(n: int, function, *args) -> list:
+    """``function(communicator, *args)`` on ``n`` ranks that are threads; returns their results in rank order."""
+    board, barrier = [None] * n, threading.Barrier(n)
+    results, failures = [None] * n, []
+
+    def main(rank):
+        try:
+            results[rank] = function(ThreadCommunicator(rank, n, board, barrier), *args)
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException:
+            failures.append(f"rank {rank}:\n{traceback.format_exc()}")
+            barrier.abort()
+
+    threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert not failures, "\n".join(failures)
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results
