@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 _NAME = re.compile(r"step-(\d{8,})$")
 _PARTIAL = ".partial"
 META = "meta.json"
+# What may differ between runs of one model: how it computes, how it began, and (for longer sequences) its positions.
+_NOT_THE_MODEL = ("recompute", "init_std", "rope_base")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) ->
     different = [
         f"model.{key} is {saved.get(key)} there and {model.get(key)} here"
         for key in {**saved, **model}
-        if saved.get(key) != model.get(key)
+        if saved.get(key) != model.get(key) and key not in _NOT_THE_MODEL
     ]
     if different:
         raise ValueError(f"{path}: a checkpoint of another model: {'; '.join(different)}")

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moba_cp.megatron.hybrid import AttentionConfig
-from moba_cp.megatron.model import ModelConfig
-from moba_cp.train.optimizer import OptimizerConfig
-from moba_cp.train.text import DataConfig
+from ..megatron.config import ModelConfig
+from ..megatron.hybrid import AttentionConfig
+from .optimizer import OptimizerConfig
+from .text import DataConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moba_cp.train.config import RunConfig
+from .config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moba_cp.train.text import Document
+from ..megatron.loss import IGNORED_LABEL
+from .text import Document
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,7 @@ class PackedSequence:
     tokens: Tensor
     """[T] int64."""
     labels: Tensor
-    """[T] int64, the next token of the same document; 0 where ``mask`` is False."""
-    mask: Tensor
-    """[T] bool, False for a document's last token, which has no label, and for padding."""
+    """[T] int64, the next token of the same document; IGNORED_LABEL for a document's last token and for padding."""
     cu_seqlens: Tensor
     """[n_docs + 1] int32, document boundaries."""
 
@@ -60,8 +59,7 @@ class Packer:
         """Tokens ``[start, start + T)`` of the stream of documents that ``order`` and ``ends`` describe."""
         stop = start + self.seq_len
         tokens = np.empty(self.seq_len, dtype=np.int64)
-        labels = np.zeros(self.seq_len, dtype=np.int64)
-        mask = np.ones(self.seq_len, dtype=bool)
+        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
         bounds, at = [0], start
         i = int(np.searchsorted(ends, start, side="right"))
         while at < stop:
@@ -73,11 +71,10 @@ class Packer:
             low, high = at - start, end - start
             tokens[low:high] = data[: high - low]
             labels[low : low + len(data) - 1] = data[1:]
-            mask[high - 1] = len(data) > high - low
             bounds.append(high)
             at, i = end, i + 1
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        return PackedSequence(*(torch.from_numpy(array) for array in (tokens, labels, mask)), cu_seqlens)
+        return PackedSequence(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens)
 
 
 def pad_end(sequence: PackedSequence, multiple: int) -> PackedSequence:
@@ -100,11 +97,10 @@ def _padded(sequence: PackedSequence, lengths: list[int]) -> PackedSequence:
     # Old positions shifted by the padding of all documents before.
     shift = (cu_seqlens - sequence.cu_seqlens)[:-1].repeat_interleave(sequence.cu_seqlens.diff())
     place = torch.arange(sequence.tokens.numel()) + shift
-    arrays = [
-        old.new_zeros(int(cu_seqlens[-1])).index_copy_(0, place, old)
-        for old in (sequence.tokens, sequence.labels, sequence.mask)
-    ]
-    return PackedSequence(*arrays, cu_seqlens)
+    length = int(cu_seqlens[-1])
+    tokens = sequence.tokens.new_zeros(length).index_copy_(0, place, sequence.tokens)
+    labels = sequence.labels.new_full((length,), IGNORED_LABEL).index_copy_(0, place, sequence.labels)
+    return PackedSequence(tokens, labels, cu_seqlens)
 
 
 def _shuffled(n: int, *key: int) -> np.ndarray:
