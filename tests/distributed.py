@@ -5,6 +5,7 @@ in memory: the same library code, hundreds of cases a minute.
 """
 
 import os
+import pickle
 import queue
 import socket
 import threading
@@ -34,7 +35,9 @@ def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S) -> list:
     """
     ctx = mp.get_context("spawn")
     results, port = ctx.Queue(), free_port()
-    processes = [ctx.Process(target=_rank_main, args=(r, n, port, results, function, args), daemon=True) for r in range(n)]
+    processes = [
+        ctx.Process(target=_rank_main, args=(rank, n, port, results, function, args), daemon=True) for rank in range(n)
+    ]
     for process in processes:
         process.start()
     reports: dict[int, tuple[bool, object]] = {}
@@ -54,7 +57,7 @@ def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S) -> list:
             process.join(timeout=30)
     failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(reports.items()) if not ok]
     assert not failures, "\n".join(failures)
-    return [reports[rank][1] for rank in range(n)]
+    return [pickle.loads(reports[rank][1]) for rank in range(n)]
 
 
 def _rank_main(rank, n, port, results, function, args):
@@ -67,7 +70,8 @@ def _rank_main(rank, n, port, results, function, args):
         value = function(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, True, value))
+        # By value: a tensor shared through the queue is lost if its process ends first.
+        results.put((rank, True, pickle.dumps(value)))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
 

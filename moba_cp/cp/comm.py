@@ -4,11 +4,14 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch.distributed as dist
 from torch import Tensor
+
+# PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Communicator:
         if self.size == 1:
             return x[None]
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group)
+        _all_gather_single(out.view(-1), x.view(-1), group=self.group)
         return out
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
