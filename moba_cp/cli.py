@@ -19,7 +19,7 @@ COMMANDS = {
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 # Long enough for a launcher to end this rank after another rank's error, which is the one worth reading.
-_SECONDS_FOR_THE_FIRST_RANK = 5.0
+_SECONDS_FOR_OTHERS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,9 +83,9 @@ def _describe(error: Exception) -> str:
 def _fail(words: str, text: str, code: int) -> int:
     """Print ``text`` as one line and end; does not return on one of several ranks that have begun to work together."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank != 0:
-        # Usually every rank meets the same error, or follows from rank 0's: one line is enough.
-        time.sleep(_SECONDS_FOR_THE_FIRST_RANK)
+    if size > 1 and (rank != 0 or _of_another_rank(text)):
+        # Usually every rank meets the same error, or this one follows from another rank's: one line is enough.
+        time.sleep(_SECONDS_FOR_OTHERS)
     place = f" (rank {rank})" if rank else ""
     print(f"moba-cp {words}{place}: error: {text}", file=sys.stderr, flush=True)
     if size > 1:
@@ -93,6 +93,11 @@ def _fail(words: str, text: str, code: int) -> int:
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _of_another_rank(text: str) -> bool:
+    """Whether an error is the transport's: a peer went away."""
+    return any(word in text for word in ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo"))
 
 
 def _sentence(text: str) -> str:

@@ -1,8 +1,8 @@
 """``moba-cp train CONFIG``: parse, check, train, say where everything is."""
 
 import argparse
+import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import checkpoint
@@ -68,7 +68,7 @@ def _resume(resume: str | None, plan: RunPlan) -> Path | None:
     if meta.step >= plan.config.run.steps:
         raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
     if meta.data_fingerprint != plan.corpus.fingerprint and launched_rank() == 0:
-        print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", flush=True)
+        print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", file=sys.stderr)
     return path
 
 

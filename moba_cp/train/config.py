@@ -51,6 +51,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} is below {bound}; use {bound} or more")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} is above 2**31 - 1; use a smaller one")
         if self.timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds={self.timeout_seconds} is not above 0; 300 is usual")
 

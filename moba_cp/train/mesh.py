@@ -57,21 +57,24 @@ def context_size(config: RunConfig, size: int) -> int:
 
 
 def open_mesh(config: RunConfig) -> Mesh:
-    """Make the process groups; collective over all ranks. :func:`close_mesh` ends them.
+    """Make the process groups, over those that are there if torch.distributed has been started; collective over all
+    ranks. :func:`close_mesh` ends them.
 
     Raises:
         ValueError: context_size does not divide the ranks, or the device is not there.
     """
     size, rank = launched_size(), launched_rank()
-    context = context_size(config, size)
     device = _device(config.device)
     timeout = timedelta(seconds=config.timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if size > 1:
+    if dist.is_initialized():
+        size, rank = dist.get_world_size(), dist.get_rank()
+    elif size > 1:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # Not even a port is needed for one rank.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    context = context_size(config, size)
     grid = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
     return Mesh(
         rank=rank,
