@@ -110,8 +110,8 @@ class Progress:
         parts = [
             f"step {step}/{self.steps}",
             f"loss {loss:.4f}",
-            f"{human(tokens_per_second)} tokens/s",
-            f"{human(exchanged, 1024)}B exchanged",
+            human(tokens_per_second, "tokens/s"),
+            f"{human(exchanged, 'B', 1024)} exchanged",
             f"{_minutes(left)} left",
         ]
         if validation is not None:
@@ -132,15 +132,16 @@ class Progress:
             self.stream.flush()
 
 
-def human(number: float, base: int = 1000) -> str:
-    """``number`` with a unit prefix to put before the unit: "12.3 k", or "1.50 Mi" with base 1024."""
+def human(number: float, unit: str, base: int = 1000) -> str:
+    """``number`` with a prefixed unit: "12.3 k tokens", "1.50 MiB" (base 1024 and a one-letter unit)."""
     prefixes = ["", "k", "M", "G", "T"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
     while abs(number) >= base and len(prefixes) > 1:
         number /= base
         prefixes.pop(0)
-    if prefixes[0] == "":
-        return f"{number:.0f} "
-    return f"{number:.1f} {prefixes[0]}" if abs(number) >= 10 else f"{number:.2f} {prefixes[0]}"
+    prefix = prefixes[0]
+    digits = 0 if not prefix else 1 if abs(number) >= 10 else 2
+    gap = " " if prefix and len(unit) > 1 else ""
+    return f"{number:.{digits}f} {prefix}{gap}{unit}"
 
 
 def _minutes(seconds: float) -> str:

@@ -55,6 +55,7 @@ class Reporter:
 
 def closing_lines(folder: Path) -> list[str]:
     """Where everything of a finished run is."""
+    folder = folder.absolute()
     return [
         f"curve:      {folder / CURVE}",
         f"log:        {folder / LOG}",
