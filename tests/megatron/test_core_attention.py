@@ -155,7 +155,7 @@ BOUNDS = torch.tensor([0, 32], dtype=torch.int32)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"attention_mask": torch.ones(1, 1, 32, 32)}, "attention_mask has shape (1, 1, 32, 32), but attention here is"),
+        ({"attention_mask": torch.ones(1, 1, 32, 32)}, "attention_mask has shape (1, 1, 32, 32), but"),
         ({"attention_bias": torch.ones(32, 32)}, "attention_bias is not None; MoBA adds no bias"),
         ({"attn_mask_type": AttnMaskType.arbitrary}, "attn_mask_type=arbitrary is not served"),
         ({"packed_seq_params": PackedSeqParams("bshd")}, "packed_seq_params.qkv_format='bshd' is not served"),
@@ -163,6 +163,7 @@ BOUNDS = torch.tensor([0, 32], dtype=torch.int32)
         ({"packed_seq_params": PackedSeqParams("thd", BOUNDS, local_cp_size=1)}, "local_cp_size=1"),
         ({"packed_seq_params": PackedSeqParams("thd", BOUNDS // 2)}, "must start at 0, never"),
         ({"packed_seq_params": PackedSeqParams("thd", BOUNDS, torch.tensor([0, 1, 32]))}, "cu_seqlens_kv differs"),
+        ({"packed_seq_params": PackedSeqParams("thd", BOUNDS, BOUNDS // 2)}, "cu_seqlens_kv differs"),
         ({"query": torch.zeros(1, 1, 4, 12)}, "1 queries but 32 keys: decoding with a key/value cache"),
     ],
     ids=lambda x: str(x)[:50].split("\n")[0],
