@@ -9,6 +9,7 @@ Legend: L tokens of this rank, P context-parallel ranks.
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -41,7 +42,11 @@ class MoBAPackedSeqParams:
 
 
 def batch_context(
-    packed_seq_params: PackedSeqParams | MoBAPackedSeqParams | None, n_tokens: int, group, layout: str, device: torch.device
+    packed_seq_params: PackedSeqParams | MoBAPackedSeqParams | None,
+    n_tokens: int,
+    group: dist.ProcessGroup | None,
+    layout: str,
+    device: torch.device,
 ) -> CPContext:
     """The context of a batch, on the rank that calls.
 
@@ -109,6 +114,6 @@ def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device)
         raise ValueError("packed_seq_params.cu_seqlens_q=None; thd batches need the boundaries of their documents")
     for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
         other, mine = getattr(params, name), getattr(params, name.replace("_kv", "_q"))
-        if other is not None and mine is not None and other is not mine and other.shape != mine.shape:
+        if other is not None and mine is not None and other is not mine and not torch.equal(other, mine):
             raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
     return _context(group, "zigzag_per_document", n_tokens, cu_seqlens, device)

@@ -168,9 +168,11 @@ def _check_batch(tokens: Tensor, labels: Tensor | None, context: CPContext | Non
     if tokens.dim() not in (1, 2) or tokens.numel() == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; pass [tokens] or [sequences, tokens], not empty")
     if labels is not None and labels.shape != tokens.shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)} but tokens has {tuple(tokens.shape)}; make them equal")
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but tokens has {tuple(tokens.shape)}; make them equal"
+        )
     if context is not None and tokens.shape[-1] != context.local_len:
         raise ValueError(
             f"tokens has {tokens.shape[-1]} tokens a sequence but rank {context.rank} of {context.size} holds "
-            f"{context.local_len} of seq_len={context.seq_len}; pass the local share, e.g. context.shard(tokens, dim=-1)"
+            f"{context.local_len} of seq_len={context.seq_len}; pass the local share, context.shard(tokens, dim=-1)"
         )

@@ -8,11 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moba_cp import CPContext
-from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
+from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, ModelConfig, build_model, with_moba
 from tests.distributed import run_ranks
 
 T = 192
@@ -111,6 +115,25 @@ def foreign_group_error():
         return str(error)
 
 
+def stock_logits_and_grads(layout):
+    """Megatron's GPTModel on its own batches: zigzag, or packed (thd) and zigzag per document."""
+    ours = build_model(MODEL, SPARSE, dist.group.WORLD, torch.float64)
+    spec = with_moba(get_gpt_layer_local_spec(normalization="RMSNorm"), SPARSE)
+    model = GPTModel(ours.config, spec, MODEL.vocab_size, max_sequence_length=T, position_embedding_type="rope")
+    model.rotary_pos_emb = ContextRotaryEmbedding(ours.config.kv_channels, group=dist.group.WORLD)
+    model.double().load_state_dict(ours.state_dict())
+    bounds = torch.tensor(PACKED, dtype=torch.int32)
+    params = None if layout == "zigzag" else PackedSeqParams("thd", bounds, bounds, max_seqlen_q=96, max_seqlen_kv=96)
+    context = CPContext(dist.group.WORLD, layout, seq_len=T, cu_seqlens=None if layout == "zigzag" else bounds)
+    tokens, _, weight = (context.shard(x)[None] for x in inputs(layout))
+    logits = model(tokens, None, None, packed_seq_params=params)
+    (logits * weight[..., None] * logits.detach()).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return context.unshard(logits[0]), grads
+
+
 def two_ranks(rank):
     mesh = init_device_mesh("cpu", (2,))
     results = {case: loss_and_grads(case, dist.group.WORLD) for case in CASES}
@@ -119,6 +142,10 @@ def two_ranks(rank):
     results["mixed precision"] = mixed_precision_losses(mesh)
     results["default layout"] = default_layout_loss()
     results["foreign group"] = foreign_group_error()
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    for layout in ("zigzag", "zigzag_per_document"):
+        results["stock " + layout] = stock_logits_and_grads(layout)
+    parallel_state.destroy_model_parallel()
     return results
 
 
@@ -157,3 +184,14 @@ def test_default_layout_is_the_configurations(ranks):
 def test_a_context_of_another_group_is_refused(ranks):
     for results in ranks:
         assert "context is for 2 ranks but the layer's context-parallel group has 1" in results["foreign group"]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "zigzag_per_document"])
+def test_megatrons_model_on_its_own_batches_equals_one_rank(ranks, layout):
+    model = build_model(MODEL, SPARSE, dtype=torch.float64)
+    tokens, _, weight = inputs(layout)
+    logits = model(tokens, context=context_of("zigzag packed" if layout != "zigzag" else "zigzag", None))
+    (logits * weight[..., None] * logits.detach()).sum().backward()
+    expected = logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+    for results in ranks:
+        torch.testing.assert_close(results["stock " + layout], expected, rtol=0, atol=1e-9)
