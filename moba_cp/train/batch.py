@@ -71,6 +71,7 @@ class Batches:
             seq_len=sequence.tokens.numel(),
             cu_seqlens=sequence.cu_seqlens,
             device=self.mesh.device,
+            exchange=self.plan.config.exchange,
         )
         local = (context.shard(x.to(self.mesh.device)) for x in (sequence.tokens, sequence.labels))
         return MicroBatch(context, *local)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..cp.options import ExchangeOptions
 from ..megatron.config import ModelConfig
 from ..megatron.hybrid import AttentionConfig
 from .optimizer import OptimizerConfig
@@ -66,6 +67,9 @@ class TrainConfig:
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Which layers attend how, and how a sequence lies on the ranks."""
+
+    exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
+    """What MoBA layers move between the ranks that share a sequence, and how."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Text and sequences."""

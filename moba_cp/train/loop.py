@@ -21,6 +21,9 @@ from .plan import RunPlan
 from .report import Reporter
 from .yaml_config import to_dict
 
+# What the counters of attention give in bytes and the log sums over all ranks.
+_SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
+
 
 class Trainer:
     """One run on one rank, from built or resumed to finished.
@@ -132,20 +135,19 @@ class Trainer:
         """The loss summed over all ranks, and what attention moved between them in this step."""
         counters = self.batches.comm.counters
         moved = counters.summary()
-        mine = [moved["sent_bytes"], moved["received_bytes"], moved["dense_ring_bytes"], counters.needed, counters.remote]
-        mine = torch.cat([loss_sum[None], torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)])
+        bytes_moved = [moved[name] for name in _SUMMED]
+        mine = torch.tensor([*bytes_moved, counters.needed, counters.remote], dtype=torch.float64)
+        mine = torch.cat([loss_sum[None], mine.to(self.mesh.device)])
         every = mine.new_empty(self.plan.size, mine.numel())
         dist.all_gather(list(every.unbind()), mine)
-        loss, sent, received, ring, needed, remote = every.sum(0).tolist()
-        busiest = every[:, 2].max().item()
-        return loss, {
-            "sent_bytes": int(sent),
-            "received_bytes": int(received),
-            "dense_ring_bytes": int(ring),
+        loss, *totals, needed, remote = every.sum(0).tolist()
+        total = {name: int(n) for name, n in zip(_SUMMED, totals)}
+        busiest = every[:, 1 + _SUMMED.index("received_bytes")].max().item()
+        return loss, total | {
             "needed_share": round(needed / remote, 4) if remote else 0.0,
             # Bytes that the busiest rank received over the mean of all.
-            "imbalance": round(busiest * self.plan.size / received, 4) if received else 1.0,
-            "first_rank": {kind: n for kind, n in moved.items() if n and kind.endswith("_bytes")},
+            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4) if total["received_bytes"] else 1.0,
+            "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
         }
 
     def _save(self) -> None:

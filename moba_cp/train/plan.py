@@ -87,6 +87,11 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
             f"data.sequences_per_step={data.sequences_per_step} is not divisible by the {data_size} data ranks "
             f"({size} ranks / run.context_size={context}); use {-(-data.sequences_per_step // data_size) * data_size}"
         )
+    per_node = config.exchange.ranks_per_node
+    if per_node is not None and context % per_node:
+        raise ValueError(
+            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; nodes must be equal"
+        )
     _check_length(config, context)
     return RunPlan(config, size, context, open_corpus(data))
 

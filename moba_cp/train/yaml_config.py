@@ -54,7 +54,8 @@ def build(cls: type[Config], values: Any, path: str = "") -> Config:
     try:
         return cls(**arguments)
     except ValueError as error:
-        text = str(error)
+        # The path says the section already.
+        text = str(error).removeprefix(path.rpartition(".")[2] + " ")
         # Our dataclasses say "name=value rule"; in a nested section the name gets its path.
         names_field = any(text.startswith((name + "=", name + ".", name + ":")) for name in names)
         joint = "" if not path else "." if names_field else ": "
