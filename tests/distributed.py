@@ -88,7 +88,8 @@ class ThreadCommunicator(Communicator):
         return everybody
 
     def _all_gather(self, x):
-        return torch.stack(self._swap(x))
+        out = torch.stack(self._swap(x))
+        return lambda: out
 
     def _all_to_all(self, x, send, receive):
         assert x.shape[0] == sum(send) and len(send) == len(receive) == self.size

@@ -61,13 +61,17 @@ class Communicator:
 
     def all_gather(self, x: Tensor, kind: str) -> Tensor:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""
+        return self.start_all_gather(x, kind)()
+
+    def start_all_gather(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
+        """:meth:`all_gather`, as a function that waits; ``x`` may not be changed before it is called."""
         others = x.nbytes * (self.size - 1)
         self.counters.add(kind, others, others)
-        return self.gather_uncounted(x)
+        return self._all_gather(x.contiguous())
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """:meth:`all_gather` for what is not part of an attention layer."""
-        return self._all_gather(x.contiguous())
+        return self._all_gather(x.contiguous())()
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
         """Send ``send[p]`` rows of ``x`` to each rank p and receive ``receive[p]`` rows from it.
@@ -83,12 +87,17 @@ class Communicator:
         self.counters.add(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
         return self._all_to_all(x.contiguous(), send, receive)
 
-    def _all_gather(self, x: Tensor) -> Tensor:
+    def _all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         if self.size == 1:
-            return x[None]
+            return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group)
-        return out
+        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return out
+
+        return wait
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         if self.size == 1:
