@@ -4,11 +4,14 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch.distributed as dist
 from torch import Tensor
+
+# PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Communicator:
         if self.size == 1:
             return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
+<<<<<<< HEAD
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
 
         def wait() -> Tensor:
@@ -98,6 +102,10 @@ class Communicator:
             return out
 
         return wait
+=======
+        _all_gather_single(out.view(-1), x.view(-1), group=self.group)
+        return out
+>>>>>>> main
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         if self.size == 1:

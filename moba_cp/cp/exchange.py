@@ -4,7 +4,7 @@ Legend: P ranks, L local tokens, X extra rows (assembled straddling blocks), Hkv
 B block size, W rows received. K and V of one row travel together.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -72,9 +72,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
     # In place: every piece of the block is on the owner, one behind the other.
     head_row = np.empty(n, np.int64)
     head_row[piece["block"][is_first]] = piece["local"][is_first]
-    fits = (piece["rank"] == owner[piece["block"]]) & (
-        piece["local"] == head_row[piece["block"]] + piece["offset"]
-    )
+    fits = (piece["rank"] == owner[piece["block"]]) & (piece["local"] == head_row[piece["block"]] + piece["offset"])
     in_place = np.ones(n, bool)
     in_place[piece["block"][~fits]] = False
 
