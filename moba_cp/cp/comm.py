@@ -94,18 +94,13 @@ class Communicator:
         if self.size == 1:
             return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
-<<<<<<< HEAD
-        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        work = _all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
             return out
 
         return wait
-=======
-        _all_gather_single(out.view(-1), x.view(-1), group=self.group)
-        return out
->>>>>>> main
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         if self.size == 1:

@@ -6,7 +6,7 @@ V, or ``SLICE_BYTES`` where that is more.
 Legend: T tokens, L local tokens, P ranks, Hq query heads, Hkv key/value heads, h KV heads of a slice, D head dim.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ Legend: L local tokens, P ranks, Hq query heads, Hkv key/value heads, D head dim
 rank ``(rank - t) % P``; ``hops[p]`` is how far the shard of rank p travels.
 """
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
