@@ -25,6 +25,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, backen
     for source, k_shard, v_shard in _shards(k, v, cp.full_plan.hops, cp.comm):
         ranges = cp.full_plan.ranges(source)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
+        if ranges.rectangles and source != cp.rank:
+            partials.widen()
         dense.attend(q, k_shard, v_shard, ranges, scale, kernels, partials)
         # Or the shard would live on while the next but one is received.
         del k_shard, v_shard

@@ -27,7 +27,7 @@ class Partials:
                 self._out, self._lse = out, lse
                 return
             self._out, self._lse = self.result()
-        self._out = self._out.to(self._wide)
+        self.widen()
         if self._out.is_cuda and self._wide == torch.float32:
             from ..kernels.fold import fold
 
@@ -36,6 +36,11 @@ class Partials:
             fold(*into, out, lse, rows if picked else None)
         else:
             _fold(self._out, self._lse, out, lse, rows)
+
+    def widen(self) -> None:
+        """Make room for joining now, before the next result takes memory; :meth:`add` would do it."""
+        if self._out is not None:
+            self._out = self._out.to(self._wide)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out [N, Hq, D] in any dtype and lse [N, Hq] wide; 0 and -inf where nothing was seen."""
