@@ -5,6 +5,7 @@ in memory: the same library code, hundreds of cases a minute.
 """
 
 import os
+import pickle
 import queue
 import socket
 import threading
@@ -57,7 +58,7 @@ def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str 
             process.join(timeout=30)
     failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in sorted(reports.items()) if not ok]
     assert not failures, "\n".join(failures)
-    return [reports[rank][1] for rank in range(n)]
+    return [pickle.loads(reports[rank][1]) for rank in range(n)]
 
 
 def _rank_main(rank, n, port, backend, results, function, args):
@@ -74,7 +75,8 @@ def _rank_main(rank, n, port, backend, results, function, args):
         value = function(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
-        results.put((rank, True, value))
+        # By value: a tensor shared through the queue is lost if its process ends first.
+        results.put((rank, True, pickle.dumps(value)))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
 
@@ -94,7 +96,7 @@ class ThreadCommunicator(Communicator):
         self._barrier.wait(TIMEOUT_S)
         return everybody
 
-    def _all_gather(self, x):
+    def _all_gather_async(self, x):
         out = torch.stack(self._swap(x))
         return lambda: out
 

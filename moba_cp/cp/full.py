@@ -7,10 +7,10 @@ Wide means float32, or float64 for float64 inputs.
 import torch
 from torch import Tensor
 
-from . import gather, ring
+from . import full_gather, full_ring
 from .context import CPContext
 
-METHODS = {"ring": ring, "allgather": gather}
+METHODS = {"ring": full_ring, "allgather": full_gather}
 # Below this a ring's steps are too short to hide their latency.
 SMALL_BYTES = 64 << 20
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, full_attention
-from moba_cp.cp import full, gather
+from moba_cp.cp import full, full_gather
 from moba_cp.cp.full_plan import FullPlan
 from moba_cp.cp.layout import LAYOUTS, rank_segments
 from tests.cases import Case, relative_error, run_reference
@@ -41,7 +41,7 @@ def across_ranks(group, case: Case, layout: str, method: str, device="cpu", **op
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_equal_one(method, layout, size, monkeypatch):
     # One KV head per slice, so that slices follow one another.
-    monkeypatch.setattr(gather, "SLICE_BYTES", 0)
+    monkeypatch.setattr(full_gather, "SLICE_BYTES", 0)
     for seed in range(4):
         multiple = 2 * size if layout == "zigzag_per_document" else 1
         case = batch(seed, 2 * size * (5 + seed), multiple)

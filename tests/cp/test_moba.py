@@ -13,14 +13,15 @@ from tests.distributed import run_ranks, run_threads
 NAMES = ("out", "dq", "dk", "dv", "lse")
 
 
-def across_ranks(group, case: Case, layout: str, full: bool):
+def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", deterministic=False):
     """Whole-sequence [out, dq, dk, dv, lse] and the counters, as one rank of ``group`` computes them."""
-    cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens)
+    cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens, exchange=exchange)
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     if full:
         out, lse = full_attention(*leaves, cp=cp, return_lse=True)
     else:
-        out, lse = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp, return_lse=True)
+        config = MoBAConfig(case.block_size, case.top_k, deterministic)
+        out, lse = moba_attention(*leaves, config, cp=cp, return_lse=True)
     out.backward(cp.shard(case.dout))
     return [cp.unshard(x) for x in (out, *(x.grad for x in leaves), lse)], cp.counters.summary()
 
@@ -36,7 +37,7 @@ def fits(layout: str, case: Case, size: int) -> bool:
 def _golden_on_gloo(rank, size):
     """Every golden file in every layout that divides: list of (label, worst relative error, selection is equal)."""
     from moba_cp import ops
-    from moba_cp.cp.exchange import assemble, gather_means
+    from moba_cp.cp.straddle import assemble, gather_means
 
     report = []
     for path in GOLDEN:
@@ -78,7 +79,7 @@ def test_many_ranks_equal_one(layout, size):
 
 
 def _counted(comm: Communicator, case: Case):
-    return across_ranks(comm, case, "contiguous", full=False)[1]
+    return across_ranks(comm, case, "contiguous", full=False, exchange="kv")[1]
 
 
 def test_counters_say_what_moved():
