@@ -102,7 +102,9 @@ class Trainer:
         loss_sum, exchange = self._gather(loss_sum)
         loss = loss_sum / max(1, labels.item())
         if not math.isfinite(loss):
-            raise ValueError(f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or warm up longer")
+            raise ValueError(
+                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or warm up longer"
+            )
         seconds = time.monotonic() - started
         return {
             "step": step,
@@ -146,7 +148,9 @@ class Trainer:
         return loss, total | {
             "needed_share": round(needed / remote, 4) if remote else 0.0,
             # Bytes that the busiest rank received over the mean of all.
-            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4) if total["received_bytes"] else 1.0,
+            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4)
+            if total["received_bytes"]
+            else 1.0,
             "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
         }
 
