@@ -97,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
     kv_heads = args.kv_heads or args.heads
     torch.manual_seed(0)
     shapes = [args.heads, kv_heads, kv_heads, args.heads]
-    q, k, v, dout = (torch.randn(args.tokens, h, args.head_dim, device="cuda", dtype=torch.bfloat16) for h in shapes)
+    q, k, v, dout = (
+        torch.randn(args.tokens, h, args.head_dim, device="cuda", dtype=torch.bfloat16) for h in shapes
+    )
     dense_row, dense_results = _dense(q, k, v, dout, args.repeats)
     rows = [dense_row]
     for rank in args.rank or sorted({0, args.ranks - 1}):
@@ -114,9 +116,7 @@ def main(args: argparse.Namespace) -> int:
     _print(rows, args)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(
-                {"environment": environment(), "options": vars(args), "rows": [asdict(r) for r in rows]}, file, indent=1
-            )
+            json.dump({"environment": environment(), "options": vars(args), "rows": [asdict(r) for r in rows]}, file, indent=1)
     return 0
 
 
@@ -301,9 +301,7 @@ def _torch_ring(args, method: str):
 
 def _print(rows: list[Row], args) -> None:
     env = environment()
-    print(
-        f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}"
-    )
+    print(f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}")
     print(f"T = {args.tokens}, {args.heads} heads, D = {args.head_dim}, P = {args.ranks}; ms, median of {args.repeats}")
     print(f"{'':58}{'fwd':>8}{'fwd+bwd':>9}{'spread':>8}   of dense / P   KV shards")
     for row in rows:

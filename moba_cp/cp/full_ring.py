@@ -10,6 +10,7 @@ rank ``(rank - t) % P``; ``hops[p]`` is how far the shard of rank p travels.
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from .. import dense
@@ -40,7 +41,9 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
         ranges = cp.full_plan.ranges(source)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
         dk, dv = dense.Sum(k_shard), dense.Sum(v_shard)
-        dense.attend_backward(q, k_shard, v_shard, ranges, scale, kernels, dout, out, lse, dq, dk, dv, deterministic)
+        dense.attend_backward(
+            q, k_shard, v_shard, ranges, scale, kernels, dout, out, lse, dq, dk, dv, deterministic
+        )
         gradients.pass_on(dk, dv)
         del k_shard, v_shard
     dk, dv = gradients.at_home()
@@ -61,7 +64,9 @@ def _shards(k: Tensor, v: Tensor, hops: list[int], comm: Communicator) -> Iterat
             send, receive = [0] * size, [0] * size
             send[(rank + 1) % size] = k.shape[0] if hops[(rank - step) % size] > step else 0
             receive[rank - 1] = n_local if hops[(rank - step - 1) % size] > step else 0
-            wait = tuple(comm.all_to_all(x[: sum(send)], send, receive, "full_kv") for x in (k, v))
+            wait = tuple(
+                comm.all_to_all(x[: sum(send)], send, receive, "full_kv") for x in (k, v)
+            )
         yield (rank - step) % size, k, v
 
 
