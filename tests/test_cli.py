@@ -98,7 +98,7 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
         (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
         (["train", "."], "moba-cp train: error: .: Is a directory"),
-        (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train"),
+        (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
     ],
 )
 def test_wrong_files_and_commands(place, capsys, argv, message):
@@ -202,3 +202,10 @@ def test_one_failing_rank_ends_all_with_its_error(place, error):
     assert said == [f"moba-cp train (rank 1): error: {name}the disk of rank 1 is gone"]
     assert "the disk of rank 1 is gone" in (place / "here" / "run" / "error-rank1.txt").read_text()
     assert not (place / "here" / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("words", sorted(cli.COMMANDS))
+def test_every_command_has_help(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words.split(), "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: moba-cp {words} ")
