@@ -77,8 +77,9 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, 
 @pytest.mark.parametrize(
     "ranks, override, message",
     [
-        (3, "data.seq_len=256", "data.seq_len=256 is not divisible by 2 * cp_size = 6 (zigzag layout); use 258 or set"),
-        (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128 or set"),
+        (3, "data.seq_len=256", "data.seq_len=256 is not divisible by 2 * cp_size = 6 (zigzag layout); use 258"),
+        (3, "data.seq_len=256", "; use 258 or set data.pad_to_multiple: true"),
+        (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128"),
         (8, "run.context_size=2", "data.sequences_per_step=2 is not divisible by the 4 data ranks"),
         (4, "run.context_size=3", "run.context_size=3 does not divide the 4 ranks of this run; use one of 1, 2, 4"),
         (4, "exchange.ranks_per_node=3", "exchange.ranks_per_node=3 does not divide the 4 context ranks"),
@@ -147,7 +148,7 @@ def finished(tmp_path_factory):
     [
         ((), (), "holds an earlier run; go on with it (--resume), replace it (--overwrite) or name another folder"),
         ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
-        (("run.steps=4", "model.hidden_size=64"), ("--resume",), "a checkpoint of another model: model.hidden_size is 32"),
+        (("run.steps=4", "model.hidden_size=64"), ("--resume",), "of another model: model.hidden_size is 32 there"),
         (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
     ],
     ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint"],
