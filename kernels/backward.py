@@ -1,0 +1,158 @@
+"""Gradients of attention along the same index.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
+(see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
+``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
+
+``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the visits
+of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32 atomics.
+``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, but no atomics.
+
+A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after the
+other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits for
+one that has started.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import task_visits, visit_rows
+
+LOG2E = tl.constexpr(1.4426950408889634)
+DQ_NONE = tl.constexpr(0)
+DQ_PART = tl.constexpr(1)
+DQ_ATOMIC = tl.constexpr(2)
+
+
+@triton.jit
+def _key_kernel(
+    q, k, v, dout, lse, delta, dq, dk, dv, visits, visits_start, task_start, task_list, visible,
+    page_row, page_head, length, turn,
+    scale, n_lists, n_blocks, n_heads, task_rows,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_ot, s_oh, s_lt, s_dt, s_dqt, s_dqh, s_dkr, s_dkh,
+    s_row, s_head, s_head_n,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if ORDERED:
+        # turn[0] hands out the numbers; the rest says, per list and key tile, whose turn it is.
+        i = tl.atomic_add(turn, 1)
+    else:
+        i = tl.program_id(0)
+    i_task, i_n = i // KEY_TILES, i % KEY_TILES
+    if i_task >= tl.load(task_start + n_lists):
+        return
+    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
+    i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    n_keys = tl.load(length + i_b)
+    first_task = tl.load(task_start + i_list)
+    is_split = tl.load(task_start + i_list + 1) - first_task > 1
+    o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_d = o_d < D
+    key = tl.load(page_row + i_h * s_row + i_b) + o_n
+    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    m_kv = (o_n < n_keys)[:, None] & m_d[None, :]
+    b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
+    b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
+    scale_log2 = scale * LOG2E
+
+    if SLOTS > S and KEY_TILES > 1:
+        # The visits of own rows that end before this tile of keys lead the list.
+        ahead = True
+        while ahead:
+            _, _, _, limit = visit_rows(
+                visits, visible, begin + o_m, begin + o_m < end, i_h, n_keys, G, S, SLOTS
+            )
+            ahead = (begin < end) & (tl.max(limit, 0) <= i_n * BN)
+            begin = tl.where(ahead, begin + BM, begin)
+
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    for r in tl.range(begin, end, BM, num_stages=STAGES):
+        m_m = r + o_m < end
+        t, head, slot, limit = visit_rows(visits, visible, r + o_m, m_m, i_h, n_keys, G, S, SLOTS)
+        m_md = m_m[:, None] & m_d[None, :]
+        b_q = tl.load(q + t[:, None] * s_qt + head[:, None] * s_qh + o_d[None, :], mask=m_md, other=0.0)
+        b_do = tl.load(dout + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :], mask=m_md, other=0.0)
+        b_lse = tl.load(lse + t * s_lt + head, mask=m_m, other=0.0) * LOG2E
+        b_delta = tl.load(delta + t * s_dt + head, mask=m_m, other=0.0)
+        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2
+        b_pt = tl.where(o_n[:, None] < limit[None, :], tl.exp2(b_st - b_lse[None, :]), 0.0)
+        b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)
+        b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)
+        b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)
+        if DQ != DQ_NONE:
+            b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)
+            if DQ == DQ_PART:
+                p_dq = dq + ((t * n_heads + head) * SLOTS + slot)[:, None] * D + o_d[None, :]
+                tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
+            else:
+                p_dq = dq + t[:, None] * s_dqt + head[:, None] * s_dqh + o_d[None, :]
+                tl.atomic_add(p_dq, b_dq * scale, mask=m_md, sem="relaxed")
+
+    b_dk *= scale
+    p_dk = dk + key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
+    p_dv = dv + key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
+    if is_split:
+        if ORDERED:
+            p_turn = turn + 1 + i_list * KEY_TILES + i_n
+            while tl.atomic_add(p_turn, 0, sem="acquire") != i_task - first_task:
+                pass
+            tl.debug_barrier()
+        tl.atomic_add(p_dk, b_dk, mask=m_kv, sem="relaxed")
+        tl.atomic_add(p_dv, b_dv, mask=m_kv, sem="relaxed")
+        if ORDERED:
+            tl.debug_barrier()
+            tl.atomic_add(p_turn, 1, sem="release")
+    else:
+        tl.store(p_dk, b_dk, mask=m_kv)
+        tl.store(p_dv, b_dv, mask=m_kv)
+
+
+@triton.jit
+def _query_kernel(
+    q, k, v, dout, lse, delta, part, visits, visits_start, task_start, task_list, visible,
+    page_row, page_head, length,
+    scale, n_lists, n_blocks, n_heads, task_rows,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_ot, s_oh, s_lt, s_dt, s_row, s_head, s_head_n,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_task, i_part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    if i_task >= tl.load(task_start + n_lists):
+        return
+    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
+    begin += i_part * BM
+    if begin >= end:
+        return
+    i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    n_keys = tl.load(length + i_b)
+    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    m_d = o_d < D
+    first_key = tl.load(page_row + i_h * s_row + i_b)
+    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]
+    p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]
+
+    m_m = begin + o_m < end
+    t, head, slot, limit = visit_rows(visits, visible, begin + o_m, m_m, i_h, n_keys, G, S, SLOTS)
+    m_md = m_m[:, None] & m_d[None, :]
+    b_q = tl.load(q + t[:, None] * s_qt + head[:, None] * s_qh + o_d[None, :], mask=m_md, other=0.0)
+    b_do = tl.load(dout + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :], mask=m_md, other=0.0)
+    b_lse = tl.load(lse + t * s_lt + head, mask=m_m, other=0.0) * LOG2E
+    b_delta = tl.load(delta + t * s_dt + head, mask=m_m, other=0.0)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    scale_log2 = scale * LOG2E
+    for n in tl.range(0, tl.max(limit, 0), BN, num_stages=STAGES):
+        m_n = n + o_n < n_keys
+        b_k = tl.load(p_k + n * s_kr, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + n * s_vr, mask=m_n[None, :] & m_d[:, None], other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_p = tl.where((n + o_n)[None, :] < limit[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dp = tl.dot(b_do, b_v, input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(q.dtype.element_ty)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+    p_dq = part + ((t * n_heads + head) * SLOTS + slot)[:, None] * D + o_d[None, :]
+    tl.store(p_dq, b_dq.to(part.dtype.element_ty), mask=m_md)
