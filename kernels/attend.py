@@ -15,7 +15,7 @@ from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel
 from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, sum_visits
-from .routing import Routing, build_routing
+from .routing import Routing, build_routing, cut_tasks
 
 SCRATCH_BYTES = 1 << 30
 LOG2E = 1.4426950408889634
@@ -31,6 +31,7 @@ def attend(
     scale: float,
     out_dtype: torch.dtype = torch.float32,
     scratch_bytes: int = SCRATCH_BYTES,
+    routing: list[Routing] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -43,12 +44,15 @@ def attend(
         scale: factor of the scores.
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
+        routing: an empty list receives the index, one entry per slice of rows; a filled one, from a call with the same
+            visits and ``scratch_bytes``, is used instead of building the index again.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
     """
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
+    routing = [] if routing is None else routing
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
     if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
@@ -58,11 +62,13 @@ def attend(
         )
     out = torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device)
     lse = torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device)
-    for rows, heads, kv_heads in _slices(q, pages, n_slots * (dim * q.element_size() + 8), scratch_bytes, n_slots):
-        _attend_slice(
-            q[rows, heads], _head_pages(pages, kv_heads), chosen[rows, heads], _rows(own, rows), _rows(visible, rows),
-            scale, out[rows, heads], lse[rows, heads],
-        )  # fmt: skip
+    slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes(n_slots, dim, q.dtype), scratch_bytes)
+    for i, (rows, head_slices) in enumerate(slices):
+        args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
+        if len(routing) == i:
+            routing.append(build_routing(*args[2:], pages.row))
+        for kv_heads in head_slices:
+            _attend_slice(*args, scale, out[rows], lse[rows], routing[i], kv_heads)
     return out, lse
 
 
@@ -79,6 +85,7 @@ def attend_backward(
     deterministic: bool = False,
     dq_dtype: torch.dtype = torch.float32,
     scratch_bytes: int = SCRATCH_BYTES,
+    routing: list[Routing] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -88,13 +95,14 @@ def attend_backward(
         delta: [N, Hq] float32, row sums of ``dout * out`` of the final output.
         deterministic: bit-identical results from run to run.
         dq_dtype: of dq.
-        scratch_bytes: as in :func:`attend`.
+        scratch_bytes, routing: as in :func:`attend`.
 
     Returns:
         dq [N, Hq, D], and dk, dv float32 shaped like the storages, zero where no page lies.
     """
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
+    routing = [] if routing is None else routing
     dout = check_unit_stride(dout.to(q.dtype))
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
@@ -103,12 +111,14 @@ def attend_backward(
     if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
         return torch.zeros(n_rows, n_heads, dim, dtype=dq_dtype, device=q.device), dk, dv
     dq = torch.empty(n_rows, n_heads, dim, dtype=dq_dtype, device=q.device)
-    row_bytes = n_slots * (dim * _part_dtype(q.dtype).itemsize + 4)
-    for rows, heads, kv_heads in _slices(q, pages, row_bytes, scratch_bytes, n_slots):
-        _backward_slice(
-            q[rows, heads], _head_pages(pages, kv_heads), chosen[rows, heads], _rows(own, rows), _rows(visible, rows),
-            scale, dout[rows, heads], lse[rows, heads], delta[rows, heads], deterministic, dq[rows, heads], dk, dv,
-        )  # fmt: skip
+    slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes(n_slots, dim, q.dtype), scratch_bytes)
+    for i, (rows, head_slices) in enumerate(slices):
+        args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
+        if len(routing) == i:
+            routing.append(build_routing(*args[2:], pages.row))
+        rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], dk, dv
+        for kv_heads in head_slices:
+            _backward_slice(*args, scale, *rest, routing[i], kv_heads)
     return dq, dk, dv
 
 
@@ -125,29 +135,27 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows].contiguous()
 
 
-def _head_pages(pages, kv_heads: slice):
-    return replace(pages, row=pages.row[kv_heads], head=pages.head[kv_heads])
+def row_bytes(n_slots: int, dim: int, dtype: torch.dtype) -> int:
+    """Scratch of one row of one head; the same forward and backward, so that both cut the same slices of rows."""
+    return n_slots * (dim * _part_dtype(dtype).itemsize + 8)
 
 
-def _slices(q: Tensor, pages, row_bytes: int, scratch_bytes: int, n_slots: int):
-    """Slices of rows, query heads and KV heads whose partial results stay within ``scratch_bytes``.
+def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, scratch_bytes: int):
+    """Slices of rows, each with slices of KV heads, whose partial results stay within ``scratch_bytes``.
 
-    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much.
+    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
+    index would outgrow 32 bits.
     """
-    n_rows, n_heads, _ = q.shape
     n_kv = pages.row.shape[0]
     group = n_heads // n_kv
     fits = max(1, scratch_bytes // (row_bytes * group))
-    n_heads_fit = max(1, min(n_kv, fits // n_rows))
+    kv_step = max(1, min(n_kv, fits // n_rows))
+    row_step = min(n_rows, max(1, min(fits // kv_step, MAX_VISITS // (n_heads * n_slots))))
     # Even slices: the last one should not be a sliver.
-    n_heads_fit = triton.cdiv(n_kv, triton.cdiv(n_kv, n_heads_fit))
-    n_rows_fit = min(n_rows, fits, MAX_VISITS // (n_kv * group * n_slots)) if n_heads_fit == 1 else n_rows
-    n_rows_fit = max(1, triton.cdiv(n_rows, triton.cdiv(n_rows, n_rows_fit)))
-    for h in range(0, n_kv, n_heads_fit):
-        kv_heads = slice(h, min(h + n_heads_fit, n_kv))
-        heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        for t in range(0, n_rows, n_rows_fit):
-            yield slice(t, min(t + n_rows_fit, n_rows)), heads, kv_heads
+    kv_step = triton.cdiv(n_kv, triton.cdiv(n_kv, kv_step))
+    row_step = triton.cdiv(n_rows, triton.cdiv(n_rows, row_step))
+    heads = [slice(h, min(h + kv_step, n_kv)) for h in range(0, n_kv, kv_step)]
+    return [(slice(t, min(t + row_step, n_rows)), heads) for t in range(0, n_rows, row_step)]
 
 
 def _part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -155,85 +163,91 @@ def _part_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _index(routing: Routing):
-    return routing.visits, routing.list_start, routing.task_start, routing.task_list
+class _Slice:
+    """What forward and backward launches share for some KV heads: their rows, blocks and compile-time constants."""
+
+    def __init__(self, q: Tensor, pages, chosen: Tensor, own: Tensor | None, kv_heads: slice):
+        n_kv, self.n_blocks = pages.row.shape
+        group = q.shape[1] // n_kv
+        self.n_slots = chosen.shape[2] + (own is not None)
+        self.heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        self.n_heads = self.heads.stop - self.heads.start
+        self.n_visits = q.shape[0] * self.n_heads * self.n_slots
+        self.q, self.chosen = q[:, self.heads], chosen[:, self.heads]
+        self.k, self.v, self.length = pages.k, pages.v, pages.length
+        self.row, self.head = pages.row[kv_heads], pages.head[kv_heads]
+        self.lists = slice(kv_heads.start * self.n_blocks, kv_heads.stop * self.n_blocks + 1)
+        self.pages = self.row, self.head, self.length
+        self.strides = (*self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2])
+        self.page_strides = self.row.stride(0), *self.head.stride()
+        self.constants = dict(
+            G=group, S=chosen.shape[2], SLOTS=self.n_slots, D=q.shape[2], BD=padded_dim(q.shape[2]),
+            PRECISION=dot_precision(q.dtype),
+        )  # fmt: skip
+
+    def tasks(self, routing: Routing, task_rows: int):
+        return cut_tasks(routing.list_start[self.lists], self.n_visits, task_rows)
+
+    def parts(self, dtype: torch.dtype) -> Tensor:
+        """Room for one row of D per visit."""
+        return torch.empty(
+            self.q.shape[0], self.n_heads, self.n_slots, self.q.shape[2], dtype=dtype, device=self.q.device
+        )
 
 
-def _page_strides(pages) -> tuple[int, int, int]:
-    return pages.row.stride(0), pages.head.stride(0), pages.head.stride(1)
-
-
-def _constants(q: Tensor, pages, chosen: Tensor, own: Tensor | None) -> dict:
-    dim = q.shape[2]
-    return dict(
-        G=q.shape[1] // pages.row.shape[0], S=chosen.shape[2], SLOTS=chosen.shape[2] + (own is not None),
-        D=dim, BD=padded_dim(dim), PRECISION=dot_precision(q.dtype),
-    )  # fmt: skip
-
-
-def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, tile: tuned.Tile | None = None) -> None:
-    n_rows, n_heads, dim = q.shape
-    tile = tile or tuned.forward_tile(dim, pages.block_size, q.dtype, q.device)
-    routing = build_routing(chosen, own, visible, pages.row, tile.task_rows)
-    constants = _constants(q, pages, chosen, own)
-    part = torch.empty(n_rows, n_heads, constants["SLOTS"], dim, dtype=q.dtype, device=q.device)
-    part_lse = torch.full(part.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    n_kv, n_blocks = pages.row.shape
+def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Routing, kv_heads: slice) -> None:
+    part = _Slice(q, pages, chosen, own, kv_heads)
+    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device)
+    tasks = part.tasks(routing, tile.task_rows)
+    parts = part.parts(q.dtype)
+    parts_lse = torch.full(parts.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
-        kernel[(routing.max_tasks,)](
-            q, pages.k, pages.v, part, part_lse, *_index(routing), visible, pages.row, pages.head, pages.length,
-            scale * LOG2E, n_kv * n_blocks, n_blocks, n_heads, tile.task_rows,
-            q.stride(0), q.stride(1), pages.k.stride(0), pages.k.stride(1), pages.v.stride(0), pages.v.stride(1),
-            *_page_strides(pages),
-            **constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+        kernel[(tasks.max_tasks,)](
+            part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, visible, *part.pages,
+            scale * LOG2E, tasks.max_tasks, part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+            **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    merge_visits(part, part_lse, out, lse)
+    merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads])
 
 
 def _backward_slice(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv,
-    tile: tuned.Tile | None = None, query_tile: tuned.Tile | None = None, atomic: bool | None = None,
-) -> None:  # fmt: skip
-    n_rows, n_heads, dim = q.shape
-    n_kv, n_blocks = pages.row.shape
-    tile = tile or tuned.key_tile(dim, pages.block_size, q.dtype, q.device)
-    routing = build_routing(chosen, own, visible, pages.row, tile.task_rows)
-    constants = _constants(q, pages, chosen, own)
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, routing: Routing, kv_heads: slice
+) -> None:
+    part = _Slice(q, pages, chosen, own, kv_heads)
+    kind = q.shape[2], pages.block_size, q.dtype, q.device
+    tile = tuned.key_tile(*kind)
     key_tiles = triton.cdiv(pages.block_size, tile.bn)
-    if atomic is None:
-        atomic = tuned.dq_by_atomics(dim, pages.block_size, q.dtype, q.device)
-    mode = DQ_PART if key_tiles == 1 else DQ_ATOMIC if atomic and not deterministic else DQ_NONE
-    part = None
-    if mode.value == DQ_ATOMIC.value:
-        target = dq.zero_() if dq.dtype == torch.float32 else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
+    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
+    mode = (DQ_PART if key_tiles == 1 else DQ_ATOMIC if by_atomics else DQ_NONE).value
+    dout, lse, delta, dq = dout[:, part.heads], lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
+    if mode == DQ_ATOMIC.value:
+        into = dq.zero_() if dq.dtype == torch.float32 else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
     else:
-        slots = constants["SLOTS"]
-        target = part = torch.empty(n_rows, n_heads, slots, dim, dtype=_part_dtype(q.dtype), device=q.device)
-    turn = torch.zeros(1 + n_kv * n_blocks * key_tiles, dtype=torch.int32, device=q.device) if deterministic else None
-    inputs = q, pages.k, pages.v, dout, lse, delta
-    index = *_index(routing), visible, pages.row, pages.head, pages.length
-    numbers = scale, n_kv * n_blocks, n_blocks, n_heads, tile.task_rows
-    strides = (
-        q.stride(0), q.stride(1), pages.k.stride(0), pages.k.stride(1), pages.v.stride(0), pages.v.stride(1),
-        dout.stride(0), dout.stride(1), lse.stride(0), delta.stride(0),
-    )  # fmt: skip
+        into = part.parts(_part_dtype(q.dtype))
+    tasks = part.tasks(routing, tile.task_rows)
+    turn = None
+    if deterministic:
+        turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
+    inputs = part.q, part.k, part.v, dout, lse, delta
+    strides = *part.strides, *dout.stride()[:2], lse.stride(0), delta.stride(0)
     with on_device(q):
-        _key_kernel[(routing.max_tasks * key_tiles,)](
-            *inputs, target, dk, dv, *index, turn, *numbers, *strides,
-            target.stride(0), target.stride(1), dk.stride(0), dk.stride(1), *_page_strides(pages),
-            **constants, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode.value, ORDERED=deterministic,
+        _key_kernel[(tasks.max_tasks * key_tiles,)](
+            *inputs, into, dk, dv, routing.visits, tasks.table, tasks.list_start, visible, *part.pages, turn,
+            scale, tasks.max_tasks, part.n_blocks, part.n_heads, tile.task_rows,
+            *strides, *into.stride()[:2], *dk.stride()[:2], *part.page_strides,
+            **part.constants, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic,
             STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        if mode.value == DQ_NONE.value:
-            by_query = query_tile or tuned.query_tile(dim, pages.block_size, q.dtype, q.device)
-            splits = triton.cdiv(tile.task_rows, by_query.bm)
-            _query_kernel[(routing.max_tasks * splits,)](
-                *inputs, part, *index, *numbers, *strides, *_page_strides(pages),
-                **constants, BM=by_query.bm, BN=by_query.bn, SPLITS=splits, STAGES=by_query.stages,
-                num_warps=by_query.warps,
+        if mode == DQ_NONE.value:
+            tile = tuned.query_tile(*kind)
+            tasks = part.tasks(routing, tile.bm)
+            _query_kernel[(tasks.max_tasks,)](
+                *inputs, into, routing.visits, tasks.table, visible, *part.pages,
+                scale, tasks.max_tasks, part.n_blocks, part.n_heads, *strides, *part.page_strides,
+                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
-    if part is not None:
-        sum_visits(part, dq, chosen, own, visible, pages.row, scale)
-    elif target is not dq:
-        dq.copy_(target)
+    if mode != DQ_ATOMIC.value:
+        sum_visits(into, dq, part.chosen, own, visible, part.row, scale)
+    elif into is not dq:
+        dq.copy_(into)

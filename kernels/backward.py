@@ -16,7 +16,7 @@ one that has started.
 import triton
 import triton.language as tl
 
-from .forward import task_visits, visit_rows
+from .forward import visit_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
@@ -26,9 +26,9 @@ DQ_ATOMIC = tl.constexpr(2)
 
 @triton.jit
 def _key_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, visits, visits_start, task_start, task_list, visible,
+    q, k, v, dout, lse, delta, dq, dk, dv, visits, tasks, list_start, visible,
     page_row, page_head, length, turn,
-    scale, n_lists, n_blocks, n_heads, task_rows,
+    scale, max_tasks, n_blocks, n_heads, task_rows,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_ot, s_oh, s_lt, s_dt, s_dqt, s_dqh, s_dkr, s_dkh,
     s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -40,14 +40,15 @@ def _key_kernel(
         i = tl.atomic_add(turn, 1)
     else:
         i = tl.program_id(0)
-    i_task, i_n = i // KEY_TILES, i % KEY_TILES
-    if i_task >= tl.load(task_start + n_lists):
+    p_task, i_n = tasks + i // KEY_TILES, i % KEY_TILES
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    if i_list < 0:
         return
-    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
     n_keys = tl.load(length + i_b)
-    first_task = tl.load(task_start + i_list)
-    is_split = tl.load(task_start + i_list + 1) - first_task > 1
+    first_visit = tl.load(list_start + i_list)
+    is_split = tl.load(list_start + i_list + 1) - first_visit > task_rows
+    i_turn = (begin - first_visit) // task_rows
     o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
     key = tl.load(page_row + i_h * s_row + i_b) + o_n
@@ -98,7 +99,7 @@ def _key_kernel(
     if is_split:
         if ORDERED:
             p_turn = turn + 1 + i_list * KEY_TILES + i_n
-            while tl.atomic_add(p_turn, 0, sem="acquire") != i_task - first_task:
+            while tl.atomic_add(p_turn, 0, sem="acquire") != i_turn:
                 pass
             tl.debug_barrier()
         tl.atomic_add(p_dk, b_dk, mask=m_kv, sem="relaxed")
@@ -113,19 +114,16 @@ def _key_kernel(
 
 @triton.jit
 def _query_kernel(
-    q, k, v, dout, lse, delta, part, visits, visits_start, task_start, task_list, visible,
+    q, k, v, dout, lse, delta, part, visits, tasks, visible,
     page_row, page_head, length,
-    scale, n_lists, n_blocks, n_heads, task_rows,
+    scale, max_tasks, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_ot, s_oh, s_lt, s_dt, s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_task, i_part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    if i_task >= tl.load(task_start + n_lists):
-        return
-    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
-    begin += i_part * BM
-    if begin >= end:
+    p_task = tasks + tl.program_id(0)
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    if i_list < 0:
         return
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
     n_keys = tl.load(length + i_b)

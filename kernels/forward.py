@@ -16,14 +16,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def task_visits(i_task, visits_start, task_start, task_list, task_rows):
-    """List of a task, and the range of its visits."""
-    i_list = tl.load(task_list + i_task)
-    begin = tl.load(visits_start + i_list) + (i_task - tl.load(task_start + i_list)) * task_rows
-    return i_list, begin, tl.minimum(begin + task_rows, tl.load(visits_start + i_list + 1))
-
-
-@triton.jit
 def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr):
     """For places ``o_v`` of the index: row, query head, place in [N, Hq, S'], and number of keys seen (0 if masked)."""
     visit = tl.load(visits + o_v, mask=m_v, other=0)
@@ -40,16 +32,16 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
 
 @triton.jit
 def _short_block_kernel(
-    q, k, v, part, part_lse, visits, visits_start, task_start, task_list, visible, page_row, page_head, length,
-    scale_log2, n_lists, n_blocks, n_heads, task_rows,
+    q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
+    scale_log2, max_tasks, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_task = tl.program_id(0)
-    if i_task >= tl.load(task_start + n_lists):
+    p_task = tasks + tl.program_id(0)
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    if i_list < 0:
         return
-    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
     n_keys = tl.load(length + i_b)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
@@ -72,7 +64,7 @@ def _short_block_kernel(
         b_p = tl.exp2(b_s - b_max[:, None])
         b_sum = tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(v.dtype.element_ty), b_v, input_precision=PRECISION)
-        b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        b_o *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
         place = (t * n_heads + head) * SLOTS + slot
         tl.store(part_lse + place, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
         p_o = part + place[:, None] * D + o_d[None, :]
@@ -81,16 +73,16 @@ def _short_block_kernel(
 
 @triton.jit
 def _long_block_kernel(
-    q, k, v, part, part_lse, visits, visits_start, task_start, task_list, visible, page_row, page_head, length,
-    scale_log2, n_lists, n_blocks, n_heads, task_rows,
+    q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
+    scale_log2, max_tasks, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_task = tl.program_id(0)
-    if i_task >= tl.load(task_start + n_lists):
+    p_task = tasks + tl.program_id(0)
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    if i_list < 0:
         return
-    i_list, begin, end = task_visits(i_task, visits_start, task_start, task_list, task_rows)
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
     n_keys = tl.load(length + i_b)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
@@ -135,7 +127,7 @@ def _long_block_kernel(
         b_o = tl.dot(b_p.to(v.dtype.element_ty), b_v, b_o * b_scale[:, None], input_precision=PRECISION)
         b_max = b_new
 
-    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_o *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     place = (t * n_heads + head) * SLOTS + slot
     tl.store(part_lse + place, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
     p_o = part + place[:, None] * D + o_d[None, :]

@@ -8,8 +8,9 @@ row ``t``, head ``g`` of the group, to its chosen block ``slot``, or to its own 
 visits of one (KV head, block), ascending: rows of the own block first, gathers nearly contiguous, and the same order in
 every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
 
-The lists come from a counting sort. A program counts the visits per block of a tile of rows (1); counts become places
-by a running sum over tiles (2) and over lists; a second walk over the tile writes each visit to its place (3).
+The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
+running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all heads
+is made once, serves forward and backward, and is cut into tasks for any range of heads.
 """
 
 from typing import NamedTuple
@@ -21,30 +22,35 @@ from torch import Tensor
 
 from .common import on_device
 
-# Entries of the table of counts, tiles x lists: 16 MiB.
-COUNT_ENTRIES = 1 << 22
+# Entries of the table of counts, tiles x lists: 32 MiB.
+COUNT_ENTRIES = 1 << 23
 MIN_TILE_ROWS = 64
-STEP = 128
 
 
 class Routing(NamedTuple):
-    """Lists of visits of [Hkv, n] blocks, flattened to L = Hkv * n, cut into tasks."""
+    """Lists of visits of [Hkv, n] blocks."""
 
     visits: Tensor
     """[N * Hq * S'] int32, the lists one after the other; entries past the last list are undefined."""
     list_start: Tensor
-    """[L + 1] int32, where each list begins in ``visits``."""
-    task_start: Tensor
-    """[L + 1] int32, number of the first task of each list; the last entry is the number of tasks."""
-    task_list: Tensor
-    """[max_tasks] int32, list of each task; undefined past the last task."""
-    task_rows: int
+    """[Hkv * n + 1] int32, where each list begins in ``visits``, and where the last one ends."""
+
+
+class Tasks(NamedTuple):
+    """Pieces of the lists of some KV heads."""
+
+    table: Tensor
+    """[3, max_tasks] int32: list (counted from the first head), begin and end in ``visits``; list -1 past the last task.
+
+    ``max_tasks`` is an upper bound that needs no value from the device."""
+    list_start: Tensor
+    """[heads * n + 1] int32, a view of the index."""
+    rows: int
     """R."""
 
     @property
     def max_tasks(self) -> int:
-        """Upper bound of the number of tasks that needs no value from the device."""
-        return self.task_list.numel()
+        return self.table.shape[1]
 
 
 @triton.jit
@@ -83,9 +89,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _running_sum_kernel(
-    counts, sizes, n_tiles, n_blocks, n_lists, task_rows, BT: tl.constexpr, BB: tl.constexpr
-):  # fmt: skip
+def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
     o_t = tl.arange(0, BT)
@@ -98,22 +102,9 @@ def _running_sum_kernel(
         tl.store(p, total[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m)
         total += tl.sum(b_count, 0)
     # One place to the right, so that an inclusive sum over lists yields where each begins.
-    p_sizes = sizes + 1 + i_h * n_blocks + o_b
-    tl.store(p_sizes, total, mask=o_b < n_blocks)
-    tl.store(p_sizes + n_lists + 1, (total + task_rows - 1) // task_rows, mask=o_b < n_blocks)
+    tl.store(sizes + 1 + i_h * n_blocks + o_b, total, mask=o_b < n_blocks)
     if (i_b == 0) & (i_h == 0):
         tl.store(sizes, 0)
-        tl.store(sizes + n_lists + 1, 0)
-
-
-@triton.jit
-def _task_kernel(task_start, task_list, n_lists, BL: tl.constexpr):
-    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
-    m_l = o_l < n_lists
-    begin = tl.load(task_start + o_l, mask=m_l, other=0)
-    count = tl.load(task_start + o_l + 1, mask=m_l, other=0) - begin
-    for i in range(0, tl.max(count, 0)):
-        tl.store(task_list + begin + i, o_l, mask=i < count)
 
 
 @triton.jit
@@ -128,28 +119,55 @@ def _scatter_kernel(
     begin = i_t * tile_visits
     end = tl.minimum(begin + tile_visits, n_visits)
     o_v = tl.arange(0, STEP)
+    block = visit_block(
+        begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS
+    )
     for v in range(begin, end, STEP):
-        visit = v + o_v
-        block = visit_block(visit, visit < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        # The next step's blocks are on their way while this one waits for its counts.
+        ahead = v + STEP + o_v
+        next_block = visit_block(ahead, ahead < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
         m_v = block >= 0
         earlier = (block[:, None] == block[None, :]) & (o_v[None, :] < o_v[:, None])
         place = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)
         place += tl.load(p_counts + block, mask=m_v, other=0, cache_modifier=".cg")
-        tl.store(visits + place, visit, mask=m_v)
+        tl.store(visits + place, v + o_v, mask=m_v)
         # Every thread has read the counts before any is raised, and sees them raised in the next step.
         tl.debug_barrier()
         tl.atomic_add(p_counts + block, 1, mask=m_v, sem="relaxed")
         tl.debug_barrier()
+        block = next_block
 
 
-def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor, task_rows: int) -> Routing:
+@triton.jit
+def _task_count_kernel(list_start, sizes, n_lists, task_rows, BL: tl.constexpr):
+    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    m_l = o_l < n_lists
+    n_visits = tl.load(list_start + o_l + 1, mask=m_l, other=0) - tl.load(list_start + o_l, mask=m_l, other=0)
+    tl.store(sizes + o_l, (n_visits + task_rows - 1) // task_rows, mask=m_l)
+
+
+@triton.jit
+def _task_kernel(list_start, task_end, table, n_lists, max_tasks, task_rows, BL: tl.constexpr):
+    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    m_l = o_l < n_lists
+    begin = tl.load(list_start + o_l, mask=m_l, other=0)
+    end = tl.load(list_start + o_l + 1, mask=m_l, other=0)
+    count = (end - begin + task_rows - 1) // task_rows
+    p_table = table + tl.load(task_end + o_l, mask=m_l, other=0) - count
+    for i in range(0, tl.max(count, 0)):
+        m = i < count
+        tl.store(p_table + i, o_l, mask=m)
+        tl.store(p_table + max_tasks + i, begin + i * task_rows, mask=m)
+        tl.store(p_table + 2 * max_tasks + i, tl.minimum(begin + (i + 1) * task_rows, end), mask=m)
+
+
+def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
     """Index of the visits of all rows to the blocks of one storage.
 
     Args:
-        chosen: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous.
+        chosen: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
         own, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its own block.
         page_row: [Hkv, n] int64, -1 where a block is not in the storage; unit stride in n.
-        task_rows: R.
     """
     n_rows, n_heads, n_chosen = chosen.shape
     n_kv, n_blocks = page_row.shape
@@ -162,20 +180,31 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
         tile_rows *= 2
     n_tiles = triton.cdiv(n_rows, tile_rows)
     counts = torch.zeros(n_kv, n_tiles, n_blocks, dtype=torch.int32, device=device)
-    sizes = torch.empty(2, n_lists + 1, dtype=torch.int32, device=device)
+    sizes = torch.empty(n_lists + 1, dtype=torch.int32, device=device)
     visits = torch.empty(n_kv * n_visits, dtype=torch.int32, device=device)
-    max_tasks = n_kv * n_visits // task_rows + min(n_lists, n_kv * n_visits)
-    task_list = torch.empty(max_tasks, dtype=torch.int32, device=device)
 
     inputs = chosen, own, visible, page_row
     numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
-    sizes_const = dict(G=group, S=n_chosen, SLOTS=slots, STEP=STEP)
+    constants = dict(G=group, S=n_chosen, SLOTS=slots)
     with on_device(chosen):
-        _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **sizes_const, num_warps=4)
+        _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **constants, STEP=128, num_warps=4)
         _running_sum_kernel[(triton.cdiv(n_blocks, 32), n_kv)](
-            counts, sizes, n_tiles, n_blocks, n_lists, task_rows, BT=64, BB=32, num_warps=4
+            counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4
         )
-        list_start, task_start = torch.cumsum(sizes, 1, dtype=torch.int32)
-        _task_kernel[(triton.cdiv(n_lists, 128),)](task_start, task_list, n_lists, BL=128, num_warps=4)
-        _scatter_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, visits, *numbers, **sizes_const, num_warps=4)
-    return Routing(visits, list_start, task_start, task_list, task_rows)
+        list_start = torch.cumsum(sizes, 0, dtype=torch.int32)
+        _scatter_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2)
+    return Routing(visits, list_start)
+
+
+def cut_tasks(list_start: Tensor, max_visits: int, task_rows: int) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from lists of at most ``max_visits`` visits together."""
+    n_lists = list_start.numel() - 1
+    max_tasks = max_visits // task_rows + min(n_lists, max_visits)
+    sizes = torch.empty(n_lists, dtype=torch.int32, device=list_start.device)
+    table = torch.full((3, max_tasks), -1, dtype=torch.int32, device=list_start.device)
+    grid = (triton.cdiv(n_lists, 128),)
+    with on_device(list_start):
+        _task_count_kernel[grid](list_start, sizes, n_lists, task_rows, BL=128, num_warps=4)
+        task_end = torch.cumsum(sizes, 0, dtype=torch.int32)
+        _task_kernel[grid](list_start, task_end, table, n_lists, max_tasks, task_rows, BL=128, num_warps=4)
+    return Tasks(table, list_start, task_rows)

@@ -31,6 +31,13 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, blocks and warps of a tile of the selection. The same on every GPU, so that selections are too."""
+    if dtype == torch.float32:
+        return 32, 32, 4
+    return (128, 64, 4) if padded_dim(dim) <= 128 else (64, 64, 4)
+
+
 def _keys(block_size: int, most: int) -> int:
     """Keys per tile: the block itself where it is short."""
     return min(most, max(16, triton.next_power_of_2(block_size)))
