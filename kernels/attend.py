@@ -17,7 +17,9 @@ from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, sum_visits
 from .routing import Routing, build_routing, cut_tasks
 
-SCRATCH_BYTES = 1 << 30
+# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
+FORWARD_SCRATCH = 5 << 28
+BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
 MAX_VISITS = 2**31 - 1
 
@@ -30,8 +32,7 @@ def attend(
     visible: Tensor | None,
     scale: float,
     out_dtype: torch.dtype = torch.float32,
-    scratch_bytes: int = SCRATCH_BYTES,
-    routing: list[Routing] | None = None,
+    scratch_bytes: int = FORWARD_SCRATCH,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -44,15 +45,12 @@ def attend(
         scale: factor of the scores.
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
-        routing: an empty list receives the index, one entry per slice of rows; a filled one, from a call with the same
-            visits and ``scratch_bytes``, is used instead of building the index again.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
     """
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
-    routing = [] if routing is None else routing
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
     if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
@@ -62,13 +60,13 @@ def attend(
         )
     out = torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device)
     lse = torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device)
-    slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes(n_slots, dim, q.dtype), scratch_bytes)
-    for i, (rows, head_slices) in enumerate(slices):
+    row_bytes = n_slots * (dim * q.element_size() + 4)
+    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, 0, scratch_bytes)
+    for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
-        if len(routing) == i:
-            routing.append(build_routing(*args[2:], pages.row))
+        routing = build_routing(*args[2:], pages.row)
         for kv_heads in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], routing[i], kv_heads)
+            _attend_slice(*args, scale, out[rows], lse[rows], routing, kv_heads)
     return out, lse
 
 
@@ -83,9 +81,8 @@ def attend_backward(
     lse: Tensor,
     delta: Tensor,
     deterministic: bool = False,
-    dq_dtype: torch.dtype = torch.float32,
-    scratch_bytes: int = SCRATCH_BYTES,
-    routing: list[Routing] | None = None,
+    local_dtype: torch.dtype | None = None,
+    scratch_bytes: int = BACKWARD_SCRATCH,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -94,31 +91,42 @@ def attend_backward(
         lse: [N, Hq] float32, log-sum-exp over everything the row sees, in all storages.
         delta: [N, Hq] float32, row sums of ``dout * out`` of the final output.
         deterministic: bit-identical results from run to run.
-        dq_dtype: of dq.
-        scratch_bytes, routing: as in :func:`attend`.
+        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32 sums of
+            dk and dv then exist for a few heads at a time.
+        scratch_bytes: as in :func:`attend`.
 
     Returns:
-        dq [N, Hq, D], and dk, dv float32 shaped like the storages, zero where no page lies.
+        dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
     """
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
-    routing = [] if routing is None else routing
     dout = check_unit_stride(dout.to(q.dtype))
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
-    dk = torch.zeros(pages.k.shape, dtype=torch.float32, device=q.device)
-    dv = torch.zeros(pages.v.shape, dtype=torch.float32, device=q.device)
-    if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
-        return torch.zeros(n_rows, n_heads, dim, dtype=dq_dtype, device=q.device), dk, dv
-    dq = torch.empty(n_rows, n_heads, dim, dtype=dq_dtype, device=q.device)
-    slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes(n_slots, dim, q.dtype), scratch_bytes)
-    for i, (rows, head_slices) in enumerate(slices):
-        args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
-        if len(routing) == i:
-            routing.append(build_routing(*args[2:], pages.row))
-        rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], dk, dv
-        for kv_heads in head_slices:
-            _backward_slice(*args, scale, *rest, routing[i], kv_heads)
+    grad_dtype = local_dtype or torch.float32
+    nothing = n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0
+    new = torch.zeros if nothing or local_dtype is None else torch.empty
+    dk = new(pages.k.shape, dtype=grad_dtype, device=q.device)
+    dv = new(pages.v.shape, dtype=grad_dtype, device=q.device)
+    if nothing:
+        return torch.zeros(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device), dk, dv
+    dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
+    row_bytes = n_slots * dim * _part_dtype(q.dtype).itemsize
+    head_bytes = 0 if local_dtype is None else 8 * dim * pages.k.shape[0]
+    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, head_bytes, scratch_bytes)
+    # The index of a slice of rows serves all heads.
+    visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
+    routings = [build_routing(*some, pages.row) for some in visits]
+    for kv_heads in head_slices:
+        sums = dk, dv, 0
+        if local_dtype is not None:
+            shape = pages.k.shape[0], kv_heads.stop - kv_heads.start, dim
+            sums = *(torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in "kv"), kv_heads.start
+        for rows, some, routing in zip(row_slices, visits, routings):
+            rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], *sums
+            _backward_slice(q[rows], pages, *some, scale, *rest, routing, kv_heads)
+        if local_dtype is not None:
+            dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
     return dq, dk, dv
 
 
@@ -135,27 +143,27 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows].contiguous()
 
 
-def row_bytes(n_slots: int, dim: int, dtype: torch.dtype) -> int:
-    """Scratch of one row of one head; the same forward and backward, so that both cut the same slices of rows."""
-    return n_slots * (dim * _part_dtype(dtype).itemsize + 8)
-
-
-def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, scratch_bytes: int):
-    """Slices of rows, each with slices of KV heads, whose partial results stay within ``scratch_bytes``.
+def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int):
+    """Slices of rows and slices of KV heads for scratch of ``row_bytes`` per row and query head, and ``head_bytes`` per
+    KV head.
 
     Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
     index would outgrow 32 bits.
     """
     n_kv = pages.row.shape[0]
     group = n_heads // n_kv
-    fits = max(1, scratch_bytes // (row_bytes * group))
-    kv_step = max(1, min(n_kv, fits // n_rows))
-    row_step = min(n_rows, max(1, min(fits // kv_step, MAX_VISITS // (n_heads * n_slots))))
-    # Even slices: the last one should not be a sliver.
-    kv_step = triton.cdiv(n_kv, triton.cdiv(n_kv, kv_step))
-    row_step = triton.cdiv(n_rows, triton.cdiv(n_rows, row_step))
-    heads = [slice(h, min(h + kv_step, n_kv)) for h in range(0, n_kv, kv_step)]
-    return [(slice(t, min(t + row_step, n_rows)), heads) for t in range(0, n_rows, row_step)]
+    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
+    row_step = min(
+        max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
+        MAX_VISITS // (n_heads * n_slots),
+    )
+    return _cut(n_rows, max(1, row_step)), _cut(n_kv, kv_step)
+
+
+def _cut(total: int, step: int) -> list[slice]:
+    """Even slices of at most ``step``: the last one should not be a sliver."""
+    step = triton.cdiv(total, triton.cdiv(total, step))
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
 def _part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -212,8 +220,9 @@ def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Rout
 
 
 def _backward_slice(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, routing: Routing, kv_heads: slice
-) -> None:
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, first_head: int,
+    routing: Routing, kv_heads: slice,
+) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
     kind = q.shape[2], pages.block_size, q.dtype, q.device
     tile = tuned.key_tile(*kind)
@@ -234,7 +243,7 @@ def _backward_slice(
     with on_device(q):
         _key_kernel[(tasks.max_tasks * key_tiles,)](
             *inputs, into, dk, dv, routing.visits, tasks.table, tasks.list_start, visible, *part.pages, turn,
-            scale, tasks.max_tasks, part.n_blocks, part.n_heads, tile.task_rows,
+            scale, tasks.max_tasks, part.n_blocks, part.n_heads, tile.task_rows, first_head,
             *strides, *into.stride()[:2], *dk.stride()[:2], *part.page_strides,
             **part.constants, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic,
             STAGES=tile.stages, num_warps=tile.warps,

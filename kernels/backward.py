@@ -24,11 +24,11 @@ DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tasks", "first_head"])
 def _key_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, visits, tasks, list_start, visible,
     page_row, page_head, length, turn,
-    scale, max_tasks, n_blocks, n_heads, task_rows,
+    scale, max_tasks, n_blocks, n_heads, task_rows, first_head,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_ot, s_oh, s_lt, s_dt, s_dqt, s_dqh, s_dkr, s_dkh,
     s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -94,8 +94,8 @@ def _key_kernel(
                 tl.atomic_add(p_dq, b_dq * scale, mask=m_md, sem="relaxed")
 
     b_dk *= scale
-    p_dk = dk + key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
-    p_dv = dv + key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
+    p_dk = dk + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    p_dv = dv + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
     if is_split:
         if ORDERED:
             p_turn = turn + 1 + i_list * KEY_TILES + i_n
@@ -112,7 +112,7 @@ def _key_kernel(
         tl.store(p_dv, b_dv, mask=m_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tasks"])
 def _query_kernel(
     q, k, v, dout, lse, delta, part, visits, tasks, visible,
     page_row, page_head, length,

@@ -30,7 +30,7 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
     return t, head, slot, limit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tasks"])
 def _short_block_kernel(
     q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
     scale_log2, max_tasks, n_blocks, n_heads,
@@ -71,7 +71,7 @@ def _short_block_kernel(
         tl.store(p_o, b_o.to(part.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tasks"])
 def _long_block_kernel(
     q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
     scale_log2, max_tasks, n_blocks, n_heads,

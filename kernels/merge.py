@@ -14,7 +14,7 @@ from .routing import visit_block
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _merge_visits_kernel(
     part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -65,7 +65,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _sum_visits_kernel(
     part, out, chosen, own, visible, page_row, n_rows, n_heads, scale, s_ot, s_oh, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -102,7 +102,7 @@ def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _merge_pair_kernel(
     out_a, lse_a, out_b, lse_b, out, lse, n_rows, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _row_sums_kernel(
     a, b, sums, n_rows, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip

@@ -72,7 +72,7 @@ def visit_block(
     return tl.where(page >= 0, block, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_visits"])
 def _count_kernel(
     chosen, own, visible, page_row, counts,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -88,7 +88,7 @@ def _count_kernel(
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
@@ -107,7 +107,7 @@ def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: 
         tl.store(sizes, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_visits"])
 def _scatter_kernel(
     chosen, own, visible, page_row, counts, list_start, visits,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -138,7 +138,7 @@ def _scatter_kernel(
         block = next_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_lists"])
 def _task_count_kernel(list_start, sizes, n_lists, task_rows, BL: tl.constexpr):
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
     m_l = o_l < n_lists
@@ -146,7 +146,7 @@ def _task_count_kernel(list_start, sizes, n_lists, task_rows, BL: tl.constexpr):
     tl.store(sizes + o_l, (n_visits + task_rows - 1) // task_rows, mask=m_l)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_lists", "max_tasks"])
 def _task_kernel(list_start, task_end, table, n_lists, max_tasks, task_rows, BL: tl.constexpr):
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
     m_l = o_l < n_lists

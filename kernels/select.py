@@ -56,7 +56,7 @@ def _take(kept, rank, key, newest, o_n):
     return kept, tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _select_kernel(
     q, means, first, own, chosen,
     n_rows, s_qt, s_qh, s_mb, s_mh,
