@@ -139,9 +139,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; tokens and head_dim must be equal"
-        )
+        raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; tokens and head_dim must be equal")
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, not a positive multiple of the {k.shape[1]} heads of k and v")
     if not (q.dtype == k.dtype == v.dtype):

@@ -277,6 +277,31 @@ def attend_backward(
     return dq, dk, dv
 
 
+def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
+    """Join partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
+
+    Args:
+        out: [N, Hq, D], lse: [N, Hq], wide.
+        part: [M, D], part_lse: [M], wide.
+        index: [N, Hq, S] int64, which partial result belongs to each slot, -1 for none.
+    """
+    if part.shape[0] == 0:
+        return
+    for places in index.unbind(2):
+        there, at = places >= 0, places.clamp(min=0)
+        joined, joined_lse = merge([out, part[at]], [lse, torch.where(there, part_lse[at], -torch.inf)])
+        out.copy_(torch.where(there[..., None], joined, out))
+        lse.copy_(joined_lse)
+
+
+def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
+    """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
+    if part.shape[0] == 0:
+        return
+    for places in index.unbind(2):
+        out += torch.where((places >= 0)[..., None], part[places.clamp(min=0)], 0)
+
+
 def merge(outs, lses) -> tuple[Tensor, Tensor]:
     """Join partial results over disjoint sets of keys: outs of [..., D], lses of [...], both wide."""
     lse = torch.stack(list(lses)).logsumexp(0)

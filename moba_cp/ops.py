@@ -16,6 +16,8 @@ def backend(x: Tensor):
 
 
 merge = eager.merge
+merge_rows = eager.merge_rows
+add_rows = eager.add_rows
 
 
 def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Tensor:

@@ -57,13 +57,12 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens:
             rows = slice(start, min(start + block_size, end))
             for head in range(n_heads):
                 candidates = means[first_block : first_block + own, head // group]
-                score = q[rows, head].detach().to(wide) @ candidates.T
-                # A stable descending sort of the candidates from newest to oldest lets the newer win a tie;
-                # NaN is ranked by hand, because torch would put it first.
-                score = torch.where(score.isnan(), -torch.inf, score).flip(-1)
-                is_nan = (q[rows, head].detach().to(wide) @ candidates.T).isnan().flip(-1)
-                order = score.argsort(dim=-1, descending=True, stable=True)
-                order = order.gather(-1, is_nan.gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True))
+                # Candidates run from the newest to the oldest, so that a stable sort lets the newer win a tie.
+                score = (q[rows, head].detach().to(wide) @ candidates.T).flip(-1)
+                number = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+                order = number.argsort(dim=-1, descending=True, stable=True)
+                # NaN goes behind every number, -inf included.
+                order = order.gather(-1, score.isnan().gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True))
                 chosen[rows, head, :n_take] = first_block + own - 1 - order[:, :n_take]
         first_block += -(-(end - begin) // block_size)
     return chosen
@@ -85,6 +84,7 @@ def moba_attention(
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    chosen: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA attention of packed documents.
 
@@ -95,13 +95,16 @@ def moba_attention(
         cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
         return_lse: also return the log-sum-exp of the scaled scores, natural log.
+        chosen: [T, Hq, k - 1] block ids to attend to instead of those of :func:`select_blocks`, so that results in
+            two precisions can be compared under one selection.
 
     Returns:
         out [T, Hq, D] in q's dtype, and lse [T, Hq] in float32 (float64 for float64 inputs) if asked for.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[1] // k.shape[1]
-    chosen = select_blocks(q, k, block_size, top_k, cu_seqlens)
+    if chosen is None:
+        chosen = select_blocks(q, k, block_size, top_k, cu_seqlens)
     wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [q.new_zeros(0, q.shape[1], q.shape[2])], [q.new_zeros(0, q.shape[1], dtype=wide)]
     first_block = 0

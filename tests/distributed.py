@@ -34,7 +34,9 @@ def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S) -> list:
     """
     ctx = mp.get_context("spawn")
     results, port = ctx.Queue(), free_port()
-    processes = [ctx.Process(target=_rank_main, args=(r, n, port, results, function, args), daemon=True) for r in range(n)]
+    processes = [
+        ctx.Process(target=_rank_main, args=(rank, n, port, results, function, args), daemon=True) for rank in range(n)
+    ]
     for process in processes:
         process.start()
     reports: dict[int, tuple[bool, object]] = {}
@@ -87,8 +89,9 @@ class ThreadCommunicator(Communicator):
         self._barrier.wait(TIMEOUT_S)
         return everybody
 
-    def _all_gather(self, x):
-        return torch.stack(self._swap(x))
+    def _all_gather_async(self, x):
+        out = torch.stack(self._swap(x))
+        return lambda: out
 
     def _all_to_all(self, x, send, receive):
         assert x.shape[0] == sum(send) and len(send) == len(receive) == self.size

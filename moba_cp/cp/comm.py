@@ -4,11 +4,16 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -21,8 +26,10 @@ class Counters:
     """Bytes received from other ranks, by kind of message."""
     dense_ring: int = 0
     """Bytes a dense ring would have received for the same calls."""
+    planned: int = 0
+    """Bytes, forward and backward, that the plans say this rank's requests and the answers to them take."""
     needed: int = 0
-    """(KV head, block) pairs fetched from other ranks."""
+    """(KV head, block) pairs of other ranks that local queries chose or lie in."""
     remote: int = 0
     """(KV head, block) pairs of other ranks that some local query could have chosen."""
 
@@ -42,9 +49,30 @@ class Counters:
         return flat | {
             "sent_bytes": sum(self.sent.values()),
             "received_bytes": sum(self.received.values()),
+            "planned_bytes": self.planned,
             "dense_ring_bytes": self.dense_ring,
             "needed_share": self.needed / self.remote if self.remote else 0.0,
         }
+
+
+class HostCopy:
+    """A small tensor on its way from the device to the host; :meth:`get` waits for it, once."""
+
+    def __init__(self, x: Tensor):
+        self._event = None
+        self._host = x
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> Tensor:
+        """The tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host
 
 
 class Communicator:
@@ -58,12 +86,35 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.counters = Counters()
+        self._stream = None
 
     def all_gather(self, x: Tensor, kind: str) -> Tensor:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""
         others = x.nbytes * (self.size - 1)
         self.counters.add(kind, others, others)
         return self.gather_uncounted(x)
+
+    def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
+        """:meth:`all_gather` that returns at once; the function it returns waits."""
+        others = x.nbytes * (self.size - 1)
+        self.counters.add(kind, others, others)
+        return self._all_gather_async(x.contiguous())
+
+    def mark(self, x: Tensor) -> torch.cuda.Event | None:
+        """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
+        return torch.cuda.current_stream().record_event() if x.is_cuda else None
+
+    def beside(self, after: torch.cuda.Event | None):
+        """Context in which work is issued beside the current stream, once it has passed ``after``.
+
+        Packing a message and sending it must not queue behind the attention that it is to overlap with.
+        """
+        if after is None:
+            return contextlib.nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_event(after)
+        return torch.cuda.stream(self._stream)
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """:meth:`all_gather` for what is not part of an attention layer."""
@@ -84,11 +135,19 @@ class Communicator:
         return self._all_to_all(x.contiguous(), send, receive)
 
     def _all_gather(self, x: Tensor) -> Tensor:
+        return self._all_gather_async(x)()
+
+    def _all_gather_async(self, x: Tensor) -> Callable[[], Tensor]:
         if self.size == 1:
-            return x[None]
+            return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group)
-        return out
+        work = _all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return _used_here(out)
+
+        return wait
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         if self.size == 1:
@@ -98,6 +157,13 @@ class Communicator:
 
         def wait() -> Tensor:
             work.wait()
-            return out
+            return _used_here(out)
 
         return wait
+
+
+def _used_here(x: Tensor) -> Tensor:
+    """Keep the allocator from giving ``x`` away, on the stream it was made for, before the current stream is done."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream())
+    return x

@@ -11,6 +11,7 @@ from ..blocks import check_cu_seqlens
 from .comm import Communicator, Counters
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
+from .options import ExchangeOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class CPContext:
     """[n_docs + 1] int, document boundaries in the whole sequence; None for one document."""
     device: torch.device | str | None = None
     """Where index tensors live; default: the current GPU for an NCCL group, else the CPU."""
+    exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
+    """What MoBA layers move, and how; a mode's name stands for the options with that mode."""
     comm: Communicator = field(init=False, repr=False)
     """The group's collectives and byte counters."""
     positions: Tensor = field(init=False, repr=False)
@@ -59,6 +62,11 @@ class CPContext:
         def freeze(name, value):
             object.__setattr__(self, name, value)
 
+        exchange = ExchangeOptions(mode=self.exchange) if isinstance(self.exchange, str) else self.exchange
+        per_node = exchange.ranks_per_node
+        if per_node is not None and comm.size % per_node:
+            raise ValueError(f"ranks_per_node={per_node} does not divide cp_size={comm.size}; nodes must be equal")
+        freeze("exchange", exchange)
         freeze("comm", comm)
         freeze("device", device)
         freeze("cu_seqlens", cu_seqlens)

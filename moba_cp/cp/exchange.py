@@ -1,124 +1,176 @@
-"""Moving blocks between ranks, and their gradients back.
+"""Moving blocks between ranks, and their gradients back, by one hop or two.
 
-Legend: P ranks, L local tokens, X extra rows (assembled straddling blocks), Hkv key/value heads, D head dim,
-B block size, W rows received. K and V of one row travel together.
+Legend: P ranks, n blocks, L local tokens, X extra rows, Hkv key/value heads, D head dim, W rows received in one stage.
+K and V of one row travel together. A pair is (KV head, block), numbered ``head * n + block``.
 """
 
-from typing import Callable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..blocks import Pages
 from .comm import Communicator
 from .geometry import BlockGeometry
-from .plan import BlockPlan
+from .plan import PairLists
 
 
-def assemble(k: Tensor, v: Tensor, geometry: BlockGeometry, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Local rows followed by this rank's straddling blocks: k, v [L, Hkv, D] -> [L + X, Hkv, D]; a collective call."""
-    if not geometry.straddles:
-        return k, v
-    local = torch.stack([k, v], 1)
-    tails = comm.all_to_all(local[geometry.tail_from], geometry.tail_send, geometry.tail_receive, "tails")()
-    extra = local.new_empty(geometry.n_extra, *local.shape[1:])
-    extra[geometry.copy_to] = local[geometry.copy_from]
-    extra[geometry.tail_to] = tails
-    return torch.cat([k, extra[:, 0]]), torch.cat([v, extra[:, 1]])
+class Rows(NamedTuple):
+    """The rows of a list of pairs, one entry per row in the order of the wire."""
+
+    head: Tensor
+    block: Tensor
+    in_block: Tensor
+    """int64 each."""
 
 
-def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`assemble`: dk, dv [L + X, Hkv, D] -> [L, Hkv, D]; a collective call."""
-    if not geometry.straddles:
-        return dk, dv
-    n_local = dk.shape[0] - geometry.n_extra
-    grads = torch.stack([dk, dv], 1)
-    local, extra = grads[:n_local], grads[n_local:]
-    tails = comm.all_to_all(extra[geometry.tail_to], geometry.tail_receive, geometry.tail_send, "tail_gradients")()
-    # A row of a straddling block is nowhere else, so the gradient in its place is still zero.
-    local[geometry.copy_from] = extra[geometry.copy_to]
-    local[geometry.tail_from] = tails
-    return local[:, 0], local[:, 1]
+class HopStage:
+    """The pairs of one hop that move in one stage."""
 
+    def __init__(self, lists: PairLists, sizes: list, stage: int, geometry: BlockGeometry, comm: Communicator):
+        """``sizes`` are the host's copy of ``lists.sizes``."""
+        (want_rows, want), (give_rows, give) = (
+            ([row[:-1] for row in side], [row[-1] for row in side]) for side in sizes
+        )
+        self.receive, self.send = want_rows[stage], give_rows[stage]
+        self.want = lists.want[sum(want[:stage]) : sum(want[: stage + 1])]
+        self.give = lists.give[sum(give[:stage]) : sum(give[: stage + 1])]
+        self.geometry, self.comm = geometry, comm
 
-def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
-    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
-    mine = geometry.owned[comm.rank]
-    widest = max(ids.numel() for ids in geometry.owned)
-    means = k.new_zeros(widest, *k.shape[1:])
-    means[: mine.numel()] = ops.block_means(k, geometry.row[mine], geometry.length[mine], geometry.block_size)
-    return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
-
-
-def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:
-    """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
-    n_kv = k.shape[1]
-    head = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None].expand(-1, geometry.n_blocks)
-    return Pages(k, v, geometry.row.expand(n_kv, -1), head, geometry.length, geometry.block_size)
-
-
-class BlockExchange:
-    """One layer's transfer of the blocks in a :class:`BlockPlan`."""
-
-    def __init__(self, plan: BlockPlan, geometry: BlockGeometry, comm: Communicator):
-        self.plan, self.geometry, self.comm = plan, geometry, comm
-
-    def fetch(self, k: Tensor, v: Tensor) -> Callable[[], Pages]:
-        """Start sending owned blocks and receiving needed ones; a collective call.
-
-        Args:
-            k, v: [L + X, Hkv, D].
+    def fetch(self, sources: list[Pages], n_kv: int) -> Callable[[], Pages]:
+        """Start sending pairs found in ``sources`` and receiving others; a collective call.
 
         Returns:
-            A function that waits and returns the pages of the received blocks: one-head storages [W, 1, D].
+            A function that waits and returns the pages received: one-head storages [W, 1, D].
         """
-        plan, geometry = self.plan, self.geometry
-        rows, heads = self._owned_rows(0, sum(plan.send_rows))
-        # Rows of one block and head: [.., 2, D], K beside V.
-        packed = torch.stack([k[rows, heads], v[rows, heads]], 1)
-        wait = self.comm.all_to_all(packed, plan.send_rows, plan.receive_rows, "kv")
+        at = self._rows(self.give, 0, sum(self.send))
+        packed = _read(sources[0], at)
+        for source in sources[1:]:
+            here = source.row[at.head, at.block] >= 0
+            packed = torch.where(here[:, None, None], _read(source, at), packed)
+        wait = self.comm.all_to_all(packed, self.send, self.receive, "kv")
+        geometry = self.geometry
 
         def pages() -> Pages:
             received = wait()
-            length = geometry.length[plan.want_block].long()
-            row = torch.full((k.shape[1], geometry.n_blocks), -1, dtype=torch.int64, device=k.device)
-            row[plan.want_head, plan.want_block] = length.cumsum(0) - length
-            head = torch.zeros_like(row, dtype=torch.int32)
-            return Pages(received[:, :1], received[:, 1:], row, head, geometry.length, geometry.block_size)
+            n, device = geometry.n_blocks, received.device
+            length = geometry.length.long()[self.want % n]
+            row = torch.full((n_kv * n,), -1, dtype=torch.int64, device=device)
+            row[self.want] = length.cumsum(0) - length
+            head = torch.zeros(n_kv, n, dtype=torch.int32, device=device)
+            return Pages(
+                received[:, :1], received[:, 1:], row.view(n_kv, n), head, geometry.length, geometry.block_size
+            )
 
         return pages
 
-    def give_back(self, dk: Tensor, dv: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """Start sending the gradients of received blocks to their owners; a collective call.
+    def give_back(self, grads: Tensor, add: Callable[[Rows, Tensor], None], dtype: torch.dtype) -> Callable[[], None]:
+        """Start sending gradients of received rows to where the rows came from; a collective call.
 
         Args:
-            dk, dv: [W, 1, D] wide.
+            grads: [W, 2, D] wide, of K and V.
+            add: adds gradients [rows, 2, D] wide to the rows they belong to; within one call all rows differ.
+            dtype: dtype on the wire.
 
         Returns:
-            A function ``add(dk, dv)`` that waits and adds what arrived, in rank order, to the owner's wide
-            gradients [L + X, Hkv, D], in place.
+            A function that waits and adds what arrived, in rank order.
         """
-        plan = self.plan
-        wait = self.comm.all_to_all(torch.cat([dk, dv], 1), plan.receive_rows, plan.send_rows, "kv_gradients")
+        wide = grads.dtype
+        wait = self.comm.all_to_all(grads.to(dtype), self.receive, self.send, "kv_gradients")
 
-        def add(dk: Tensor, dv: Tensor) -> None:
+        def finish() -> None:
             begin = 0
-            for arrived in wait().split(plan.send_rows):
-                # One requester never asks for a block twice: within it all rows differ.
-                at = self._owned_rows(begin, arrived.shape[0])
-                dk[at] += arrived[:, 0]
-                dv[at] += arrived[:, 1]
+            for arrived in wait().split(self.send):
+                if arrived.shape[0]:
+                    add(self._rows(self.give, begin, arrived.shape[0]), arrived.to(wide))
                 begin += arrived.shape[0]
 
-        return add
+        return finish
 
-    def _owned_rows(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
-        """Row and KV head of sent rows ``begin .. begin + count``, in the order of the wire."""
-        plan, geometry = self.plan, self.geometry
-        length = geometry.length[plan.give_block].long()
-        end = length.cumsum(0)
-        wire = torch.arange(begin, begin + count, device=end.device)
-        pair = torch.searchsorted(end, wire, right=True)
-        in_block = wire - (end - length)[pair]
-        return geometry.row[plan.give_block[pair]] + in_block, plan.give_head[pair]
+    def _rows(self, pairs: Tensor, begin: int, count: int) -> Rows:
+        """Rows ``begin .. begin + count`` of the wire that carries ``pairs``."""
+        n = self.geometry.n_blocks
+        end = self.geometry.length.long()[pairs % n].cumsum(0)
+        wire = torch.arange(begin, begin + count, device=pairs.device)
+        index = torch.searchsorted(end, wire, right=True)
+        pair = pairs[index]
+        length = self.geometry.length.long()[pair % n]
+        return Rows(pair // n, pair % n, wire - (end[index] - length))
+
+
+def _read(pages: Pages, at: Rows) -> Tensor:
+    """[rows, 2, D], K beside V; anything for rows that are not in ``pages``."""
+    start = pages.row[at.head, at.block]
+    row = torch.where(start >= 0, start + at.in_block, 0)
+    head = pages.head[at.head, at.block].long()
+    if pages.k.shape[0] == 0:
+        return pages.k.new_zeros(row.numel(), 2, pages.k.shape[2])
+    return torch.stack([pages.k[row, head], pages.v[row, head]], 1)
+
+
+class BlockStage:
+    """All hops of one stage: blocks come to this rank, directly or through a rank of its node."""
+
+    def __init__(self, hops: list[HopStage], owned: Pages, fetch: Tensor, keep: bool):
+        """``owned``: pages of this rank's own blocks; ``fetch`` [Hkv, n] bool: what this rank itself asked for."""
+        self.hops, self.owned, self.fetch_mask, self.keep = hops, owned, fetch, keep
+        self._pages: list[Pages] | None = None
+
+    def fetch(self) -> Callable[[], list[Pages]]:
+        """Start; returns a function that waits for the storages in which this rank's blocks are."""
+        if self._pages is not None:
+            kept = self._pages
+            return lambda: kept
+        n_kv = self.owned.row.shape[0]
+        first = self.hops[0].fetch([self.owned], n_kv)
+        if len(self.hops) == 1:
+            waits = [first]
+        else:
+            outer = first()
+            waits = [lambda: outer, self.hops[1].fetch([self.owned, outer], n_kv)]
+
+        def wait() -> list[Pages]:
+            storages = [pages() for pages in waits]
+            if self.keep:
+                self._pages = storages
+            return storages
+
+        return wait
+
+    def visible(self, storages: list[Pages]) -> list[Pages]:
+        """The storages with only those blocks that this rank itself asked for."""
+        return [
+            Pages(p.k, p.v, torch.where(self.fetch_mask, p.row, -1), p.head, p.length, p.block_size) for p in storages
+        ]
+
+    def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
+        """Start sending gradients back; a collective call.
+
+        Args:
+            storages: as :meth:`fetch` gave them; grads: for each, [W, 2, D] wide.
+            owned: [L + X, Hkv, 2, D] wide, the owner's gradients, to which those that arrive are added.
+
+        Returns:
+            A function that waits and adds.
+        """
+
+        def add_owned(at: Rows, arrived: Tensor) -> None:
+            owned[self.owned.row[at.head, at.block] + at.in_block, at.head] += arrived
+
+        if len(self.hops) == 1:
+            return self.hops[0].give_back(grads[0], add_owned, dtype)
+        outer, inner = grads
+        # One flat buffer for both targets of the inner hop, so that an index says which.
+        n_kv, dim = owned.shape[1], owned.shape[3]
+        flat = torch.cat([torch.zeros_like(owned).view(-1, 2, dim), outer])
+        base = owned.shape[0] * n_kv
+
+        def add_relayed(at: Rows, arrived: Tensor) -> None:
+            mine, theirs = self.owned.row[at.head, at.block], storages[0].row[at.head, at.block]
+            row = torch.where(mine >= 0, (mine + at.in_block) * n_kv + at.head, base + theirs + at.in_block)
+            flat[row] += arrived
+
+        self.hops[1].give_back(inner, add_relayed, dtype)()
+        owned += flat[:base].view_as(owned)
+        return self.hops[0].give_back(flat[base:], add_owned, dtype)

@@ -67,7 +67,13 @@ class _FullAcrossRanks(torch.autograd.Function):
             dqs.append(dq)
             dks.append(dk)
             dvs.append(dv)
-        return torch.cat(dqs, 1).to(q.dtype), torch.stack(dks, 1).to(k.dtype), torch.stack(dvs, 1).to(v.dtype), None, None
+        return (
+            torch.cat(dqs, 1).to(q.dtype),
+            torch.stack(dks, 1).to(k.dtype),
+            torch.stack(dvs, 1).to(v.dtype),
+            None,
+            None,
+        )
 
 
 def _gather_head(k: Tensor, v: Tensor, head: int, order: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,12 @@ class BlockGeometry:
     """[L] int32, keys of its own block that each local token sees: its position in the block plus one."""
     row: Tensor
     """[n] int64, row of each owned block's first token among local and extra rows; -1 for blocks of other ranks."""
+    owner: Tensor
+    """[n] int64, rank that owns each block."""
+    owner_row: Tensor
+    """[n] int64, row of each block's first token on its owner."""
+    widest: int
+    """most rows, local and extra, that any rank has."""
     owned: list[Tensor]
     """per rank, [m_p] int64: the blocks it owns, ascending."""
     gathered: Tensor
@@ -72,22 +78,20 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
     # In place: every piece of the block is on the owner, one behind the other.
     head_row = np.empty(n, np.int64)
     head_row[piece["block"][is_first]] = piece["local"][is_first]
-    fits = (piece["rank"] == owner[piece["block"]]) & (
-        piece["local"] == head_row[piece["block"]] + piece["offset"]
-    )
+    fits = (piece["rank"] == owner[piece["block"]]) & (piece["local"] == head_row[piece["block"]] + piece["offset"])
     in_place = np.ones(n, bool)
     in_place[piece["block"][~fits]] = False
 
-    n_local = sum(count for _, count in segments[rank])
-    row = np.full(n, -1, np.int64)
-    mine = owner == rank
-    row[mine & in_place] = head_row[mine & in_place]
-    extra = np.flatnonzero(mine & ~in_place)
-    extra_start = np.cumsum(length[extra]) - length[extra]
-    row[extra] = n_local + extra_start
-    # First extra row of each straddling block, as every rank counts its own.
+    # First extra row of each straddling block, as its owner counts them.
     extra_row = np.zeros(n, np.int64)
-    extra_row[extra] = extra_start
+    n_extra = np.zeros(size, np.int64)
+    for p in range(size):
+        extra = np.flatnonzero((owner == p) & ~in_place)
+        extra_row[extra] = np.cumsum(length[extra]) - length[extra]
+        n_extra[p] = length[extra].sum()
+    n_local = np.array([sum(count for _, count in runs) for runs in segments])
+    owner_row = np.where(in_place, head_row, n_local[owner] + extra_row)
+    mine = owner == rank
 
     assembled = ~in_place[piece["block"]]
     owner_of_piece = owner[piece["block"]]
@@ -122,12 +126,15 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         first=tensor(first, torch.int32),
         own=tensor(own, torch.int32),
         visible=tensor(offset + 1, torch.int32),
-        row=tensor(row, torch.int64),
+        row=tensor(np.where(mine, owner_row, -1), torch.int64),
+        owner=tensor(owner, torch.int64),
+        owner_row=tensor(owner_row, torch.int64),
+        widest=int((n_local + n_extra).max()),
         owned=[tensor(ids, torch.int64) for ids in owned],
         gathered=tensor(gathered, torch.int64),
         remote_candidate=tensor(_reachable(first, own, n) & ~mine, torch.bool),
         straddles=bool((~in_place).any()),
-        n_extra=int(length[extra].sum()),
+        n_extra=int(n_extra[rank]),
         copy_from=rows(copy, "local"),
         copy_to=rows(copy, "extra"),
         tail_from=rows(send, "local", owner_of_piece),

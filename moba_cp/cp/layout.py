@@ -79,6 +79,5 @@ def _merged(segments: Segments) -> Segments:
 
 def _require_multiple(name: str, value: int, divisor: int, rule: str, layout: str) -> None:
     if value % divisor:
-        raise ValueError(
-            f"{name}={value} is not divisible by {rule} = {divisor} ({layout} layout); use {-(-value // divisor) * divisor}"
-        )
+        fits = -(-value // divisor) * divisor
+        raise ValueError(f"{name}={value} is not divisible by {rule} = {divisor} ({layout} layout); use {fits}")

@@ -1,11 +1,15 @@
 """MoBA attention across ranks.
 
 Forward: tails of straddling blocks go to the owners; block means are all-gathered; local queries choose among all
-blocks; the blocks they need come from their owners while the local ones are computed; partial results are merged by
-their log-sum-exp. Backward: the blocks come again, the gradients of fetched blocks go back to the owners.
+blocks; then blocks come here or query rows go there, in stages: while own and local blocks are computed the first
+stage travels, while a stage is computed the next one travels. Partial results are merged by their log-sum-exp.
+Backward: the same again with gradients, which return to the owners.
 
-Legend: L local tokens, Hq query heads, Hkv key/value heads, D head dim, k top-k.
+Legend: L local tokens, X extra rows (assembled straddling blocks), Hq query heads, Hkv key/value heads, D head dim,
+S = k - 1 chosen blocks per row.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +18,13 @@ from .. import ops
 from ..attention import row_sums
 from ..config import MoBAConfig
 from .context import CPContext
-from .exchange import BlockExchange, assemble, assemble_backward, gather_means, owned_pages
-from .plan import needed_blocks, plan_blocks
+from .decide import decide, stage_of
+from .exchange import BlockStage, HopStage
+from .gather import GatherStage
+from .options import WireCosts
+from .plan import negotiate
+from .rows import RowStage, id_dtype
+from .straddle import assemble, assemble_backward, gather_means, owned_pages
 
 
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext):
@@ -30,6 +39,13 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
     return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp)
 
 
+class _Stage(NamedTuple):
+    """One part of the remote work; either may be missing where no rank has any of it."""
+
+    blocks: BlockStage | GatherStage | None
+    rows: RowStage | None
+
+
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext):
@@ -38,41 +54,173 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         k_rows, v_rows = assemble(k, v, geometry, comm)
         means = gather_means(k_rows, geometry, comm)
         chosen = ops.select_blocks(q, means, geometry.first, own, config.top_k)
+        owned = owned_pages(k_rows, v_rows, geometry)
 
-        exchange = BlockExchange(
-            plan_blocks(needed_blocks(chosen, geometry, k.shape[1]), geometry, comm), geometry, comm
-        )
-        arrive = exchange.fetch(k_rows, v_rows)
-        local = ops.attend(q, owned_pages(k_rows, v_rows, geometry), chosen, own, visible, scale)
-        remote = ops.attend(q, arrive(), chosen, own, visible, scale)
-        out, lse = ops.merge(*zip(local, remote))
+        ready = comm.mark(q)
+        with comm.beside(ready):
+            plan = _plan(chosen, owned, cp) if comm.size > 1 and cp.exchange.mode != "allgather" else None
+        # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
+        out, lse = ops.attend(q, owned, chosen, own, visible, scale)
+        with comm.beside(ready):
+            stages = _stages(plan, chosen, owned, config, cp)
+
+        def begin(stage: _Stage):
+            with comm.beside(ready):
+                return stage.blocks and stage.blocks.fetch(), stage.rows and stage.rows.send_forward(q)
+
+        def compute(stage: _Stage, waits):
+            answer = None
+            if stage.rows:
+                waits[1]()
+                answer = stage.rows.answer_forward(scale)
+            for pages in stage.blocks.visible(waits[0]()) if stage.blocks else ():
+                part = ops.attend(q, pages, chosen, own, visible, scale)
+                for mine, joined in zip((out, lse), ops.merge(*zip((out, lse), part, strict=True)), strict=True):
+                    mine.copy_(joined)
+            return answer
+
+        def collect(stage: _Stage, answer):
+            if answer is not None:
+                ops.merge_rows(out, lse, *answer(), stage.rows.index())
+
+        _pipeline(stages, begin, compute, collect)
         out = out.to(q.dtype)
-
         comm.counters.dense_ring += _ring_bytes(k, comm.size)
         ctx.save_for_backward(q, k, v, out, lse, chosen)
-        ctx.exchange, ctx.config, ctx.scale = exchange, config, scale
+        ctx.stages, ctx.config, ctx.scale, ctx.cp = stages, config, scale, cp
+        # The blocks themselves are assembled again in backward; until then only the plan is kept.
+        for stage in stages:
+            _set_owned(stage, None)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse, chosen = ctx.saved_tensors
-        exchange, config, scale = ctx.exchange, ctx.config, ctx.scale
-        geometry, comm = exchange.geometry, exchange.comm
-        own, visible = geometry.own, geometry.visible
-        rest = scale, dout, lse, row_sums(dout, out), config.deterministic
-
+        cp, config, scale = ctx.cp, ctx.config, ctx.scale
+        geometry, comm = cp.geometry(config.block_size), cp.comm
+        own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
+        delta, wire = row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
         k_rows, v_rows = assemble(k, v, geometry, comm)
-        arrive = exchange.fetch(k_rows, v_rows)
-        dq, dk, dv = ops.attend_backward(q, owned_pages(k_rows, v_rows, geometry), chosen, own, visible, *rest)
-        dq_remote, dk_remote, dv_remote = ops.attend_backward(q, arrive(), chosen, own, visible, *rest)
-        add = exchange.give_back(dk_remote, dv_remote)
-        dq += dq_remote
-        add(dk, dv)
-        dk, dv = assemble_backward(dk, dv, geometry, comm)
+        owned = owned_pages(k_rows, v_rows, geometry)
+        for stage in ctx.stages:
+            _set_owned(stage, owned)
 
+        def attend_backward(pages):
+            return ops.attend_backward(
+                q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
+            )  # fmt: skip
+
+        ready = comm.mark(q)
+
+        def begin(stage: _Stage):
+            with comm.beside(ready):
+                return (
+                    stage.blocks and stage.blocks.fetch(),
+                    stage.rows and stage.rows.send_backward(q, dout, lse, delta),
+                )
+
+        waits = begin(ctx.stages[0]) if ctx.stages else None
+        dq, dk, dv = attend_backward(owned)
+        grads = torch.stack([dk, dv], 2)
+
+        def compute(stage: _Stage, waits):
+            answer = finish = None
+            if stage.rows:
+                waits[1]()
+                answer = stage.rows.answer_backward(scale, grads, wire, deterministic)
+            if stage.blocks:
+                storages, parts = waits[0](), []
+                for pages in stage.blocks.visible(storages):
+                    part = attend_backward(pages)
+                    dq.add_(part[0])
+                    parts.append(_side_by_side(part[1], part[2], stage.blocks))
+                finish = stage.blocks.give_back(storages, parts, grads, wire)
+            return answer, finish
+
+        def collect(stage: _Stage, started):
+            answer, finish = started
+            if answer is not None:
+                ops.add_rows(dq, answer(), stage.rows.index())
+            if finish is not None:
+                finish()
+
+        _pipeline(ctx.stages, begin, compute, collect, waits)
+        dk, dv = assemble_backward(grads[:, :, 0], grads[:, :, 1], geometry, comm)
         comm.counters.dense_ring += 2 * _ring_bytes(k, comm.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _pipeline(stages, begin, compute, collect, waits=None) -> None:
+    """Run the stages so that one travels while the one before is computed; ``waits`` if the first has begun."""
+    done = None
+    for index, stage in enumerate(stages):
+        now = begin(stage) if waits is None else waits
+        waits = begin(stages[index + 1]) if index + 1 < len(stages) else None
+        answer = compute(stage, now)
+        if done is not None:
+            collect(*done)
+        done = stage, answer
+    if done is not None:
+        collect(*done)
+
+
+def _plan(chosen: Tensor, owned, cp: CPContext):
+    """This rank's decision, told to the owners; a collective call that does not wait for the device."""
+    options, geometry = cp.exchange, cp.geometry(owned.block_size)
+    n_kv, dim = owned.row.shape[0], owned.k.shape[2]
+    costs = WireCosts.of(owned.k.dtype, dim, chosen.shape[2], options, id_dtype(geometry, n_kv))
+    decision = decide(chosen, geometry, n_kv, options.stages, costs, options.mode)
+    plan = negotiate(decision, chosen, geometry, n_kv, options.stages, options.ranks_per_node, cp.comm)
+    return decision, plan
+
+
+def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> list[_Stage]:
+    """The remote work, as planned, or as an all-gather; this is where the host waits for the plan's sizes."""
+    geometry, comm, options = cp.geometry(config.block_size), cp.comm, cp.exchange
+    if comm.size == 1:
+        return []
+    n_kv, count = owned.row.shape[0], options.stages
+    costs = WireCosts.of(owned.k.dtype, owned.k.shape[2], chosen.shape[2], options, id_dtype(geometry, n_kv))
+    if plan is not None:
+        decision, plan = plan
+        total, needed, remote, planned = plan.facts()
+        comm.counters.needed += needed
+        comm.counters.remote += remote
+    everything = (comm.size - 1) * geometry.widest * n_kv * costs.kv_token
+    if plan is None or options.mode == "auto" and total >= options.allgather_share * comm.size * everything:
+        comm.counters.planned += everything
+        cuts = [n_kv * s // min(count, n_kv) for s in range(min(count, n_kv) + 1)]
+        heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [_Stage(GatherStage(h, owned, geometry, comm, options.keep), None) for h in heads]
+
+    comm.counters.planned += planned
+    hop_sizes = [plan.sizes(hop) for hop in range(plan.n_hops)]
+    row_sizes = plan.sizes(-1)
+    with_blocks = options.mode != "query" or geometry.straddles
+    stage_of_pair = stage_of(n_kv, geometry.n_blocks, count, chosen.device)
+    stages = []
+    for stage in range(count):
+        hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
+        blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
+        rows = None
+        if options.mode != "kv" and chosen.shape[2]:
+            rows = RowStage(
+                plan.rows, row_sizes, stage, stage_of_pair, chosen, owned, geometry, comm, options.keep
+            )  # fmt: skip
+        stages.append(_Stage(blocks, rows))
+    return stages
+
+
+def _set_owned(stage: _Stage, owned) -> None:
+    for part in stage:
+        if part is not None:
+            part.owned = owned
+
+
+def _side_by_side(dk: Tensor, dv: Tensor, blocks) -> Tensor:
+    """dk, dv [W, 1, D] -> [W, 2, D] for blocks; [R, heads, D] -> [R, 2, heads, D] for an all-gather."""
+    return torch.stack([dk, dv], 1) if isinstance(blocks, GatherStage) else torch.cat([dk, dv], 1)
 
 
 def _ring_bytes(k: Tensor, size: int) -> int:

@@ -1,9 +1,11 @@
-"""From the chosen blocks: which blocks move, and to whom.
+"""Who sends what to whom: every rank's decision, told to the owners in one all-to-all of fixed size.
 
-Every rank knows who owns which block, so a request is a bitmap of fixed size per owner and one all-to-all is all the
-negotiation there is.
+Everybody knows who can serve which block, so a request is a bitmap and needs no lengths. From the bitmaps both sides
+list the same pairs in the same order. All of it stays on the device; only the sizes of the messages come to the host,
+in one copy that is read when the first transfer starts.
 
-Legend: P ranks, n blocks, m_p blocks owned by rank p, Hkv key/value heads, L local tokens, k top-k.
+Legend: P ranks, n blocks, Hkv key/value heads, L local tokens, Hq query heads, S = k - 1 chosen blocks per row. A pair
+is (KV head, block), numbered ``head * n + block``. A stage is one of the parts in which remote work is done.
 """
 
 from dataclasses import dataclass
@@ -11,72 +13,206 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .comm import Communicator
+from .comm import Communicator, HostCopy
+from .decide import Decision, stage_of
 from .geometry import BlockGeometry
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """The (KV head, block) pairs this rank receives and those it sends, each in the order of the wire."""
+class Hop:
+    """One transfer of blocks: which ranks can serve which blocks to this one."""
 
-    want_head: Tensor
-    """int64, KV head of each pair received; by owner, then head, then block."""
-    want_block: Tensor
-    """int64, block id of each pair received."""
-    give_head: Tensor
-    """int64, KV head of each pair sent; by requester, then head, then block."""
-    give_block: Tensor
-    """int64, block id of each pair sent."""
-    receive_rows: list[int]
-    """rows of K and V received from each rank."""
-    send_rows: list[int]
-    """rows of K and V sent to each rank."""
+    served: list[Tensor]
+    """per rank, int64 ids of the blocks it serves."""
+    peers: list[bool]
+    """ranks this one asks, and is asked by; not itself."""
 
 
-def needed_blocks(chosen: Tensor, geometry: BlockGeometry, n_kv: int) -> Tensor:
-    """[Hkv, n] bool: blocks of other ranks that local queries chose, or lie in.
+@dataclass(frozen=True)
+class PairLists:
+    """Pairs that move in one hop, and how many rows each rank gets; lists run by stage, rank, head, block."""
 
-    Args:
-        chosen: [L, Hq, k - 1] int32, -1 for none.
+    want: Tensor
+    """int64 pairs received; entries past the counts are meaningless."""
+    give: Tensor
+    """int64 pairs sent; entries past the counts are meaningless."""
+    sizes: Tensor
+    """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank, and in the last column pairs."""
+
+
+def flat_hop(geometry: BlockGeometry, rank: int) -> Hop:
+    """Every block straight from its owner."""
+    return Hop(geometry.owned, [p != rank for p in range(len(geometry.owned))])
+
+
+def node_hops(geometry: BlockGeometry, rank: int, ranks_per_node: int) -> tuple[Hop, Hop]:
+    """Two hops: between ranks of equal index in their nodes, then within the node.
+
+    Rank ``j`` of a node fetches, for all of its node, what the ranks ``j`` of other nodes own, so that a block crosses
+    the network once per node.
     """
-    n = geometry.n_blocks
-    need = torch.zeros(n_kv, n + 1, dtype=torch.bool, device=chosen.device)
-    by_head = chosen.long().view(chosen.shape[0], n_kv, -1).transpose(0, 1).flatten(1)
-    need.scatter_(1, torch.where(by_head < 0, n, by_head), True)
-    need[:, geometry.own.long()] = True
-    return need[:, :n] & (geometry.row < 0)
-
-
-def plan_blocks(need: Tensor, geometry: BlockGeometry, comm: Communicator) -> BlockPlan:
-    """Tell the owners what is needed here and learn what others need; a collective call.
-
-    Args:
-        need: [Hkv, n] bool, see :func:`needed_blocks`.
-    """
-    n_kv, device = need.shape[0], need.device
-    n_owned = [ids.numel() for ids in geometry.owned]
-    mine = geometry.owned[comm.rank]
-    # The request bitmap lists owner, head, block: this is also the order of the wire.
-    request = torch.cat([need[:, ids].flatten() for ids in geometry.owned])
-    head = torch.cat([torch.arange(n_kv, device=device).repeat_interleave(m) for m in n_owned])
-    block = torch.cat([ids.repeat(n_kv) for ids in geometry.owned])
-    owner = torch.repeat_interleave(
-        torch.arange(comm.size, device=device),
-        torch.tensor([n_kv * m for m in n_owned], device=device),
-        output_size=block.numel(),
+    size = len(geometry.owned)
+    index, node = rank % ranks_per_node, rank // ranks_per_node
+    between = Hop(geometry.owned, [p != rank and p % ranks_per_node == index for p in range(size)])
+    by_index = [torch.cat(geometry.owned[j::ranks_per_node]).sort().values for j in range(ranks_per_node)]
+    within = Hop(
+        [by_index[p % ranks_per_node] for p in range(size)],
+        [p != rank and p // ranks_per_node == node for p in range(size)],
     )
-    asked = comm.all_to_all(
-        request.to(torch.uint8), [n_kv * m for m in n_owned], [n_kv * len(mine)] * comm.size, "requests"
-    )().view(comm.size, n_kv, -1)
+    return between, within
 
-    want = request.nonzero()[:, 0]
-    requester, give_head, give = asked.nonzero().unbind(1)
-    give_block = mine[give]
-    length = geometry.length.long()
-    receive = torch.bincount(owner[want], weights=length[block[want]].double(), minlength=comm.size)
-    send = torch.bincount(requester, weights=length[give_block].double(), minlength=comm.size)
-    sizes = torch.stack([receive, send]).long().tolist()
 
-    comm.counters.needed += want.numel()
-    comm.counters.remote += n_kv * int(geometry.remote_candidate.sum())
-    return BlockPlan(head[want], block[want], give_head, give_block, sizes[0], sizes[1])
+def ask(
+    hop: Hop, need: Tensor, geometry: BlockGeometry, stages: int, comm: Communicator, header: Tensor
+) -> tuple[PairLists, Tensor, Tensor]:
+    """Send each peer the bitmap of what is needed from it; a collective call.
+
+    Args:
+        need: [Hkv, n] bool; pairs that no peer serves are passed over.
+        header: [P, m] uint8, sent along to every rank, peer or not.
+
+    Returns:
+        the lists; asked [Hkv, n] bool, what any peer wants from here; and the headers received, [P, m].
+    """
+    n_kv, n = need.shape
+    stage = stage_of(n_kv, n, stages, need.device).flatten()
+    pairs = [_pairs(ids, stage, n_kv, n) if peer else None for ids, peer in zip(hop.served, hop.peers, strict=True)]
+    mine = _pairs(hop.served[comm.rank], stage, n_kv, n)
+    bits = need.flatten().to(torch.uint8)
+    none = bits[:0]
+    message = [part for p in range(comm.size) for part in (header[p], none if pairs[p] is None else bits[pairs[p]])]
+    width = header.shape[1]
+    send = [width + (0 if ids is None else ids.numel()) for ids in pairs]
+    receive = [width + (mine.numel() if peer else 0) for peer in hop.peers]
+    arrived = comm.all_to_all(torch.cat(message), send, receive, "requests")().split(receive)
+
+    wanted = torch.cat([none if ids is None else bits[ids] for ids in pairs])
+    asked = torch.cat([part[width:] for part in arrived])
+    want_pairs = torch.cat([mine[:0] if ids is None else ids for ids in pairs])
+    give_pairs = mine.repeat(sum(hop.peers))
+    counts = torch.tensor([0 if ids is None else ids.numel() for ids in pairs], device=need.device)
+    source = torch.arange(comm.size, device=need.device).repeat_interleave(counts, output_size=want_pairs.numel())
+    takers = torch.tensor([p for p, peer in enumerate(hop.peers) if peer], dtype=torch.int64, device=need.device)
+    taker = takers.repeat_interleave(mine.numel())
+
+    lists = [
+        _listed(flags, ids, rank, stage, geometry.length, n, stages, comm.size)
+        for flags, ids, rank in ((wanted, want_pairs, source), (asked, give_pairs, taker))
+    ]
+    union = torch.zeros(n_kv * n, dtype=torch.uint8, device=need.device).scatter_reduce_(0, give_pairs, asked, "amax")
+    return (
+        PairLists(lists[0][0], lists[1][0], torch.stack([lists[0][1], lists[1][1]])),
+        union.view(n_kv, n).bool(),
+        torch.stack([part[:width] for part in arrived]),
+    )
+
+
+def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
+    """All pairs of the blocks ``ids``, by stage, head, block."""
+    pairs = (torch.arange(n_kv, device=ids.device)[:, None] * n + ids).flatten()
+    return pairs[stage[pairs].argsort(stable=True)]
+
+
+def _listed(flags, pairs, rank, stage, length, n: int, stages: int, size: int) -> tuple[Tensor, Tensor]:
+    """Flagged pairs by stage, then in the order given; and rows per (stage, rank), with pairs per stage behind them."""
+    place = torch.where(flags > 0, stage[pairs], stages)
+    ordered = pairs[place.argsort(stable=True)]
+    sizes = torch.zeros(stages + 1, size + 1, dtype=torch.int64, device=pairs.device)
+    sizes.view(-1).scatter_add_(0, place * (size + 1) + rank, length.long()[pairs % max(1, n)])
+    sizes[:, size].scatter_add_(0, place, torch.ones_like(place))
+    return ordered, sizes[:stages]
+
+
+@dataclass(frozen=True)
+class RowLists:
+    """Query rows that go to blocks of other ranks."""
+
+    slots: Tensor
+    """int64 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token; entries past
+    the counts are meaningless."""
+    served: Tensor
+    """[L, Hq, S] bool, slots that their blocks' owners attend to."""
+    sizes: Tensor
+    """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank; the last column is unused."""
+
+
+def list_rows(decision: Decision, chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int):
+    """Order the rows to send: slots as in :class:`RowLists`, and the number of rows for each (stage, owner)."""
+    size = len(geometry.owned)
+    n_heads, n = chosen.shape[1], geometry.n_blocks
+    block = chosen.long().clamp(min=0)
+    head = (torch.arange(n_heads, device=chosen.device) // (n_heads // n_kv))[:, None]
+    stage = stage_of(n_kv, n, stages, chosen.device)
+    place = torch.where(decision.send, stage[head, block] * size + geometry.owner[block], stages * size)
+    place = place.transpose(0, 1).flatten()
+    counts = torch.zeros(stages * size + 1, dtype=torch.int64, device=chosen.device)
+    counts.scatter_add_(0, place, torch.ones_like(place))
+    return place.argsort(stable=True), counts[:-1].view(stages, size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that moves for one call on one rank."""
+
+    hops: list[PairLists]
+    """blocks: one hop, or the hop between nodes and the one within."""
+    asked: Tensor
+    """[Hkv, n] bool, what the last hop's peers want from here."""
+    rows: RowLists
+    numbers: HostCopy
+    """sizes of all lists and every rank's cost, on their way to the host."""
+    n_hops: int
+    stages: int
+
+    def sizes(self, part: int) -> list:
+        """Sizes of a hop, or of the rows (``part = -1``), as nested lists [2][stages][P + 1]."""
+        return self.numbers.get()[: self.n_hops + 1][part].tolist()
+
+    def facts(self) -> tuple[int, int, int, int]:
+        """Bytes that all ranks together move by this plan, needed pairs here, candidates elsewhere, this rank's bytes.
+
+        Bytes are those of forward and backward, between requester and owner; headers not counted.
+        """
+        return tuple(self.numbers.get()[-1].flatten()[:4].tolist())
+
+
+def negotiate(
+    decision: Decision,
+    chosen: Tensor,
+    geometry: BlockGeometry,
+    n_kv: int,
+    stages: int,
+    ranks_per_node: int | None,
+    comm: Communicator,
+) -> Plan:
+    """Tell the owners; a collective call that does not wait for the device.
+
+    Args:
+        decision: this rank's, see :func:`moba_cp.cp.decide.decide`.
+        chosen: [L, Hq, S] int32.
+    """
+    size, device = comm.size, chosen.device
+    slots, row_counts = list_rows(decision, chosen, geometry, n_kv, stages)
+    total = decision.cost.sum().expand(size, 1)
+    header = torch.cat([row_counts.T, total], 1).contiguous().view(torch.uint8).view(size, -1)
+
+    if ranks_per_node is None or ranks_per_node == 1:
+        pairs, asked, headers = ask(flat_hop(geometry, comm.rank), decision.fetch, geometry, stages, comm, header)
+        hops = [pairs]
+    else:
+        between, within = node_hops(geometry, comm.rank, ranks_per_node)
+        inner, asked, headers = ask(within, decision.fetch, geometry, stages, comm, header)
+        # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
+        fetch = (asked | decision.fetch) & (geometry.row < 0)
+        outer, _, _ = ask(between, fetch, geometry, stages, comm, header[:, :0])
+        hops = [outer, inner]
+
+    received = headers.contiguous().view(torch.int64).view(size, stages + 1)
+    pad = torch.zeros(stages, 1, dtype=torch.int64, device=device)
+    row_sizes = torch.stack([torch.cat([received[:, :-1].T, pad], 1), torch.cat([row_counts, pad], 1)])
+    facts = torch.zeros_like(row_sizes)
+    remote = geometry.remote_candidate.sum() * n_kv
+    # Every rank's header also went to itself, so that the sum is the same everywhere.
+    facts.view(-1)[:4] = torch.stack([received[:, -1].sum(), decision.needed, remote, decision.cost.sum()])
+    numbers = HostCopy(torch.stack([*(h.sizes for h in hops), row_sizes, facts]))
+    return Plan(hops, asked, RowLists(slots, decision.served, row_sizes), numbers, len(hops), stages)

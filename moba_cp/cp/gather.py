@@ -1,0 +1,70 @@
+"""All K and V to everybody, a few heads at a time: for when nearly everything is needed anyway.
+
+Legend: P ranks, L local tokens, X extra rows, R most rows (local and extra) of any rank, Hkv key/value heads, D head
+dim, n blocks.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..blocks import Pages
+from .comm import Communicator
+from .geometry import BlockGeometry
+
+
+class GatherStage:
+    """All-gather of some heads; the same calls as :class:`moba_cp.cp.exchange.BlockStage`."""
+
+    def __init__(self, heads: slice, owned: Pages, geometry: BlockGeometry, comm: Communicator, keep: bool):
+        self.heads, self.owned, self.geometry, self.comm, self.keep = heads, owned, geometry, comm, keep
+        self._pages: list[Pages] | None = None
+
+    def fetch(self) -> Callable[[], list[Pages]]:
+        """Start; returns a function that waits for the pages of all ranks' blocks: storage [P * R, heads, D]."""
+        if self._pages is not None:
+            kept = self._pages
+            return lambda: kept
+        own_kv = torch.stack([self.owned.k[:, self.heads], self.owned.v[:, self.heads]], 1)
+        padded = own_kv.new_zeros(self.geometry.widest, *own_kv.shape[1:])
+        padded[: own_kv.shape[0]] = own_kv
+        wait = self.comm.all_gather_async(padded, "kv")
+
+        def storages() -> list[Pages]:
+            gathered = wait().flatten(0, 1)
+            geometry, n_kv = self.geometry, self.owned.row.shape[0]
+            row = torch.full((n_kv, geometry.n_blocks), -1, dtype=torch.int64, device=gathered.device)
+            # This rank's own blocks are attended to in place, not here.
+            place = geometry.owner * geometry.widest + geometry.owner_row
+            row[self.heads] = torch.where(geometry.row < 0, place, -1)
+            head = torch.zeros_like(row, dtype=torch.int32)
+            head[self.heads] = torch.arange(own_kv.shape[2], dtype=torch.int32, device=row.device)[:, None]
+            pages = [Pages(gathered[:, 0], gathered[:, 1], row, head, geometry.length, geometry.block_size)]
+            if self.keep:
+                self._pages = pages
+            return pages
+
+        return storages
+
+    def visible(self, storages: list[Pages]) -> list[Pages]:
+        """All of them."""
+        return storages
+
+    def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
+        """Start sending gradients to the owners; see :meth:`moba_cp.cp.exchange.BlockStage.give_back`.
+
+        Args:
+            grads: one [P * R, 2, heads, D] wide.
+        """
+        wide = grads[0].dtype
+        counts = [self.geometry.widest] * self.comm.size
+        wait = self.comm.all_to_all(grads[0].to(dtype), counts, counts, "kv_gradients")
+
+        def finish() -> None:
+            n = owned.shape[0]
+            for rank, arrived in enumerate(wait().split(counts)):
+                if rank != self.comm.rank:
+                    owned[:, self.heads] += arrived[:n].to(wide).transpose(1, 2)
+
+        return finish

@@ -1,0 +1,90 @@
+"""How blocks and rows are exchanged between ranks."""
+
+from dataclasses import dataclass
+
+import torch
+
+MODES = ("auto", "kv", "query", "allgather")
+WIRE_DTYPES = ("input", "float32")
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """What moves between ranks, when, and in which dtype. Equal on every rank.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and the rule.
+    """
+
+    mode: str = "auto"
+    """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
+    ``auto``: whichever moves fewer bytes, decided per (KV head, block); all-gather where nearly everything is needed.
+    ``allgather``: all K and V go everywhere."""
+
+    stages: int = 2
+    """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts."""
+
+    keep: bool = False
+    """Keep what was received in forward for backward, instead of sending it again: fewer bytes, more memory."""
+
+    gradient_dtype: str = "input"
+    """Dtype of dK, dV and dQ on the wire: ``input`` (that of q, k, v) or ``float32``. Sums are float32 either way."""
+
+    ranks_per_node: int | None = None
+    """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.
+    None: every rank for itself."""
+
+    allgather_share: float = 0.98
+    """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's."""
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"exchange mode={self.mode!r} is not one of {', '.join(MODES)}")
+        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or not 1 <= self.stages <= 64:
+            raise ValueError(f"exchange stages={self.stages!r} is not an integer between 1 and 64; use 2 to 4")
+        if self.gradient_dtype not in WIRE_DTYPES:
+            raise ValueError(f"exchange gradient_dtype={self.gradient_dtype!r} is not one of {', '.join(WIRE_DTYPES)}")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise ValueError(
+                f"exchange ranks_per_node={self.ranks_per_node} is not positive; leave it out for one node"
+            )
+        if not 0 < self.allgather_share <= 1:
+            raise ValueError(f"exchange allgather_share={self.allgather_share} is not in (0, 1]; use 0.98")
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of gradients on the wire for inputs of ``dtype``."""
+        return torch.promote_types(dtype, torch.float32) if self.gradient_dtype == "float32" else dtype
+
+
+@dataclass(frozen=True)
+class WireCosts:
+    """Bytes that forward and backward together put on the wire.
+
+    With e bytes per input element, g per gradient element and w per wide element (4, or 8 for float64), D head dim and
+    S = k - 1 chosen blocks per row:
+
+    - a token of a fetched (KV head, block): K and V forward, K and V again in backward unless kept, dK and dV back:
+      ``2 D e (2 or 1) + 2 D g``;
+    - a row (token, query head) sent to a block's owner: q and S block ids (of i bytes) forward, partial output and lse
+      back in wide; in backward q and ids again unless kept, dout, lse and delta there, dq back:
+      ``(D e + S i) (2 or 1) + (D + 1) w + D e + 2 w + D g``.
+
+    In bf16 with everything sent again that is 12 D per token and 12 D + 4 S + 12 per row: a block of B tokens is
+    worth fetching from about B rows on.
+    """
+
+    kv_token: int
+    row: int
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, dim: int, n_slots: int, options: ExchangeOptions, ids: torch.dtype = torch.int16
+    ) -> "WireCosts":
+        """Costs for inputs of ``dtype`` with head dim ``dim``, ``n_slots`` chosen blocks per row and block ``ids``."""
+        e, g = dtype.itemsize, options.wire_dtype(dtype).itemsize
+        w = torch.promote_types(dtype, torch.float32).itemsize
+        times = 1 if options.keep else 2
+        return cls(
+            kv_token=2 * dim * e * times + 2 * dim * g,
+            row=(dim * e + n_slots * ids.itemsize) * times + (dim + 1) * w + dim * e + 2 * w + dim * g,
+        )

@@ -1,0 +1,54 @@
+"""Blocks that lie on several ranks: assembling them on their owners, and block means.
+
+Legend: P ranks, L local tokens, X extra rows (assembled straddling blocks), n blocks, Hkv key/value heads, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..blocks import Pages
+from .comm import Communicator
+from .geometry import BlockGeometry
+
+
+def assemble(k: Tensor, v: Tensor, geometry: BlockGeometry, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """Local rows followed by this rank's straddling blocks: k, v [L, Hkv, D] -> [L + X, Hkv, D]; a collective call."""
+    if not geometry.straddles:
+        return k, v
+    local = torch.stack([k, v], 1)
+    tails = comm.all_to_all(local[geometry.tail_from], geometry.tail_send, geometry.tail_receive, "tails")()
+    extra = local.new_empty(geometry.n_extra, *local.shape[1:])
+    extra[geometry.copy_to] = local[geometry.copy_from]
+    extra[geometry.tail_to] = tails
+    return torch.cat([k, extra[:, 0]]), torch.cat([v, extra[:, 1]])
+
+
+def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`assemble`: dk, dv [L + X, Hkv, D] -> [L, Hkv, D]; a collective call."""
+    if not geometry.straddles:
+        return dk, dv
+    n_local = dk.shape[0] - geometry.n_extra
+    grads = torch.stack([dk, dv], 1)
+    local, extra = grads[:n_local], grads[n_local:]
+    tails = comm.all_to_all(extra[geometry.tail_to], geometry.tail_receive, geometry.tail_send, "tail_gradients")()
+    # A row of a straddling block is nowhere else, so the gradient in its place is still zero.
+    local[geometry.copy_from] = extra[geometry.copy_to]
+    local[geometry.tail_from] = tails
+    return local[:, 0], local[:, 1]
+
+
+def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
+    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
+    mine = geometry.owned[comm.rank]
+    widest = max(ids.numel() for ids in geometry.owned)
+    means = k.new_zeros(widest, *k.shape[1:])
+    means[: mine.numel()] = ops.block_means(k, geometry.row[mine], geometry.length[mine], geometry.block_size)
+    return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
+
+
+def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:
+    """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
+    n_kv = k.shape[1]
+    head = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None].expand(-1, geometry.n_blocks)
+    return Pages(k, v, geometry.row.expand(n_kv, -1), head, geometry.length, geometry.block_size)

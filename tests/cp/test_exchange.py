@@ -1,0 +1,168 @@
+"""The exchange in all its modes: equal to one rank, bytes as planned, never more than the cheapest way."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_cp.cp.layout import LAYOUTS
+from moba_cp.cp.options import MODES, ExchangeOptions, WireCosts
+from tests.cases import Case, random_case, relative_error, run_reference
+from tests.cp.test_moba import NAMES, across_ranks
+from tests.distributed import run_ranks, run_threads
+
+MOVED = ("kv", "kv_gradients", "rows", "partial_outputs", "rows_backward", "row_gradients")
+
+
+def _options(size: int, index: int) -> ExchangeOptions:
+    """Different stages, keeping and nodes for neighbouring cases; every mode sees all of them."""
+    nodes = [None] + [n for n in (2, 3) if size % n == 0] + [size]
+    return ExchangeOptions(
+        mode=MODES[index % len(MODES)],
+        stages=1 + index // 4 % 3,
+        keep=index // 12 % 2 == 1,
+        ranks_per_node=nodes[index % len(nodes)],
+    )
+
+
+def _moved(counters: dict) -> int:
+    return sum(counters.get(f"sent_{kind}_bytes", 0) for kind in MOVED)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mode_equals_one_rank(layout, size):
+    for index in range(14):
+        case = random_case(100 * size + index // 4, multiple=2 * size)
+        expected = run_reference(case)
+        options = _options(size, index)
+        for results, _ in run_threads(size, across_ranks, case, layout, False, options):
+            for name, actual, want in zip(NAMES, results, expected, strict=True):
+                assert relative_error(actual, want) < 1e-10, f"{index} {options} {name}"
+
+
+def _on_gloo(rank: int, size: int, layout: str):
+    worst = 0.0
+    for index, mode in enumerate(MODES):
+        case = random_case(7 + index, multiple=2 * size)
+        options = ExchangeOptions(mode, stages=2, ranks_per_node=2 if index % 2 else None)
+        results, _ = across_ranks(dist.group.WORLD, case, layout, False, options)
+        errors = [relative_error(a, e) for a, e in zip(results, run_reference(case), strict=True)]
+        worst = max(worst, *errors)
+    return worst
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_every_mode_on_gloo(layout):
+    assert max(run_ranks(4, _on_gloo, 4, layout)) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
+def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
+    for seed, size in ((1, 2), (2, 3), (3, 4), (4, 8)):
+        case = random_case(seed, multiple=2 * size).to(dtype)
+        total = {}
+        for mode, layout in itertools.product(MODES, ("contiguous", "zigzag")):
+            counters = [
+                c for _, c in run_threads(size, across_ranks, case, layout, False, ExchangeOptions(mode, keep=keep))
+            ]
+            moved = sum(map(_moved, counters))
+            assert moved == sum(c["planned_bytes"] for c in counters), f"{mode} {layout} P={size}"
+            total[mode, layout] = moved
+        for layout in ("contiguous", "zigzag"):
+            cheapest = min(total[mode, layout] for mode in ("kv", "query", "allgather"))
+            assert total["auto", layout] <= 1.02 * cheapest
+
+
+def test_auto_mixes_fetched_blocks_and_sent_rows():
+    """A block that all queries of rank 1 choose is fetched; blocks that few of them choose get the rows."""
+    g = torch.Generator().manual_seed(0)
+    n, block = 1024, 64
+    q, k, v, dout = (torch.randn(n, 1, 32, generator=g, dtype=torch.float64) for _ in range(4))
+    k[:block] += 4 * q[n // 2 :].mean(0)
+    q[n // 2 :] += q[n // 2 :].mean(0) * 40
+    case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), block, 3)
+    moved = {}
+    for mode in MODES:
+        counters = [c for _, c in run_threads(2, across_ranks, case, "contiguous", False, ExchangeOptions(mode))]
+        moved[mode] = sum(map(_moved, counters))
+        if mode == "auto":
+            assert counters[1]["received_kv_bytes"] > 0 and counters[1]["sent_rows_bytes"] > 0
+    assert moved["auto"] < 0.9 * min(moved["kv"], moved["query"], moved["allgather"])
+
+
+def test_auto_gathers_where_everything_is_needed():
+    n = 256
+    q, k, v, dout = (torch.randn(n, 4, 8, dtype=torch.float64) for _ in range(4))
+    case = Case(q, k[:, :1], v[:, :1], dout, torch.tensor([0, n], dtype=torch.int32), 16, 16)
+    options = ExchangeOptions("auto", allgather_share=0.4)
+    counters = [c for _, c in run_threads(2, across_ranks, case, "zigzag", False, options)]
+    assert all("sent_rows_bytes" not in c for c in counters)
+    assert all(c["planned_bytes"] == 2 * (n // 2) * 8 * 8 * 3 for c in counters)
+
+
+def _between_nodes(comm, case, options, per_node):
+    """Bytes of blocks that this rank sent to other nodes in forward and backward."""
+    crossed = 0
+    plain = comm.all_to_all
+
+    def watched(x, send, receive, kind):
+        nonlocal crossed
+        if kind in ("kv", "kv_gradients"):
+            row = x.element_size() * x.shape[1:].numel()
+            crossed += row * sum(n for p, n in enumerate(send) if p // per_node != comm.rank // per_node)
+        return plain(x, send, receive, kind)
+
+    comm.all_to_all = watched
+    across_ranks(comm, case, "contiguous", False, options)
+    return crossed
+
+
+def test_a_block_crosses_the_network_once_per_node():
+    # Every query of the second node wants every block: without nodes each of its 3 ranks would fetch all of them.
+    n, size, per_node = 96 * 2, 6, 3
+    q, k, v, dout = (torch.randn(n, 1, 8, dtype=torch.float64) for _ in range(4))
+    case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), 16, 12)
+    once, each = (
+        sum(run_threads(size, _between_nodes, case, ExchangeOptions("kv", ranks_per_node=nodes), per_node))
+        for nodes in (per_node, None)
+    )
+    rows = n // 2
+    assert each == 3 * rows * 2 * 8 * 8 * 3
+    assert once == each // 3
+
+
+def test_deterministic_from_run_to_run():
+    case = random_case(12, multiple=8).to(torch.float32)
+    runs = [run_threads(4, across_ranks, case, "zigzag", False, "auto", True) for _ in range(5)]
+    for run in runs[1:]:
+        for (first, _), (again, _) in zip(runs[0], run, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_costs():
+    # bf16, D = 128, k = 8: 12 D per token of a block; per row q, dout, dq, q again in bf16, output in fp32, and change.
+    costs = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions())
+    assert costs.kv_token == 12 * 128
+    assert costs.row == 12 * 128 + 2 * 2 * 7 + 3 * 4
+    kept = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions(keep=True))
+    assert kept.kv_token == 8 * 128 and kept.row == 10 * 128 + 2 * 7 + 3 * 4
+    wide = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions(gradient_dtype="float32"))
+    assert wide.kv_token == 16 * 128 and wide.row == 14 * 128 + 2 * 2 * 7 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [
+        (dict(mode="both"), "exchange mode='both' is not one of auto, kv, query, allgather"),
+        (dict(stages=0), "exchange stages=0 is not an integer between 1 and 64"),
+        (dict(gradient_dtype="fp8"), "exchange gradient_dtype='fp8' is not one of input, float32"),
+        (dict(ranks_per_node=0), "exchange ranks_per_node=0 is not positive"),
+        (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not in"),
+    ],
+)
+def test_bad_options_are_named(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        ExchangeOptions(**kwargs)

@@ -1,0 +1,128 @@
+"""MoBA and full attention across ranks against one rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp.cp.comm import Communicator
+from moba_cp.cp.layout import LAYOUTS, rank_segments
+from tests.cases import GOLDEN, Case, golden, random_case, relative_error, run_reference
+from tests.distributed import run_ranks, run_threads
+
+NAMES = ("out", "dq", "dk", "dv", "lse")
+
+
+def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", deterministic=False):
+    """Whole-sequence [out, dq, dk, dv, lse] and the counters, as one rank of ``group`` computes them."""
+    cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens, exchange=exchange)
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    if full:
+        out, lse = full_attention(*leaves, cp=cp, return_lse=True)
+    else:
+        config = MoBAConfig(case.block_size, case.top_k, deterministic)
+        out, lse = moba_attention(*leaves, config, cp=cp, return_lse=True)
+    out.backward(cp.shard(case.dout))
+    return [cp.unshard(x) for x in (out, *(x.grad for x in leaves), lse)], cp.counters.summary()
+
+
+def fits(layout: str, case: Case, size: int) -> bool:
+    try:
+        rank_segments(layout, case.q.shape[0], size, case.cu_seqlens.numpy())
+    except ValueError:
+        return False
+    return True
+
+
+def _golden_on_gloo(rank, size):
+    """Every golden file in every layout that divides: list of (label, worst relative error, selection is equal)."""
+    from moba_cp import ops
+    from moba_cp.cp.straddle import assemble, gather_means
+
+    report = []
+    for path in GOLDEN:
+        case = golden(path)
+        for layout in LAYOUTS:
+            if not fits(layout, case, size):
+                continue
+            results, _ = across_ranks(dist.group.WORLD, case, layout, full=False)
+            worst = max(relative_error(a, e) for a, e in zip(results, case.expected))
+            cp = CPContext(dist.group.WORLD, layout, case.q.shape[0], case.cu_seqlens)
+            geometry = cp.geometry(case.block_size)
+            q, k, v = (cp.shard(x) for x in (case.q, case.k, case.v))
+            means = gather_means(assemble(k, v, geometry, cp.comm)[0], geometry, cp.comm)
+            mine = ops.select_blocks(q, means, geometry.first, geometry.own, case.top_k)
+            expected = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
+            report.append((f"{path.stem} {layout}", worst, torch.equal(mine, cp.shard(expected).int())))
+    return report
+
+
+@pytest.mark.parametrize("size, cases", [(2, 11), (3, 2), (4, 11)])
+def test_golden_on_gloo(size, cases):
+    for report in run_ranks(size, _golden_on_gloo, size):
+        for label, worst, same_selection in report:
+            assert same_selection, label
+            assert worst < 1e-5, label
+        assert len(report) >= cases, "the golden files that divide were not all seen"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_ranks_equal_one(layout, size):
+    for seed in range(4):
+        case = random_case(1000 * size + seed, multiple=2 * size)
+        for full in (False, True):
+            expected = run_reference(case, full)
+            for results, _ in run_threads(size, across_ranks, case, layout, full):
+                for name, actual, want in zip(NAMES, results, expected):
+                    assert relative_error(actual, want) < 1e-10, f"seed {seed} full={full} {name}"
+
+
+def _counted(comm: Communicator, case: Case):
+    return across_ranks(comm, case, "contiguous", full=False, exchange="kv")[1]
+
+
+def test_counters_say_what_moved():
+    # Two ranks, two blocks each, top-k of everything: rank 1 needs both blocks of rank 0 and nothing goes back but
+    # their gradients.
+    q, k, v, dout = (torch.randn(64, 1, 8) for _ in range(4))
+    case = Case(q, k, v, dout, torch.tensor([0, 64], dtype=torch.int32), 16, 4)
+    first, second = run_threads(2, _counted, case)
+    block = 16 * 8 * 4
+    assert first["sent_kv_bytes"] == second["received_kv_bytes"] == 2 * (2 * 2 * block)
+    assert first["received_kv_bytes"] == second["sent_kv_bytes"] == 0
+    assert first["received_kv_gradients_bytes"] == second["sent_kv_gradients_bytes"] == 2 * 2 * block
+    assert first["received_means_bytes"] == second["received_means_bytes"] == 2 * 8 * 4
+    assert first["dense_ring_bytes"] == second["dense_ring_bytes"] == 3 * 2 * 2 * block
+    assert first["needed_share"] == 0 and second["needed_share"] == 1
+
+
+def test_only_chosen_blocks_move():
+    case = random_case(1, multiple=4)
+    n = 512
+    q, k, v, dout = (torch.randn(n, 2, 8, dtype=torch.float64) for _ in range(4))
+    # Every query likes block 3 best, and no other remote block.
+    k[48:64] += 100 * torch.sign(q.mean(0))
+    q = q.mean(0, keepdim=True).expand(n, -1, -1).contiguous()
+    case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), 16, 2)
+    counters = run_threads(4, _counted, case)
+    pair = 2 * 16 * 8 * 8
+    for rank, seen in enumerate(counters):
+        assert seen["received_kv_bytes"] == (0 if rank == 0 else 2 * 2 * pair)
+        assert seen["received_bytes"] < seen["dense_ring_bytes"] / 4 or rank == 0
+
+
+def test_context_misuse_is_named():
+    cp = CPContext(None, seq_len=32)
+    q = torch.randn(32, 1, 8)
+    with pytest.raises(ValueError, match="cu_seqlens was passed together with cp"):
+        moba_attention(q, q, q, MoBAConfig(16, 2), cu_seqlens=torch.tensor([0, 32]), cp=cp)
+    with pytest.raises(ValueError, match="q has 31 tokens but rank 0 of 1 holds 32 of seq_len=32"):
+        moba_attention(q[1:], q[1:], q[1:], MoBAConfig(16, 2), cp=cp)
+
+
+def test_one_rank_with_a_context_is_one_device():
+    case = random_case(7, multiple=2)
+    cp = CPContext(None, "zigzag", case.q.shape[0], case.cu_seqlens)
+    out = moba_attention(case.q, case.k, case.v, MoBAConfig(case.block_size, case.top_k), cp=cp)
+    assert relative_error(out, run_reference(case)[0]) < 1e-12

@@ -1,0 +1,139 @@
+"""moba_attention and full_attention on one device against the reference."""
+
+import pytest
+import torch
+
+from moba_cp import MoBAConfig, full_attention, moba_attention, ops, reference
+from moba_cp.blocks import block_table
+from tests.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
+
+NAMES = ("out", "dq", "dk", "dv", "lse")
+
+
+def _moba(case: Case):
+    return run(moba_attention, case, MoBAConfig(case.block_size, case.top_k), cu_seqlens=case.cu_seqlens)
+
+
+def _selection(case: Case):
+    table = block_table(case.q.shape[0], case.block_size, case.cu_seqlens, case.q.device)
+    means = ops.block_means(case.k, table.start, table.length, table.block_size)
+    return ops.select_blocks(case.q, means, table.first, table.own, case.top_k)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
+def test_golden(path):
+    case = golden(path)
+    for name, actual, expected in zip(NAMES, _moba(case), case.expected):
+        assert relative_error(actual, expected) < 1e-5, name
+    expected = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
+    assert torch.equal(_selection(case), expected.int())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_float64(seed):
+    case = random_case(seed)
+    expected = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
+    assert torch.equal(_selection(case), expected.int())
+    for name, actual, expected in zip(NAMES, _moba(case), run_reference(case)):
+        assert relative_error(actual, expected) < 1e-12, name
+    full = run(full_attention, case, cu_seqlens=case.cu_seqlens)
+    for name, actual, expected in zip(NAMES, full, run_reference(case, full=True)):
+        assert relative_error(actual, expected) < 1e-12, f"full {name}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_good_as_plain_torch(dtype):
+    case = random_case(5).to(dtype)
+    chosen = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
+    assert torch.equal(_selection(case), chosen.int())
+    exact, plain, ours = run_reference(case.to(torch.float64), chosen=chosen), run_reference(case), _moba(case)
+    for name, x, y, z, factor in zip(NAMES, ours, plain, exact, (2, 3, 3, 3, 2)):
+        error = lambda a: (a.double() - z).abs().max().item()
+        assert error(x) <= factor * error(y) + 1e-5, name
+
+
+def test_ties_and_special_scores_rank_as_in_the_reference():
+    torch.manual_seed(0)
+    q, k = (torch.randint(-1, 2, (200, 2, 4)).double() for _ in range(2))
+    k[17], k[40, 0], q[150, 1, 2] = torch.nan, torch.inf, -torch.inf
+    case = Case(q, k, k, q, torch.tensor([0, 60, 200], dtype=torch.int32), 16, 4)
+    expected = reference.select_blocks(q, k, 16, 4, case.cu_seqlens)
+    assert torch.equal(_selection(case), expected.int())
+
+
+def test_nan_stays_in_its_document_and_head():
+    q, k, v, dout = (torch.randn(120, 4, 8) for _ in range(4))
+    k, v = k[:, :2], v[:, :2]
+    cu = torch.tensor([0, 50, 120], dtype=torch.int32)
+    k[10, 0], v[70, 1] = torch.nan, torch.inf
+    out, dq, dk, dv, lse = run(moba_attention, Case(q, k, v, dout, cu, 16, 3), MoBAConfig(16, 3), cu_seqlens=cu)
+    assert out[:50, :2].isnan().any() and not out[70:, 2:].isfinite().all()
+    for clean in (out[:50, 2:], out[50:, :2], dq[:50, 2:], dq[50:, :2], dk[:50, 1], dk[50:, 0], dv[:50, 1], dv[50:, 0]):
+        assert clean.isfinite().all()
+
+
+def test_non_contiguous_inputs():
+    q, k, v = (torch.randn(2, 8, 90, dtype=torch.float64).permute(2, 0, 1) for _ in range(3))
+    assert not q.is_contiguous()
+    expected = reference.moba_attention(q, k, v, 16, 3)
+    torch.testing.assert_close(moba_attention(q, k, v, MoBAConfig(16, 3)), expected)
+    torch.testing.assert_close(full_attention(q, k, v), reference.full_attention(q, k, v))
+
+
+def test_softmax_scale():
+    q, k, v = torch.randn(3, 90, 2, 8, dtype=torch.float64)
+    expected = reference.moba_attention(q, k, v, 16, 3, softmax_scale=0.1)
+    torch.testing.assert_close(moba_attention(q, k, v, MoBAConfig(16, 3), softmax_scale=0.1), expected)
+
+
+def test_nothing_of_size_tokens_squared(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    n = 8192
+    q, k, v = (torch.randn(n, 1, 8, requires_grad=True) for _ in range(3))
+    for attention in (lambda: moba_attention(q, k, v, MoBAConfig(64, 3)), lambda: full_attention(q, k, v)):
+        with Largest() as largest:
+            attention().sum().backward()
+        assert largest.numel < n * n // 3
+
+
+def _good():
+    return dict(q=torch.randn(32, 4, 8), k=torch.randn(32, 2, 8), v=torch.randn(32, 2, 8))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(q=torch.randn(32, 8)), r"q has shape \(32, 8\)"),
+        (dict(q=torch.randn(32, 3, 8)), r"q has 3 heads, not a positive multiple of the 2"),
+        (dict(q=torch.randn(31, 4, 8)), r"tokens and head_dim must be equal"),
+        (dict(v=torch.randn(32, 2, 16)), r"k has shape .* but v has"),
+        (dict(v=torch.randn(32, 2, 8).double()), r"dtypes torch.float32, torch.float32, torch.float64"),
+        (dict(k=torch.ones(32, 2, 8, dtype=torch.int64)), r"k has shape .* dtype torch.int64"),
+        (dict(softmax_scale=float("nan")), r"softmax_scale=nan"),
+        (dict(cu_seqlens=torch.tensor([0, 31])), r"cu_seqlens=\[0, 31\] must start at 0"),
+        (dict(cu_seqlens=torch.tensor([0, 20, 10, 32])), r"never decrease"),
+        (dict(cu_seqlens=torch.tensor([0.0, 32.0])), r"dtype torch.float32"),
+    ],
+)
+def test_bad_inputs_are_named(change, says):
+    kwargs = _good() | change
+    with pytest.raises(ValueError, match=says):
+        moba_attention(config=MoBAConfig(16, 2), **kwargs)
+    with pytest.raises(ValueError, match=says):
+        full_attention(**kwargs)
+
+
+def test_config_must_be_a_config():
+    with pytest.raises(ValueError, match="pass MoBAConfig"):
+        moba_attention(**_good(), config=512)
