@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import tuned
-from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel
+from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel, _visit_table_kernel
 from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, sum_visits
@@ -100,7 +100,9 @@ def attend_backward(
     """
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
-    dout = check_unit_stride(dout.to(q.dtype))
+    q, dout = _row_major(q), _row_major(dout.to(q.dtype))
+    if q.stride(0) != dout.stride(0):
+        q, dout = q.contiguous(), dout.contiguous()
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
     grad_dtype = local_dtype or torch.float32
@@ -137,6 +139,13 @@ def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
     if chosen.stride(2) != 1 or chosen.stride(1) != n_slots:
         chosen = chosen.contiguous()
     return check_unit_stride(q), pages, chosen
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """``x`` [N, Hq, D] itself if its rows of D lie at multiples of D, heads next to one another; else a copy."""
+    dim = x.shape[2]
+    fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0 and x.stride(0) // dim * x.shape[0] < 2**31
+    return x if fits else x.contiguous()
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
@@ -229,34 +238,46 @@ def _backward_slice(
     key_tiles = triton.cdiv(pages.block_size, tile.bn)
     by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
     mode = (DQ_PART if key_tiles == 1 else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    dout, lse, delta, dq = dout[:, part.heads], lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
+    lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
+    n_rows, group = q.shape[0], part.constants["G"]
+    shape = part.row.shape[0], n_rows, group
     if mode == DQ_ATOMIC.value:
-        into = dq.zero_() if dq.dtype == torch.float32 else torch.zeros(dq.shape, dtype=torch.float32, device=q.device)
+        into = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
     else:
-        into = part.parts(_part_dtype(q.dtype))
+        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
     tasks = part.tasks(routing, tile.task_rows)
+    table = torch.empty(5, part.n_visits, dtype=torch.int32, device=q.device)
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
-    inputs = part.q, part.k, part.v, dout, lse, delta
-    strides = *part.strides, *dout.stride()[:2], lse.stride(0), delta.stride(0)
+    constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
+    inputs = part.q, part.k, part.v, dout[:, part.heads]
+    strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
+        visits_per_head = n_rows * group * part.n_slots
+        _visit_table_kernel[(triton.cdiv(visits_per_head, 512), part.row.shape[0])](
+            routing.visits, tasks.list_start, visible, lse, delta, table,
+            visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
+            G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
+        )  # fmt: skip
         _key_kernel[(tasks.max_tasks * key_tiles,)](
-            *inputs, into, dk, dv, routing.visits, tasks.table, tasks.list_start, visible, *part.pages, turn,
-            scale, tasks.max_tasks, part.n_blocks, part.n_heads, tile.task_rows, first_head,
-            *strides, *into.stride()[:2], *dk.stride()[:2], *part.page_strides,
-            **part.constants, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic,
-            STAGES=tile.stages, num_warps=tile.warps,
+            *inputs, into, dk, dv, table, tasks.table, tasks.list_start, *part.pages, turn,
+            scale, part.n_visits, tasks.max_tasks, part.n_blocks, tile.task_rows, first_head,
+            *strides, *dk.stride()[:2], *part.page_strides, **constants,
+            OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
+            ORDERED=deterministic, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         if mode == DQ_NONE.value:
             tile = tuned.query_tile(*kind)
             tasks = part.tasks(routing, tile.bm)
             _query_kernel[(tasks.max_tasks,)](
-                *inputs, into, routing.visits, tasks.table, visible, *part.pages,
-                scale, tasks.max_tasks, part.n_blocks, part.n_heads, *strides, *part.page_strides,
-                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+                *inputs, into, table, tasks.table, tasks.list_start, *part.pages,
+                scale, part.n_visits, tasks.max_tasks, part.n_blocks, *strides, *part.page_strides, **constants,
+                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
-    if mode != DQ_ATOMIC.value:
+    if mode == DQ_ATOMIC.value:
+        torch.mul(into.transpose(0, 1).flatten(1, 2), scale, out=dq) if dq.dtype == torch.float32 else dq.copy_(
+            into.mul_(scale).transpose(0, 1).flatten(1, 2)
+        )
+    else:
         sum_visits(into, dq, part.chosen, own, visible, part.row, scale)
-    elif into is not dq:
-        dq.copy_(into)

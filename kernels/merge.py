@@ -67,7 +67,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _sum_visits_kernel(
-    part, out, chosen, own, visible, page_row, n_rows, n_heads, scale, s_ot, s_oh, s_ct, s_pages,
+    part, out, chosen, own, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
@@ -77,7 +77,7 @@ def _sum_visits_kernel(
     m_d = o_d < D
     t = (o_m // G).to(tl.int64)
     head = i_h * G + o_m % G
-    place = (t * n_heads + head) * SLOTS
+    place = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS
     b_sum = tl.zeros([BM, BD], tl.float32)
     for s in range(SLOTS):
         block = visit_block(o_m * SLOTS + s, m_m, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
@@ -88,15 +88,13 @@ def _sum_visits_kernel(
 
 
 def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float) -> None:
-    """out [N, Hq, D] = scale * sum of part [N, Hq, S', D] over the visits that happened, those with a block here."""
-    n_rows, n_heads, slots, dim = part.shape
-    n_kv = page_row.shape[0]
-    group = n_heads // n_kv
+    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened, those with a block here."""
+    n_kv, n_rows, group, slots, dim = part.shape
     block = padded_dim(dim)
     bm = max(1, 4096 // block)
     with on_device(part):
         _sum_visits_kernel[(triton.cdiv(n_rows * group, bm), n_kv)](
-            part, out, chosen, own, visible, page_row, n_rows, n_heads, scale,
+            part, out, chosen, own, visible, page_row, n_rows, scale,
             out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
             G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
         )  # fmt: skip

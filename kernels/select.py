@@ -4,9 +4,9 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 
 A program holds a tile of rows and streams the block means from the newest candidate to the oldest. Scores become
 integers that sort like them (``-0.0`` like ``0.0``, NaN below every number). The best S of a row live in registers as
-64-bit keys, score above block id, in no order. While any row of the tile has a key above its S-th best, every row's
-best new key replaces its worst kept one; on long sequences most tiles need few such passes. Keys are distinct, so the
-result depends on no order, and of equal scores the newer block's key is larger.
+64-bit keys, score above block id, in no order. While any row of the tile has a score above its S-th best, every row's
+best new score replaces its worst kept one; on long sequences most tiles need few such passes. Newest first and a strict
+comparison make the newer block win a tie.
 """
 
 import torch
@@ -27,33 +27,6 @@ def _ordered(score):
     """int32 that sorts as the float32 scores do."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     return tl.where(score != score, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _ranks(b_q, p_means, s_mb, o_b, oldest, b_first, b_own, m_d, PRECISION: tl.constexpr):
-    """Ordered scores [BM, BN] of the blocks ``o_b``, EMPTY where a block is no candidate of a row."""
-    p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
-    b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & m_d[:, None], other=0.0)
-    rank = _ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
-    return tl.where((o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None]), rank, EMPTY)
-
-
-@triton.jit
-def _best(rank, newest, o_n, BN: tl.constexpr):
-    """Key of the best block of each row: score above block id; a tie goes to the first column, the newer block."""
-    best = tl.max(rank, 1)
-    column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
-    # A tile may reach below block 0, where no score is: a negative id would borrow from the score.
-    return (best.to(tl.int64) << 32) + tl.maximum(newest - column, 0)
-
-
-@triton.jit
-def _take(kept, rank, key, newest, o_n):
-    """``key`` replaces the worst kept one if it is better; it leaves ``rank`` in any case."""
-    worst = tl.min(kept, 1)
-    kept = tl.where((kept == worst[:, None]) & (key > worst)[:, None], key[:, None], kept)
-    column = newest - (key & 0xFFFFFFFF).to(tl.int32)
-    return kept, tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -77,24 +50,31 @@ def _select_kernel(
     newest = tl.max(b_own, 0) - 1
 
     p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]
-    m_d = o_d < D
-    b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]
 
-    # An unused slot is above every block without a score and below all with one. Slots beyond S are never replaced.
-    unused = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + (0x7FFFFF00 + o_s)
-    beyond = (tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32) + o_s
-    kept = tl.where(o_s < S, unused, beyond)[None, :] + tl.zeros([BM, 1], tl.int64)
-    for behind in range(0, newest - oldest + 1, 2 * BN):
-        # Two halves of a tile: a pass takes the best of each, so there are fewer passes.
-        new_a, new_b = newest - behind, newest - behind - BN
-        rank_a = _ranks(b_q, p_means, s_mb, new_a - o_n, oldest, b_first, b_own, m_d, PRECISION)
-        rank_b = _ranks(b_q, p_means, s_mb, new_b - o_n, oldest, b_first, b_own, m_d, PRECISION)
-        key_a, key_b = _best(rank_a, new_a, o_n, BN), _best(rank_b, new_b, o_n, BN)
-        while tl.max((tl.maximum(key_a, key_b) > tl.min(kept, 1)).to(tl.int32), 0) > 0:
-            kept, rank_a = _take(kept, rank_a, key_a, new_a, o_n)
-            kept, rank_b = _take(kept, rank_b, key_b, new_b, o_n)
-            key_a, key_b = _best(rank_a, new_a, o_n, BN), _best(rank_b, new_b, o_n, BN)
+    # Slots beyond S hold keys above all others and are never replaced.
+    lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s
+    highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32
+    kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)
+    bar = tl.full([BM], EMPTY, tl.int32)
+    for behind in range(0, newest - oldest + 1, BN):
+        o_b = newest - behind - o_n
+        p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
+        b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)
+        rank = _ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
+        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
+        rank = tl.where(candidate, rank, EMPTY)
+        best = tl.max(rank, 1)
+        while tl.max((best > bar).to(tl.int32), 0) > 0:
+            column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
+            key = (best.to(tl.int64) << 32) + (newest - behind - column)
+            worst = tl.min(kept, 1)
+            replace = (kept == worst[:, None]) & (best > bar)[:, None]
+            kept = tl.where(replace, key[:, None], kept)
+            bar = (tl.min(kept, 1) >> 32).to(tl.int32)
+            rank = tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
+            best = tl.max(rank, 1)
 
     kept = tl.sort(kept, dim=1, descending=True)
     block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))

@@ -35,7 +35,7 @@ def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Rows, blocks and warps of a tile of the selection. The same on every GPU, so that selections are too."""
     if dtype == torch.float32:
         return 32, 32, 4
-    return (128, 64, 4) if padded_dim(dim) <= 128 else (64, 64, 4)
+    return 64, 64, 4
 
 
 def _keys(block_size: int, most: int) -> int:
