@@ -1,6 +1,7 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..blocks import check_cu_seqlens
 from .comm import Communicator, Counters
+from .full_plan import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
@@ -102,6 +104,11 @@ class CPContext:
             bounds = self.cu_seqlens.numpy().astype(np.int64)
             self._geometry[block_size] = build_geometry(self._segments, self.rank, bounds, block_size, self.device)
         return self._geometry[block_size]
+
+    @cached_property
+    def full_plan(self) -> FullPlan:
+        """What full attention sees and moves; built at the first use and kept."""
+        return FullPlan(self._segments, self.rank, self.cu_seqlens.numpy().astype(np.int64))
 
     def rank_positions(self) -> list[Tensor]:
         """Global positions [L] of every rank's tokens, on the CPU."""

@@ -1,0 +1,119 @@
+"""How a batch tells the layers where its tokens lie: the context that travels with it.
+
+Megatron hands every layer the batch's ``packed_seq_params`` untouched, also through activation recompute, so the
+context goes there. Batches without one are read as Megatron's own.
+
+Legend: L tokens of this rank, P context-parallel ranks.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from ..cp.context import CPContext
+
+
+class MoBAPackedSeqParams:
+    """A batch's context in the place where Megatron looks for packed sequences.
+
+    Has the attributes of Megatron's ``PackedSeqParams``. Only ``qkv_format == "thd"`` is packed for Megatron, so that
+    with this one q, k and v stay ``[L, b, heads, D]`` and rotary angles are applied row by row.
+
+    Not a dataclass, and so not a ``PackedSeqParams``: FSDP2's mixed precision takes dataclass arguments apart, casts
+    what is floating point and builds them anew; angles would be rounded to bf16 and the context's tables lost.
+
+    Args:
+        context: layout and documents of the sequence that this rank holds a share of.
+        rotary_angles: [L, 1, 1, D] float32, for layers that take their rotary angles from here.
+    """
+
+    qkv_format = "sbhd"
+    cu_seqlens_q = cu_seqlens_kv = cu_seqlens_q_padded = cu_seqlens_kv_padded = None
+    local_cp_size = cp_group = None
+
+    def __init__(self, context: CPContext, rotary_angles: Tensor | None = None):
+        if not isinstance(context, CPContext):
+            raise ValueError(f"context={context!r} is not a CPContext; pass that of the batch")
+        self.context, self.rotary_angles = context, rotary_angles
+        self.max_seqlen_q = self.max_seqlen_kv = context.seq_len
+
+
+def batch_context(
+    packed_seq_params: PackedSeqParams | MoBAPackedSeqParams | None,
+    n_tokens: int,
+    group: dist.ProcessGroup | None,
+    layout: str,
+    device: torch.device,
+) -> CPContext:
+    """The context of a batch, on the rank that calls.
+
+    Args:
+        packed_seq_params: what Megatron passes: None, packed sequences (thd), or :class:`MoBAPackedSeqParams`.
+        n_tokens: L, tokens of each sequence of the batch on this rank.
+        group: the context-parallel process group; None is one rank.
+        layout: how batches without a context lie on the ranks.
+        device: where the context's tensors go.
+
+    Raises:
+        ValueError: the batch does not fit L or the group, or is of a kind that is not served.
+    """
+    if isinstance(packed_seq_params, MoBAPackedSeqParams):
+        context, size = packed_seq_params.context, group_size(group)
+        if context.size != size:
+            raise ValueError(
+                f"the batch's context is for {context.size} ranks but the layer's context-parallel group has {size}; "
+                "build the model and the CPContext with the same group"
+            )
+        return context
+    if packed_seq_params is None:
+        return _context_of_shape(group, layout, n_tokens, device)
+    if packed_seq_params.qkv_format != "thd":
+        raise ValueError(
+            f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} is not served; "
+            "use 'thd', or MoBAPackedSeqParams(context=CPContext(...))"
+        )
+    if packed_seq_params.local_cp_size is not None:
+        raise ValueError(
+            f"packed_seq_params.local_cp_size={packed_seq_params.local_cp_size}: a context-parallel size that changes "
+            "from batch to batch is not served; leave hybrid_context_parallel off"
+        )
+    # All layers of a batch share the object, and it goes when the batch goes.
+    context = getattr(packed_seq_params, "_moba_context", None)
+    if context is None:
+        context = _context_of_documents(packed_seq_params, n_tokens, group, device)
+        packed_seq_params._moba_context = context
+    return context
+
+
+def group_size(group) -> int:
+    """Ranks of a process group; None is one."""
+    return 1 if group is None else group.size()
+
+
+@lru_cache(maxsize=8)
+def _context_of_shape(group, layout: str, n_tokens: int, device: torch.device) -> CPContext:
+    return _context(group, layout, n_tokens, None, device)
+
+
+def _context(group, layout: str, n_tokens: int, cu_seqlens: Tensor | None, device) -> CPContext:
+    size = group_size(group)
+    # On one rank all layouts are one, but contiguous takes any length.
+    layout = layout if size > 1 else "contiguous"
+    return CPContext(group, layout=layout, seq_len=n_tokens * size, cu_seqlens=cu_seqlens, device=device)
+
+
+def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device) -> CPContext:
+    # Padding stands at the end of a document. There it is seen by itself alone: attention is causal, and a block that
+    # holds padding lies behind no real token. So padded documents are documents.
+    padded = params.cu_seqlens_q_padded
+    cu_seqlens = params.cu_seqlens_q if padded is None else padded
+    if cu_seqlens is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q=None; thd batches need the boundaries of their documents")
+    for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
+        other, mine = getattr(params, name), getattr(params, name.replace("_kv", "_q"))
+        if other is not None and mine is not None and other is not mine and not torch.equal(other, mine):
+            raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
+    return _context(group, "zigzag_per_document", n_tokens, cu_seqlens, device)

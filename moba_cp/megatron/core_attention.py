@@ -1,0 +1,163 @@
+"""The core attention of a Megatron transformer layer: MoBA, or full attention in the layers named so.
+
+Legend: L tokens of one sequence on this rank, b sequences, h query heads and g key/value heads of this
+tensor-parallel rank, D head dim.
+"""
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..attention import full_attention, moba_attention
+from .batch import MoBAPackedSeqParams, batch_context, group_size
+from .hybrid import AttentionConfig
+
+__all__ = ["MoBACoreAttention", "MoBAPackedSeqParams"]
+
+
+class MoBACoreAttention(MegatronModule):
+    """Built by Megatron's attention layer from the spec of :func:`moba_cp.megatron.core_attention_spec`.
+
+    Args:
+        config: of the model; ``context_parallel_size`` and the context-parallel group must agree.
+        layer_number: counted from 1 through the whole model; picks MoBA or full attention.
+        attn_mask_type: causal.
+        attention_type: ``self``.
+        attention: the spec's parameter, for all layers.
+        attention_dropout: None or 0.
+        softmax_scale: ``D ** -0.5`` by default.
+        cp_comm_type: None or ``p2p``, Megatron's default; what is exchanged, and how, MoBA decides by itself.
+        pg_collection: process groups, of which ``cp`` is used; Megatron's global ones by default.
+
+    Raises:
+        ValueError: something that MoBA has not is asked for; the message names it, its value, the rule and a fix.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention: AttentionConfig,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, cp_comm_type)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.group = pg_collection.cp
+        if group_size(self.group) != config.context_parallel_size:
+            raise ValueError(
+                f"context_parallel_size={config.context_parallel_size} but the context-parallel group has "
+                f"{group_size(self.group)} ranks; make them equal"
+            )
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        self.set_attention(attention)
+
+    def set_attention(self, attention: AttentionConfig) -> None:
+        """Attend by another configuration from the next forward pass on; no weight depends on it."""
+        self.kind = attention.kind(self.layer_number, self.config.num_layers)
+        self.moba = attention.moba
+        self.layout = attention.layout
+
+    def extra_repr(self) -> str:
+        detail = f"block_size={self.moba.block_size}, top_k={self.moba.top_k}" if self.kind == "moba" else "exact"
+        return f"layer {self.layer_number}: {self.kind}, {detail}, ranks={group_size(self.group)}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Causal attention of each sequence of the batch.
+
+        Args:
+            query: [L, b, h, D]; [L, h, D] if ``packed_seq_params`` is thd.
+            key, value: [L, b, g, D]; [L, g, D] if thd.
+            attention_mask, attention_bias: None.
+            attn_mask_type: causal or None.
+            packed_seq_params: see :func:`moba_cp.megatron.batch.batch_context`.
+
+        Returns:
+            [L, b, h * D]; [L, h * D] if thd.
+        """
+        self._refuse_call(query, key, attention_mask, attn_mask_type, attention_bias)
+        context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device)
+        if query.dim() == 3:
+            return self._attend(query, key, value, context).flatten(1)
+        sequences = zip(query.unbind(1), key.unbind(1), value.unbind(1))
+        return torch.stack([self._attend(q, k, v, context) for q, k, v in sequences], dim=1).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
+        # One rank has nothing to exchange, and no need to plan it.
+        where = {"cp": context} if context.size > 1 else {"cu_seqlens": context.cu_seqlens}
+        if self.kind == "full":
+            return full_attention(q, k, v, softmax_scale=self.softmax_scale, **where)
+        return moba_attention(q, k, v, self.moba, softmax_scale=self.softmax_scale, **where)
+
+    def _refuse_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but attention here is causal by itself; pass "
+                "None (--no-create-attention-mask-in-dataloader), and documents as packed_seq_params"
+            )
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not None; MoBA adds no bias to its scores, so pass None")
+        if attn_mask_type not in (None, AttnMaskType.causal):
+            raise ValueError(f"attn_mask_type={attn_mask_type.name} is not served; use AttnMaskType.causal")
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"{query.shape[0]} queries but {key.shape[0]} keys: decoding with a key/value cache is not served"
+            )
+
+
+def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, cp_comm_type) -> None:
+    def refuse(name: str, value, rule: str):
+        raise ValueError(f"{name}={value!r}: {rule}")
+
+    if attention_type != "self":
+        refuse("attention_type", attention_type, "MoBA selects among a sequence's own blocks; use it in self-attention")
+    if attn_mask_type != AttnMaskType.causal:
+        refuse("attn_mask_type", attn_mask_type.name, "MoBA is causal; use AttnMaskType.causal")
+    if dropout != 0:
+        refuse("attention_dropout", dropout, "MoBA has no dropout on its scores; set it to 0")
+    if cp_comm_type not in (None, "p2p"):
+        refuse("cp_comm_type", cp_comm_type, "the exchange is MoBA's own; leave it at 'p2p', Megatron's default")
+    if config.num_attention_heads % config.num_query_groups:
+        refuse(
+            "num_query_groups",
+            config.num_query_groups,
+            f"it must divide num_attention_heads={config.num_attention_heads}",
+        )
+    if config.multi_latent_attention:
+        refuse("multi_latent_attention", True, "values narrower than keys are not served; use grouped-query attention")
+    for name, neutral, rule in (
+        ("softmax_type", "vanilla", "attention sinks and off-by-one softmax are not served"),
+        ("window_size", None, "MoBA attends to chosen blocks, not to a sliding window"),
+        ("apply_query_key_layer_scaling", False, "scores are scaled by softmax_scale alone"),
+        ("qk_clip", False, "the largest score of a head is not recorded"),
+        ("log_max_attention_logit", False, "the largest score of a head is not recorded"),
+        ("fp8_dot_product_attention", False, "attention runs in the dtype of its inputs"),
+        ("fp8_multi_head_attention", False, "attention runs in the dtype of its inputs"),
+        ("hybrid_context_parallel", False, "the context-parallel group is the same for every batch"),
+        ("hierarchical_context_parallel_sizes", None, "the exchange is MoBA's own"),
+    ):
+        # Other versions of megatron-core lack some of these.
+        value = getattr(config, name, neutral)
+        if value != neutral:
+            refuse(name, value, f"{rule}; set it to {neutral!r}")

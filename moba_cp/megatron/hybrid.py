@@ -1,0 +1,98 @@
+"""Which layers attend with MoBA and which with full attention.
+
+Layers are counted from 1, as Megatron counts them, through the whole model whatever the pipeline stage.
+"""
+
+import re
+from dataclasses import dataclass
+
+from ..config import MoBAConfig
+
+KINDS = ("moba", "full")
+LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention of a whole model.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and the rule.
+    """
+
+    default: str = "moba"
+    """Kind of every layer that ``full_layers`` does not name: ``moba`` or ``full``."""
+
+    full_layers: str | tuple[int, ...] = "none"
+    """Layers with full attention: ``none``, ``last N``, or a list of layer numbers counted from 1."""
+
+    block_size: int = 512
+    """Tokens per key/value block of MoBA layers; a multiple of 16."""
+
+    top_k: int = 3
+    """Blocks each query of a MoBA layer attends to, its own block included; 1 to 64."""
+
+    deterministic: bool = False
+    """Bit-identical results from run to run on a fixed number of ranks, at some cost in the backward pass."""
+
+    layout: str = "zigzag"
+    """How batches that come without a :class:`moba_cp.CPContext` lie on the ranks: ``zigzag`` (Megatron's own) or
+    ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
+
+    def __post_init__(self):
+        if self.default not in KINDS:
+            raise ValueError(f"default={self.default!r} is not a kind of attention; use one of {', '.join(KINDS)}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} is not a layout; use one of {', '.join(LAYOUTS)}")
+        if isinstance(self.full_layers, list):
+            object.__setattr__(self, "full_layers", tuple(self.full_layers))
+        _check_full_layers(self.full_layers)
+        _ = self.moba
+
+    @property
+    def moba(self) -> MoBAConfig:
+        """What a MoBA layer is told."""
+        return MoBAConfig(block_size=self.block_size, top_k=self.top_k, deterministic=self.deterministic)
+
+    def full_layer_numbers(self, n_layers: int) -> frozenset[int]:
+        """The layers with full attention in a model of ``n_layers`` layers.
+
+        Raises:
+            ValueError: ``full_layers`` names a layer that the model has not.
+        """
+        if self.default == "full":
+            return frozenset(range(1, n_layers + 1))
+        if self.full_layers == "none":
+            return frozenset()
+        if isinstance(self.full_layers, str):
+            last = int(self.full_layers.split()[1])
+            if last > n_layers:
+                raise ValueError(
+                    f"full_layers={self.full_layers!r} asks for {last} of {n_layers} layers; "
+                    f"use 'last {n_layers}' or fewer"
+                )
+            return frozenset(range(n_layers - last + 1, n_layers + 1))
+        if max(self.full_layers, default=1) > n_layers:
+            raise ValueError(
+                f"full_layers={list(self.full_layers)} names layer {max(self.full_layers)}, but the model has "
+                f"{n_layers} layers, numbered 1 to {n_layers}"
+            )
+        return frozenset(self.full_layers)
+
+    def kind(self, layer_number: int, n_layers: int) -> str:
+        """``moba`` or ``full`` for a layer, counted from 1."""
+        return "full" if layer_number in self.full_layer_numbers(n_layers) else "moba"
+
+
+def _check_full_layers(value) -> None:
+    if isinstance(value, str):
+        if value == "none" or re.fullmatch(r"last [1-9]\d*", value):
+            return
+    elif isinstance(value, tuple):
+        integers = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 1 for layer in value)
+        if integers and len(set(value)) == len(value):
+            return
+    raise ValueError(
+        f"full_layers={list(value) if isinstance(value, tuple) else value!r} is not understood; use 'none', 'last N' "
+        "(such as 'last 3'), or a list of distinct layer numbers counted from 1 (such as [1, 4])"
+    )

@@ -1,0 +1,64 @@
+"""Layer specs: where MoBA is put into Megatron's own."""
+
+import copy
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from .batch import MoBAPackedSeqParams
+from .core_attention import MoBACoreAttention
+from .hybrid import AttentionConfig
+
+
+def core_attention_spec(attention: AttentionConfig) -> ModuleSpec:
+    """What to put at ``self_attention.submodules.core_attention`` of a layer spec."""
+    return ModuleSpec(module=MoBACoreAttention, params={"attention": attention})
+
+
+def with_moba(layer_spec: ModuleSpec, attention: AttentionConfig) -> ModuleSpec:
+    """A copy of ``layer_spec``, any spec of a transformer layer with self-attention, that attends by ``attention``."""
+    layer_spec = copy.deepcopy(layer_spec)
+    layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention)
+    return layer_spec
+
+
+def context_layer_spec(attention: AttentionConfig, recompute: str = "none") -> ModuleSpec:
+    """The layer of :class:`moba_cp.megatron.MoBAGPTModel`: Megatron's local layer with RMSNorm, on batches that carry
+    a context.
+
+    Args:
+        attention: of the whole model.
+        recompute: ``none`` or ``full``, see :class:`moba_cp.megatron.ModelConfig`.
+    """
+    spec = with_moba(get_gpt_layer_local_spec(normalization="RMSNorm"), attention)
+    spec.module = ContextTransformerLayer
+    spec.params = {**spec.params, "recompute": recompute == "full"}
+    return spec
+
+
+class ContextTransformerLayer(TransformerLayer):
+    """A transformer layer that finds its rotary angles with the batch's context, and recomputes itself if asked to.
+
+    As a floating point argument the angles would be cast to bf16 by FSDP2's mixed precision, and long positions lost.
+    Megatron's own recompute saves and restores CUDA's random state, which a CPU has not; without dropout none is
+    needed.
+
+    Args:
+        recompute: keep only the layer's input for the backward pass.
+        All others: as Megatron's TransformerLayer.
+    """
+
+    def __init__(self, *args, recompute: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recompute = recompute
+
+    def forward(self, hidden_states: torch.Tensor, packed_seq_params: MoBAPackedSeqParams, **kwargs):
+        """hidden_states [L, b, hidden] -> (the same shape, None)."""
+        kwargs.update(packed_seq_params=packed_seq_params, rotary_pos_emb=packed_seq_params.rotary_angles)
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return super().forward(hidden_states, **kwargs)
+        return torch.utils.checkpoint.checkpoint(
+            super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
