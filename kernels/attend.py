@@ -205,19 +205,14 @@ class _Slice:
     def tasks(self, routing: Routing, task_rows: int):
         return cut_tasks(routing.list_start[self.lists], self.n_visits, task_rows)
 
-    def parts(self, dtype: torch.dtype) -> Tensor:
-        """Room for one row of D per visit."""
-        return torch.empty(
-            self.q.shape[0], self.n_heads, self.n_slots, self.q.shape[2], dtype=dtype, device=self.q.device
-        )
-
 
 def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Routing, kv_heads: slice) -> None:
     part = _Slice(q, pages, chosen, own, kv_heads)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device)
     tasks = part.tasks(routing, tile.task_rows)
-    parts = part.parts(q.dtype)
-    parts_lse = torch.full(parts.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    shape = q.shape[0], part.n_heads, part.n_slots
+    parts = torch.empty(*shape, q.shape[2], dtype=q.dtype, device=q.device)
+    parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
         kernel[(tasks.max_tasks,)](
@@ -276,8 +271,6 @@ def _backward_slice(
                 BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
-        torch.mul(into.transpose(0, 1).flatten(1, 2), scale, out=dq) if dq.dtype == torch.float32 else dq.copy_(
-            into.mul_(scale).transpose(0, 1).flatten(1, 2)
-        )
+        dq.copy_(into.mul_(scale).transpose(0, 1).flatten(1, 2))
     else:
         sum_visits(into, dq, part.chosen, own, visible, part.row, scale)

@@ -67,8 +67,9 @@ def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device
         return Tile(32, _keys(block_size, 64 if bd <= 128 else 32), 1024, 4 if bd <= 64 else 8, 1)
     if bd > 128:
         return Tile(32, _keys(block_size, 64), 1024, 8, 1)
+    # Five stages: one for the row numbers, the rest keep two tiles of gathered rows on their way.
     bn = _keys(block_size, 128)
-    return Tile(64, bn, 1024, 8 if bn * bd > 64 * 64 else 4, 2)
+    return Tile(64, bn, 2048 if block_size <= bn else 4096, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
 def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
