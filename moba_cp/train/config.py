@@ -38,6 +38,10 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one after the last step."""
 
+    selection_maps: bool = False
+    """At each validation, record which blocks the first held-out sequence's queries choose (selection.pt, for
+    moba-cp bench exchange --gate) and draw it layer by layer (selection.png)."""
+
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 for all."""
 

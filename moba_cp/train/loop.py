@@ -11,18 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from ..cp.observe import SelectionRecorder
 from ..megatron.model import build_model
 from . import checkpoint
 from .batch import Batches, MicroBatch
-from .log import CHECKPOINTS
+from .log import CHECKPOINTS, SELECTION
 from .mesh import Mesh
 from .optimizer import build_optimizer, clip_gradients, learning_rate
 from .plan import RunPlan
 from .report import Reporter
+from .traffic import gather
 from .yaml_config import to_dict
-
-# What the counters of attention give in bytes and the log sums over all ranks.
-_SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
 
 
 class Trainer:
@@ -80,7 +79,7 @@ class Trainer:
         config, step = self.config, self.step
         # Random numbers, should the model draw any, follow from seed and step: nothing more to save for a resume.
         torch.manual_seed(config.run.seed * 2**32 + step)
-        self.batches.comm.counters.reset()
+        self.batches.comm.reset_counters()
         batches = list(self.batches.training(step))
         labels = sum(batch.label_count() for batch in batches)
         dist.all_reduce(labels)
@@ -96,7 +95,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss_sum, exchange = self._gather(loss_sum)
+        loss_sum, exchange = gather(loss_sum, self.batches.comm)
         loss = loss_sum / max(1, labels.item())
         if not math.isfinite(loss):
             raise ValueError(
@@ -119,9 +118,12 @@ class Trainer:
     def validation_loss(self) -> float | None:
         """Mean loss per label of the held-out sequences, the same on every rank; None if nothing is held out."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        recorder = SelectionRecorder() if self.config.run.selection_maps and self.mesh.data_rank == 0 else None
         self.module.eval()
-        for batch in self.batches.validation():
+        for index, batch in enumerate(self.batches.validation(recorder)):
             sums += torch.stack([self._loss_sum(batch).double(), batch.label_count().double()])
+            if index == 0 and recorder is not None:
+                recorder.save(self.folder / SELECTION, batch.context)
         self.module.train()
         dist.all_reduce(sums)
         loss, labels = sums.tolist()
@@ -130,25 +132,6 @@ class Trainer:
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
         """Loss of this rank's labels in one sequence, summed; scalar fp32."""
         return self.module(batch.tokens, batch.labels, batch.context).sum()
-
-    def _gather(self, loss_sum: Tensor) -> tuple[float, dict[str, float]]:
-        """The loss summed over all ranks, and what attention moved between them in this step."""
-        counters = self.batches.comm.counters
-        moved = counters.summary()
-        bytes_moved = [moved[name] for name in _SUMMED]
-        mine = torch.tensor([*bytes_moved, counters.needed, counters.remote], dtype=torch.float64)
-        mine = torch.cat([loss_sum[None], mine.to(self.mesh.device)])
-        every = mine.new_empty(self.plan.size, mine.numel())
-        dist.all_gather(list(every.unbind()), mine)
-        loss, *totals, needed, remote = every.sum(0).tolist()
-        total = {name: int(n) for name, n in zip(_SUMMED, totals)}
-        busiest = every[:, 1 + _SUMMED.index("received_bytes")].max().item()
-        return loss, total | {
-            "needed_share": round(needed / remote, 4) if remote else 0.0,
-            # Bytes that the busiest rank received over the mean of all; 0 where nothing moved.
-            "imbalance": round(busiest * self.plan.size / max(1, total["received_bytes"]), 4),
-            "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
-        }
 
     def _save(self) -> None:
         meta = checkpoint.CheckpointMeta(
