@@ -89,9 +89,12 @@ class _GradientRing:
         grads, self._earlier = self._earlier, None
         if grads is None:
             rows = n_local if hops[source] >= step else 0
-            grads = self._k.new_zeros(rows, 2, *self._k.shape[1:], dtype=wide_dtype(self._k.dtype))
-        dk.add_to(grads[:, 0])
-        dv.add_to(grads[:, 1])
+            grads = self._k.new_empty(rows, 2, *self._k.shape[1:], dtype=wide_dtype(self._k.dtype))
+            dk.write_to(grads[:, 0])
+            dv.write_to(grads[:, 1])
+        else:
+            dk.add_to(grads[:, 0])
+            dv.add_to(grads[:, 1])
         self._step += 1
         if step == 0 and hops[rank] == 0:
             self._home, grads = grads, grads[:0]
