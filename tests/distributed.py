@@ -96,7 +96,7 @@ class ThreadCommunicator(Communicator):
         self._barrier.wait(TIMEOUT_S)
         return everybody
 
-    def _all_gather_async(self, x):
+    def _all_gather(self, x):
         out = torch.stack(self._swap(x))
         return lambda: out
 

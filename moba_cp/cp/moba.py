@@ -87,7 +87,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         out = out.to(q.dtype)
         comm.counters.dense_ring += _ring_bytes(k, comm.size)
         ctx.save_for_backward(q, k, v, out, lse, chosen)
-        ctx.stages, ctx.config, ctx.scale, ctx.cp = stages, config, scale, cp
+        ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.label = stages, config, scale, cp, comm.label
         # The blocks themselves are assembled again in backward; until then only the plan is kept.
         for stage in stages:
             _set_owned(stage, None)
@@ -100,6 +100,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         cp, config, scale = ctx.cp, ctx.config, ctx.scale
         geometry, comm = cp.geometry(config.block_size), cp.comm
         own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
+        comm.label = f"the backward of {ctx.label.removeprefix('the backward of ')}"
         delta, wire = row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         owned = owned_pages(k_rows, v_rows, geometry)
