@@ -107,7 +107,8 @@ class MoBACoreAttention(MegatronModule):
         # One rank has nothing to exchange, and no need to plan it.
         where = {"cp": context} if context.size > 1 else {"cu_seqlens": context.cu_seqlens}
         if self.kind == "full":
-            return full_attention(q, k, v, softmax_scale=self.softmax_scale, **where)
+            deterministic = self.moba.deterministic
+            return full_attention(q, k, v, softmax_scale=self.softmax_scale, deterministic=deterministic, **where)
         return moba_attention(q, k, v, self.moba, softmax_scale=self.softmax_scale, **where)
 
     def _refuse_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
