@@ -63,7 +63,11 @@ def test_ranges_show_exactly_what_causality_allows(layout, size):
                 ranges = dense.build_ranges(segments[rank], keys, bounds)
                 expected = seen_by_hand(segments[rank], keys, bounds)
                 assert (seen_by_rectangles(ranges) == expected).all()
-                for calls in (ranges.calls(torch.device("cpu")), ranges.single_calls(), ranges.single_calls(squares=True)):
+                for calls in (
+                    ranges.calls(torch.device("cpu")),
+                    ranges.single_calls(),
+                    ranges.single_calls(squares=True),
+                ):
                     assert (seen_by_calls(calls, ranges) == expected).all()
 
 
@@ -71,7 +75,12 @@ def test_ring_steps_are_as_few_calls_as_they_can_be():
     # One document, zigzag over 4 ranks: own step one causal square, other steps one full rectangle.
     segments = rank_segments("zigzag", 64, 4, np.array([0, 64]))
     shapes = [dense.build_ranges(segments[1], source, np.array([0, 64])).rectangles for source in segments]
-    assert shapes == [((0, 16, 0, 8, False),), ((0, 16, 0, 16, True),), ((8, 8, 0, 16, False),), ((8, 8, 0, 16, False),)]
+    assert shapes == [
+        ((0, 16, 0, 8, False),),
+        ((0, 16, 0, 16, True),),
+        ((8, 8, 0, 16, False),),
+        ((8, 8, 0, 16, False),),
+    ]
     # Many documents dealt out one by one: still one call a step.
     bounds = np.arange(0, 65, 8)
     segments = rank_segments("zigzag_per_document", 64, 4, bounds)

@@ -103,7 +103,9 @@ class Progress:
         self.shown, self.width = -self.SECONDS_BETWEEN_LINES, 0
         self.terminal = self.stream.isatty()
 
-    def show(self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None) -> None:
+    def show(
+        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None = None
+    ) -> None:
         """Show the state after ``step``; ``exchanged`` is the bytes all ranks sent in it."""
         now = time.monotonic()
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
