@@ -366,7 +366,9 @@ def _try_documents(q: Tensor, args) -> None:
 
 def _print(rows: list[Row], args) -> None:
     env = environment()
-    print(f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}")
+    print(
+        f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}"
+    )
     print(f"T = {args.tokens}, {args.heads} heads, D = {args.head_dim}, P = {args.ranks}; ms, median of {args.repeats}")
     print(f"{'':58}{'fwd':>8}{'fwd+bwd':>9}{'spread':>8}   of dense / P   KV shards")
     for row in rows:

@@ -42,7 +42,19 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
         dout_heads, out_heads, lse_heads = (x[:, heads].contiguous() for x in (dout, out, lse))
         dq, dk, dv = dense.Sum(q_heads), dense.Sum(k_whole), dense.Sum(v_whole)
         dense.attend_backward(
-            q_heads, k_whole, v_whole, ranges, scale, kernels, dout_heads, out_heads, lse_heads, dq, dk, dv, deterministic
+            q_heads,
+            k_whole,
+            v_whole,
+            ranges,
+            scale,
+            kernels,
+            dout_heads,
+            out_heads,
+            lse_heads,
+            dq,
+            dk,
+            dv,
+            deterministic,
         )
         dqs.append(dq.narrow())
         shape = k_whole.shape[0], 2, *k_whole.shape[1:]

@@ -26,7 +26,9 @@ def check_schedule(schedule: tuple[Phase, ...]) -> None:
         if last and phase.until is not None:
             raise ValueError(f"{name}.until={phase.until} ends the last phase early; leave until out there")
         if not last and phase.until is None:
-            raise ValueError(f"{name}.until is missing; only the last phase lasts to the end, so say such as until: 0.9")
+            raise ValueError(
+                f"{name}.until is missing; only the last phase lasts to the end, so say such as until: 0.9"
+            )
         begin = schedule[i - 1].until if i else 0.0
         if not last and not begin < phase.until < 1:
             raise ValueError(f"{name}.until={phase.until} is not between {begin} and 1; phases follow one another")
