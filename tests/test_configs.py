@@ -1,18 +1,23 @@
 """Every config that comes with the repository: it is valid, and says what its name says."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
+from moba_cp.train import plan as plan_module
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
 from moba_cp.train.yaml_config import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+# Several configs read the same text, and reading it takes seconds.
+OPEN_ONCE = functools.cache(plan_module.open_corpus)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
-def test_config_is_valid_on_eight_ranks(path):
+def test_config_is_valid_on_eight_ranks(path, monkeypatch):
+    monkeypatch.setattr(plan_module, "open_corpus", OPEN_ONCE)
     config = load(TrainConfig, path)
     if config.data.path is None or Path(config.data.path).exists():
         assert plan_run(config, 8).summary()
