@@ -1,7 +1,7 @@
 """``moba-cp experiment switch``: MoBA throughout, full throughout, and MoBA followed by full attention.
 
 The paper's training hybrid at small scale. Three runs of one config see the same data in the same order; only their
-attention differs. The picture shows their losses, and the steps around the switch, where a spike would be.
+attention differs. The picture shows their losses, and how they differ in the steps around the switch, where a spike would be.
 """
 
 import argparse
@@ -98,18 +98,20 @@ def _draw(logs: dict[str, list[dict]], first_full: int, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, (whole, near, held_out) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    last = max(_losses(logs["full"]))
+    last, base = max(_losses(logs["full"])), _losses(logs["moba"])
     width = max(2, (last - first_full) * 2)
     for name, log in logs.items():
         losses = _losses(log)
         style = {"color": COLORS[name], "label": LABELS[name], "linewidth": 1.1}
         whole.plot(list(losses), list(losses.values()), **style)
+        # Batches differ far more than attentions do; in one step all runs see the same batch.
         close = [step for step in losses if step >= first_full - width]
-        near.plot(close, [losses[step] for step in close], marker=".", **style)
+        near.plot(close, [losses[step] - base[step] for step in close], marker=".", **style)
         validation = _losses(log, "validation_loss")
         points = [step for step in validation if step >= last // 4]
         held_out.plot(points, [validation[step] for step in points], marker="o", markersize=4, **style)
-    for axes, title in ((whole, "training loss"), (near, "around the switch"), (held_out, "held-out loss")):
+    titles = (whole, "training loss"), (near, "training loss less MoBA's in the same step"), (held_out, "held-out loss")
+    for axes, title in titles:
         axes.axvline(first_full - 0.5, color="gray", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", title=title)
         axes.grid(alpha=0.3)
