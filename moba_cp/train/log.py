@@ -129,6 +129,12 @@ class Progress:
             self.shown = now
         self.stream.flush()
 
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self.close()
+        self.width = 0
+        self.stream.write(text + "\n")
+
     def close(self) -> None:
         """Leave the line as it is and go to the next."""
         if self.terminal and self.width:

@@ -39,7 +39,8 @@ class Trainer:
         self.folder = Path(config.run.directory)
         self.batches = Batches(plan, mesh)
         # Sharded before it has weights, so that no rank ever holds all of them.
-        module = build_model(config.model, config.attention, cp_group=mesh.context_group, device="meta")
+        self._attention = config.attention.at(1, config.run.steps)
+        module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
         self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
         self.module.to_empty(device=mesh.device)
         self.module.init_weights(config.run.seed)
@@ -48,6 +49,8 @@ class Trainer:
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
             checkpoint.load(resume, self.module, self.optimizer)
+        elif config.run.start_from is not None:
+            checkpoint.load_weights(checkpoint.find(Path(config.run.start_from)), self.module)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns the last step's log entry, on every rank.
@@ -77,6 +80,7 @@ class Trainer:
         started = time.monotonic()
         self.step += 1
         config, step = self.config, self.step
+        self._follow_schedule()
         # Random numbers, should the model draw any, follow from seed and step: nothing more to save for a resume.
         torch.manual_seed(config.run.seed * 2**32 + step)
         self.batches.comm.reset_counters()
@@ -111,6 +115,7 @@ class Trainer:
             "learning_rate": rate,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(self.plan.tokens_per_step / seconds, 1),
+            "attention": self._attention.default,
             "exchange": exchange,
         }
 
@@ -128,6 +133,13 @@ class Trainer:
         dist.all_reduce(sums)
         loss, labels = sums.tolist()
         return loss / labels if labels else None
+
+    def _follow_schedule(self) -> None:
+        """Attend as the schedule says for this step; it follows from the step alone, so a resumed run does the same."""
+        attention = self.config.attention.at(self.step, self.config.run.steps)
+        if attention != self._attention:
+            self.module.set_attention(attention)
+            self._attention = attention
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
         """Loss of this rank's labels in one sequence, summed; scalar fp32."""
