@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+from .common import (
+    cdiv,
+    check_head_dim,
+    check_unit_stride,
+    dot_precision,
+    next_power_of_2,
+    on_device,
+    padded_dim,
+)
 
 # Integer scores: no candidate, then NaN, then -inf (-2139095041) and all numbers.
 EMPTY = tl.constexpr(-(2**31))
@@ -107,11 +115,11 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     # The tile shape must not follow N: a score is then summed in the same order on any number of ranks.
     bm, bn, warps = tuned.select_tile(dim, q.dtype)
     with on_device(q):
-        _select_kernel[(triton.cdiv(n_rows, bm), n_heads)](
-            q, means, first, own, chosen,
+        _select_kernel[(cdiv(n_rows, bm), n_heads)](
+            q, means, first.contiguous(), own.contiguous(), chosen,
             n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
-            S=n_slots, SLOTS=max(2, triton.next_power_of_2(n_slots)), BM=bm, BN=bn,
+            S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,
             PRECISION=dot_precision(q.dtype), num_warps=warps,
         )  # fmt: skip
     return chosen

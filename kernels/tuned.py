@@ -8,9 +8,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
-from .common import padded_dim
+from .common import next_power_of_2, padded_dim
 
 
 class Tile(NamedTuple):
@@ -40,7 +39,7 @@ def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 def _keys(block_size: int, most: int) -> int:
     """Keys per tile: the block itself where it is short."""
-    return min(most, max(16, triton.next_power_of_2(block_size)))
+    return min(most, max(16, next_power_of_2(block_size)))
 
 
 def forward_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
