@@ -65,7 +65,7 @@ def _select_kernel(
     lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s
     highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32
     kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)
-    bar = tl.full([BM], EMPTY, tl.int32)
+    worst = tl.min(kept, 1)
     for behind in range(0, newest - oldest + 1, BN):
         o_b = newest - behind - o_n
         p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
@@ -74,15 +74,15 @@ def _select_kernel(
         candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
         rank = tl.where(candidate, rank, EMPTY)
         best = tl.max(rank, 1)
-        while tl.max((best > bar).to(tl.int32), 0) > 0:
+        better = best > (worst >> 32).to(tl.int32)
+        while tl.max(better.to(tl.int32), 0) > 0:
             column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
             key = (best.to(tl.int64) << 32) + (newest - behind - column)
+            kept = tl.where((kept == worst[:, None]) & better[:, None], key[:, None], kept)
             worst = tl.min(kept, 1)
-            replace = (kept == worst[:, None]) & (best > bar)[:, None]
-            kept = tl.where(replace, key[:, None], kept)
-            bar = (tl.min(kept, 1) >> 32).to(tl.int32)
             rank = tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
             best = tl.max(rank, 1)
+            better = best > (worst >> 32).to(tl.int32)
 
     kept = tl.sort(kept, dim=1, descending=True)
     block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))
