@@ -210,12 +210,18 @@ class Communicator:
         def wait() -> Tensor:
             work.wait()
             sent.clear()
-            if out.is_cuda:
-                # Made on the stream beside, used on this one: the allocator must not give it away before both are done.
-                out.record_stream(torch.cuda.current_stream())
+            used_here(out)
             return out
 
         return wait
+
+
+def used_here(*tensors: Tensor) -> None:
+    """Tell the allocator that ``tensors``, made on the stream beside, are used on the current one: what takes their
+    memory after them has to wait for both."""
+    for x in tensors:
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream())
 
 
 class Monitor:

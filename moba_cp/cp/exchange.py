@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Pages
-from .comm import Communicator
+from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .plan import PairLists
 
@@ -132,6 +132,8 @@ class BlockStage:
 
         def wait() -> list[Pages]:
             storages = [pages() for pages in waits]
+            for pages in storages:
+                used_here(pages.k, pages.row, pages.head)
             if self.keep:
                 self._pages = storages
             return storages
