@@ -68,6 +68,9 @@ def model_config(run: Run) -> TransformerConfig:
         pipeline_model_parallel_size=run.pp,
         virtual_pipeline_model_parallel_size=run.vpp,
         pipeline_dtype=torch.float32,
+        # Otherwise two stages would have several messages under way between them in one batch, and mix them up.
+        overlap_p2p_comm=run.vpp is not None,
+        batch_p2p_comm=run.vpp is None,
         cp_comm_type="p2p",
         use_cpu_initialization=True,
     )
