@@ -38,20 +38,24 @@ class _MoBAAttention(torch.autograd.Function):
 
 class _FullAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, first, last, scale: float):
-        out, lse = dense.range_attention(q, k, v, first, last, scale)
+    def forward(ctx, q, k, v, ranges: dense.Ranges, scale: float, backend, deterministic: bool):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        partials = dense.Partials(q)
+        dense.attend(q, k, v, ranges, scale, backend, partials)
+        out, lse = partials.result()
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, first, last)
-        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = ranges, scale, backend, deterministic
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, first, last = ctx.saved_tensors
-        delta = row_sums(dout, out)
-        dq, dk, dv = dense.range_attention_backward(q, k, v, first, last, ctx.scale, dout, lse, delta)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        ranges, scale, backend, deterministic = ctx.rest
+        sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
+        dense.attend_backward(q, k, v, ranges, scale, backend, dout.contiguous(), out, lse, *sums, deterministic)
+        return *(x.narrow() for x in sums), None, None, None, None
 
 
 def row_sums(dout: Tensor, out: Tensor) -> Tensor:
@@ -110,23 +114,42 @@ def full_attention(
     softmax_scale: float | None = None,
     cp=None,
     return_lse: bool = False,
+    *,
+    method: str = "auto",
+    backend: str = "auto",
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact causal attention; arguments, results and errors as :func:`moba_attention`."""
+    """Exact causal attention; arguments, results and errors as :func:`moba_attention`, and:
+
+    Args:
+        cu_seqlens: kernels are chosen by the lengths of documents; on a GPU, reading them makes the host wait.
+        method: with ``cp``, how K and V move: ``ring``, ``allgather`` by slices of heads, or ``auto`` by size.
+        backend: local kernels: ``fa4`` (flash-attn-4, if installed), ``cudnn``, ``flash``, ``plain``, or ``auto`` for
+            the fastest that can serve. float64, float32 and CPU tensors are served by ``plain``.
+        deterministic: bit-identical gradients from run to run on a fixed number of ranks, at some cost in speed.
+
+    Raises:
+        ValueError: also where a named backend cannot serve; the message says why.
+    """
     scale = check_inputs(q, k, v, softmax_scale)
     if cp is not None:
         from .cp.full import full_attention as across_ranks
 
-        out, lse = across_ranks(q, k, v, scale, check_context(q, cp, cu_seqlens))
+        context = check_context(q, cp, cu_seqlens)
+        out, lse = across_ranks(q, k, v, scale, context, method, backend, deterministic)
     else:
-        n_tokens = q.shape[0]
-        last = torch.arange(n_tokens, device=q.device)
-        first = torch.zeros_like(last)
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, n_tokens)
-            starts = cu_seqlens.to(device=q.device, dtype=torch.int64)
-            first = starts[torch.searchsorted(starts, last, right=True) - 1]
-        out, lse = _FullAttention.apply(q, k, v, first, last, scale)
+        ranges = _own_ranges(q.shape[0], cu_seqlens)
+        kernels = dense.choose_backend(q, ranges, backend, deterministic)
+        out, lse = _FullAttention.apply(q, k, v, ranges, scale, kernels, deterministic)
     return (out, lse) if return_lse else out
+
+
+def _own_ranges(n_tokens: int, cu_seqlens: Tensor | None) -> dense.Ranges:
+    """What the rows of a sequence see of the sequence itself."""
+    cu_seqlens = torch.tensor([0, n_tokens]) if cu_seqlens is None else cu_seqlens.cpu()
+    check_cu_seqlens(cu_seqlens, n_tokens)
+    tokens = [(0, n_tokens)]
+    return dense.build_ranges(tokens, tokens, cu_seqlens.long().numpy())
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:

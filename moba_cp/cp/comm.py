@@ -4,7 +4,11 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+import collections
 import contextlib
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +36,8 @@ class Counters:
     """(KV head, block) pairs of other ranks that local queries chose or lie in."""
     remote: int = 0
     """(KV head, block) pairs of other ranks that some local query could have chosen."""
+    hottest: int = 0
+    """Most local rows that chose one (KV head, block) in one call."""
 
     def add(self, kind: str, sent: int, received: int) -> None:
         """Count one message."""
@@ -51,6 +57,7 @@ class Counters:
             "received_bytes": sum(self.received.values()),
             "planned_bytes": self.planned,
             "dense_ring_bytes": self.dense_ring,
+            "hottest_rows": self.hottest,
             "needed_share": self.needed / self.remote if self.remote else 0.0,
         }
 
@@ -75,8 +82,12 @@ class HostCopy:
         return self._host
 
 
+class ExchangeError(RuntimeError):
+    """A collective failed: another rank left, or did not come in time."""
+
+
 class Communicator:
-    """Collectives over one process group, with bytes counted.
+    """Collectives over one process group, with bytes counted and failures named.
 
     Tests replace it by ranks that are threads of one process.
     """
@@ -86,19 +97,43 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.counters = Counters()
+        self.by_layer: dict[str, Counters] = {}
+        """The same counts apart for each layer, by its name."""
+        self.layer = "an unnamed layer"
+        """What is being computed, for counters and error messages; whoever calls a layer sets it."""
+        self.direction = ""
+        """Put before the layer in error messages."""
         self._stream = None
+        self._monitor: Monitor | None = None
+        self._what = ""
 
     def all_gather(self, x: Tensor, kind: str) -> Tensor:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""
-        others = x.nbytes * (self.size - 1)
-        self.counters.add(kind, others, others)
-        return self.gather_uncounted(x)
+        return self.all_gather_async(x, kind)()
 
     def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
         """:meth:`all_gather` that returns at once; the function it returns waits."""
         others = x.nbytes * (self.size - 1)
-        self.counters.add(kind, others, others)
-        return self._all_gather_async(x.contiguous())
+        self._count(kind, others, others)
+        return self._guarded(f"{kind} all-gather", lambda: self._all_gather(x.contiguous()))
+
+    def gather_uncounted(self, x: Tensor) -> Tensor:
+        """:meth:`all_gather` for what is not part of an attention layer."""
+        return self._guarded("all-gather", lambda: self._all_gather(x.contiguous()))()
+
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
+        """Send ``send[p]`` rows of ``x`` to each rank p and receive ``receive[p]`` rows from it.
+
+        Args:
+            x: [sum(send), ...], the rows for rank 0 first.
+
+        Returns:
+            A function that waits for the transfer and returns [sum(receive), ...], the rows of rank 0 first. ``x`` may
+            not be changed before it is called.
+        """
+        row = x.element_size() * x.shape[1:].numel()
+        self._count(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
+        return self._guarded(f"{kind} all-to-all", lambda: self._all_to_all(x.contiguous(), send, receive))
 
     def mark(self, x: Tensor) -> torch.cuda.Event | None:
         """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
@@ -116,54 +151,96 @@ class Communicator:
         self._stream.wait_event(after)
         return torch.cuda.stream(self._stream)
 
-    def gather_uncounted(self, x: Tensor) -> Tensor:
-        """:meth:`all_gather` for what is not part of an attention layer."""
-        return self._all_gather(x.contiguous())
+    def reset_counters(self) -> None:
+        """Start all counters again from zero."""
+        self.counters.reset()
+        self.by_layer.clear()
 
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
-        """Send ``send[p]`` rows of ``x`` to each rank p and receive ``receive[p]`` rows from it.
+    def books(self) -> tuple[Counters, Counters]:
+        """The counters of all layers and those of the current one."""
+        return self.counters, self.by_layer.setdefault(self.layer, Counters())
 
-        Args:
-            x: [sum(send), ...], the rows for rank 0 first.
+    def _count(self, kind: str, sent: int, received: int) -> None:
+        for counters in self.books():
+            counters.add(kind, sent, received)
 
-        Returns:
-            A function that waits for the transfer and returns [sum(receive), ...], the rows of rank 0 first. ``x`` may
-            not be changed before it is called.
-        """
-        row = x.element_size() * x.shape[1:].numel()
-        self.counters.add(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
-        return self._all_to_all(x.contiguous(), send, receive)
+    def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+        """``start()`` and the waiting it returns, with errors that say who failed at what and where."""
+        self._what = f"{what} in {self.direction}{self.layer}"
+        name = f"rank {self.rank} of {self.size}: {self._what}"
 
-    def _all_gather(self, x: Tensor) -> Tensor:
-        return self._all_gather_async(x)()
+        def failed(error: RuntimeError) -> ExchangeError:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return ExchangeError(f"{name} failed, another rank has left or hangs: {lines[0]}")
 
-    def _all_gather_async(self, x: Tensor) -> Callable[[], Tensor]:
+        try:
+            wait = start()
+        except RuntimeError as error:
+            raise failed(error) from error
+
+        def guarded() -> Tensor:
+            try:
+                return wait()
+            except RuntimeError as error:
+                raise failed(error) from error
+
+        return guarded
+
+    def _all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         if self.size == 1:
             return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
-        work = _all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return _used_here(out)
-
-        return wait
+        return self._started(_all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True), x, out)
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
         if self.size == 1:
             return lambda: x
         out = x.new_empty(sum(receive), *x.shape[1:])
-        work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)
+        return self._started(dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True), x, out)
+
+    def _started(self, work: dist.Work, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
+        if x.is_cuda:
+            # On a GPU waiting returns at once and NCCL's own watchdog knows neither layer nor purpose.
+            if self._monitor is None:
+                self._monitor = Monitor(self.group, f"rank {self.rank} of {self.size}")
+            self._monitor.watch(work, self._what)
+        sent = [x]
 
         def wait() -> Tensor:
             work.wait()
-            return _used_here(out)
+            sent.clear()
+            if out.is_cuda:
+                # Made on the stream beside, used on this one: the allocator must not give it away before both are done.
+                out.record_stream(torch.cuda.current_stream())
+            return out
 
         return wait
 
 
-def _used_here(x: Tensor) -> Tensor:
-    """Keep the allocator from giving ``x`` away, on the stream it was made for, before the current stream is done."""
-    if x.is_cuda:
-        x.record_stream(torch.cuda.current_stream())
-    return x
+class Monitor:
+    """Says on stderr which collective is late, shortly before NCCL ends the process for it."""
+
+    def __init__(self, group: dist.ProcessGroup, who: str, timeout_s: float | None = None, stream=None):
+        if timeout_s is None:
+            timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+        self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
+        self._flight: collections.deque[tuple[dist.Work, str, float]] = collections.deque()
+        threading.Thread(target=self._run, daemon=True, name="moba_cp collectives").start()
+
+    def watch(self, work: dist.Work, what: str) -> None:
+        """Expect ``work`` to finish in time."""
+        self._flight.append((work, what, time.monotonic()))
+
+    def _run(self) -> None:
+        said = None
+        while True:
+            time.sleep(min(1.0, self.limit / 4))
+            while self._flight and self._flight[0][0].is_completed():
+                self._flight.popleft()
+            if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:
+                said = self._flight[0]
+                print(
+                    f"{self.who}: {said[1]} has not finished in {self.limit:.0f} s, another rank has left or hangs",
+                    file=self._stream,
+                    flush=True,
+                )

@@ -1,6 +1,8 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..blocks import check_cu_seqlens
 from .comm import Communicator, Counters
+from .full_plan import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
@@ -37,6 +40,9 @@ class CPContext:
     """Where index tensors live; default: the current GPU for an NCCL group, else the CPU."""
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     """What MoBA layers move, and how; a mode's name stands for the options with that mode."""
+    observer: Callable[[str, Tensor, int, int], None] | None = None
+    """Called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
+    :class:`moba_cp.cp.observe.SelectionRecorder`."""
     comm: Communicator = field(init=False, repr=False)
     """The group's collectives and byte counters."""
     positions: Tensor = field(init=False, repr=False)
@@ -102,6 +108,11 @@ class CPContext:
             bounds = self.cu_seqlens.numpy().astype(np.int64)
             self._geometry[block_size] = build_geometry(self._segments, self.rank, bounds, block_size, self.device)
         return self._geometry[block_size]
+
+    @cached_property
+    def full_plan(self) -> FullPlan:
+        """What full attention sees and moves; built at the first use and kept."""
+        return FullPlan(self._segments, self.rank, self.cu_seqlens.numpy().astype(np.int64))
 
     def rank_positions(self) -> list[Tensor]:
         """Global positions [L] of every rank's tokens, on the CPU."""

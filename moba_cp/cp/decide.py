@@ -5,6 +5,7 @@ n blocks. A row is a (token, query head) pair. A stage is one of the parts in wh
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Decision:
     """[L, Hq, S] bool: the block in this slot is attended to by its owner."""
     needed: Tensor
     """[] int64, (KV head, block) pairs of other ranks that are needed here in one way or the other."""
+    hottest: Tensor
+    """[] int64, most local rows that chose one (KV head, block), wherever it lies."""
     cost: Tensor
     """[P] int64, bytes between this rank and each owner, forward and backward, at this decision."""
 
@@ -48,82 +51,98 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
     """Choose between blocks and rows.
 
     Per owner, the cheapest of: fetch all, send all rows, and a mix in which a block is fetched if its tokens cost less
-    than its share of the rows that would go instead. Blocks that local tokens lie in are always fetched.
+    than its share of the rows that would go instead (a row that wants several blocks of one owner is sent once, and
+    counts in each of them by a part). Blocks that local tokens lie in are always fetched.
 
     Args:
         chosen: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
     """
-    n = geometry.n_blocks
-    stage = stage_of(n_kv, n, stages, chosen.device)
-    heads = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // n_kv)
-    block = chosen.long().clamp(min=0)
-    remote = (chosen >= 0) & (geometry.row < 0)[block]
-    lies_in = torch.zeros(n, dtype=torch.bool, device=chosen.device)
+    heads = [_HeadSlots.of(chosen, geometry, head, n_kv, stages) for head in range(n_kv)]
+    lies_in = torch.zeros(geometry.n_blocks, dtype=torch.bool, device=chosen.device)
     lies_in[geometry.own.long()] = True
     lies_in &= geometry.row < 0
-    # Where each slot's row would go: one number per owner and stage, -1 for nowhere.
-    place = torch.where(remote, geometry.owner[block] * stages + stage[heads[:, None], block], -1)
-    pair = heads[:, None] * n + block
+    always = lies_in.expand(n_kv, -1)
+    chose = torch.stack([head.count(head.remote) for head in heads])
+    everything = (chose > 0) | always
 
-    need = _count(pair, remote, n_kv * n).view(n_kv, n) > 0
-    always = lies_in.expand(n_kv, n)
-    fetch_all = need | always
-    everything = Decision(fetch_all, torch.zeros_like(remote), torch.zeros_like(remote), fetch_all.sum(), None)
     if mode == "kv":
-        return _with_cost(everything, geometry, stages, place, costs)
+        fetch = everything
+    elif mode == "query":
+        fetch = always
+    else:
+        share = torch.stack([head.count(head.remote, head.share(~lies_in)) for head in heads])
+        worth = share * costs.row >= geometry.length.long() * costs.kv_token * _SHARE
+        candidates = torch.stack([everything, (everything & worth) | always, always])
+        cost = torch.stack([_cost(fetch, heads, geometry, stages, costs) for fetch in candidates])
+        best = cost.argmin(0)[geometry.owner]
+        fetch = candidates.gather(0, best.expand(1, n_kv, -1))[0]
 
-    open_slot = remote & ~lies_in[block]
-    nothing = _rows(open_slot, always, place, fetch_all)
-    if mode == "query":
-        return _with_cost(nothing, geometry, stages, place, costs)
-
-    share = _SHARE // _multiplicity(torch.where(open_slot, place, -1)).clamp(min=1)
-    rows = _count(pair, open_slot, n_kv * n, share).view(n_kv, n)
-    worth = rows * costs.row >= geometry.length.long() * costs.kv_token * _SHARE
-    mixed = (need & worth) | always
-    mix = _rows(open_slot & ~mixed[heads[:, None], block], mixed, place, fetch_all)
-
-    options = [_with_cost(d, geometry, stages, place, costs) for d in (everything, mix, nothing)]
-    best = torch.stack([d.cost for d in options]).argmin(0)
-    fetch, served = everything.fetch & False, remote & False
-    for index, option in enumerate(options):
-        here = best[geometry.owner] == index
-        fetch |= option.fetch & here
-        served |= option.served & here[block]
-    return _with_cost(_rows(served, fetch, place, fetch_all), geometry, stages, place, costs)
+    served = torch.cat([head.open(fetch) for head in heads], 1)
+    send = torch.cat([head.first(fetch) for head in heads], 1)
+    hottest = torch.stack([head.count(head.chose).max() for head in heads]).max()
+    return Decision(fetch, send, served, everything.sum(), hottest, _cost(fetch, heads, geometry, stages, costs))
 
 
-def _rows(served: Tensor, fetch: Tensor, place: Tensor, needed: Tensor) -> Decision:
-    return Decision(fetch, _first_of_place(torch.where(served, place, -1)), served, needed.sum(), None)
+class _HeadSlots(NamedTuple):
+    """The chosen slots of one KV head's group, [L, G, S] each."""
+
+    kv_head: int
+    n_blocks: int
+    block: Tensor
+    """int32 block id, 0 where there is none."""
+    chose: Tensor
+    """bool, there is a block in this slot."""
+    remote: Tensor
+    """bool, the block lies on another rank."""
+    place: Tensor
+    """int32, where the row would go: one number per owner and stage."""
+
+    @classmethod
+    def of(cls, chosen: Tensor, geometry: BlockGeometry, kv_head: int, n_kv: int, stages: int) -> "_HeadSlots":
+        group = chosen.shape[1] // n_kv
+        slots = chosen[:, kv_head * group : (kv_head + 1) * group]
+        block = slots.clamp(min=0)
+        stage = stage_of(n_kv, geometry.n_blocks, stages, chosen.device)[kv_head]
+        place = (geometry.owner * stages + stage).int()
+        chose = slots >= 0
+        return cls(kv_head, geometry.n_blocks, block, chose, chose & (geometry.row < 0)[block], place[block])
+
+    def open(self, fetch: Tensor) -> Tensor:
+        """Slots whose block lies elsewhere and does not come here; fetch [Hkv, n] bool."""
+        return self.remote & ~fetch[self.kv_head][self.block]
+
+    def first(self, fetch: Tensor) -> Tensor:
+        """Open slots that are the first of their row with their place: for these the row is sent."""
+        slots = self.open(fetch)
+        first = slots.clone()
+        for slot in range(1, slots.shape[-1]):
+            same = self.place[..., :slot] == self.place[..., slot : slot + 1]
+            first[..., slot] &= ~(same & slots[..., :slot]).any(-1)
+        return first
+
+    def share(self, open_block: Tensor) -> Tensor:
+        """The part of its row's cost that each slot bears, in units of 1 / _SHARE; open_block [n] bool."""
+        slots = self.remote & open_block[self.block]
+        together = torch.zeros_like(self.place)
+        for slot in range(slots.shape[-1]):
+            together += (self.place == self.place[..., slot : slot + 1]) & slots[..., slot : slot + 1]
+        return _SHARE // together.clamp(min=1) * slots
+
+    def count(self, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[n] int64, slots under the mask per block, by weight."""
+        return _count(self.block, mask if weight is None else mask * weight, self.n_blocks)
 
 
-def _with_cost(d: Decision, geometry: BlockGeometry, stages: int, place: Tensor, costs: WireCosts) -> Decision:
+def _cost(fetch: Tensor, heads: list[_HeadSlots], geometry: BlockGeometry, stages: int, costs: WireCosts) -> Tensor:
+    """[P] int64 bytes to and from each owner."""
     size = len(geometry.owned)
-    tokens = (d.fetch * geometry.length.long()).sum(0)
-    kv = torch.zeros(size, dtype=torch.int64, device=tokens.device).scatter_add_(0, geometry.owner, tokens)
-    rows = _count(place.clamp(min=0) // stages, d.send, size)
-    return Decision(d.fetch, d.send, d.served, d.needed, kv * costs.kv_token + rows * costs.row)
+    tokens = _count(geometry.owner, (fetch * geometry.length).sum(0), size)
+    rows = sum(_count(head.place // stages, head.first(fetch), size) for head in heads)
+    return tokens * costs.kv_token + rows * costs.row
 
 
-def _count(index: Tensor, mask: Tensor, n: int, weight: Tensor | None = None) -> Tensor:
-    """[n] int64, how often each index occurs under the mask; torch.bincount would wait for the device."""
-    weight = mask.long() if weight is None else mask * weight
+def _count(index: Tensor, weight: Tensor, n: int) -> Tensor:
+    """[n] int64 sums of weights by index; torch.bincount would wait for the device."""
     zero = torch.zeros(n, dtype=torch.int64, device=index.device)
-    return zero.scatter_add_(0, index.flatten(), weight.flatten())
-
-
-def _multiplicity(place: Tensor) -> Tensor:
-    """[..., S]: how many slots of the row have the same place; meaningless where place is -1."""
-    count = torch.zeros_like(place)
-    for slot in range(place.shape[-1]):
-        count += place == place[..., slot : slot + 1]
-    return count
-
-
-def _first_of_place(place: Tensor) -> Tensor:
-    """[..., S] bool: the first slot of the row with its place; False where place is -1."""
-    first = place >= 0
-    for slot in range(1, place.shape[-1]):
-        first[..., slot] &= (place[..., :slot] != place[..., slot : slot + 1]).all(-1)
-    return first
+    return zero.scatter_add_(0, index.flatten().long(), weight.flatten().long())

@@ -1,84 +1,70 @@
-"""Exact full attention across ranks, for the full layers of hybrids.
+"""Exact full attention across ranks, for the full layers of hybrids: a ring, or all-gather by slices of heads.
 
-K and V of one KV head at a time are all-gathered, so that a rank never holds more than one head of the whole sequence.
-
-Legend: T tokens of the sequence, L local tokens, P ranks, Hq query heads, Hkv key/value heads, G = Hq // Hkv,
-D head dim. Wide means float32, or float64 for float64 inputs.
+Legend: L local tokens, P ranks, Hq query heads, Hkv key/value heads, D head dim.
+Wide means float32, or float64 for float64 inputs.
 """
 
 import torch
 from torch import Tensor
 
-from .. import dense
-from ..attention import row_sums
-from .comm import Communicator
+from . import full_gather, full_ring
 from .context import CPContext
 
+METHODS = {"ring": full_ring, "allgather": full_gather}
+# Below this a ring's steps are too short to hide their latency.
+SMALL_BYTES = 64 << 20
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext):
+
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, method: str, backend: str, deterministic: bool
+) -> tuple[Tensor, Tensor]:
     """Causal attention of local queries to the whole sequence; a collective call.
 
     Args:
         q: [L, Hq, D]; k, v: [L, Hkv, D], this rank's share.
+        scale: factor of the scores.
+        cp: the context.
+        method: ``ring``, ``allgather``, or ``auto`` to choose by size.
+        backend: local kernels, see :func:`moba_cp.dense.choose_backend`.
+        deterministic: bit-identical gradients from run to run.
 
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
     """
-    return _FullAcrossRanks.apply(q, k, v, scale, cp)
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
+    if method == "auto":
+        method = choose_method(k, cp)
+    return _FullAcrossRanks.apply(q, k, v, scale, cp, METHODS[method], backend, deterministic)
+
+
+def choose_method(k: Tensor, cp: CPContext) -> str:
+    """``allgather`` where K and V of the whole sequence are small and nearly all of it is seen, else ``ring``."""
+    small = 2 * k.nbytes * cp.size <= SMALL_BYTES
+    return "allgather" if small and cp.size > 1 and max(cp.full_plan.hops) == cp.size - 1 else "ring"
 
 
 class _FullAcrossRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale: float, cp: CPContext):
-        order = torch.cat(cp.rank_positions()).to(q.device)
-        first, last, group = cp.document_starts, cp.positions, q.shape[1] // k.shape[1]
-        outs, lses = [], []
-        for head in range(k.shape[1]):
-            k_all, v_all = _gather_head(k, v, head, order, cp.comm)
-            q_head = q[:, head * group : (head + 1) * group]
-            out, lse = dense.range_attention(q_head, k_all, v_all, first, last, scale)
-            outs.append(out.to(q.dtype))
-            lses.append(lse)
-        out, lse = torch.cat(outs, 1), torch.cat(lses, 1)
+    def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, lse = method.forward(q, k, v, scale, cp, backend, deterministic)
+        out = out.to(q.dtype)
+        cp.counters.dense_ring += _ring_bytes(k, cp.size)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.cp, ctx.scale = cp, scale
+        ctx.rest = scale, cp, method, backend, deterministic
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse = ctx.saved_tensors
-        cp, comm = ctx.cp, ctx.cp.comm
-        order = torch.cat(cp.rank_positions()).to(q.device)
-        delta = row_sums(dout, out)
-        group = q.shape[1] // k.shape[1]
-        dqs, dks, dvs = [], [], []
-        for head in range(k.shape[1]):
-            k_all, v_all = _gather_head(k, v, head, order, comm)
-            heads = slice(head * group, (head + 1) * group)
-            dq, dk_all, dv_all = dense.range_attention_backward(
-                q[:, heads], k_all, v_all, cp.document_starts, cp.positions, ctx.scale,
-                dout[:, heads], lse[:, heads], delta[:, heads],
-            )  # fmt: skip
-            # Back to the rank of each token, and there summed in rank order.
-            counts = [cp.local_len] * comm.size
-            grads = comm.all_to_all(torch.cat([dk_all, dv_all], 1)[order], counts, counts, "full_gradients")()
-            dk, dv = grads.view(comm.size, cp.local_len, 2, -1).sum(0).unbind(1)
-            dqs.append(dq)
-            dks.append(dk)
-            dvs.append(dv)
-        return (
-            torch.cat(dqs, 1).to(q.dtype),
-            torch.stack(dks, 1).to(k.dtype),
-            torch.stack(dvs, 1).to(v.dtype),
-            None,
-            None,
-        )
+        scale, cp, method, backend, deterministic = ctx.rest
+        dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic)
+        cp.counters.dense_ring += 2 * _ring_bytes(k, cp.size)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
-def _gather_head(k: Tensor, v: Tensor, head: int, order: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """One KV head of the whole sequence in global order: [T, 1, D] each; ``order`` [T] are the ranks' positions."""
-    gathered = comm.all_gather(torch.stack([k[:, head], v[:, head]], 1), "full_kv").flatten(0, 1)
-    whole = torch.empty_like(gathered)
-    whole[order] = gathered
-    return whole[:, :1], whole[:, 1:]
+def _ring_bytes(k: Tensor, size: int) -> int:
+    """Bytes of K and V that a dense ring brings to each rank in one direction."""
+    return 2 * (size - 1) * k.nbytes

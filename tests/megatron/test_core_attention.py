@@ -16,9 +16,9 @@ from moba_cp import CPContext, reference
 from moba_cp.megatron import (
     AttentionConfig,
     ContextRotaryEmbedding,
-    ModelConfig,
     MoBACoreAttention,
     MoBAPackedSeqParams,
+    ModelConfig,
     build_model,
     core_attention_spec,
     with_moba,

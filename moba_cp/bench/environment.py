@@ -1,0 +1,32 @@
+"""Where a number was measured: it is published with this beside it."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+
+import moba_cp
+
+
+def environment() -> dict[str, str]:
+    """GPU, versions and the commit of the checkout, if the package runs from one."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton.__version__,
+        "moba_cp": moba_cp.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(moba_cp.__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,268 @@
+"""``moba-cp bench exchange``: bytes per rank of each exchange mode, for any number of ranks, on one machine.
+
+The decisions are those of training (:mod:`moba_cp.cp.decide`), made for one rank after another on selections from a
+gate; nothing is sent. Time per layer is predicted from these bytes, the links' speeds and the kernels' speed.
+
+Legend: T tokens, P ranks, L = T / P, Hq query heads, Hkv key/value heads, D head dim, B block size, k top-k,
+e bytes per element.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import MoBAConfig
+from ..cp.decide import decide
+from ..cp.geometry import BlockGeometry, build_geometry
+from ..cp.layout import positions_of, rank_segments
+from ..cp.options import MODES, ExchangeOptions, WireCosts
+from ..cp.rows import id_dtype
+from .gates import GATES, RecordedGate, SyntheticGate
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Links:
+    """Speeds for the prediction; the defaults are an H100 or H200 node with one 400 Gb/s card per GPU."""
+
+    within_gbps: float = 370.0
+    """GB/s per GPU and direction within a node"""
+    between_gbps: float = 48.0
+    """GB/s per GPU and direction between nodes"""
+    within_latency_us: float = 30.0
+    """microseconds per collective within a node"""
+    between_latency_us: float = 90.0
+    """microseconds per collective between nodes"""
+    tflops: float = 300.0
+    """TFLOP/s of block attention, forward; backward: 2.5 times the operations at 0.7 of the speed"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: one layer, forward and backward, means over the ranks looked at."""
+
+    ranks: int
+    mode: str
+    gb: float
+    """GB that a rank receives, and as many that it sends; block means and requests included."""
+    between_gb: float
+    """the part of it that crosses nodes, with each block once per node."""
+    of_ring: float
+    """bytes over those of a dense ring."""
+    needed: float
+    """share of the (KV head, block) pairs of other ranks that could be chosen that are needed."""
+    busiest: float
+    """bytes that the busiest rank asks for over the mean."""
+    layer_ms: float
+    """predicted time of the layer's attention."""
+    exposed_ms: float
+    """the part of it in which a GPU waits for the wire."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks, by commas (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="T (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--dim", type=int, default=128, help="head dim (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag", help="default: %(default)s")
+    parser.add_argument(
+        "--gate", default="concentrated", help=f"{', '.join(GATES)}, or a file of recorded selections (%(default)s)"
+    )
+    parser.add_argument("--gate-layer", type=int, help="layer of a recorded selection (default: the middle one)")
+    parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
+    parser.add_argument("--gradient-dtype", choices=("input", "float32"), default="input", help="default: %(default)s")
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for field in fields(Links):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default, help="%(default)s")
+    parser.add_argument("--json", type=Path, help="write settings and table here")
+    parser.add_argument("--plot", type=Path, help="write a chart of bytes against P here (PNG)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table."""
+    MoBAConfig(args.block_size, args.top_k)
+    modes = args.modes.split(",")
+    for mode in modes:
+        ExchangeOptions(mode)
+    if args.heads % args.kv_heads:
+        raise ValueError(f"heads={args.heads} is not a multiple of kv-heads={args.kv_heads}")
+    if args.gate in GATES:
+        gate = SyntheticGate(args.gate, args.heads, args.kv_heads, args.block_size, args.top_k, args.seed)
+    else:
+        gate = RecordedGate(args.gate, args.gate_layer)
+        args.tokens, args.heads, n_slots = gate.chosen.shape
+        args.kv_heads, args.top_k, args.block_size = gate.n_kv, n_slots + 1, gate.block_size
+    try:
+        sizes = [int(size) for size in args.ranks.split(",")]
+    except ValueError:
+        raise ValueError(f"ranks={args.ranks!r} is not a list of whole numbers; use 2,8,64") from None
+    rows = []
+    print(_header(args))
+    for size in sizes:
+        for row in measure(size, gate, modes, args):
+            rows.append(row)
+            print(_line(row), flush=True)
+    if args.json:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+        args.json.write_text(json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    if args.plot:
+        _plot(rows, args)
+    return 0
+
+
+@dataclass
+class _Asked:
+    """What one rank's decision moves, in bytes of forward and backward."""
+
+    total: int
+    between: int
+    """rows to other nodes; blocks are counted per node."""
+    fetch: torch.Tensor | None
+    """[Hkv, n] bool."""
+    needed: float
+
+
+def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list[Row]:
+    """Rows of the table for ``size`` ranks."""
+    segments = rank_segments(args.layout, args.tokens, size, np.array([0, args.tokens]))
+    per_node = min(args.ranks_per_node, size)
+    n_nodes = -(-size // per_node)
+    count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
+    # From both ends, so that the early and the late ranks of a contiguous layout count alike.
+    nodes = sorted({round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)})
+    sums = {mode: _Sums() for mode in modes}
+    for node in nodes:
+        asked: dict[str, list[_Asked]] = {mode: [] for mode in modes}
+        geometry = None
+        for rank in range(node * per_node, min(size, (node + 1) * per_node)):
+            geometry = build_geometry(segments, rank, np.array([0, args.tokens]), args.block_size, "cpu")
+            chosen = gate(positions_of(segments[rank]))
+            for mode in modes:
+                asked[mode].append(_ask(rank, chosen, geometry, mode, per_node, args))
+        for mode in modes:
+            sums[mode].add_node(asked[mode], geometry, node, per_node, _costs(geometry, args))
+    return [_row(size, mode, sums[mode], geometry, n_nodes, args) for mode in modes]
+
+
+class _Sums:
+    """Totals over the nodes looked at."""
+
+    def __init__(self):
+        self.ranks, self.total, self.between, self.needed, self.busiest = 0, 0, 0, 0.0, 0
+
+    def add_node(
+        self, asked: list[_Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts
+    ) -> None:
+        """``geometry`` is that of any rank of the node."""
+        self.ranks += len(asked)
+        self.total += sum(a.total for a in asked)
+        self.needed += sum(a.needed for a in asked)
+        self.busiest = max(self.busiest, *(a.total for a in asked), 0)
+        elsewhere = geometry.owner // per_node != node
+        union = torch.stack([a.fetch for a in asked]).any(0) & elsewhere
+        self.between += sum(a.between for a in asked) + int((union * geometry.length).sum()) * costs.kv_token
+
+
+def _costs(geometry: BlockGeometry, args) -> WireCosts:
+    options = ExchangeOptions(keep=args.keep, gradient_dtype=args.gradient_dtype)
+    return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
+
+
+def _ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, args) -> _Asked:
+    costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
+    if mode == "allgather":
+        fetch = (geometry.row < 0).expand(args.kv_heads, -1)
+        total = int((fetch * geometry.length).sum()) * costs.kv_token
+        return _Asked(total, 0, fetch, 1.0)
+    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode)
+    elsewhere = torch.arange(len(geometry.owned)) // per_node != rank // per_node
+    owner_fetch = torch.zeros(len(geometry.owned), dtype=torch.int64).scatter_add_(
+        0, geometry.owner, (decision.fetch * geometry.length.long()).sum(0)
+    )
+    rows_between = int((decision.cost - owner_fetch * costs.kv_token)[elsewhere].sum())
+    return _Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
+
+
+def _row(size: int, mode: str, sums: _Sums, geometry: BlockGeometry, n_nodes: int, args) -> Row:
+    e, links = DTYPES[args.dtype].itemsize, Links(**{f.name: getattr(args, f.name) for f in fields(Links)})
+    others, local = (size - 1) / size, args.tokens // size
+    overhead = others * geometry.n_blocks * args.kv_heads * (args.dim * e + (mode != "allgather"))
+    per_rank = sums.total / sums.ranks + overhead
+    between = sums.between / sums.ranks + (overhead if n_nodes > 1 else 0)
+    ring = 3 * (size - 1) * local * 2 * args.kv_heads * args.dim * e
+    compute = _compute_ms(local, args, links)
+    wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / links.within_gbps / 1e6
+    latency = (links.between_latency_us if n_nodes > 1 else links.within_latency_us) / 1e3
+    # Means and requests come before anything can overlap; the first messages of either direction too.
+    exposed = max(0.0, wire - compute) + 4 * latency if size > 1 else 0.0
+    busiest = sums.busiest / (sums.total / sums.ranks) if sums.total else 1.0
+    return Row(
+        ranks=size,
+        mode=mode,
+        gb=per_rank / 1e9,
+        between_gb=between / 1e9,
+        of_ring=per_rank / ring if ring else 0.0,
+        needed=sums.needed / sums.ranks,
+        busiest=busiest,
+        layer_ms=compute + exposed,
+        exposed_ms=exposed,
+    )
+
+
+def _compute_ms(local: int, args, links: Links) -> float:
+    """Block attention of ``local`` tokens, forward and backward: k - 1 whole blocks and half of the own one each."""
+    flop = 4 * local * args.heads * args.dim * args.block_size * (args.top_k - 0.5)
+    return 1e3 * flop * (1 + 2.5 / 0.7) / (links.tflops * 1e12)
+
+
+def _header(args) -> str:
+    return (
+        f"{args.tokens} tokens, {args.heads} heads ({args.kv_heads} KV), D={args.dim}, B={args.block_size}, "
+        f"k={args.top_k}, {args.dtype}, {args.layout}, gate {args.gate}; per rank and layer, forward and backward\n"
+        f"{'ranks':>5} {'mode':>9} {'GB':>8} {'between':>8} {'of ring':>8} {'needed':>7} {'busiest':>8} "
+        f"{'ms':>8} {'exposed':>8}"
+    )
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.ranks:5d} {row.mode:>9} {row.gb:8.3f} {row.between_gb:8.3f} {row.of_ring:8.3f} {row.needed:7.2f} "
+        f"{row.busiest:8.2f} {row.layer_ms:8.2f} {row.exposed_ms:8.2f}"
+    )
+
+
+def _plot(rows: list[Row], args) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    sizes = sorted({row.ranks for row in rows})
+    ring = [next(row.gb / row.of_ring for row in rows if row.ranks == size and row.of_ring) for size in sizes]
+    axes.plot(sizes, ring, "k--", label="dense ring")
+    for mode in dict.fromkeys(row.mode for row in rows):
+        axes.plot(sizes, [row.gb for row in rows if row.mode == mode], marker="o", label=mode)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("GB per rank and layer, forward and backward")
+    axes.set_title(f"{args.tokens} tokens, B={args.block_size}, k={args.top_k}, gate: {Path(args.gate).name}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=150)

@@ -1,0 +1,77 @@
+"""The share of each rank in the sequences of a step.
+
+Labels are shifted within documents before anything is sharded (packing.py), so a token at the edge of a shard has the
+same label as on one rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..cp.comm import Communicator
+from ..cp.context import CPContext
+from ..megatron.loss import IGNORED_LABEL
+from .mesh import Mesh
+from .packing import PackedSequence, Packer
+from .plan import RunPlan
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One sequence as this rank sees it; L tokens of it are here."""
+
+    context: CPContext
+    tokens: Tensor
+    """[L] int64."""
+    labels: Tensor
+    """[L] int64, IGNORED_LABEL where a token has none."""
+
+    def label_count(self) -> Tensor:
+        """Labels of this rank; scalar int64."""
+        return (self.labels != IGNORED_LABEL).sum()
+
+
+class Batches:
+    """Batches of training and held-out text for one rank."""
+
+    def __init__(self, plan: RunPlan, mesh: Mesh):
+        data = plan.config.data
+        self.plan, self.mesh = plan, mesh
+        self.comm = Communicator(mesh.context_group)
+        self._training = Packer(plan.corpus.training, data.seq_len, plan.config.run.seed)
+        # Always the same held-out text, whatever the run's seed.
+        self._validation = Packer(plan.corpus.validation, data.seq_len, 0) if plan.corpus.validation else None
+
+    def training(self, step: int) -> Iterator[MicroBatch]:
+        """This rank's share of step ``step`` (1, 2, ...); all data ranks get equally many."""
+        per_step = self.plan.config.data.sequences_per_step
+        first = (step - 1) * per_step
+        for index in range(first + self.mesh.data_rank, first + per_step, self.mesh.data_size):
+            yield self._micro_batch(self._training.sequence(index))
+
+    def validation(self) -> Iterator[MicroBatch]:
+        """This rank's share of the held-out sequences; all data ranks get equally many."""
+        if self._validation is None:
+            return
+        count = min(self.plan.config.data.validation_sequences, self._validation.per_epoch)
+        for first in range(0, count, self.mesh.data_size):
+            index = first + self.mesh.data_rank
+            sequence = self._validation.sequence(min(index, count - 1))
+            if index >= count:
+                # Every rank takes part in every forward pass; this one counts for nothing.
+                sequence.labels.fill_(IGNORED_LABEL)
+            yield self._micro_batch(sequence)
+
+    def _micro_batch(self, sequence: PackedSequence) -> MicroBatch:
+        sequence = self.plan.fit(sequence)
+        context = CPContext(
+            self.comm,
+            layout=self.plan.config.attention.layout,
+            seq_len=sequence.tokens.numel(),
+            cu_seqlens=sequence.cu_seqlens,
+            device=self.mesh.device,
+            exchange=self.plan.config.exchange,
+        )
+        local = (context.shard(x.to(self.mesh.device)) for x in (sequence.tokens, sequence.labels))
+        return MicroBatch(context, *local)

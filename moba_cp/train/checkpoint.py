@@ -1,0 +1,122 @@
+"""Checkpoints that any number of ranks can read, written so that a half-written one is never taken for whole.
+
+A checkpoint is a folder ``step-00000500`` of torch.distributed.checkpoint files (weights and optimizer state, each
+rank its shard) and ``meta.json`` (step, config, data fingerprint). It is written under another name and renamed at the
+end. The order of the data and every random number follow from the seed and the step, so these two are all that a
+resumed run needs to know of them.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+_NAME = re.compile(r"step-(\d{8,})$")
+_PARTIAL = ".partial"
+META = "meta.json"
+# What may differ between runs of one model: how it computes, how it began, and (for longer sequences) its positions.
+_NOT_THE_MODEL = ("recompute", "init_std", "rope_base")
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Optimizer steps done."""
+    config: dict[str, Any]
+    """The resolved config of the run that wrote it."""
+    data_fingerprint: str
+    """Of the corpus it was trained on."""
+    seed: int
+    """Of the run; with ``step`` it places the data and every random number."""
+
+
+def save(folder: Path, meta: CheckpointMeta, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Write a checkpoint into ``folder`` and delete the oldest beyond ``keep`` (0: none); collective over all ranks."""
+    target = folder / f"step-{meta.step:08d}"
+    partial = target.with_name(target.name + _PARTIAL)
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_state(module, optimizer), checkpoint_id=partial)
+    if first:
+        (partial / META).write_text(json.dumps(vars(meta), indent=1) + "\n")
+        # A run that went back to an older checkpoint comes by this step again.
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in _list(folder)[:-keep] if keep else []:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return target
+
+
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read weights and optimizer state in place; collective over all ranks, of any number."""
+    state = _state(module, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` names: itself, or the newest under it or under its folder ``checkpoints``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / META).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if found := _list(folder):
+            return found[-1]
+    raise ValueError(f"{path}: no checkpoint there; give a run's folder or one of its checkpoints/step-* folders")
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """The ``meta.json`` of a checkpoint."""
+    try:
+        return CheckpointMeta(**json.loads((path / META).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path / META}: not a checkpoint of this library ({error})") from None
+
+
+def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint holds the model that the config section ``model`` describes."""
+    saved = meta.config.get("model", {})
+    different = [
+        f"model.{key} is {saved.get(key)} there and {model.get(key)} here"
+        for key in {**saved, **model}
+        if saved.get(key) != model.get(key) and key not in _NOT_THE_MODEL
+    ]
+    if different:
+        raise ValueError(f"{path}: a checkpoint of another model: {'; '.join(different)}")
+
+
+def remove_all(folder: Path) -> None:
+    """Delete every checkpoint, whole or partial, in ``folder``."""
+    for path in [*_list(folder), *folder.glob(f"step-*{_PARTIAL}")]:
+        shutil.rmtree(path)
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _list(folder: Path) -> list[Path]:
+    """Whole checkpoints in ``folder``, oldest step first."""
+    if not folder.is_dir():
+        return []
+    named = [(int(match[1]), folder / match[0]) for name in os.listdir(folder) if (match := _NAME.fullmatch(name))]
+    return [path for _, path in sorted(named) if (path / META).is_file()]

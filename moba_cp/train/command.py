@@ -1,0 +1,91 @@
+"""``moba-cp train CONFIG``: parse, check, train, say where everything is."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from . import checkpoint
+from .config import TrainConfig
+from .log import check_folder
+from .loop import Trainer
+from .mesh import close_mesh, launched_rank, launched_size, open_mesh
+from .plan import RunPlan, plan_run
+from .report import closing_lines
+from .yaml_config import load, to_dict, to_yaml
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="replace a value of the file; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from a checkpoint, or from the newest of a run's folder (default: run.directory)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run.directory")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print what would run; write nothing"
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: check for N ranks")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        ValueError, OSError: what the user should read.
+    """
+    if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
+        raise ValueError(f"--ranks={arguments.ranks}: needs --dry-run and at least 1; training takes torchrun's ranks")
+    config = load(TrainConfig, arguments.config, arguments.overrides)
+    plan = plan_run(config, arguments.ranks or launched_size())
+    start = _resume(arguments.resume, plan)
+    check_folder(Path(config.run.directory), arguments.resume is not None, arguments.overwrite)
+    if arguments.dry_run:
+        if launched_rank() == 0:
+            print(to_yaml(config), *(f"# {line}\n" for line in plan.summary()), sep="", end="")
+        return 0
+    _train(plan, start)
+    return 0
+
+
+def _resume(resume: str | None, plan: RunPlan) -> Path | None:
+    """The checkpoint to start from, checked against the run; None to start anew."""
+    if resume is None:
+        return None
+    path = checkpoint.find(Path(resume or plan.config.run.directory))
+    meta = checkpoint.read_meta(path)
+    checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
+    if meta.step >= plan.config.run.steps:
+        raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
+    if meta.data_fingerprint != plan.corpus.fingerprint and launched_rank() == 0:
+        print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", file=sys.stderr)
+    return path
+
+
+def _train(plan: RunPlan, start: Path | None) -> None:
+    first, folder = launched_rank() == 0, Path(plan.config.run.directory)
+    if first:
+        print(*plan.summary(), sep="\n", flush=True)
+    try:
+        mesh = open_mesh(plan.config.run)
+        Trainer(plan, mesh, start).run()
+    except Exception:
+        # What the one line on the terminal leaves out.
+        if folder.is_dir():
+            (folder / f"error-rank{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    close_mesh()
+    if first:
+        print(*closing_lines(folder), sep="\n", flush=True)

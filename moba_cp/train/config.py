@@ -1,0 +1,81 @@
+"""What one training run is told: the sections of its YAML file, each a dataclass beside the code that uses it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..cp.options import ExchangeOptions
+from ..megatron.config import ModelConfig
+from ..megatron.hybrid import AttentionConfig
+from .optimizer import OptimizerConfig
+from .text import DataConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where and on what the run goes."""
+
+    directory: str = "runs/train"
+    """Where log, resolved config, versions, curve and checkpoints go."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+
+    context_size: int | None = None
+    """Ranks that share one sequence; null for all. The others divide the sequences of a step among them."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which forward and backward compute; weights, gradients' sums and optimizer state are float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of each rank where there is one (NCCL), else the CPU (gloo)."""
+
+    validate_every: int = 100
+    """Steps between validations; there is always one before the first step and one after the last."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is always one after the last step."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay; 0 for all."""
+
+    timeout_seconds: float = 300.0
+    """How long a rank waits for the others before it ends the run with an error."""
+
+    def __post_init__(self):
+        if not self.directory.strip():
+            raise ValueError(f"directory={self.directory!r} is empty; name a folder such as runs/demo")
+        least = {"steps": 1, "seed": 0, "validate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 0}
+        for name, bound in (least | {"context_size": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value} is below {bound}; use {bound} or more")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} is above 2**31 - 1; use a smaller one")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds={self.timeout_seconds} is not above 0; 300 is usual")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The transformer."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Which layers attend how, and how a sequence lies on the ranks."""
+
+    exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
+    """What MoBA layers move between the ranks that share a sequence, and how."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and sequences."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Length, place and device of the run."""

@@ -1,0 +1,41 @@
+"""The loss curve of a run as a picture."""
+
+from pathlib import Path
+
+from .log import read_log
+
+
+def draw(log: Path, picture: Path, title: str) -> None:
+    """Draw training and held-out loss by step from a JSONL ``log`` into the PNG ``picture``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_log(log)
+    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    validation = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if training:
+        axes.plot(*zip(*training), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
+        axes.plot(*zip(*_smoothed(training)), color="tab:blue", label="training, running mean")
+    if validation:
+        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="held out")
+        step, loss = validation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(-4, 8), ha="right")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = picture.with_name(picture.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    partial.replace(picture)
+
+
+def _smoothed(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
+    """Exponential running mean that starts at the first value."""
+    smoothed, mean = [], points[0][1]
+    for step, value in points:
+        mean = decay * mean + (1 - decay) * value
+        smoothed.append((step, mean))
+    return smoothed

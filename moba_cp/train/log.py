@@ -1,0 +1,158 @@
+"""What a run leaves behind and shows: the JSONL log, the resolved config, the versions, one line of progress.
+
+Only rank 0 writes. In the run's folder: ``log.jsonl`` (one object per step), ``config.yaml``, ``versions.json``,
+``checkpoints/``, and at the end ``loss.png``.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .checkpoint import remove_all
+
+LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
+_PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError if ``folder`` cannot take the run, or holds another that was not to be touched."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.directory={folder}: is a file; name a folder")
+    if (folder / LOG).exists() and not (resume or overwrite):
+        raise ValueError(
+            f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
+            "or name another folder"
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"run.directory={folder}: {parent} is not writable")
+
+
+class RunLog:
+    """The log of one run, open for the steps after ``start_step``.
+
+    Args:
+        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the steps up to
+            ``start_step`` of a run that is resumed in its own folder.
+        start_step: steps that the resumed checkpoint has done; 0 for a new run.
+        config: the resolved config as YAML.
+        facts: written with the versions (device, ranks, ...).
+    """
+
+    def __init__(self, folder: Path, start_step: int, config: str, facts: dict[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
+        if not start_step:
+            remove_all(folder / CHECKPOINTS)
+            (folder / CURVE).unlink(missing_ok=True)
+        for old in folder.glob("error-rank*.txt"):
+            old.unlink()
+        _replace(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
+        _replace(folder / CONFIG, config)
+        _replace(folder / VERSIONS, json.dumps(versions() | facts, indent=1) + "\n")
+        self._file = open(folder / LOG, "a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one step's object; it is in the file when this returns."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the log."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL log, [] without one. A last line that a killed run left incomplete is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a log of this library ({error})") from None
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what computes; null for what is not installed."""
+    found: dict[str, Any] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"python": platform.python_version(), "platform": platform.platform(), "cuda": torch.version.cuda}
+
+
+class Progress:
+    """One line that follows the run: rewritten in place on a terminal, else a new line every few seconds."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, steps: int, start_step: int, stream: TextIO | None = None):
+        self.steps, self.first, self.stream = steps, start_step, stream or sys.stdout
+        self.started = time.monotonic()
+        self.shown, self.width = -self.SECONDS_BETWEEN_LINES, 0
+        self.terminal = self.stream.isatty()
+
+    def show(
+        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None
+    ) -> None:
+        """Show the state after ``step``; ``exchanged`` is the bytes all ranks sent in it."""
+        now = time.monotonic()
+        left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
+        parts = [
+            f"step {step}/{self.steps}",
+            f"loss {loss:.4f}",
+            human(tokens_per_second, "tokens/s"),
+            f"{human(exchanged, 'B', 1024)} exchanged",
+            f"{_minutes(left)} left",
+        ]
+        if validation is not None:
+            parts.insert(2, f"held-out {validation:.4f}")
+        line = "  ".join(parts)
+        if self.terminal:
+            self.stream.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        elif now - self.shown >= self.SECONDS_BETWEEN_LINES or step == self.steps or validation is not None:
+            self.stream.write(line + "\n")
+            self.shown = now
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Leave the line as it is and go to the next."""
+        if self.terminal and self.width:
+            self.stream.write("\n")
+            self.stream.flush()
+
+
+def human(number: float, unit: str, base: int = 1000) -> str:
+    """``number`` with a prefixed unit: "12.3 k tokens", "1.50 MiB" (base 1024 and a one-letter unit)."""
+    prefixes = ["", "k", "M", "G", "T"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
+    while abs(number) >= base and len(prefixes) > 1:
+        number /= base
+        prefixes.pop(0)
+    prefix = prefixes[0]
+    digits = 0 if not prefix else 1 if abs(number) >= 10 else 2
+    gap = " " if prefix and len(unit) > 1 else ""
+    return f"{number:.{digits}f} {prefix}{gap}{unit}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,172 @@
+"""The training loop: FSDP2 over all ranks, sequences over the context ranks, one optimizer step after another."""
+
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from ..megatron.model import build_model
+from . import checkpoint
+from .batch import Batches, MicroBatch
+from .log import CHECKPOINTS
+from .mesh import Mesh
+from .optimizer import build_optimizer, clip_gradients, learning_rate
+from .plan import RunPlan
+from .report import Reporter
+from .yaml_config import to_dict
+
+# What the counters of attention give in bytes and the log sums over all ranks.
+_SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
+
+
+class Trainer:
+    """One run on one rank, from built or resumed to finished.
+
+    Args:
+        plan: the checked run.
+        mesh: this rank's place; all ranks construct and call together.
+        resume: a checkpoint folder to go on from.
+
+    Raises:
+        ValueError: the checkpoint holds another model, or is not before the last step.
+    """
+
+    def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None):
+        config = plan.config
+        self.plan, self.config, self.mesh = plan, config, mesh
+        self.folder = Path(config.run.directory)
+        self.batches = Batches(plan, mesh)
+        # Sharded before it has weights, so that no rank ever holds all of them.
+        module = build_model(config.model, config.attention, cp_group=mesh.context_group, device="meta")
+        self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
+        self.module.to_empty(device=mesh.device)
+        self.module.init_weights(config.run.seed)
+        self.optimizer = build_optimizer(self.module, config.optimizer)
+        self.step = 0
+        if resume is not None:
+            self.step = checkpoint.read_meta(resume).step
+            checkpoint.load(resume, self.module, self.optimizer)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; returns the last step's log entry, on every rank.
+
+        Raises:
+            ValueError: the loss became infinite or NaN.
+        """
+        run = self.config.run
+        # Every rank has made its checks: from here on rank 0 writes.
+        dist.barrier()
+        with Reporter(self.plan, self.mesh, self.step) as reporter:
+            if self.step == 0 and (loss := self.validation_loss()) is not None:
+                reporter.start(loss)
+            record: dict[str, Any] = {}
+            while self.step < run.steps:
+                record = self.train_step()
+                if self.step % run.validate_every == 0 or self.step == run.steps:
+                    if (loss := self.validation_loss()) is not None:
+                        record["validation_loss"] = loss
+                reporter.report(record)
+                if self.step % run.checkpoint_every == 0 or self.step == run.steps:
+                    self._save()
+        return record
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step over all sequences of the step; returns its log entry."""
+        started = time.monotonic()
+        self.step += 1
+        config, step = self.config, self.step
+        # Random numbers, should the model draw any, follow from seed and step: nothing more to save for a resume.
+        torch.manual_seed(config.run.seed * 2**32 + step)
+        self.batches.comm.counters.reset()
+        batches = list(self.batches.training(step))
+        labels = sum(batch.label_count() for batch in batches)
+        dist.all_reduce(labels)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            loss = self._loss_sum(batch)
+            # FSDP averages gradients over all ranks; the loss is a mean over the labels of all ranks.
+            (loss * (self.plan.size / labels.clamp(min=1))).backward()
+            loss_sum += loss.detach()
+        norm = clip_gradients(self.module, config.optimizer.clip_norm)
+        rate = learning_rate(config.optimizer, step, config.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss_sum, exchange = self._gather(loss_sum)
+        loss = loss_sum / max(1, labels.item())
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or warm up longer"
+            )
+        seconds = time.monotonic() - started
+        return {
+            "step": step,
+            "loss": loss,
+            "labels": labels.item(),
+            "gradient_norm": norm.item(),
+            "learning_rate": rate,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(self.plan.tokens_per_step / seconds, 1),
+            "exchange": exchange,
+        }
+
+    @torch.no_grad()
+    def validation_loss(self) -> float | None:
+        """Mean loss per label of the held-out sequences, the same on every rank; None if nothing is held out."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        self.module.eval()
+        for batch in self.batches.validation():
+            sums += torch.stack([self._loss_sum(batch).double(), batch.label_count().double()])
+        self.module.train()
+        dist.all_reduce(sums)
+        loss, labels = sums.tolist()
+        return loss / labels if labels else None
+
+    def _loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Loss of this rank's labels in one sequence, summed; scalar fp32."""
+        return self.module(batch.tokens, batch.labels, batch.context).sum()
+
+    def _gather(self, loss_sum: Tensor) -> tuple[float, dict[str, float]]:
+        """The loss summed over all ranks, and what attention moved between them in this step."""
+        counters = self.batches.comm.counters
+        moved = counters.summary()
+        bytes_moved = [moved[name] for name in _SUMMED]
+        mine = torch.tensor([*bytes_moved, counters.needed, counters.remote], dtype=torch.float64)
+        mine = torch.cat([loss_sum[None], mine.to(self.mesh.device)])
+        every = mine.new_empty(self.plan.size, mine.numel())
+        dist.all_gather(list(every.unbind()), mine)
+        loss, *totals, needed, remote = every.sum(0).tolist()
+        total = {name: int(n) for name, n in zip(_SUMMED, totals)}
+        busiest = every[:, 1 + _SUMMED.index("received_bytes")].max().item()
+        return loss, total | {
+            "needed_share": round(needed / remote, 4) if remote else 0.0,
+            # Bytes that the busiest rank received over the mean of all.
+            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4)
+            if total["received_bytes"]
+            else 1.0,
+            "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
+        }
+
+    def _save(self) -> None:
+        meta = checkpoint.CheckpointMeta(
+            self.step, to_dict(self.config), self.plan.corpus.fingerprint, self.config.run.seed
+        )
+        keep = self.config.run.keep_checkpoints
+        checkpoint.save(self.folder / CHECKPOINTS, meta, self.module, self.optimizer, keep)
+
+
+def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
+    """Shard each transformer layer and the rest over all ranks (FSDP2); compute in ``dtype``, sum gradients in fp32."""
+    # Inputs stay as they are: FSDP would also round rotary angles, and take the context apart to look for tensors.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in module.decoder.layers:
+        fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh.shard_mesh, mp_policy=policy)

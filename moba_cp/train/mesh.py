@@ -1,0 +1,105 @@
+"""The ranks of a run: data x context, their groups and their device.
+
+Ranks that share a sequence (context) are neighbours, so that they sit in one node where they can. Weights are sharded
+over all ranks together.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .config import RunConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+    context_group: dist.ProcessGroup
+    context_size: int
+    shard_mesh: DeviceMesh
+    """All ranks in one dimension, over which weights and optimizer state are sharded."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes logs and progress."""
+        return self.rank == 0
+
+
+def launched_size() -> int:
+    """Number of ranks that torchrun (or a like launcher) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def context_size(config: RunConfig, size: int) -> int:
+    """Ranks per sequence out of ``size`` ranks, or ValueError."""
+    context = config.context_size if config.context_size is not None else size
+    if size % context:
+        raise ValueError(
+            f"run.context_size={context} does not divide the {size} ranks of this run; "
+            f"use one of {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}, or null for all"
+        )
+    return context
+
+
+def open_mesh(config: RunConfig) -> Mesh:
+    """Make the process groups, over those that are there if torch.distributed has been started; collective over all
+    ranks. :func:`close_mesh` ends them.
+
+    Raises:
+        ValueError: context_size does not divide the ranks, or the device is not there.
+    """
+    size, rank = launched_size(), launched_rank()
+    device = _device(config.device)
+    timeout = timedelta(seconds=config.timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        size, rank = dist.get_world_size(), dist.get_rank()
+    elif size > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # Not even a port is needed for one rank.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    context = context_size(config, size)
+    grid = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
+    return Mesh(
+        rank=rank,
+        size=size,
+        device=device,
+        data_rank=grid.get_local_rank("data"),
+        data_size=size // context,
+        context_group=grid.get_group("context"),
+        context_size=context,
+        shard_mesh=init_device_mesh(device.type, (size,), mesh_dim_names=("all",)),
+    )
+
+
+def close_mesh() -> None:
+    """End the process groups, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("run.device='cuda': PyTorch finds no GPU here; use auto or cpu")
+    # Several ranks on one GPU work where each has its own NCCL_HOSTID, as tests on small machines do.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

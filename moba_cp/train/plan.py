@@ -1,0 +1,106 @@
+"""Everything about a run that can be known, and refused, before it starts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..cp.layout import rank_segments
+from .config import TrainConfig
+from .log import human
+from .mesh import context_size
+from .packing import PackedSequence, pad_documents, pad_end
+from .text import VOCABULARY, Corpus, open_corpus
+
+# Weight, gradient and the two moments of AdamW, in float32.
+_BYTES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked config on a given number of ranks."""
+
+    config: TrainConfig
+    size: int
+    """Ranks."""
+    context_size: int
+    """Ranks that share a sequence."""
+    corpus: Corpus
+
+    @property
+    def data_size(self) -> int:
+        """Ranks, or groups of ranks, that work on different sequences."""
+        return self.size // self.context_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of all sequences of one optimizer step, without padding."""
+        return self.config.data.seq_len * self.config.data.sequences_per_step
+
+    def fit(self, sequence: PackedSequence) -> PackedSequence:
+        """The sequence padded, where the layout asks for it, to lengths that divide among the ranks."""
+        layout, size = self.config.attention.layout, self.context_size
+        if layout == "zigzag_per_document":
+            return pad_documents(sequence, 2 * size)
+        if self.config.data.pad_to_multiple:
+            return pad_end(sequence, size if layout == "contiguous" else 2 * size)
+        return sequence
+
+    def summary(self) -> list[str]:
+        """Lines that say what would run."""
+        config, corpus = self.config, self.corpus
+        model, data, attention = config.model, config.data, config.attention
+        full = sorted(attention.full_layer_numbers(model.n_layers))
+        parameters = model.n_parameters(embeddings=True)
+        epochs = config.run.steps * self.tokens_per_step / corpus.training_bytes
+        flops = model.flops_per_token(data.seq_len, attention) * self.tokens_per_step
+        state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
+        return [
+            f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
+            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} to train on; "
+            f"{len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
+            f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
+            f"{data.seq_len / self.context_size:g} tokens of a sequence on each",
+            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
+            f"run: {config.run.steps} steps = {human(config.run.steps * self.tokens_per_step, 'tokens')} = {epochs:.2f} "
+            f"epochs, into {config.run.directory}",
+            f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
+        ]
+
+
+def plan_run(config: TrainConfig, size: int) -> RunPlan:
+    """Check ``config`` for ``size`` ranks and open its data; nothing is written.
+
+    Raises:
+        ValueError: sections that do not fit together, the number of ranks, or the data.
+    """
+    model, data = config.model, config.data
+    if model.vocab_size < VOCABULARY:
+        raise ValueError(f"model.vocab_size={model.vocab_size} is below {VOCABULARY}: the tokens are bytes")
+    try:
+        config.attention.full_layer_numbers(model.n_layers)
+    except ValueError as error:
+        raise ValueError(f"attention.{error}") from None
+    context = context_size(config.run, size)
+    data_size = size // context
+    if data.sequences_per_step % data_size:
+        raise ValueError(
+            f"data.sequences_per_step={data.sequences_per_step} is not divisible by the {data_size} data ranks "
+            f"({size} ranks / run.context_size={context}); use {-(-data.sequences_per_step // data_size) * data_size}"
+        )
+    per_node = config.exchange.ranks_per_node
+    if per_node is not None and context % per_node:
+        raise ValueError(
+            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; nodes must be equal"
+        )
+    _check_length(config, context)
+    return RunPlan(config, size, context, open_corpus(data))
+
+
+def _check_length(config: TrainConfig, context: int) -> None:
+    layout, seq_len = config.attention.layout, config.data.seq_len
+    if layout == "zigzag_per_document" or config.data.pad_to_multiple:
+        return
+    try:
+        rank_segments(layout, seq_len, context, np.array([0, seq_len]))
+    except ValueError as error:
+        raise ValueError(f"data.{error} or set data.pad_to_multiple: true") from None

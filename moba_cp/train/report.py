@@ -1,0 +1,67 @@
+"""The reports of a run while it goes and when it ends: log, progress line, curve. Rank 0 reports, the others are mute."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import find
+from .curve import draw
+from .log import CURVE, LOG, Progress, RunLog
+from .mesh import Mesh
+from .plan import RunPlan
+from .yaml_config import to_yaml
+
+
+class Reporter:
+    """Opens the run's folder on entering, closes the log on leaving, and draws the curve if all went well."""
+
+    def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int):
+        self.plan, self.mesh, self.start_step = plan, mesh, start_step
+        self.folder = Path(plan.config.run.directory)
+        self._log: RunLog | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "Reporter":
+        if self.mesh.first:
+            plan = self.plan
+            facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
+            self._log = RunLog(self.folder, self.start_step, to_yaml(plan.config), facts)
+            self._progress = Progress(plan.config.run.steps, self.start_step)
+        return self
+
+    def start(self, validation_loss: float) -> None:
+        """Report the held-out loss before the first step."""
+        if self._log is not None:
+            self._log.write({"step": 0, "validation_loss": validation_loss})
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Report one step; ``record`` becomes its line in the log."""
+        if self._log is not None:
+            self._log.write(record)
+            exchanged = record["exchange"]["sent_bytes"]
+            self._progress.show(
+                record["step"], record["loss"], record["tokens_per_second"], exchanged, record.get("validation_loss")
+            )
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if self._log is None:
+            return
+        self._log.close()
+        self._progress.close()
+        if exception_type is None:
+            draw(self.folder / LOG, self.folder / CURVE, f"{self.folder.name} on {self.plan.size} ranks")
+
+
+def closing_lines(folder: Path) -> list[str]:
+    """Where everything of a finished run is."""
+    folder = folder.absolute()
+    return [
+        f"curve:      {folder / CURVE}",
+        f"log:        {folder / LOG}",
+        f"checkpoint: {find(folder)}",
+    ]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

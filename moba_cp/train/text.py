@@ -1,0 +1,184 @@
+"""Documents: the files that training reads, and which of them are held out.
+
+A document is a file (or, where there is only one file, a part of it), read as bytes: token = byte, vocabulary 256.
+Nothing is loaded up front but sizes and the first bytes, so a corpus may be larger than memory.
+"""
+
+import hashlib
+import os
+import sysconfig
+from bisect import bisect_left
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY = 256
+# Enough to tell files apart, little enough to index many of them.
+_HEAD_BYTES = 65536
+_NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and how it is cut into sequences."""
+
+    path: str | None = None
+    """A folder (with its subfolders) or a file; null for the standard library of the running Python."""
+
+    pattern: str | None = None
+    """Which files of a folder, as a shell pattern for the name; null for all (of the standard library: ``*.py``).
+    Names that start with a dot are left out."""
+
+    seq_len: int = 4096
+    """Tokens (bytes) per sequence, over all ranks that share it."""
+
+    sequences_per_step: int = 1
+    """Sequences per optimizer step, over all data ranks; divided among them and accumulated on each."""
+
+    pad_to_multiple: bool = False
+    """Pad each sequence at its end to the length that the layout needs, where seq_len does not fit by itself."""
+
+    validation_share: float = 0.02
+    """Share of the files that is held out for validation (0 to 0.5); 0 for no validation."""
+
+    validation_sequences: int = 8
+    """Sequences of held-out text in one validation; more files than they hold are sampled."""
+
+    def __post_init__(self):
+        if self.path == "" or self.pattern == "":
+            name = "path" if self.path == "" else "pattern"
+            raise ValueError(f"{name}='' is empty; give one, or null for the default")
+        for name, least in (("seq_len", 2), ("sequences_per_step", 1), ("validation_sequences", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is below {least}; use {least} or more")
+        if not 0 <= self.validation_share <= 0.5:
+            raise ValueError(f"validation_share={self.validation_share} is not between 0 and 0.5; 0.02 is usual")
+
+
+@dataclass(frozen=True)
+class Document:
+    """``length`` bytes of the file ``path``, from byte ``start``."""
+
+    path: Path
+    start: int
+    length: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes ``[start, stop)`` of the document as [stop - start] uint8."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start + start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if len(data) != stop - start:
+            raise ValueError(f"{self.path}: became shorter while training; it had {self.start + self.length} bytes")
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out documents, each in a fixed order, and a fingerprint that changes when they do."""
+
+    source: str
+    training: tuple[Document, ...]
+    validation: tuple[Document, ...]
+    fingerprint: str
+
+    @property
+    def training_bytes(self) -> int:
+        return sum(document.length for document in self.training)
+
+    @property
+    def validation_bytes(self) -> int:
+        return sum(document.length for document in self.validation)
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Find the documents and hold out ``validation_share`` of them.
+
+    A file is held out by the hash of its size and first bytes, not by its place, so that copies of one file are never
+    on both sides and adding files moves no others. A single file gives its tail.
+
+    Raises:
+        ValueError: nothing readable is there, everything is empty, or there is less than one sequence on either side.
+    """
+    root, files = _find_files(config)
+    digest, keyed = hashlib.blake2b(digest_size=16), []
+    for path in files:
+        size, key = _size_and_key(path)
+        digest.update(f"{path.relative_to(root)}\0{size}\0{key}\n".encode("utf-8", "surrogateescape"))
+        if size:
+            keyed.append((key, Document(path, 0, size)))
+    if not keyed:
+        raise ValueError(f"data.path={_source(config)}: all {len(files)} files are empty")
+
+    if config.validation_share == 0:
+        training, validation = [document for _, document in keyed], []
+    elif len(keyed) == 1:
+        whole = keyed[0][1]
+        cut = whole.length - max(1, round(whole.length * config.validation_share))
+        training, validation = [Document(whole.path, 0, cut)], [Document(whole.path, cut, whole.length - cut)]
+    else:
+        # With few files all or none may fall under the share: at least one goes to either side.
+        keys = sorted({key for key, _ in keyed})
+        below = bisect_left(keys, int(config.validation_share * 2**64))
+        bound = keys[min(max(below, 1), len(keys) - 1)]
+        training = [document for key, document in keyed if key >= bound]
+        validation = [document for key, document in keyed if key < bound]
+    corpus = Corpus(_source(config), tuple(training), tuple(validation), digest.hexdigest())
+    _check_length(config, corpus)
+    return corpus
+
+
+def _check_length(config: DataConfig, corpus: Corpus) -> None:
+    if corpus.training_bytes < config.seq_len:
+        raise ValueError(
+            f"data.path={corpus.source}: {corpus.training_bytes} bytes to train on are fewer than one sequence, "
+            f"data.seq_len={config.seq_len}; give more text or a smaller seq_len"
+        )
+    if config.validation_share and corpus.validation_bytes < config.seq_len:
+        raise ValueError(
+            f"data.path={corpus.source}: {corpus.validation_bytes} held-out bytes are fewer than one sequence, "
+            f"data.seq_len={config.seq_len}; raise data.validation_share, set it to 0, or give more text"
+        )
+
+
+def _find_files(config: DataConfig) -> tuple[Path, list[Path]]:
+    """The folder that paths are relative to, and the files in a fixed order."""
+    standard_library = config.path is None
+    root = Path(sysconfig.get_path("stdlib") if standard_library else config.path).expanduser().absolute()
+    pattern = config.pattern or ("*.py" if standard_library else "*")
+    if not root.exists():
+        raise ValueError(f"data.path={root}: no such file or folder")
+    if not root.is_dir():
+        return root.parent, [root]
+    files = []
+    for folder, folders, names in os.walk(root, onerror=_refuse):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in _NOT_STANDARD_LIBRARY)
+        files += [Path(folder, n) for n in names if not n.startswith(".") and fnmatch(n, pattern)]
+    if not files:
+        raise ValueError(f"data.path={root}: no file there matches data.pattern={pattern!r}")
+    return root, sorted(files, key=lambda path: path.relative_to(root).parts)
+
+
+def _size_and_key(path: Path) -> tuple[int, int]:
+    try:
+        # Opening a pipe or a device could wait for ever.
+        if not path.is_file():
+            raise ValueError(f"{path}: is not a readable file; remove it or narrow data.pattern")
+        with open(path, "rb") as file:
+            size, head = os.fstat(file.fileno()).st_size, file.read(_HEAD_BYTES)
+    except OSError as error:
+        _refuse(error)
+    return size, int.from_bytes(hashlib.blake2b(b"%d\0" % size + head, digest_size=8).digest(), "big")
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def _source(config: DataConfig) -> str:
+    return config.path if config.path is not None else "null (the standard library)"

@@ -1,0 +1,208 @@
+"""YAML files and ``--set`` overrides into dataclasses, strictly, and back into YAML.
+
+Strict means: an unknown key, a repeated key or a value of another type is an error of one line that names the key's
+path (``attention.block_size``), and nothing is guessed. The one leniency is YAML 1.1's own trap: ``1e-3``, which YAML
+reads as text, is accepted where a number is expected.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` into the dataclass ``cls``; ``overrides`` are texts such as ``"model.layers=8"``.
+
+    Raises:
+        ValueError: the file is no valid YAML, or a key or value is wrong.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    values = {} if values is None else values
+    for override in overrides:
+        _override(values, override)
+    return build(cls, values)
+
+
+def build(cls: type[Config], values: Any, path: str = "") -> Config:
+    """``values``, as YAML gives them, into the dataclass ``cls``; ``path`` is where they stand in the file."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path or 'config'}={_show(values)}: expected keys and values, such as {_example(cls)}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{_join(path, key)}: unknown key; {_suggest(str(key), names)}")
+    for field in dataclasses.fields(cls):
+        if field.init and field.name not in values and _required(field):
+            raise ValueError(f"{_join(path, field.name)}: missing; it has no default")
+    arguments = {key: _convert(value, hints[key], _join(path, key)) for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        # The path says the section already.
+        text = str(error).removeprefix(path.rpartition(".")[2] + " ")
+        # Our dataclasses say "name=value rule"; in a nested section the name gets its path.
+        names_field = any(text.startswith((name + "=", name + ".", name + ":")) for name in names)
+        joint = "" if not path else "." if names_field else ": "
+        raise ValueError(f"{path}{joint}{text}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that :func:`load` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts and lists of YAML's own types."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float, bool)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            if isinstance(key, (str, int, float, bool)):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: Any, override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {override}: expected SECTION.KEY=VALUE, such as --set attention.top_k=4")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override}: {_one_line(error)}") from None
+    for depth, key in enumerate(keys):
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {'.'.join(keys[:depth])} is {_show(values)} and has no keys")
+        if depth == len(keys) - 1:
+            values[key] = value
+        elif values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """``value`` as the type ``hint``, or ValueError. Unions take the first member that fits."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        sections = [member for member in arguments if dataclasses.is_dataclass(member)]
+        if sections and isinstance(value, dict):
+            return build(sections[0], value, path)
+        for member in arguments:
+            if not dataclasses.is_dataclass(member):
+                try:
+                    return _convert(value, member, path)
+                except ValueError:
+                    continue
+    elif origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        if isinstance(value, str):
+            raise ValueError(f"{path}={_show(value)}: {_suggest(value, [str(choice) for choice in arguments])}")
+    elif origin in (tuple, list):
+        if isinstance(value, (list, tuple)):
+            fixed = origin is tuple and Ellipsis not in arguments
+            if not fixed or len(value) == len(arguments):
+                members = arguments if fixed else [arguments[0]] * len(value)
+                return origin(_convert(v, m, f"{path}[{i}]") for i, (v, m) in enumerate(zip(value, members)))
+    elif hint is float:
+        number = _number(value)
+        if number is not None:
+            return number
+    elif hint in (int, bool, str, type(None)):
+        if type(value) is hint:
+            return value
+    else:
+        raise TypeError(f"{path}: fields of type {hint} cannot be read from YAML")
+    raise ValueError(f"{path}={_show(value)}: expected {_describe(hint)}, not {_describe(type(value), value)}")
+
+
+def _number(value: Any) -> float | None:
+    """A finite float from a YAML number or from text such as 1e-3; None if it is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _describe(hint: Any, value: Any = None) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(member) for member in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (tuple, list):
+        fixed = origin is tuple and Ellipsis not in arguments
+        return f"a list of {len(arguments)} values" if fixed else f"a list, each {_describe(arguments[0])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan or infinity"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names |= {list: "a list", tuple: "a list", dict: "keys and values"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # "blocksize" and "block_size" differ by less than difflib's ratio suggests for short names.
+    near = near or [k for k in known if k.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
+    return f"did you mean {near[0]}?" if near else "expected one of " + ", ".join(known)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    return value
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _example(cls: type) -> str:
+    return f"{{{dataclasses.fields(cls)[0].name}: ...}}"
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem

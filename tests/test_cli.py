@@ -1,0 +1,210 @@
+"""The command line: what is run, and the one line that is said about everything that cannot be."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moba_cp import cli
+from moba_cp.train.config import TrainConfig
+from moba_cp.train.yaml_config import load
+from tests.train.runs import DEMO, SHRUNKEN, train, write_text
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory with some text beside it."""
+    write_text(tmp_path / "text", 20)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MOBA_CP_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def arguments(place, *overrides, flags=()):
+    settings = [*SHRUNKEN, f"data.path={place / 'text'}", "run.directory=run", *overrides]
+    return ["train", str(DEMO), *(word for setting in settings for word in ("--set", setting)), *flags]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+WRONG_VALUES = [
+    ("attention.blocksize=64", "attention.blocksize: unknown key; did you mean block_size?"),
+    ("atention.block_size=64", "atention: unknown key; did you mean attention?"),
+    ("attention.block_size=many", "attention.block_size='many': expected a whole number, not text"),
+    ("attention.block_size=100", "attention.block_size=100 is not a positive multiple of 16; use 96 or 112"),
+    ("attention.top_k=0", "attention.top_k=0 is not between 1 and 64"),
+    ("attention.top_k=65", "attention.top_k=65 is not between 1 and 64"),
+    ("attention.layout=diagonal", "attention.layout='diagonal' is not a layout"),
+    ("attention.full_layers=last 3", "attention.full_layers='last 3' asks for 3 of 2 layers"),
+    ("attention.full_layers=[3]", "attention.full_layers=[3] names layer 3, but the model has 2 layers"),
+    ("exchange.mode=ring", "error: exchange.mode='ring' is not one of auto, kv, query, allgather"),
+    ("model.n_heads=3", "model.n_kv_heads=2 does not divide n_heads=3"),
+    ("model.vocab_size=100", "model.vocab_size=100 is below 256: the tokens are bytes"),
+    ("data.path=/nowhere/at/all", "data.path=/nowhere/at/all: no such file or folder"),
+    ("data.pattern='*.md'", "no file there matches data.pattern='*.md'"),
+    ("data.seq_len=1000000", "bytes to train on are fewer than one sequence, data.seq_len=1000000"),
+    ("optimizer.lr=0", "optimizer.lr=0.0 must be above 0 and below 1"),
+    ("run.dtype=float16", "run.dtype='float16': did you mean bfloat16?"),
+    ("run.steps=0", "run.steps=0 is below 1"),
+    ("run.context_size=3", "run.context_size=3 does not divide the 1 ranks of this run; use one of 1, or null for all"),
+    ("run.directory=../text/00.py", "run.directory=../text/00.py: is a file; name a folder"),
+    ("run.device=cuda", "run.device='cuda': PyTorch finds no GPU here; use auto or cpu"),
+    ("model.n_layers", "--set model.n_layers: expected SECTION.KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize("override, message", WRONG_VALUES, ids=[override for override, _ in WRONG_VALUES])
+def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, override, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = files(place)
+    assert cli.main(arguments(place, override)) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("moba-cp train: error: ") and shown.err.count("\n") == 1
+    assert message in shown.err and "Traceback" not in shown.err
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    "ranks, override, message",
+    [
+        (3, "data.seq_len=256", "data.seq_len=256 is not divisible by 2 * cp_size = 6 (zigzag layout); use 258 or set"),
+        (
+            64,
+            "data.seq_len=64",
+            "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128 or set",
+        ),
+        (8, "run.context_size=2", "data.sequences_per_step=2 is not divisible by the 4 data ranks"),
+        (4, "run.context_size=3", "run.context_size=3 does not divide the 4 ranks of this run; use one of 1, 2, 4"),
+        (4, "exchange.ranks_per_node=3", "exchange.ranks_per_node=3 does not divide the 4 context ranks"),
+        (3, "attention.layout=contiguous", "data.seq_len=256 is not divisible by cp_size = 3 (contiguous layout)"),
+    ],
+)
+def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
+    before = files(place)
+    assert cli.main(arguments(place, override, flags=("--dry-run", "--ranks", str(ranks)))) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and shown.out == "" and files(place) == before
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file"),
+        (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
+        (["train", "."], "moba-cp train: error: .: Is a directory"),
+        (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train"),
+    ],
+)
+def test_wrong_files_and_commands(place, capsys, argv, message):
+    Path("broken.yaml").write_text("model: {\n")
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message) and shown.err.count("\n") == 1 and files(place / "here") == {"broken.yaml"}
+
+
+def test_ranks_without_dry_run(place, capsys):
+    assert cli.main(arguments(place, flags=("--ranks", "2"))) == 2
+    assert "--ranks=2: needs --dry-run" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(place, capsys, tmp_path):
+    before = files(place)
+    assert cli.main(arguments(place, "optimizer.lr=2e-4", flags=("--dry-run", "--ranks", "4"))) == 0
+    shown = capsys.readouterr()
+    assert files(place) == before and shown.err == ""
+    resolved = place / "resolved.yaml"
+    resolved.write_text(shown.out)
+    config = load(TrainConfig, resolved)
+    assert config.optimizer.lr == 2e-4 and config.data.seq_len == 256
+    assert set(yaml.safe_load(shown.out)["run"]) >= {"steps", "seed", "timeout_seconds"}
+    assert "# ranks: 4 = 1 data x 4 context, 64 tokens of a sequence on each" in shown.out
+    assert re.search(r"# model: [\d.]+ k parameters, 2 layers, full attention in \[2\]", shown.out)
+
+
+def test_padding_lets_odd_lengths_through(place, capsys):
+    flags = ("--dry-run", "--ranks", "3")
+    assert cli.main(arguments(place, "data.seq_len=255", "data.pad_to_multiple=true", flags=flags)) == 0
+    assert cli.main(arguments(place, "attention.layout=zigzag_per_document", flags=flags)) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of 2 steps on one rank."""
+    place = tmp_path_factory.mktemp("finished")
+    write_text(place / "text", 20)
+    train(1, ([f"data.path={place / 'text'}", f"run.directory={place / 'run'}", "run.steps=2"], None))
+    return place
+
+
+@pytest.mark.parametrize(
+    "overrides, flags, message",
+    [
+        ((), (), "holds an earlier run; go on with it (--resume), replace it (--overwrite) or name another folder"),
+        ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
+        (
+            ("run.steps=4", "model.hidden_size=64"),
+            ("--resume",),
+            "a checkpoint of another model: model.hidden_size is 32",
+        ),
+        (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
+    ],
+    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint"],
+)
+def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides, flags, message):
+    monkeypatch.chdir(finished)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert cli.main(arguments(finished, "run.steps=2", *overrides, flags=flags)) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_an_error_shows_where_it_comes_from_on_request(place, capsys):
+    assert cli.main(arguments(place, "run.steps=0", flags=("--traceback",))) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_help_names_commands_without_importing_them():
+    script = "import sys; from moba_cp import cli; cli.main(['--help']); sys.exit('megatron' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and re.search(r"^  train +train a model", done.stdout, re.MULTILINE)
+
+
+BROKEN_RANK = """
+import sys
+from moba_cp import cli
+from moba_cp.train import packing
+if __import__("os").environ["RANK"] == "1":
+    read = packing.Packer.sequence
+    def sequence(self, index):
+        if index >= 4:
+            raise {error}("the disk of rank 1 is gone")
+        return read(self, index)
+    packing.Packer.sequence = sequence
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
+def test_one_failing_rank_ends_all_with_its_error(place, error):
+    script = place / "broken.py"
+    script.write_text(BROKEN_RANK.format(error=error))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments(place)], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "moba-cp train" in line]
+    name = "RuntimeError: " if error == "RuntimeError" else ""
+    assert said == [f"moba-cp train (rank 1): error: {name}the disk of rank 1 is gone"]
+    assert "the disk of rank 1 is gone" in (place / "here" / "run" / "error-rank1.txt").read_text()
+    assert not (place / "here" / "run" / "loss.png").exists()

@@ -1,0 +1,111 @@
+"""Log, progress line and curve."""
+
+import io
+import json
+
+import pytest
+
+from moba_cp.train.curve import draw
+from moba_cp.train.log import Progress, RunLog, check_folder, human, read_log
+
+
+def write_steps(folder, start_step, steps):
+    log = RunLog(folder, start_step, "a: 1\n", {"ranks": 2})
+    for step in steps:
+        log.write({"step": step, "loss": 1 / (step + 1)})
+    log.close()
+    return [record["step"] for record in read_log(folder / "log.jsonl")]
+
+
+def test_new_run_starts_an_empty_log_and_removes_what_an_earlier_one_left(tmp_path):
+    folder = tmp_path / "a" / "run"
+    assert write_steps(folder, 0, [0, 1, 2]) == [0, 1, 2]
+    for left in ("loss.png", "error-rank1.txt", "notes.txt"):
+        (folder / left).write_text("x")
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text("{}")
+    assert write_steps(folder, 0, [0, 1]) == [0, 1]
+    assert {path.name for path in folder.rglob("*")} == {
+        "log.jsonl", "config.yaml", "versions.json", "notes.txt", "checkpoints"
+    }  # fmt: skip
+    assert (folder / "config.yaml").read_text() == "a: 1\n"
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["ranks"] == 2 and versions["torch"] and versions["python"]
+
+
+def test_resumed_run_goes_on_after_its_checkpoint(tmp_path):
+    write_steps(tmp_path, 0, range(8))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    assert write_steps(tmp_path, 5, [6, 7]) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("resume, overwrite", [(True, False), (False, True)])
+def test_folder_of_an_earlier_run_needs_a_word(tmp_path, resume, overwrite):
+    write_steps(tmp_path, 0, [1])
+    check_folder(tmp_path, resume, overwrite)
+    with pytest.raises(ValueError, match="holds an earlier run; go on with it"):
+        check_folder(tmp_path, False, False)
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not writable"):
+        check_folder(tmp_path / "a" / "b", False, False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal():
+    stream = Terminal()
+    progress = Progress(120, 0, stream)
+    progress.show(9, 2.5, 12345.0, 3 * 2**20, None)
+    progress.show(10, 2.25, 12345.0, 3 * 2**20, 2.75)
+    progress.close()
+    text = stream.getvalue()
+    assert text.count("\n") == 1 and text.count("\r") == 2
+    assert "step 10/120  loss 2.2500  held-out 2.7500  12.3 k tokens/s  3.00 MiB exchanged  0:00 left" in text
+
+
+def test_progress_in_a_file_is_a_line_now_and_then():
+    stream = io.StringIO()
+    progress = Progress(50, 0, stream)
+    for step in range(1, 51):
+        progress.show(step, 2.5, 1.0, 0, 2.0 if step == 30 else None)
+    progress.close()
+    shown = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["1/50", "30/50", "50/50"]
+
+
+@pytest.mark.parametrize(
+    "number, unit, base, text",
+    [
+        (0, "B", 1024, "0 B"),
+        (1023, "B", 1024, "1023 B"),
+        (1536, "B", 1024, "1.50 KiB"),
+        (20 * 2**40, "B", 1024, "20.0 TiB"),
+        (853_100, "parameters", 1000, "853.1 k parameters"),
+        (2.5e16, "FLOP", 1000, "25000.0 T FLOP"),
+    ],
+)
+def test_numbers_for_people(number, unit, base, text):
+    assert human(number, unit, base) == text
+
+
+def test_curve_shows_both_losses(tmp_path):
+    log = tmp_path / "log.jsonl"
+    records = [{"step": 0, "validation_loss": 5.5}]
+    records += [{"step": step, "loss": 5 / step, "validation_loss": 5.1 / step} for step in range(1, 30)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    draw(log, tmp_path / "loss.png", "a run")
+    from matplotlib import image
+
+    pixels = image.imread(tmp_path / "loss.png")[..., :3]
+    blue = (pixels[..., 2] > 0.6) & (pixels[..., 0] < 0.3)
+    orange = (pixels[..., 0] > 0.9) & (pixels[..., 2] < 0.2)
+    assert blue.sum() > 200 and orange.sum() > 200
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,0 +1,63 @@
+"""Learning rate by step, decay of matrices alone, clipping by the common norm."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moba_cp.train.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = OptimizerConfig(lr=1.0 - 1e-9, warmup_steps=10, final_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55) and rates[109] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+
+
+def test_warm_up_may_be_absent_or_longer_than_the_run():
+    assert learning_rate(OptimizerConfig(lr=0.5, warmup_steps=0), 1, 1) == pytest.approx(0.05)
+    assert learning_rate(OptimizerConfig(lr=0.5, warmup_steps=100), 10, 10) == pytest.approx(0.05)
+
+
+def test_only_matrices_decay():
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = build_optimizer(module, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        factor = 0.95 if parameter.dim() == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+@pytest.mark.parametrize("clip_norm, factor", [(1.0, 0.2), (10.0, 1.0), (None, 1.0)])
+def test_clipping_scales_all_gradients_by_one_factor(clip_norm, factor):
+    module = nn.Linear(2, 1)
+    module.weight.grad, module.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    assert clip_gradients(module, clip_norm) == pytest.approx(5.0)
+    assert module.weight.grad[0, 0].item() == pytest.approx(3 * factor, rel=1e-5)
+    assert module.bias.grad[0].item() == pytest.approx(4 * factor, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", 0.0),
+        ("lr", 1.0),
+        ("eps", 0.0),
+        ("clip_norm", 0.0),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("final_lr_ratio", 1.5),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("lr", math.nan),
+    ],
+)
+def test_fields_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value}"):
+        OptimizerConfig(**{field: value})
