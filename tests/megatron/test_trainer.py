@@ -20,13 +20,15 @@ DETERMINISTIC = AttentionConfig(block_size=16, top_k=2, deterministic=True)
 ON_TWO = {
     "cp2": Run(cp=2),
     "tp2": Run(tp=2),
-    "tp2 sequence parallel": Run(tp=2, config=SP),
     "tp2 sequence parallel, norms of queries and keys": Run(tp=2, config={**SP, **QK_NORM}),
     "pp2": Run(pp=2),
+    "cp2 packed": Run(cp=2, packed=True),
+}
+MORE_ON_TWO = {
+    "tp2 sequence parallel": Run(tp=2, config=SP),
     "pp2 vpp2": Run(pp=2, vpp=2),
     "dp2": Run(),
     "dp2 distributed optimizer": Run(distributed_optimizer=True),
-    "cp2 packed": Run(cp=2, packed=True),
     "tp2 packed": Run(tp=2, packed=True),
     "pp2 packed": Run(pp=2, packed=True),
     "cp2 full recompute": Run(cp=2, config=FULL_RECOMPUTE),
@@ -73,6 +75,11 @@ def two():
 
 
 @pytest.fixture(scope="module")
+def more_on_two():
+    return run_ranks(2, run_all, MORE_ON_TWO, timeout=600)
+
+
+@pytest.fixture(scope="module")
 def four():
     return run_ranks(4, run_all, ON_FOUR, timeout=600)
 
@@ -92,6 +99,12 @@ def test_two_ranks_equal_one(name, two, one):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_ON_TWO)
+def test_two_ranks_equal_one_in_more_ways(name, more_on_two, one):
+    check(name, MORE_ON_TWO, more_on_two, one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_equal_one(name, four, one):
     check(name, ON_FOUR, four, one)
@@ -104,7 +117,7 @@ class _Split:
         self.partition_dim = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
 
 
-@pytest.mark.parametrize("name", ["cp2", "tp2", "tp2 sequence parallel", "cp2 packed", "cp2 full recompute"])
+@pytest.mark.parametrize("name", ["cp2", "tp2", "tp2 sequence parallel, norms of queries and keys", "cp2 packed"])
 def test_gradients_equal_those_of_one(name, two, one):
     expected, size = one(ON_TWO[name])["grads"], ON_TWO[name].tp
     assert len(expected) > 20
