@@ -8,32 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from . import dense, ops
-from .blocks import BlockTable, block_table, check_cu_seqlens, local_pages
+from . import dense
+from .blocks import check_cu_seqlens
 from .config import MoBAConfig
-
-
-class _MoBAAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, table: BlockTable, config: MoBAConfig, scale: float):
-        means = ops.block_means(k, table.start, table.length, table.block_size)
-        chosen = ops.select_blocks(q, means, table.first, table.own, config.top_k)
-        visible = table.offset + 1
-        out, lse = ops.attend(q, local_pages(k, v, table), chosen, table.own, visible, scale)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, chosen)
-        ctx.table, ctx.config, ctx.scale, ctx.visible = table, config, scale, visible
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, chosen = ctx.saved_tensors
-        dq, dk, dv = ops.attend_backward(
-            q, local_pages(k, v, ctx.table), chosen, ctx.table.own, ctx.visible, ctx.scale,
-            dout, lse, row_sums(dout, out), ctx.config.deterministic,
-        )  # fmt: skip
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+from .local import moba_attention_op
+from .ops import row_sums
 
 
 class _FullAttention(torch.autograd.Function):
@@ -56,12 +35,6 @@ class _FullAttention(torch.autograd.Function):
         sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
         dense.attend_backward(q, k, v, ranges, scale, backend, dout.contiguous(), out, lse, *sums, deterministic)
         return *(x.narrow() for x in sums), None, None, None, None
-
-
-def row_sums(dout: Tensor, out: Tensor) -> Tensor:
-    """``delta`` of the attention backward: sums of ``dout * out`` over D, [T, Hq], wide."""
-    wide = torch.promote_types(out.dtype, torch.float32)
-    return torch.linalg.vecdot(dout.to(wide), out.to(wide))
 
 
 def moba_attention(
@@ -101,8 +74,9 @@ def moba_attention(
 
         out, lse = across_ranks(q, k, v, config, scale, check_context(q, cp, cu_seqlens))
     else:
-        table = block_table(q.shape[0], config.block_size, cu_seqlens, q.device)
-        out, lse = _MoBAAttention.apply(q, k, v, table, config, scale)
+        out, lse, _ = moba_attention_op(
+            q, k, v, cu_seqlens, config.block_size, config.top_k, scale, config.deterministic
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

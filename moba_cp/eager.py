@@ -277,6 +277,12 @@ def attend_backward(
     return dq, dk, dv
 
 
+def row_sums(a: Tensor, b: Tensor) -> Tensor:
+    """Wide sums of ``a * b`` over D: a, b [N, Hq, D] -> [N, Hq]. Of dout and out: ``delta`` of the backward."""
+    wide = wide_dtype(a.dtype)
+    return torch.linalg.vecdot(a.to(wide), b.to(wide))
+
+
 def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
     """Join partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
 

@@ -5,19 +5,46 @@ Triton kernels (:mod:`moba_cp.kernels`) serve float32, bfloat16 and float16 on a
 same signatures; the docstrings are in :mod:`moba_cp.eager`.
 """
 
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from . import eager
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_HEAD_DIMS = range(1, 257)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
 
 def backend(x: Tensor):
-    """The module whose primitives serve ``x``: :mod:`moba_cp.kernels` or :mod:`moba_cp.eager`."""
+    """The module whose primitives serve ``x`` [..., D]: :mod:`moba_cp.kernels` or :mod:`moba_cp.eager`."""
+    on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if on_gpu and x.dtype in KERNEL_DTYPES and x.shape[-1] in KERNEL_HEAD_DIMS and _has_triton():
+        from . import kernels
+
+        return kernels
     return eager
 
 
-merge = eager.merge
+def merge(outs, lses) -> tuple[Tensor, Tensor]:
+    """See :func:`moba_cp.eager.merge`."""
+    return backend(outs[0]).merge(outs, lses)
+
+
 merge_rows = eager.merge_rows
 add_rows = eager.add_rows
+
+
+def row_sums(a: Tensor, b: Tensor) -> Tensor:
+    """See :func:`moba_cp.eager.row_sums`."""
+    return backend(a).row_sums(a, b)
 
 
 def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Tensor:
@@ -30,11 +57,22 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     return backend(q).select_blocks(q, means, first, own, top_k)
 
 
-def attend(q: Tensor, pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float):
-    """See :func:`moba_cp.eager.attend`."""
-    return backend(q).attend(q, pages, chosen, own, visible, scale)
+def attend(
+    q: Tensor, pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float, out_dtype=None
+):
+    """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default."""
+    if backend(q) is not eager:
+        return backend(q).attend(q, pages, chosen, own, visible, scale, out_dtype or torch.float32)
+    out, lse = eager.attend(q, pages, chosen, own, visible, scale)
+    return out.to(out_dtype or out.dtype), lse
 
 
-def attend_backward(q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False):
-    """See :func:`moba_cp.eager.attend_backward`."""
-    return backend(q).attend_backward(q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic)
+def attend_backward(
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None
+):  # fmt: skip
+    """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
+    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it."""
+    inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
+    if backend(q) is not eager:
+        return backend(q).attend_backward(*inputs, local_dtype)
+    return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs))

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from a checkpoint, or from the newest of a run's folder (default: run.directory)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run.directory")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print what would run; write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: check for N ranks")
 
 

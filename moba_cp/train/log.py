@@ -104,7 +104,7 @@ class Progress:
         self.terminal = self.stream.isatty()
 
     def show(
-        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None
+        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None = None
     ) -> None:
         """Show the state after ``step``; ``exchanged`` is the bytes all ranks sent in it."""
         now = time.monotonic()

@@ -31,10 +31,7 @@ class Trainer:
     Args:
         plan: the checked run.
         mesh: this rank's place; all ranks construct and call together.
-        resume: a checkpoint folder to go on from.
-
-    Raises:
-        ValueError: the checkpoint holds another model, or is not before the last step.
+        resume: a checkpoint of this model to go on from.
     """
 
     def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None):
@@ -103,7 +100,8 @@ class Trainer:
         loss = loss_sum / max(1, labels.item())
         if not math.isfinite(loss):
             raise ValueError(
-                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or warm up longer"
+                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or raise "
+                f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
             )
         seconds = time.monotonic() - started
         return {
@@ -147,10 +145,8 @@ class Trainer:
         busiest = every[:, 1 + _SUMMED.index("received_bytes")].max().item()
         return loss, total | {
             "needed_share": round(needed / remote, 4) if remote else 0.0,
-            # Bytes that the busiest rank received over the mean of all.
-            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4)
-            if total["received_bytes"]
-            else 1.0,
+            # Bytes that the busiest rank received over the mean of all; 0 where nothing moved.
+            "imbalance": round(busiest * self.plan.size / max(1, total["received_bytes"]), 4),
             "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
         }
 

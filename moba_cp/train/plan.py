@@ -51,18 +51,20 @@ class RunPlan:
         model, data, attention = config.model, config.data, config.attention
         full = sorted(attention.full_layer_numbers(model.n_layers))
         parameters = model.n_parameters(embeddings=True)
-        epochs = config.run.steps * self.tokens_per_step / corpus.training_bytes
+        tokens = config.run.steps * self.tokens_per_step
+        epochs = tokens / corpus.training_bytes
         flops = model.flops_per_token(data.seq_len, attention) * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
-            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} to train on; "
-            f"{len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
+            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
+            f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{data.seq_len / self.context_size:g} tokens of a sequence on each",
-            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
-            f"run: {config.run.steps} steps = {human(config.run.steps * self.tokens_per_step, 'tokens')} = {epochs:.2f} "
-            f"epochs, into {config.run.directory}",
+            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, "
+            f"{human(flops, 'FLOP')}",
+            f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
+            f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
         ]
 

@@ -1,4 +1,4 @@
-"""The reports of a run while it goes and when it ends: log, progress line, curve. Rank 0 reports, the others are mute."""
+"""The reports of a run while it goes and when it ends: log, progress line, curve. Only rank 0 reports."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,276 @@
+"""Block attention of rows over one storage: launches of the kernels, in slices that bound the scratch memory.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S chosen blocks per row,
+S' = S + 1 where rows also see their own block, else S.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tuned
+from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel, _visit_table_kernel
+from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+from .forward import _long_block_kernel, _short_block_kernel
+from .merge import merge_visits, sum_visits
+from .routing import Routing, build_routing, cut_tasks
+
+# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
+FORWARD_SCRATCH = 5 << 28
+BACKWARD_SCRATCH = 3 << 28
+LOG2E = 1.4426950408889634
+MAX_VISITS = 2**31 - 1
+
+
+def attend(
+    q: Tensor,
+    pages,
+    chosen: Tensor,
+    own: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype = torch.float32,
+    scratch_bytes: int = FORWARD_SCRATCH,
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows to those of their blocks that lie in ``pages``.
+
+    Args:
+        q: [N, Hq, D] float32, bfloat16 or float16.
+        pages: a :class:`moba_cp.blocks.Pages`; Hkv is ``pages.row.shape[0]``.
+        chosen: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped.
+        own: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
+        visible: [N] int32, with ``own``.
+        scale: factor of the scores.
+        out_dtype: of the output.
+        scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
+
+    Returns:
+        out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
+    """
+    check_head_dim(q.shape[2])
+    q, pages, chosen = _kernel_inputs(q, pages, chosen)
+    n_rows, n_heads, dim = q.shape
+    n_slots = chosen.shape[2] + (own is not None)
+    if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
+        return (
+            torch.zeros(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
+            torch.full((n_rows, n_heads), -torch.inf, dtype=torch.float32, device=q.device),
+        )
+    out = torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device)
+    lse = torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device)
+    row_bytes = n_slots * (dim * q.element_size() + 4)
+    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, 0, scratch_bytes)
+    for rows in row_slices:
+        args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
+        routing = build_routing(*args[2:], pages.row)
+        for kv_heads in head_slices:
+            _attend_slice(*args, scale, out[rows], lse[rows], routing, kv_heads)
+    return out, lse
+
+
+def attend_backward(
+    q: Tensor,
+    pages,
+    chosen: Tensor,
+    own: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    deterministic: bool = False,
+    local_dtype: torch.dtype | None = None,
+    scratch_bytes: int = BACKWARD_SCRATCH,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
+
+    Args:
+        dout: [N, Hq, D] in q's dtype, gradient of the final output.
+        lse: [N, Hq] float32, log-sum-exp over everything the row sees, in all storages.
+        delta: [N, Hq] float32, row sums of ``dout * out`` of the final output.
+        deterministic: bit-identical results from run to run.
+        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32 sums of
+            dk and dv then exist for a few heads at a time.
+        scratch_bytes: as in :func:`attend`.
+
+    Returns:
+        dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
+    """
+    check_head_dim(q.shape[2])
+    q, pages, chosen = _kernel_inputs(q, pages, chosen)
+    q, dout = _row_major(q), _row_major(dout.to(q.dtype))
+    if q.stride(0) != dout.stride(0):
+        q, dout = q.contiguous(), dout.contiguous()
+    n_rows, n_heads, dim = q.shape
+    n_slots = chosen.shape[2] + (own is not None)
+    grad_dtype = local_dtype or torch.float32
+    nothing = n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0
+    new = torch.zeros if nothing or local_dtype is None else torch.empty
+    dk = new(pages.k.shape, dtype=grad_dtype, device=q.device)
+    dv = new(pages.v.shape, dtype=grad_dtype, device=q.device)
+    if nothing:
+        return torch.zeros(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device), dk, dv
+    dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
+    row_bytes = n_slots * dim * _part_dtype(q.dtype).itemsize
+    head_bytes = 0 if local_dtype is None else 8 * dim * pages.k.shape[0]
+    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, head_bytes, scratch_bytes)
+    # The index of a slice of rows serves all heads.
+    visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
+    routings = [build_routing(*some, pages.row) for some in visits]
+    for kv_heads in head_slices:
+        sums = dk, dv, 0
+        if local_dtype is not None:
+            shape = pages.k.shape[0], kv_heads.stop - kv_heads.start, dim
+            sums = *(torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in "kv"), kv_heads.start
+        for rows, some, routing in zip(row_slices, visits, routings):
+            rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], *sums
+            _backward_slice(q[rows], pages, *some, scale, *rest, routing, kv_heads)
+        if local_dtype is not None:
+            dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
+    return dq, dk, dv
+
+
+def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
+    row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
+    pages = replace(pages, k=check_unit_stride(pages.k), v=check_unit_stride(pages.v), row=row)
+    n_slots = chosen.shape[2]
+    if chosen.stride(2) != 1 or chosen.stride(1) != n_slots:
+        chosen = chosen.contiguous()
+    return check_unit_stride(q), pages, chosen
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """``x`` [N, Hq, D] itself if its rows of D lie at multiples of D, heads next to one another; else a copy."""
+    dim = x.shape[2]
+    fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0 and x.stride(0) // dim * x.shape[0] < 2**31
+    return x if fits else x.contiguous()
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows].contiguous()
+
+
+def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int):
+    """Slices of rows and slices of KV heads for scratch of ``row_bytes`` per row and query head, and ``head_bytes`` per
+    KV head.
+
+    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
+    index would outgrow 32 bits.
+    """
+    n_kv = pages.row.shape[0]
+    group = n_heads // n_kv
+    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
+    row_step = min(
+        max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
+        MAX_VISITS // (n_heads * n_slots),
+    )
+    return _cut(n_rows, max(1, row_step)), _cut(n_kv, kv_step)
+
+
+def _cut(total: int, step: int) -> list[slice]:
+    """Even slices of at most ``step``: the last one should not be a sliver."""
+    step = triton.cdiv(total, triton.cdiv(total, step))
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
+
+
+def _part_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of one visit's part of dQ: float16 could overflow where the sum does not."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+class _Slice:
+    """What forward and backward launches share for some KV heads: their rows, blocks and compile-time constants."""
+
+    def __init__(self, q: Tensor, pages, chosen: Tensor, own: Tensor | None, kv_heads: slice):
+        n_kv, self.n_blocks = pages.row.shape
+        group = q.shape[1] // n_kv
+        self.n_slots = chosen.shape[2] + (own is not None)
+        self.heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        self.n_heads = self.heads.stop - self.heads.start
+        self.n_visits = q.shape[0] * self.n_heads * self.n_slots
+        self.q, self.chosen = q[:, self.heads], chosen[:, self.heads]
+        self.k, self.v, self.length = pages.k, pages.v, pages.length
+        self.row, self.head = pages.row[kv_heads], pages.head[kv_heads]
+        self.lists = slice(kv_heads.start * self.n_blocks, kv_heads.stop * self.n_blocks + 1)
+        self.pages = self.row, self.head, self.length
+        self.strides = (*self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2])
+        self.page_strides = self.row.stride(0), *self.head.stride()
+        self.constants = dict(
+            G=group, S=chosen.shape[2], SLOTS=self.n_slots, D=q.shape[2], BD=padded_dim(q.shape[2]),
+            PRECISION=dot_precision(q.dtype),
+        )  # fmt: skip
+
+    def tasks(self, routing: Routing, task_rows: int):
+        return cut_tasks(routing.list_start[self.lists], self.n_visits, task_rows)
+
+
+def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Routing, kv_heads: slice) -> None:
+    part = _Slice(q, pages, chosen, own, kv_heads)
+    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device)
+    tasks = part.tasks(routing, tile.task_rows)
+    shape = q.shape[0], part.n_heads, part.n_slots
+    parts = torch.empty(*shape, q.shape[2], dtype=q.dtype, device=q.device)
+    parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
+    with on_device(q):
+        kernel[(tasks.max_tasks,)](
+            part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, visible, *part.pages,
+            scale * LOG2E, tasks.max_tasks, part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+            **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+    merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads])
+
+
+def _backward_slice(
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, first_head: int,
+    routing: Routing, kv_heads: slice,
+) -> None:  # fmt: skip
+    part = _Slice(q, pages, chosen, own, kv_heads)
+    kind = q.shape[2], pages.block_size, q.dtype, q.device
+    tile = tuned.key_tile(*kind)
+    key_tiles = triton.cdiv(pages.block_size, tile.bn)
+    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
+    mode = (DQ_PART if key_tiles == 1 else DQ_ATOMIC if by_atomics else DQ_NONE).value
+    lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
+    n_rows, group = q.shape[0], part.constants["G"]
+    shape = part.row.shape[0], n_rows, group
+    if mode == DQ_ATOMIC.value:
+        into = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
+    else:
+        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
+    tasks = part.tasks(routing, tile.task_rows)
+    table = torch.empty(5, part.n_visits, dtype=torch.int32, device=q.device)
+    turn = None
+    if deterministic:
+        turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
+    constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
+    inputs = part.q, part.k, part.v, dout[:, part.heads]
+    strides = *part.k.stride()[:2], *part.v.stride()[:2]
+    with on_device(q):
+        visits_per_head = n_rows * group * part.n_slots
+        _visit_table_kernel[(triton.cdiv(visits_per_head, 512), part.row.shape[0])](
+            routing.visits, tasks.list_start, visible, lse, delta, table,
+            visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
+            G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+        _key_kernel[(tasks.max_tasks * key_tiles,)](
+            *inputs, into, dk, dv, table, tasks.table, tasks.list_start, *part.pages, turn,
+            scale, part.n_visits, tasks.max_tasks, part.n_blocks, tile.task_rows, first_head,
+            *strides, *dk.stride()[:2], *part.page_strides, **constants,
+            OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
+            ORDERED=deterministic, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        if mode == DQ_NONE.value:
+            tile = tuned.query_tile(*kind)
+            tasks = part.tasks(routing, tile.bm)
+            _query_kernel[(tasks.max_tasks,)](
+                *inputs, into, table, tasks.table, tasks.list_start, *part.pages,
+                scale, part.n_visits, tasks.max_tasks, part.n_blocks, *strides, *part.page_strides, **constants,
+                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
+    if mode == DQ_ATOMIC.value:
+        dq.copy_(into.mul_(scale).transpose(0, 1).flatten(1, 2))
+    else:
+        sum_visits(into, dq, part.chosen, own, visible, part.row, scale)

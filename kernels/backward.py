@@ -1,0 +1,198 @@
+"""Gradients of attention along the same index.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
+(see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
+``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
+
+``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the visits
+of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32 atomics.
+``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, but no atomics.
+
+``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they read
+it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
+
+A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after the
+other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits for
+one that has started.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+DQ_NONE = tl.constexpr(0)
+DQ_PART = tl.constexpr(1)
+DQ_ATOMIC = tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["n_visits"])
+def _visit_table_kernel(
+    visits, list_start, visible, lse, delta, table, n_visits, n_blocks, room, s_token, s_lt, s_dt,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1)
+    first = tl.load(list_start)
+    begin = tl.load(list_start + i_h * n_blocks)
+    end = tl.load(list_start + (i_h + 1) * n_blocks)
+    o_v = begin + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_v = o_v < end
+    visit = tl.load(visits + o_v, mask=m_v, other=0)
+    row = visit // SLOTS
+    t = row // G
+    head = i_h * G + row % G
+    limit = tl.full([BLOCK], 2147483647, tl.int32)
+    if SLOTS > S:
+        m_own = m_v & (visit % SLOTS == S)
+        limit = tl.load(visible + t, mask=m_own, other=2147483647)
+    p_table = table + o_v - first
+    tl.store(p_table, t * s_token + head, mask=m_v)
+    tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
+    tl.store(p_table + 2 * room, limit, mask=m_v)
+    b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E
+    b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)
+    tl.store(p_table + 3 * room, b_lse.to(tl.int32, bitcast=True), mask=m_v)
+    tl.store(p_table + 4 * room, b_delta.to(tl.int32, bitcast=True), mask=m_v)
+
+
+@triton.jit(do_not_specialize=["max_tasks", "first_head"])
+def _key_kernel(
+    q, k, v, dout, dq, dk, dv, table, tasks, list_start, page_row, page_head, length, turn,
+    scale, room, max_tasks, n_blocks, task_rows, first_head,
+    s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
+    OWN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if ORDERED:
+        # turn[0] hands out the numbers; the rest says, per list and key tile, whose turn it is.
+        i = tl.atomic_add(turn, 1)
+    else:
+        i = tl.program_id(0)
+    p_task, i_n = tasks + i // KEY_TILES, i % KEY_TILES
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    first = tl.load(list_start)
+    if i_list < 0:
+        return
+    i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    n_keys = tl.load(length + i_b)
+    first_visit = tl.load(list_start + i_list)
+    is_split = tl.load(list_start + i_list + 1) - first_visit > task_rows
+    i_turn = (begin - first_visit) // task_rows
+    begin -= first
+    end -= first
+    o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_d = o_d < D
+    key = tl.load(page_row + i_h * s_row + i_b) + o_n
+    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    m_kv = (o_n < n_keys)[:, None] & m_d[None, :]
+    b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
+    b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
+    scale_log2 = scale * LOG2E
+    p_limit = table + 2 * room
+    p_lse = (table + 3 * room).to(tl.pointer_type(tl.float32), bitcast=True)
+    p_delta = (table + 4 * room).to(tl.pointer_type(tl.float32), bitcast=True)
+
+    if OWN and KEY_TILES > 1:
+        # The visits of own rows that end before this tile of keys lead the list.
+        ahead = True
+        while ahead:
+            b_limit = tl.load(p_limit + begin + o_m, mask=begin + o_m < end, other=0)
+            ahead = (begin < end) & (tl.max(b_limit, 0) <= i_n * BN)
+            begin = tl.where(ahead, begin + BM, begin)
+
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    for r in tl.range(begin, end, BM, num_stages=STAGES):
+        o_v = r + o_m
+        m_m = o_v < end
+        m_md = m_m[:, None] & m_d[None, :]
+        row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
+        limit = tl.minimum(tl.load(p_limit + o_v, mask=m_m, other=0), n_keys)
+        b_lse = tl.load(p_lse + o_v, mask=m_m, other=0.0)
+        b_delta = tl.load(p_delta + o_v, mask=m_m, other=0.0)
+        b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+        b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
+        b_pt = tl.where(o_n[:, None] < limit[None, :], b_pt, 0.0)
+        b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)
+        b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)
+        b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)
+        if DQ != DQ_NONE:
+            b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)
+            place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
+            if DQ == DQ_PART:
+                p_dq = dq + place[:, None] * D + o_d[None, :]
+                tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
+            else:
+                p_dq = dq + (place // SLOTS)[:, None] * D + o_d[None, :]
+                tl.atomic_add(p_dq, b_dq, mask=m_md, sem="relaxed")
+
+    b_dk *= scale
+    p_dk = dk + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    p_dv = dv + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    if is_split:
+        if ORDERED:
+            p_turn = turn + 1 + i_list * KEY_TILES + i_n
+            while tl.atomic_add(p_turn, 0, sem="acquire") != i_turn:
+                pass
+            tl.debug_barrier()
+        tl.atomic_add(p_dk, b_dk, mask=m_kv, sem="relaxed")
+        tl.atomic_add(p_dv, b_dv, mask=m_kv, sem="relaxed")
+        if ORDERED:
+            tl.debug_barrier()
+            tl.atomic_add(p_turn, 1, sem="release")
+    else:
+        # Where rows come in several slices an earlier one may have left its part; slices follow one another.
+        b_dk += tl.load(p_dk, mask=m_kv, other=0.0)
+        b_dv += tl.load(p_dv, mask=m_kv, other=0.0)
+        tl.store(p_dk, b_dk, mask=m_kv)
+        tl.store(p_dv, b_dv, mask=m_kv)
+
+
+@triton.jit(do_not_specialize=["max_tasks"])
+def _query_kernel(
+    q, k, v, dout, part, table, tasks, list_start, page_row, page_head, length,
+    scale, room, max_tasks, n_blocks,
+    s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    p_task = tasks + tl.program_id(0)
+    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    first = tl.load(list_start)
+    if i_list < 0:
+        return
+    i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    n_keys = tl.load(length + i_b)
+    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
+    m_d = o_d < D
+    first_key = tl.load(page_row + i_h * s_row + i_b)
+    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]
+    p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]
+
+    o_v = begin - first + o_m
+    m_m = begin + o_m < end
+    m_md = m_m[:, None] & m_d[None, :]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
+    place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
+    limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)
+    b_lse = tl.load(table + 3 * room + o_v, mask=m_m, other=0).to(tl.float32, bitcast=True)
+    b_delta = tl.load(table + 4 * room + o_v, mask=m_m, other=0).to(tl.float32, bitcast=True)
+    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    scale_log2 = scale * LOG2E
+    for n in tl.range(0, tl.max(limit, 0), BN, num_stages=STAGES):
+        m_n = n + o_n < n_keys
+        b_k = tl.load(p_k + n * s_kr, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + n * s_vr, mask=m_n[None, :] & m_d[:, None], other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_p = tl.where((n + o_n)[None, :] < limit[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_dp = tl.dot(b_do, b_v, input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(q.dtype.element_ty)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+    p_dq = part + place[:, None] * D + o_d[None, :]
+    tl.store(p_dq, b_dq.to(part.dtype.element_ty), mask=m_md)

@@ -1,0 +1,36 @@
+"""What every launch needs: padded sizes, device guards, checks of inputs."""
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def on_device(x: Tensor):
+    """Context in which launches go to the GPU that holds ``x``; nothing to do on the CPU (Triton's interpreter)."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def padded_dim(dim: int) -> int:
+    """Tile extent for a head dim: a power of two, and at least what one matrix instruction takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def check_unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy where its last dimension is not contiguous (an expanded gradient, say)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_head_dim(dim: int) -> None:
+    """Raise ValueError for a head dim no tile was made for."""
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={dim} is above {MAX_HEAD_DIM}, the largest the kernels take; use float64 or the CPU path")
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 inputs are multiplied as float32, never as tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,180 @@
+"""Joining partial results: of a row's visits, and of several storages.
+
+Legend: N query rows, Hq query heads, D head dim, S' visits per row. All arithmetic in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check_unit_stride, on_device, padded_dim
+from .routing import visit_block
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _merge_visits_kernel(
+    part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
+    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < n_rows * n_heads
+    m_d = o_d < D
+    place = o_m.to(tl.int64) * SLOTS
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    for s in range(SLOTS):
+        b_max = tl.maximum(b_max, tl.load(part_lse + place + s, mask=m_m, other=float("-inf")))
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_out = tl.zeros([BM, BD], tl.float32)
+    for s in range(SLOTS):
+        b_lse = tl.load(part_lse + place + s, mask=m_m, other=float("-inf"))
+        b_weight = tl.exp2((b_lse - b_shift) * LOG2E)
+        # A visit that never happened has lse -inf, and its partial output was never written.
+        m_o = (b_lse != float("-inf"))[:, None] & m_d[None, :]
+        b_part = tl.load(part + (place + s)[:, None] * D + o_d[None, :], mask=m_o, other=0.0).to(tl.float32)
+        b_out += b_weight[:, None] * b_part
+        b_sum += b_weight
+    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    t = (o_m // n_heads).to(tl.int64)
+    head = o_m % n_heads
+    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    tl.store(lse + t * s_lt + head * s_lh, b_max + tl.log(b_sum), mask=m_m)
+
+
+def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Join the partial results of each row's visits.
+
+    Args:
+        part: [N, Hq, S', D], undefined where ``part_lse`` is -inf.
+        part_lse: [N, Hq, S'] float32, natural log, -inf for a visit that did not happen.
+        out: [N, Hq, D], written: 0 for rows without visits.
+        lse: [N, Hq] float32, written: -inf for rows without visits.
+    """
+    n_rows, n_heads, slots, dim = part.shape
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    with on_device(part):
+        _merge_visits_kernel[(triton.cdiv(n_rows * n_heads, bm),)](
+            part, part_lse, out, lse, n_rows, n_heads, out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
+            SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _sum_visits_kernel(
+    part, out, chosen, own, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < n_rows * G
+    m_d = o_d < D
+    t = (o_m // G).to(tl.int64)
+    head = i_h * G + o_m % G
+    place = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS
+    b_sum = tl.zeros([BM, BD], tl.float32)
+    for s in range(SLOTS):
+        block = visit_block(o_m * SLOTS + s, m_m, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        m_p = (block >= 0)[:, None] & m_d[None, :]
+        b_sum += tl.load(part + (place + s)[:, None] * D + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
+    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
+    tl.store(p_out, (b_sum * scale).to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+
+
+def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float) -> None:
+    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened, those with a block here."""
+    n_kv, n_rows, group, slots, dim = part.shape
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    with on_device(part):
+        _sum_visits_kernel[(triton.cdiv(n_rows * group, bm), n_kv)](
+            part, out, chosen, own, visible, page_row, n_rows, scale,
+            out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
+            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _merge_pair_kernel(
+    out_a, lse_a, out_b, lse_b, out, lse, n_rows, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < n_rows
+    m = m_m[:, None] & (o_d < D)[None, :]
+    b_lse_a = tl.load(lse_a + o_m, mask=m_m, other=float("-inf"))
+    b_lse_b = tl.load(lse_b + o_m, mask=m_m, other=float("-inf"))
+    b_max = tl.maximum(b_lse_a, b_lse_b)
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_a, b_b = tl.exp(b_lse_a - b_shift), tl.exp(b_lse_b - b_shift)
+    b_sum = b_a + b_b
+    b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    p = o_m[:, None] * D + o_d[None, :]
+    b_out_a = tl.load(out_a + p, mask=m, other=0.0).to(tl.float32)
+    b_out_b = tl.load(out_b + p, mask=m, other=0.0).to(tl.float32)
+    b_out = b_out_a * (b_a * b_norm)[:, None] + b_out_b * (b_b * b_norm)[:, None]
+    tl.store(out + p, b_out, mask=m)
+    tl.store(lse + o_m, b_max + tl.log(b_sum), mask=m_m)
+
+
+def merge(outs, lses) -> tuple[Tensor, Tensor]:
+    """Join partial results over disjoint sets of keys, in the order given.
+
+    Args:
+        outs: sequence of [..., D] float32; 0 where the lse is -inf.
+        lses: sequence of [...] float32, natural log.
+
+    Returns:
+        out [..., D] and lse [...] over all keys.
+    """
+    outs, lses = [x.contiguous() for x in outs], [x.contiguous() for x in lses]
+    out, lse = outs[0], lses[0]
+    dim = out.shape[-1]
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    for i, (part, part_lse) in enumerate(zip(outs[1:], lses[1:])):
+        # The first join makes new tensors, later ones write over them: the caller's stay as they are.
+        into, into_lse = (torch.empty_like(out), torch.empty_like(lse)) if i == 0 else (out, lse)
+        if lse.numel():
+            with on_device(out):
+                _merge_pair_kernel[(triton.cdiv(lse.numel(), bm),)](
+                    out, lse, part, part_lse, into, into_lse, lse.numel(), D=dim, BD=block, BM=bm, num_warps=4
+                )
+        out, lse = into, into_lse
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _row_sums_kernel(
+    a, b, sums, n_rows, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < n_rows * n_heads
+    m = m_m[:, None] & (o_d < D)[None, :]
+    t, head = o_m // n_heads, o_m % n_heads
+    b_a = tl.load(a + (t * s_at + head * s_ah)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    b_b = tl.load(b + (t * s_bt + head * s_bh)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    tl.store(sums + o_m, tl.sum(b_a * b_b, 1), mask=m_m)
+
+
+def row_sums(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of ``a * b`` over D in float32: a, b [N, Hq, D] -> [N, Hq]. With dout and out: the backward's ``delta``."""
+    a, b = check_unit_stride(a), check_unit_stride(b)
+    n_rows, n_heads, dim = a.shape
+    sums = torch.empty(n_rows, n_heads, dtype=torch.float32, device=a.device)
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    if sums.numel():
+        with on_device(a):
+            _row_sums_kernel[(triton.cdiv(n_rows * n_heads, bm),)](
+                a, b, sums, n_rows, n_heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+                D=dim, BD=block, BM=bm, num_warps=4,
+            )  # fmt: skip
+    return sums

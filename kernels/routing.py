@@ -1,0 +1,210 @@
+"""The routing index: which visits each block receives, in tasks of fixed size; built on the device without a sync.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, n blocks, S chosen blocks per row,
+S' = S + 1 where rows also see their own block, else S.
+
+A *visit* is one row of one head looking at one block. Within a KV head, visit ``(t * G + g) * S' + slot`` is that of
+row ``t``, head ``g`` of the group, to its chosen block ``slot``, or to its own block (``slot == S``). A *list* holds the
+visits of one (KV head, block), ascending: rows of the own block first, gathers nearly contiguous, and the same order in
+every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
+
+The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
+running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all heads
+is made once, serves forward and backward, and is cut into tasks for any range of heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import on_device
+
+# Entries of the table of counts, tiles x lists: 32 MiB.
+COUNT_ENTRIES = 1 << 23
+MIN_TILE_ROWS = 64
+
+
+class Routing(NamedTuple):
+    """Lists of visits of [Hkv, n] blocks."""
+
+    visits: Tensor
+    """[N * Hq * S'] int32, the lists one after the other; entries past the last list are undefined."""
+    list_start: Tensor
+    """[Hkv * n + 1] int32, where each list begins in ``visits``, and where the last one ends."""
+
+
+class Tasks(NamedTuple):
+    """Pieces of the lists of some KV heads."""
+
+    table: Tensor
+    """[3, max_tasks] int32: list (counted from the first head), begin and end in ``visits``; list -1 past the last task.
+
+    ``max_tasks`` is an upper bound that needs no value from the device."""
+    list_start: Tensor
+    """[heads * n + 1] int32, a view of the index."""
+    rows: int
+    """R."""
+
+    @property
+    def max_tasks(self) -> int:
+        return self.table.shape[1]
+
+
+@triton.jit
+def visit_block(
+    visit, m_visit, i_h, chosen, own, visible, page_row, s_ct, s_pages,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Block ids of visits of KV head ``i_h``, -1 where there is none, or none in this storage."""
+    row = visit // SLOTS
+    slot = visit - row * SLOTS
+    t = (row // G).to(tl.int64)
+    head = i_h * G + row % G
+    block = tl.load(chosen + t * s_ct + head * S + slot, mask=m_visit & (slot < S), other=-1)
+    if SLOTS > S:
+        m_own = m_visit & (slot == S)
+        seen = tl.load(visible + t, mask=m_own, other=0)
+        block = tl.where(seen > 0, tl.load(own + t, mask=m_own, other=-1), block)
+    page = tl.load(page_row + i_h * s_pages + block, mask=block >= 0, other=-1)
+    return tl.where(page >= 0, block, -1)
+
+
+@triton.jit(do_not_specialize=["n_visits"])
+def _count_kernel(
+    chosen, own, visible, page_row, counts,
+    n_visits, n_blocks, tile_visits, s_ct, s_pages,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i_t, i_h = tl.program_id(0), tl.program_id(1)
+    p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
+    begin = i_t * tile_visits
+    end = tl.minimum(begin + tile_visits, n_visits)
+    for v in range(begin, end, STEP):
+        visit = v + tl.arange(0, STEP)
+        block = visit_block(visit, visit < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_tiles"])
+def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
+    i_b, i_h = tl.program_id(0), tl.program_id(1)
+    o_b = i_b * BB + tl.arange(0, BB)
+    o_t = tl.arange(0, BT)
+    p_counts = counts + i_h.to(tl.int64) * n_tiles * n_blocks + o_b[None, :]
+    total = tl.zeros([BB], dtype=tl.int32)
+    for t in range(0, n_tiles, BT):
+        m = (t + o_t < n_tiles)[:, None] & (o_b < n_blocks)[None, :]
+        p = p_counts + (t + o_t).to(tl.int64)[:, None] * n_blocks
+        b_count = tl.load(p, mask=m, other=0)
+        tl.store(p, total[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m)
+        total += tl.sum(b_count, 0)
+    # One place to the right, so that an inclusive sum over lists yields where each begins.
+    tl.store(sizes + 1 + i_h * n_blocks + o_b, total, mask=o_b < n_blocks)
+    if (i_b == 0) & (i_h == 0):
+        tl.store(sizes, 0)
+
+
+@triton.jit(do_not_specialize=["n_visits"])
+def _scatter_kernel(
+    chosen, own, visible, page_row, counts, list_start, visits,
+    n_visits, n_blocks, tile_visits, s_ct, s_pages,
+    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i_t, i_h = tl.program_id(0), tl.program_id(1)
+    p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
+    p_start = list_start + i_h * n_blocks
+    begin = i_t * tile_visits
+    end = tl.minimum(begin + tile_visits, n_visits)
+    o_v = tl.arange(0, STEP)
+    block = visit_block(
+        begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS
+    )
+    for v in range(begin, end, STEP):
+        # The next step's blocks are on their way while this one waits for its counts.
+        ahead = v + STEP + o_v
+        next_block = visit_block(ahead, ahead < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        m_v = block >= 0
+        earlier = (block[:, None] == block[None, :]) & (o_v[None, :] < o_v[:, None])
+        place = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)
+        place += tl.load(p_counts + block, mask=m_v, other=0, cache_modifier=".cg")
+        tl.store(visits + place, v + o_v, mask=m_v)
+        # Every thread has read the counts before any is raised, and sees them raised in the next step.
+        tl.debug_barrier()
+        tl.atomic_add(p_counts + block, 1, mask=m_v, sem="relaxed")
+        tl.debug_barrier()
+        block = next_block
+
+
+@triton.jit(do_not_specialize=["n_lists"])
+def _task_count_kernel(list_start, sizes, n_lists, task_rows, BL: tl.constexpr):
+    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    m_l = o_l < n_lists
+    n_visits = tl.load(list_start + o_l + 1, mask=m_l, other=0) - tl.load(list_start + o_l, mask=m_l, other=0)
+    tl.store(sizes + o_l, (n_visits + task_rows - 1) // task_rows, mask=m_l)
+
+
+@triton.jit(do_not_specialize=["n_lists", "max_tasks"])
+def _task_kernel(list_start, task_end, table, n_lists, max_tasks, task_rows, BL: tl.constexpr):
+    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    m_l = o_l < n_lists
+    begin = tl.load(list_start + o_l, mask=m_l, other=0)
+    end = tl.load(list_start + o_l + 1, mask=m_l, other=0)
+    count = (end - begin + task_rows - 1) // task_rows
+    p_table = table + tl.load(task_end + o_l, mask=m_l, other=0) - count
+    for i in range(0, tl.max(count, 0)):
+        m = i < count
+        tl.store(p_table + i, o_l, mask=m)
+        tl.store(p_table + max_tasks + i, begin + i * task_rows, mask=m)
+        tl.store(p_table + 2 * max_tasks + i, tl.minimum(begin + (i + 1) * task_rows, end), mask=m)
+
+
+def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
+    """Index of the visits of all rows to the blocks of one storage.
+
+    Args:
+        chosen: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
+        own, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its own block.
+        page_row: [Hkv, n] int64, -1 where a block is not in the storage; unit stride in n.
+    """
+    n_rows, n_heads, n_chosen = chosen.shape
+    n_kv, n_blocks = page_row.shape
+    group, slots = n_heads // n_kv, n_chosen + (own is not None)
+    n_visits, n_lists = n_rows * group * slots, n_kv * n_blocks
+    device = chosen.device
+
+    tile_rows = MIN_TILE_ROWS
+    while triton.cdiv(n_rows, tile_rows) * n_lists > COUNT_ENTRIES and tile_rows < n_rows:
+        tile_rows *= 2
+    n_tiles = triton.cdiv(n_rows, tile_rows)
+    counts = torch.zeros(n_kv, n_tiles, n_blocks, dtype=torch.int32, device=device)
+    sizes = torch.empty(n_lists + 1, dtype=torch.int32, device=device)
+    visits = torch.empty(n_kv * n_visits, dtype=torch.int32, device=device)
+
+    inputs = chosen, own, visible, page_row
+    numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
+    constants = dict(G=group, S=n_chosen, SLOTS=slots)
+    with on_device(chosen):
+        _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **constants, STEP=128, num_warps=4)
+        _running_sum_kernel[(triton.cdiv(n_blocks, 32), n_kv)](
+            counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4
+        )
+        list_start = torch.cumsum(sizes, 0, dtype=torch.int32)
+        _scatter_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2)
+    return Routing(visits, list_start)
+
+
+def cut_tasks(list_start: Tensor, max_visits: int, task_rows: int) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from lists of at most ``max_visits`` visits together."""
+    n_lists = list_start.numel() - 1
+    max_tasks = max_visits // task_rows + min(n_lists, max_visits)
+    sizes = torch.empty(n_lists, dtype=torch.int32, device=list_start.device)
+    table = torch.full((3, max_tasks), -1, dtype=torch.int32, device=list_start.device)
+    grid = (triton.cdiv(n_lists, 128),)
+    with on_device(list_start):
+        _task_count_kernel[grid](list_start, sizes, n_lists, task_rows, BL=128, num_warps=4)
+        task_end = torch.cumsum(sizes, 0, dtype=torch.int32)
+        _task_kernel[grid](list_start, task_end, table, n_lists, max_tasks, task_rows, BL=128, num_warps=4)
+    return Tasks(table, list_start, task_rows)

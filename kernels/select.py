@@ -1,0 +1,117 @@
+"""Scores and top-k in one pass: which blocks each query visits besides its own.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
+
+A program holds a tile of rows and streams the block means from the newest candidate to the oldest. Scores become
+integers that sort like them (``-0.0`` like ``0.0``, NaN below every number). The best S of a row live in registers as
+64-bit keys, score above block id, in no order. While any row of the tile has a score above its S-th best, every row's
+best new score replaces its worst kept one; on long sequences most tiles need few such passes. Newest first and a strict
+comparison make the newer block win a tie.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuned
+from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+
+# Integer scores: no candidate, then NaN, then -inf (-2139095041) and all numbers.
+EMPTY = tl.constexpr(-(2**31))
+NAN = tl.constexpr(-(2**31) + 1)
+
+
+@triton.jit
+def _ordered(score):
+    """int32 that sorts as the float32 scores do."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(score != score, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _select_kernel(
+    q, means, first, own, chosen,
+    n_rows, s_qt, s_qh, s_mb, s_mh,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    S: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Late rows have the most candidates: they start first, so that the last programs to run are short.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    o_s = tl.arange(0, SLOTS)
+    m_m = o_m < n_rows
+    b_first = tl.load(first + o_m, mask=m_m, other=2147483647)
+    b_own = tl.load(own + o_m, mask=m_m, other=-1)
+    oldest = tl.maximum(tl.min(b_first, 0), 0)
+    newest = tl.max(b_own, 0) - 1
+
+    p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+    p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]
+
+    # Slots beyond S hold keys above all others and are never replaced.
+    lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s
+    highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32
+    kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)
+    bar = tl.full([BM], EMPTY, tl.int32)
+    for behind in range(0, newest - oldest + 1, BN):
+        o_b = newest - behind - o_n
+        p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
+        b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)
+        rank = _ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
+        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
+        rank = tl.where(candidate, rank, EMPTY)
+        best = tl.max(rank, 1)
+        while tl.max((best > bar).to(tl.int32), 0) > 0:
+            column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
+            key = (best.to(tl.int64) << 32) + (newest - behind - column)
+            worst = tl.min(kept, 1)
+            replace = (kept == worst[:, None]) & (best > bar)[:, None]
+            kept = tl.where(replace, key[:, None], kept)
+            bar = (tl.min(kept, 1) >> 32).to(tl.int32)
+            rank = tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
+            best = tl.max(rank, 1)
+
+    kept = tl.sort(kept, dim=1, descending=True)
+    block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))
+    # The keys of the unused slots sort in front.
+    o_out = o_s - (SLOTS - S)
+    p_chosen = chosen + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]
+    tl.store(p_chosen, block, mask=m_m[:, None] & (o_out >= 0)[None, :])
+
+
+def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: int) -> Tensor:
+    """The ``top_k - 1`` best blocks of every row and head.
+
+    Args:
+        q: [N, Hq, D] float32, bfloat16 or float16.
+        means: [n, Hkv, D] in q's dtype.
+        first, own: [N] int32; the candidates of row ``t`` are the blocks ``first[t] <= id < own[t]``.
+        top_k: blocks per query, the own block included.
+
+    Returns:
+        [N, Hq, top_k - 1] int32, best first, -1 where there are fewer candidates. Equal scores: the higher id.
+        A row's result does not depend on the other rows.
+    """
+    n_rows, n_heads, dim = q.shape
+    check_head_dim(dim)
+    n_slots = top_k - 1
+    if n_slots == 0 or n_rows == 0 or means.shape[0] == 0:
+        return torch.full((n_rows, n_heads, n_slots), -1, dtype=torch.int32, device=q.device)
+    q, means = check_unit_stride(q), check_unit_stride(means)
+    chosen = torch.empty(n_rows, n_heads, n_slots, dtype=torch.int32, device=q.device)
+    # The tile shape must not follow N: a score is then summed in the same order on any number of ranks.
+    bm, bn, warps = tuned.select_tile(dim, q.dtype)
+    with on_device(q):
+        _select_kernel[(triton.cdiv(n_rows, bm), n_heads)](
+            q, means, first, own, chosen,
+            n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
+            HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
+            S=n_slots, SLOTS=max(2, triton.next_power_of_2(n_slots)), BM=bm, BN=bn,
+            PRECISION=dot_precision(q.dtype), num_warps=warps,
+        )  # fmt: skip
+    return chosen

@@ -1,0 +1,102 @@
+"""MoBA attention on one device as a pair of PyTorch operators, with their gradients.
+
+``torch.compile`` and FakeTensor see two opaque operators; what they run is chosen in :mod:`moba_cp.ops`.
+
+Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, k top-k.
+"""
+
+from functools import lru_cache
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .blocks import BlockTable, block_table, local_pages
+from .eager import wide_dtype
+
+
+@lru_cache(maxsize=8)
+def _one_document(n_tokens: int, block_size: int, device: torch.device, stream: int) -> BlockTable:
+    return block_table(n_tokens, block_size, None, device)
+
+
+def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
+    """Block geometry of the tokens of ``x``; kept from call to call where there are no documents."""
+    if cu_seqlens is not None:
+        return block_table(x.shape[0], block_size, cu_seqlens, x.device)
+    # A table made on one stream may not be ready on another.
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return _one_document(x.shape[0], block_size, x.device, stream)
+
+
+@torch.library.custom_op("moba_cp::moba_attention", mutates_args=())
+def moba_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Optional[Tensor],
+    block_size: int,
+    top_k: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, chosen [T, Hq, k - 1] int32."""
+    table = _table(q, block_size, cu_seqlens)
+    means = ops.block_means(k, table.start, table.length, block_size)
+    chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
+    pages = local_pages(k, v, table)
+    out, lse = ops.attend(q, pages, chosen, table.own, table.offset + 1, scale, out_dtype=q.dtype)
+    return out, lse, chosen
+
+
+@torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
+def moba_attention_backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    chosen: Tensor,
+    cu_seqlens: Optional[Tensor],
+    block_size: int,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtype."""
+    table = _table(q, block_size, cu_seqlens)
+    delta = ops.row_sums(dout, out)
+    return ops.attend_backward(
+        q, local_pages(k, v, table), chosen, table.own, table.offset + 1, scale, dout, lse, delta,
+        deterministic, local_dtype=q.dtype,
+    )  # fmt: skip
+
+
+@moba_attention_op.register_fake
+def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
+    n_tokens, n_heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(n_tokens, n_heads, dtype=wide_dtype(q.dtype))
+    return out, lse, q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
+
+
+@moba_attention_backward_op.register_fake
+def _(dout, q, k, v, out, lse, chosen, cu_seqlens, block_size, scale, deterministic):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, block_size, _top_k, scale, deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.options = block_size, scale, deterministic
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, dout, _dlse, _dchosen):
+    q, k, v, out, lse, chosen, cu_seqlens = ctx.saved_tensors
+    grads = moba_attention_backward_op(dout, q, k, v, out, lse, chosen, cu_seqlens, *ctx.options)
+    return *grads, None, None, None, None, None
+
+
+moba_attention_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,15 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported: the other tests of
+this process use the plain PyTorch path, so the files here run in a process of their own, started by test_interpreted.py.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+    collect_ignore = ["test_interpreted.py"]
+else:
+    collect_ignore = [path.name for path in HERE.glob("test_*.py") if path.name != "test_interpreted.py"]

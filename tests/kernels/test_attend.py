@@ -1,0 +1,139 @@
+"""Forward, backward and merge on one storage and on several, against the plain PyTorch path in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moba_cp import eager, kernels
+from tests.kernels.inputs import Problem, poisoned, strided
+
+# lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
+PROBLEMS = [
+    ([100], (2, 1), 32, 16, 3),
+    ([50, 0, 127, 63], (4, 2), 40, 64, 3),
+    ([77], (2, 2), 64, 32, 1),
+    ([150, 110], (3, 1), 16, 48, 4),
+    ([33], (1, 1), 24, 16, 20),
+]
+
+
+def exact(p: Problem, pages=None):
+    pages = pages or p.pages
+    pages = replace(pages, k=pages.k.double(), v=pages.v.double())
+    out, lse = eager.attend(p.q.double(), pages, *p.visits, p.scale)
+    delta = eager.row_sums(p.dout.double(), out)
+    grads = eager.attend_backward(p.q.double(), pages, *p.visits, p.scale, p.dout.double(), lse, delta)
+    return out, lse, delta, grads
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+def test_forward_and_backward(problem, deterministic):
+    p = Problem(*problem)
+    out, lse, delta, grads = exact(p)
+    pages = replace(p.pages, k=strided(p.k), v=strided(p.v))
+    with poisoned():
+        ours, ours_lse = kernels.attend(strided(p.q), pages, *p.visits, p.scale)
+        close(ours, out)
+        close(ours_lse, lse)
+        rest = p.scale, strided(p.dout), lse.float(), delta.float(), deterministic
+        for actual, expected in zip(kernels.attend_backward(strided(p.q), pages, *p.visits, *rest), grads):
+            close(actual, expected)
+
+
+def test_gradients_of_local_pages_a_few_heads_and_rows_at_a_time():
+    p = Problem([120, 80], (4, 4), 32, 32, 3)
+    out, lse, delta, grads = exact(p)
+    # Room for one head: heads are cut. Room for a part of one: rows are cut too.
+    for scratch in (1 << 17, 1 << 15):
+        with poisoned():
+            ours, ours_lse = kernels.attend(p.q, p.pages, *p.visits, p.scale, scratch_bytes=scratch)
+            rest = p.scale, p.dout, lse.float(), delta.float(), False
+            actual = kernels.attend_backward(
+                p.q, p.pages, *p.visits, *rest, local_dtype=torch.float32, scratch_bytes=scratch
+            )
+        close(ours, out)
+        close(ours_lse, lse)
+        for x, expected in zip(actual, grads):
+            close(x, expected)
+
+
+def test_storages_of_any_layout_merge_to_the_whole():
+    """Half of the blocks in place, the others packed one head after another in another storage; rows in any order."""
+    p = Problem([300], (4, 2), 32, 32, 4)
+    out, lse, delta, grads = exact(p)
+    n_kv, n_blocks = p.pages.row.shape
+    is_packed = torch.arange(n_blocks, device=p.q.device) % 3 == 1
+    here = replace(p.pages, row=torch.where(is_packed, -1, p.pages.row))
+    packed_k, packed_v = torch.zeros(2, n_kv * n_blocks * 32 + 7, 1, 32, device=p.q.device)
+    row = torch.full_like(p.pages.row, -1)
+    for h in range(n_kv):
+        for b in is_packed.nonzero()[:, 0].tolist():
+            at, start, length = 7 + (h * n_blocks + b) * 32, int(p.table.start[b]), int(p.table.length[b])
+            row[h, b] = at
+            packed_k[at : at + length, 0] = p.k[start : start + length, h]
+            packed_v[at : at + length, 0] = p.v[start : start + length, h]
+    there = replace(p.pages, k=packed_k, v=packed_v, row=row, head=torch.zeros_like(p.pages.head))
+
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(p.q.device)
+    visits = p.chosen[order], p.own[order], p.visible[order]
+    parts = [kernels.attend(p.q[order], pages, *visits, p.scale) for pages in (here, there)]
+    ours, ours_lse = kernels.merge(*zip(*parts))
+    close(ours, out[order])
+    close(ours_lse, lse[order])
+
+    rest = p.scale, p.dout[order], lse[order].float(), delta[order].float(), True
+    dq, dk, dv = zip(*(kernels.attend_backward(p.q[order], pages, *visits, *rest) for pages in (here, there)))
+    close(dq[0] + dq[1], grads[0][order])
+    for part, whole in ((dk, grads[1]), (dv, grads[2])):
+        joined = part[0].clone()
+        for h in range(n_kv):
+            for b in is_packed.nonzero()[:, 0].tolist():
+                start, length = int(p.table.start[b]), int(p.table.length[b])
+                assert (joined[start : start + length, h] == 0).all()
+                joined[start : start + length, h] = part[1][row[h, b] : row[h, b] + length, 0]
+        close(joined, whole)
+
+
+def test_rows_that_see_nothing():
+    p = Problem([64], (2, 1), 32, 16, 3)
+    p.chosen[10:20] = -1
+    p.visible[10:20] = 0
+    out, lse = kernels.attend(p.q, p.pages, *p.visits, p.scale)
+    assert (out[10:20] == 0).all() and (lse[10:20] == -torch.inf).all() and lse[:10].isfinite().all()
+    no_own, no_lse = kernels.attend(p.q, p.pages, p.chosen, None, None, p.scale)
+    assert (no_own[:16] == 0).all() and (no_lse[:16] == -torch.inf).all() and no_lse[-1].isfinite().all()
+    nothing = replace(p.pages, row=torch.full_like(p.pages.row, -1))
+    dq, dk, dv = kernels.attend_backward(p.q, nothing, *p.visits, p.scale, p.dout, lse, lse)
+    assert not dq.any() and not dk.any() and not dv.any()
+
+
+def test_nan_stays_in_its_head_and_document():
+    p = Problem([70, 90], (4, 2), 32, 16, 3)
+    p.k[20, 0], p.v[100, 1] = torch.nan, torch.inf
+    out, lse = kernels.attend(p.q, p.pages, *p.visits, p.scale)
+    assert out[:70, :2].isnan().any() and not out[70:, 2:].isfinite().all()
+    assert out[:70, 2:].isfinite().all() and out[70:, :2].isfinite().all()
+
+
+def test_merge_keeps_its_inputs():
+    outs, lses = [torch.randn(7, 3, 40) for _ in range(3)], [torch.randn(7, 3) for _ in range(3)]
+    outs[1][2], lses[1][2] = 0, -torch.inf
+    lses[0][4] = lses[1][4] = lses[2][4] = -torch.inf
+    kept = [x.clone() for x in outs + lses]
+    out, lse = kernels.merge(outs, lses)
+    expected, expected_lse = eager.merge([x.double() for x in outs], [x.double() for x in lses])
+    close(lse, expected_lse)
+    close(out, expected)
+    assert all(torch.equal(x, y) for x, y in zip(outs + lses, kept))
+
+
+def test_head_dim_too_large_is_named():
+    p = Problem([20], (1, 1), 264, 16, 2)
+    with pytest.raises(ValueError, match="head_dim=264 is above 256"):
+        kernels.attend(p.q, p.pages, *p.visits, p.scale)

@@ -1,0 +1,22 @@
+"""Runs the other tests of this folder in Triton's interpreter, on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_in_the_interpreter(path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
+    )
+    # 5: every test of the file needs a GPU.
+    assert done.returncode == (5 if path.stem.endswith("_gpu") else 0), done.stdout[-6000:] + done.stderr[-2000:]
