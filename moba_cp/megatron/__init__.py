@@ -25,6 +25,9 @@ _LAZY = {
     "with_moba": "spec",
     "MoBAGPTModel": "model",
     "build_model": "model",
+    "load_hf": "hf",
+    "model_config_of": "hf",
+    "save_hf": "hf",
 }
 
 __all__ = ["AttentionConfig", "ModelConfig", "add_moba_args", *_LAZY]
