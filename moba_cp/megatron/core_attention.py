@@ -158,8 +158,14 @@ def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, c
         ("fp8_multi_head_attention", False, "attention runs in the dtype of its inputs"),
         ("hybrid_context_parallel", False, "the context-parallel group is the same for every batch"),
         ("hierarchical_context_parallel_sizes", None, "the exchange is MoBA's own"),
+        ("enable_cuda_graph", False, "the exchange reads sizes on the host"),
+        ("external_cuda_graph", False, "the exchange reads sizes on the host"),
+        ("cuda_graph_impl", "none", "the exchange reads sizes on the host"),
     ):
         # Other versions of megatron-core lack some of these.
         value = getattr(config, name, neutral)
         if value != neutral:
             refuse(name, value, f"{rule}; set it to {neutral!r}")
+    backend = getattr(config.attention_backend, "name", config.attention_backend)
+    if backend != "auto":
+        refuse("attention_backend", backend, "the kernels are MoBA's own; leave it at 'auto'")
