@@ -26,7 +26,7 @@ _LAZY = {
     "MoBAGPTModel": "model",
     "build_model": "model",
     "load_hf": "hf",
-    "model_config_of": "hf",
+    "model_config_of": "hf_config",
     "save_hf": "hf",
 }
 

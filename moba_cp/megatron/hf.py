@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .batch import group_size
-from .config import ModelConfig
 from .init import distribute_like
 
 # Megatron's name of a layer's parameter: the checkpoint's names of what it consists of.
@@ -41,48 +40,6 @@ _MODEL = {
     "decoder.final_layernorm.weight": ["model.norm.weight"],
     "output_layer.weight": [_OUTPUT],
 }
-# What a ModelConfig means, in the words of a checkpoint's config.json.
-_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-
-
-def model_config_of(path: str | Path, **changes) -> ModelConfig:
-    """The shape of a checkpoint's model, for :func:`moba_cp.megatron.build_model`.
-
-    Args:
-        path: folder with ``config.json``.
-        changes: other fields of the ModelConfig, such as ``recompute="full"``.
-
-    Raises:
-        ValueError: a model that ModelConfig cannot describe; one of Megatron's own may still take its weights.
-    """
-    hf = json.loads((Path(path) / "config.json").read_text())
-    kind = hf.get("model_type")
-    if kind not in ("llama", "mistral"):
-        raise ValueError(f"model_type={kind!r} has parts that ModelConfig has not; use 'llama' or 'mistral', or a "
-                         "GPTModel of Megatron's own (Qwen: add_qkv_bias or qk_layernorm) and load_hf")  # fmt: skip
-    for name, value in _REQUIRED.items():
-        if hf.get(name, value) != value:
-            raise ValueError(f"{name}={hf[name]!r} in {path}/config.json is not served; it must be {value!r}")
-    if hf.get("sliding_window") is not None:
-        raise ValueError(f"sliding_window={hf['sliding_window']!r} in {path}/config.json is not served; "
-                         "remove it to train with MoBA instead")  # fmt: skip
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rope_type={rope.get('rope_type', rope.get('type'))!r} in {path}/config.json is not served; "
-                         "it must be 'default'")  # fmt: skip
-    fields = {
-        "vocab_size": hf["vocab_size"],
-        "n_layers": hf["num_hidden_layers"],
-        "hidden_size": hf["hidden_size"],
-        "n_heads": hf["num_attention_heads"],
-        "n_kv_heads": hf.get("num_key_value_heads"),
-        "head_dim": hf.get("head_dim"),
-        "ffn_hidden_size": hf["intermediate_size"],
-        "rope_base": float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        "norm_eps": hf["rms_norm_eps"],
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-    }
-    return ModelConfig(**{**fields, **changes})
 
 
 @torch.no_grad()
@@ -110,8 +67,8 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
         used.update(names)
         if torch.promote_types(whole.dtype, parameter.dtype) != parameter.dtype:
             raise ValueError(
-                f"{names[0]} is {whole.dtype} in the checkpoint, which {name} of {parameter.dtype} cannot hold exactly; "
-                f"build the model in {whole.dtype} or float32 and convert it afterwards"
+                f"{names[0]} is {whole.dtype} in the checkpoint, which {name} of {parameter.dtype} cannot hold "
+                f"exactly; build the model in {whole.dtype} or float32 and convert it afterwards"
             )
         parameter.copy_(distribute_like(_part(model, name, parameter, whole), parameter))
     if group_size(model.pg_collection.pp) == 1:
@@ -151,8 +108,10 @@ def save_hf(
     model, path = _unwrap(model), Path(path)
     for name in ("tp", "pp"):
         if (size := group_size(getattr(model.pg_collection, name))) > 1:
-            raise ValueError(f"{name}_size={size}: save_hf writes whole models; save with Megatron's torch_dist format, "
-                             "load that without tensor and pipeline parallelism, and write it then")  # fmt: skip
+            raise ValueError(
+                f"{name}_size={size}: save_hf writes whole models; save with Megatron's torch_dist format, load that "
+                "without tensor and pipeline parallelism, and write it then"
+            )
     rows = hf_config["vocab_size"]
     shards = _shards(model, dtype, shard_bytes)
     writes = not dist.is_initialized() or dist.get_rank() == 0

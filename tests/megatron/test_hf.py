@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, build_model, load_hf, model_config_of, save_hf
@@ -119,6 +121,18 @@ def test_bf16_checkpoint_survives_a_float32_model(tmp_path):
     model = build_model(model_config_of(tmp_path / "in"), FULL)
     load_hf(model, tmp_path / "in")
     save_hf(model, tmp_path / "out", hf, dtype=torch.bfloat16)
+    assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_after_fsdp2(tmp_path):
+    _, hf = checkpoint("llama", tmp_path / "in")
+    model = build_model(model_config_of(tmp_path / "in"), FULL, device="meta")
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh).to_empty(device="cpu")
+    load_hf(model, tmp_path / "in")
+    save_hf(model, tmp_path / "out", hf)
     assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
 
 

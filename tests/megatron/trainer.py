@@ -151,7 +151,7 @@ def batches(run: Run):
         if run.packed:
             real = torch.tensor(REAL, dtype=torch.int32)
             params = PackedSeqParams("thd", real, real, bounds, bounds, max_seqlen_q=84, max_seqlen_kv=84)
-            for end, padded in zip(REAL[1:], PADDED[1:]):
+            for end, padded in zip(REAL[1:], PADDED[1:], strict=True):
                 keep[end:padded] = False
         if sequence % dp_size == dp_rank:
             shared = (tokens, tokens.roll(-1), keep.float(), torch.arange(T))
@@ -188,9 +188,7 @@ def _train(run: Run) -> dict:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=run.distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
-    ]
+    wrapped = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, min_lr=1e-2, weight_decay=0.0, clip_grad=1.0,
@@ -234,9 +232,7 @@ def _mean_loss(reports) -> float:
     total = torch.zeros(2)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         total = torch.stack([report["loss"] for report in reports]).sum(0)
-        torch.distributed.all_reduce(
-            total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.broadcast(
         total,
         parallel_state.get_pipeline_model_parallel_last_rank(),
