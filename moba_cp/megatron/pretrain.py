@@ -56,8 +56,8 @@ def check_args(args) -> None:
             raise ValueError(f"{name}={value!r} is not served by moba_cp.megatron.pretrain: {fix}")
     if args.use_distributed_optimizer and not _fused_adam():
         print_rank_0(
-            "WARNING: --use-distributed-optimizer without TransformerEngine or Apex: training is right, but resuming "
-            "from its checkpoints is broken in megatron-core; resume with --no-load-optim or leave the flag out"
+            "WARNING: --use-distributed-optimizer without TransformerEngine or Apex: training is right, but "
+            "megatron-core cannot resume from its checkpoints; resume with --no-load-optim or leave the flag out"
         )
 
 
