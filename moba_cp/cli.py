@@ -14,6 +14,7 @@ from moba_cp import __version__
 
 # Words of the command -> module, what it does. One line adds a command.
 COMMANDS = {
+    "bench attention": ("moba_cp.bench.attention", "time MoBA on one GPU beside dense attention; table, JSON, chart"),
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
     "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
 }

@@ -4,6 +4,7 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+import atexit
 import collections
 import contextlib
 import sys
@@ -225,7 +226,17 @@ class Monitor:
             timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
         self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
         self._flight: collections.deque[tuple[dist.Work, str, float]] = collections.deque()
-        threading.Thread(target=self._run, daemon=True, name="moba_cp collectives").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="moba_cp collectives")
+        self._thread.start()
+        # A thread that is inside of c10d when the interpreter goes away would abort the process.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._flight.clear()
 
     def watch(self, work: dist.Work, what: str) -> None:
         """Expect ``work`` to finish in time."""
@@ -233,8 +244,7 @@ class Monitor:
 
     def _run(self) -> None:
         said = None
-        while True:
-            time.sleep(min(1.0, self.limit / 4))
+        while not self._over.wait(min(1.0, self.limit / 4)):
             while self._flight and self._flight[0][0].is_completed():
                 self._flight.popleft()
             if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:

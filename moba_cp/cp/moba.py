@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..attention import row_sums
 from ..config import MoBAConfig
 from .context import CPContext
 from .decide import decide, stage_of
@@ -105,7 +104,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         geometry, comm = cp.geometry(config.block_size), cp.comm
         own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
         comm.layer, comm.direction = ctx.layer, "the backward of "
-        delta, wire = row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
+        delta, wire = ops.row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         owned = owned_pages(k_rows, v_rows, geometry)
         for stage in ctx.stages:
