@@ -5,6 +5,7 @@
 
 import argparse
 
+from ..cp.options import MODES, ExchangeOptions
 from .hybrid import AttentionConfig
 
 _DEFAULT = AttentionConfig()
@@ -22,6 +23,12 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "through the whole model (default: none).")  # fmt: skip
     group.add_argument("--moba-deterministic", action="store_true",
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
+    group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
+                       help="What moves between context-parallel ranks: chosen blocks (kv), query rows (query), per "
+                       "block whichever is fewer bytes (auto), or everything (allgather); default: %(default)s.")  # fmt: skip
+    group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
+                       help="Context-parallel ranks that share a node, so that a block several of them need crosses "
+                       "the network once (default: every rank for itself).")  # fmt: skip
     return parser
 
 
@@ -49,8 +56,8 @@ def _full_layers(words: list[str]) -> str | list[int]:
     return [int(word) for word in words] if all(word.isdigit() for word in words) else " ".join(words)
 
 
-def attention_of_trainer() -> AttentionConfig:
-    """:func:`attention_from_args` of the arguments of Megatron-LM's trainer in this process.
+def options_of_trainer() -> tuple[AttentionConfig, ExchangeOptions]:
+    """What the arguments of Megatron-LM's trainer in this process ask for.
 
     Raises:
         ValueError: there is no such trainer, or its arguments do not fit.
@@ -64,4 +71,4 @@ def attention_of_trainer() -> AttentionConfig:
             f"moba_layer_spec is configured by the arguments of Megatron-LM's trainer, but there are none ({error}); "
             "outside of it use moba_cp.megatron.layer_spec(AttentionConfig(...))"
         ) from error
-    return attention_from_args(args)
+    return attention_from_args(args), ExchangeOptions(mode=args.moba_exchange, ranks_per_node=args.moba_ranks_per_node)

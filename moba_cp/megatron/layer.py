@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from .arguments import attention_of_trainer
+from ..cp.options import ExchangeOptions
+from .arguments import options_of_trainer
 from .batch import group_size
 from .core_attention import MoBACoreAttention
 from .hybrid import AttentionConfig
@@ -32,7 +33,8 @@ class MoBATransformerLayer(TransformerLayer):
     Args:
         config: of the model. ``transformer_impl`` decides where linear layers and norms come from.
         layer_number: counted from 1 within the pipeline stage.
-        attention: of the whole model; None asks Megatron-LM's trainer.
+        attention: of the whole model; None asks Megatron-LM's trainer, also for the exchange.
+        exchange: between context-parallel ranks.
         whole_block: the final norm is ours too (:func:`moba_cp.megatron.spec.block_spec`).
         All others: as Megatron's TransformerLayer.
 
@@ -47,18 +49,20 @@ class MoBATransformerLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         attention: AttentionConfig | None = None,
+        exchange: ExchangeOptions | None = None,
         whole_block: bool = False,
         **kwargs,
     ):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
-        attention = attention_of_trainer() if attention is None else attention
+        if attention is None:
+            attention, exchange = options_of_trainer()
         _refuse(config, attention, whole_block)
         pp_rank = pg_collection.pp.rank() if group_size(getattr(pg_collection, "pp", None)) > 1 else 0
         index = layer_number - 1 + get_transformer_layer_offset(config, vp_stage, pp_rank)
         super().__init__(
             config,
-            layer_submodules(config, attention, index),
+            layer_submodules(config, attention, index, exchange),
             layer_number=layer_number,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
@@ -66,7 +70,9 @@ class MoBATransformerLayer(TransformerLayer):
         )
 
 
-def layer_submodules(config: TransformerConfig, attention: AttentionConfig, index: int) -> TransformerLayerSubmodules:
+def layer_submodules(
+    config: TransformerConfig, attention: AttentionConfig, index: int, exchange: ExchangeOptions | None = None
+) -> TransformerLayerSubmodules:
     """What Megatron would build the layer with ``index`` (from 0, through the whole model) from, with MoBA in it."""
     specs = get_gpt_decoder_layer_specs(
         config,
@@ -76,7 +82,8 @@ def layer_submodules(config: TransformerConfig, attention: AttentionConfig, inde
     )
     submodules = copy.deepcopy(specs[index].submodules)
     of_attention = submodules.self_attention.submodules
-    of_attention.core_attention = ModuleSpec(module=MoBACoreAttention, params={"attention": attention})
+    params = {"attention": attention, "exchange": exchange}
+    of_attention.core_attention = ModuleSpec(module=MoBACoreAttention, params=params)
     for owner in (submodules, of_attention):
         for name, module in vars(owner).items():
             if module is WrappedTorchNorm:

@@ -13,21 +13,24 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ..cp.options import ExchangeOptions
 from .batch import MoBAPackedSeqParams
 from .core_attention import MoBACoreAttention
 from .hybrid import AttentionConfig
 from .layer import MoBATransformerLayer, final_norm
 
 
-def core_attention_spec(attention: AttentionConfig) -> ModuleSpec:
+def core_attention_spec(attention: AttentionConfig, exchange: ExchangeOptions | None = None) -> ModuleSpec:
     """What to put at ``self_attention.submodules.core_attention`` of a layer spec."""
-    return ModuleSpec(module=MoBACoreAttention, params={"attention": attention})
+    return ModuleSpec(module=MoBACoreAttention, params={"attention": attention, "exchange": exchange})
 
 
-def with_moba(layer_spec: ModuleSpec, attention: AttentionConfig) -> ModuleSpec:
+def with_moba(
+    layer_spec: ModuleSpec, attention: AttentionConfig, exchange: ExchangeOptions | None = None
+) -> ModuleSpec:
     """A copy of ``layer_spec``, any spec of a transformer layer with self-attention, that attends by ``attention``."""
     layer_spec = copy.deepcopy(layer_spec)
-    layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention)
+    layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention, exchange)
     return layer_spec
 
 
@@ -71,20 +74,25 @@ class ContextTransformerLayer(TransformerLayer):
         )
 
 
-def layer_spec(attention: AttentionConfig | None = None) -> ModuleSpec:
+def layer_spec(attention: AttentionConfig | None = None, exchange: ExchangeOptions | None = None) -> ModuleSpec:
     """A spec of every layer of a GPTModel, whatever its configuration: attention by MoBA, all else Megatron's own.
 
     For a trainer whose parser does not know MoBA's flags: put ``my_spec = layer_spec(AttentionConfig(...))`` into a
     module of yours and pass ``--spec my_module my_spec``.
 
     Args:
-        attention: None takes it from the flags of :func:`moba_cp.megatron.add_moba_args`, when the model is built.
+        attention: None takes it from the flags of :func:`moba_cp.megatron.add_moba_args`, when the model is built;
+            the exchange too.
+        exchange: between context-parallel ranks.
     """
-    return ModuleSpec(module=MoBATransformerLayer, params={"attention": attention})
+    return ModuleSpec(module=MoBATransformerLayer, params={"attention": attention, "exchange": exchange})
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, attention: AttentionConfig | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    attention: AttentionConfig | None = None,
+    exchange: ExchangeOptions | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, and the norm after the last: :func:`layer_spec` for code that calls its specs.
 
@@ -93,10 +101,11 @@ def block_spec(
     Args:
         config: of the model, or Megatron-LM's GPTModelConfig around it.
         vp_stage: virtual pipeline stage.
-        attention: as in :func:`layer_spec`.
+        attention, exchange: as in :func:`layer_spec`.
     """
     config = getattr(config, "transformer", config)
-    spec = ModuleSpec(module=MoBATransformerLayer, params={"attention": attention, "whole_block": True})
+    params = {"attention": attention, "exchange": exchange, "whole_block": True}
+    spec = ModuleSpec(module=MoBATransformerLayer, params=params)
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage), final_norm(config))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moba_cp.cp.options import ExchangeOptions
 from moba_cp.megatron import AttentionConfig
 from tests.distributed import run_ranks
 from tests.megatron.trainer import HYBRID, Run, local_part, train
@@ -35,6 +36,8 @@ MORE_ON_TWO = {
     "cp2 selective recompute": Run(cp=2, config=CORE_RECOMPUTE),
     "cp2 packed full recompute": Run(cp=2, packed=True, config=FULL_RECOMPUTE),
     "cp2 deterministic": Run(cp=2, attention=DETERMINISTIC),
+    "cp2 rows move": Run(cp=2, exchange=ExchangeOptions("query")),
+    "cp2 packed, blocks move": Run(cp=2, packed=True, exchange=ExchangeOptions("kv", ranks_per_node=2)),
 }
 ON_FOUR = {
     "tp2 cp2": Run(tp=2, cp=2),

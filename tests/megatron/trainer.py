@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import CPContext
+from moba_cp.cp.options import ExchangeOptions
 from moba_cp.megatron import AttentionConfig, block_spec, layer_spec
 from tests.megatron.cuda_stub import cuda_on_cpu
 
@@ -38,6 +39,7 @@ class Run:
     vpp: int | None = None
     packed: bool = False
     attention: AttentionConfig = HYBRID
+    exchange: ExchangeOptions | None = None
     distributed_optimizer: bool = False
     config: dict = field(default_factory=dict)
 
@@ -82,9 +84,9 @@ def build(run: Run) -> list[GPTModel]:
     for stage in range(run.vpp or 1):
         vp_stage = stage if run.vpp else None
         at = dict(ignore_virtual=False, vp_stage=vp_stage)
-        spec = layer_spec(run.attention)
+        spec = layer_spec(run.attention, run.exchange)
         if config.sequence_parallel:
-            spec = block_spec(config, vp_stage, run.attention)
+            spec = block_spec(config, vp_stage, run.attention, run.exchange)
         model = GPTModel(
             config,
             spec,
