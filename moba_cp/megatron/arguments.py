@@ -25,7 +25,7 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
                        help="What moves between context-parallel ranks: chosen blocks (kv), query rows (query), per "
-                       "block whichever is fewer bytes (auto), or everything (allgather); default: %(default)s.")  # fmt: skip
+                       "block whichever is fewer bytes (auto), or all (allgather); default: %(default)s.")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
                        help="Context-parallel ranks that share a node, so that a block several of them need crosses "
                        "the network once (default: every rank for itself).")  # fmt: skip

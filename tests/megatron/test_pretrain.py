@@ -3,6 +3,7 @@
 Needs ``megatron.training``, which the wheels of megatron-core hold from 0.19 on (Python 3.12).
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -27,8 +28,8 @@ FLAGS = """
 --vocab-size 255 --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4
 --group-query-attention --num-query-groups 2 --seq-length 2048 --max-position-embeddings 2048
 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 20 --lr-warmup-iters 2
---clip-grad 1.0 --log-interval 1 --eval-iters 4 --eval-interval 10 --train-iters 20 --seed 1234 --num-workers 0
---distributed-timeout-minutes 3
+--clip-grad 1.0 --split 90,5,5 --log-interval 1 --eval-iters 4 --eval-interval 10 --train-iters 20 --seed 1234
+--num-workers 0 --distributed-timeout-minutes 3
 """.split()
 
 
@@ -38,7 +39,7 @@ def start(folder, name, n_ranks, *flags):
     for rank in range(n_ranks):
         # NCCL refuses two ranks on one GPU unless they look like two hosts.
         env = dict(os.environ, WORLD_SIZE=str(n_ranks), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=port, NCCL_HOSTID=f"{name}{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
+                   MASTER_PORT=port, NCCL_HOSTID=f"{port}-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
                    CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="2")  # fmt: skip
         with open(folder / f"{name}.{rank}", "w") as log:
             command = [sys.executable, "-m", "moba_cp.megatron.pretrain", *FLAGS, "--context-parallel-size",
@@ -108,3 +109,21 @@ def test_checkpoint_goes_on_where_it_was(trained, name):
     for step in (11, *range(13, STEPS + 1)):
         assert losses[step] == pytest.approx(expected[step], rel=2e-4)
     assert again["20"] == pytest.approx(validation["20"], rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sft": True}, "sft=True is not served by moba_cp.megatron.pretrain: use Megatron-LM's pretrain_gpt.py"),
+        ({"reset_attention_mask": True}, "reset_attention_mask=True is not served"),
+        ({"create_attention_mask_in_dataloader": True}, "add --no-create-attention-mask-in-dataloader"),
+    ],
+    ids=str,
+)
+def test_what_the_script_does_not_do_is_refused(change, message):
+    from moba_cp.megatron.pretrain import check_args
+
+    plain = {"sft": False, "reset_attention_mask": False, "create_attention_mask_in_dataloader": False}
+    check_args(argparse.Namespace(**plain, use_distributed_optimizer=False))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_args(argparse.Namespace(**{**plain, **change}, use_distributed_optimizer=False))
