@@ -4,16 +4,16 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 (see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
 ``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
 
-``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the visits
-of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32 atomics.
-``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, but no atomics.
+``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
+visits of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32
+atomics. ``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
 
-``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they read
-it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
+``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
+read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
 
-A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after the
-other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits for
-one that has started.
+A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
+the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
+for one that has started.
 """
 
 import triton

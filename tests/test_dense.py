@@ -207,3 +207,45 @@ def test_a_broken_flash_attn_4_is_not_used(monkeypatch):
         assert full_attention(q, q, q).shape == q.shape
     finally:
         backends._flash_attn_cute.cache_clear()
+
+
+class _JointPlain(backends.Plain):
+    """The plain backend in the calls of the fused ones, with a fault if asked for."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def calls(self, ranges, device):
+        return ranges.calls(device)
+
+    def _each(self, call):
+        for a, b in zip(call.cu_rows, call.cu_rows[1:]):
+            yield slice(a, b)
+
+    def forward(self, q, k, v, call, scale):
+        if self.fault == "raises":
+            raise RuntimeError("no kernel image")
+        parts = [plain.attention(q[s], k[s], v[s], True, scale) for s in self._each(call)]
+        out, lse = (torch.cat(part) for part in zip(*parts))
+        return out, lse * (1 / 0.7 if self.fault == "lse" else 1)
+
+    def backward(self, q, k, v, call, scale, dout, out, lse, deterministic):
+        delta = torch.linalg.vecdot(dout, out)
+        each = self._each(call)
+        parts = [plain.attention_backward(q[s], k[s], v[s], True, scale, dout[s], lse[s], delta[s]) for s in each]
+        dq, dk, dv = (torch.cat(part) for part in zip(*parts))
+        return dq, dk.roll(1, 1) if self.fault == "heads" else dk, dv
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (None, None),
+        ("raises", "failed (RuntimeError: no kernel image)"),
+        ("lse", "was wrong in lse by 42.9%"),
+        ("heads", "was wrong in dk by "),
+    ],
+)
+def test_a_young_backend_is_tried_before_it_is_used(fault, said):
+    found = backends.disagreement(_JointPlain(fault), torch.device("cpu"), torch.float32, 16)
+    assert found == said if said is None else found.startswith(said)

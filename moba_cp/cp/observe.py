@@ -28,10 +28,12 @@ class SelectionRecorder:
         return {layer: cp.unshard(chosen.to(cp.device)).cpu() for layer, chosen in self.layers.items()}
 
     def save(self, path: str | Path, cp: CPContext) -> None:
-        """Write the selections of the whole sequence for ``moba-cp bench exchange --gate``; a collective call."""
+        """Write the selections of the whole sequence for ``moba-cp bench exchange --gate``, and beside them a drawing
+        (.png); a collective call."""
         layers = self.whole(cp)
-        if cp.rank == 0:
+        if cp.rank == 0 and layers:
             torch.save({"layers": layers, "block_size": self.block_size, "n_kv_heads": self.n_kv_heads}, path)
+            draw_heat_maps(layers, self.block_size, Path(path).with_suffix(".png"))
 
 
 def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:

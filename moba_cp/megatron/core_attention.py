@@ -113,7 +113,8 @@ class MoBACoreAttention(MegatronModule):
         across = context.size > 1 or context.observer is not None
         where = {"cp": context} if across else {"cu_seqlens": context.cu_seqlens}
         if self.kind == "full":
-            return full_attention(q, k, v, softmax_scale=self.softmax_scale, **where)
+            deterministic = self.moba.deterministic
+            return full_attention(q, k, v, softmax_scale=self.softmax_scale, deterministic=deterministic, **where)
         return moba_attention(q, k, v, self.moba, softmax_scale=self.softmax_scale, **where)
 
     def _refuse_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:

@@ -18,6 +18,7 @@ import torch
 from .checkpoint import remove_all
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
+SELECTION = "selection.pt"
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
 
 
@@ -52,7 +53,8 @@ class RunLog:
         kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
         if not start_step:
             remove_all(folder / CHECKPOINTS)
-            (folder / CURVE).unlink(missing_ok=True)
+            for old in (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
+                (folder / old).unlink(missing_ok=True)
         for old in folder.glob("error-rank*.txt"):
             old.unlink()
         _replace(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
@@ -126,6 +128,12 @@ class Progress:
             self.stream.write(line + "\n")
             self.shown = now
         self.stream.flush()
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self.close()
+        self.width = 0
+        self.stream.write(text + "\n")
 
     def close(self) -> None:
         """Leave the line as it is and go to the next."""
