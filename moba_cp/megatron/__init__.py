@@ -6,6 +6,7 @@ The configurations import without megatron-core; everything else loads on first 
 import importlib
 import warnings
 
+from .arguments import add_moba_args
 from .config import ModelConfig
 from .hybrid import AttentionConfig
 
@@ -19,12 +20,17 @@ _LAZY = {
     "MoBAPackedSeqParams": "core_attention",
     "ContextRotaryEmbedding": "rope",
     "core_attention_spec": "spec",
+    "layer_spec": "spec",
+    "block_spec": "spec",
     "with_moba": "spec",
     "MoBAGPTModel": "model",
     "build_model": "model",
+    "load_hf": "hf",
+    "model_config_of": "hf_config",
+    "save_hf": "hf",
 }
 
-__all__ = ["AttentionConfig", "ModelConfig", *_LAZY]
+__all__ = ["AttentionConfig", "ModelConfig", "add_moba_args", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -14,6 +14,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ..cp.context import CPContext
+from ..cp.options import ExchangeOptions
+
+_DEFAULT_EXCHANGE = ExchangeOptions()
 
 
 class MoBAPackedSeqParams:
@@ -47,6 +50,7 @@ def batch_context(
     group: dist.ProcessGroup | None,
     layout: str,
     device: torch.device,
+    exchange: ExchangeOptions = _DEFAULT_EXCHANGE,
 ) -> CPContext:
     """The context of a batch, on the rank that calls.
 
@@ -56,6 +60,7 @@ def batch_context(
         group: the context-parallel process group; None is one rank.
         layout: how batches without a context lie on the ranks.
         device: where the context's tensors go.
+        exchange: how batches without a context exchange blocks and rows.
 
     Raises:
         ValueError: the batch does not fit L or the group, or is of a kind that is not served.
@@ -69,7 +74,7 @@ def batch_context(
             )
         return context
     if packed_seq_params is None:
-        return _context_of_shape(group, layout, n_tokens, device)
+        return _context_of_shape(group, layout, n_tokens, device, exchange)
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(
             f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} is not served; "
@@ -83,7 +88,7 @@ def batch_context(
     # All layers of a batch share the object, and it goes when the batch goes.
     context = getattr(packed_seq_params, "_moba_context", None)
     if context is None:
-        context = _context_of_documents(packed_seq_params, n_tokens, group, device)
+        context = _context_of_documents(packed_seq_params, n_tokens, group, device, exchange)
         packed_seq_params._moba_context = context
     return context
 
@@ -94,18 +99,18 @@ def group_size(group) -> int:
 
 
 @lru_cache(maxsize=8)
-def _context_of_shape(group, layout: str, n_tokens: int, device: torch.device) -> CPContext:
-    return _context(group, layout, n_tokens, None, device)
+def _context_of_shape(group, layout: str, n_tokens: int, device: torch.device, exchange) -> CPContext:
+    return _context(group, layout, n_tokens, None, device, exchange)
 
 
-def _context(group, layout: str, n_tokens: int, cu_seqlens: Tensor | None, device) -> CPContext:
+def _context(group, layout: str, n_tokens: int, cu_seqlens: Tensor | None, device, exchange) -> CPContext:
     size = group_size(group)
     # On one rank all layouts are one, but contiguous takes any length.
     layout = layout if size > 1 else "contiguous"
-    return CPContext(group, layout=layout, seq_len=n_tokens * size, cu_seqlens=cu_seqlens, device=device)
+    return CPContext(group, layout, n_tokens * size, cu_seqlens=cu_seqlens, device=device, exchange=exchange)
 
 
-def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device) -> CPContext:
+def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device, exchange) -> CPContext:
     # Padding stands at the end of a document. There it is seen by itself alone: attention is causal, and a block that
     # holds padding lies behind no real token. So padded documents are documents.
     padded = params.cu_seqlens_q_padded
@@ -116,4 +121,4 @@ def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device)
         other, mine = getattr(params, name), getattr(params, name.replace("_kv", "_q"))
         if other is not None and mine is not None and other is not mine and not torch.equal(other, mine):
             raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
-    return _context(group, "zigzag_per_document", n_tokens, cu_seqlens, device)
+    return _context(group, "zigzag_per_document", n_tokens, cu_seqlens, device, exchange)

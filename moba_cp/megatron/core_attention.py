@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..attention import full_attention, moba_attention
+from ..cp.options import ExchangeOptions
 from .batch import MoBAPackedSeqParams, batch_context, group_size
 from .hybrid import AttentionConfig
 
@@ -28,6 +29,7 @@ class MoBACoreAttention(MegatronModule):
         attn_mask_type: causal.
         attention_type: ``self``.
         attention: the spec's parameter, for all layers.
+        exchange: likewise; how batches without a context of their own exchange blocks and rows.
         attention_dropout: None or 0.
         softmax_scale: ``D ** -0.5`` by default.
         cp_comm_type: None or ``p2p``, Megatron's default; what is exchanged, and how, MoBA decides by itself.
@@ -44,6 +46,7 @@ class MoBACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         attention: AttentionConfig,
+        exchange: ExchangeOptions | None = None,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
@@ -62,6 +65,7 @@ class MoBACoreAttention(MegatronModule):
             )
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.exchange = exchange or ExchangeOptions()
         self.set_attention(attention)
 
     def set_attention(self, attention: AttentionConfig) -> None:
@@ -97,7 +101,7 @@ class MoBACoreAttention(MegatronModule):
             [L, b, h * D]; [L, h * D] if thd.
         """
         self._refuse_call(query, key, attention_mask, attn_mask_type, attention_bias)
-        context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device)
+        context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device, self.exchange)
         if query.dim() == 3:
             return self._attend(query, key, value, context).flatten(1)
         sequences = zip(query.unbind(1), key.unbind(1), value.unbind(1))
@@ -159,8 +163,14 @@ def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, c
         ("fp8_multi_head_attention", False, "attention runs in the dtype of its inputs"),
         ("hybrid_context_parallel", False, "the context-parallel group is the same for every batch"),
         ("hierarchical_context_parallel_sizes", None, "the exchange is MoBA's own"),
+        ("enable_cuda_graph", False, "the exchange reads sizes on the host"),
+        ("external_cuda_graph", False, "the exchange reads sizes on the host"),
+        ("cuda_graph_impl", "none", "the exchange reads sizes on the host"),
     ):
         # Other versions of megatron-core lack some of these.
         value = getattr(config, name, neutral)
         if value != neutral:
             refuse(name, value, f"{rule}; set it to {neutral!r}")
+    backend = getattr(config.attention_backend, "name", config.attention_backend)
+    if backend != "auto":
+        refuse("attention_backend", backend, "the kernels are MoBA's own; leave it at 'auto'")

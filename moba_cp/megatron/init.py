@@ -30,7 +30,7 @@ def init_weights(model: nn.Module, seed: int, std: float, n_layers: int) -> None
         else:
             scale = std / math.sqrt(2 * n_layers) if name.endswith(_TO_RESIDUAL) else std
             full.normal_(0.0, scale, generator=_generator(seed, name))
-        parameter.copy_(_like(full, parameter))
+        parameter.copy_(distribute_like(full, parameter))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -38,9 +38,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _like(full: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """``full`` as ``parameter`` is sharded; every rank has all of it."""
     if not isinstance(parameter, DTensor):
         return full
-    # Every rank drew the same tensor, so each cuts its own shard and nothing is sent.
+    # Every rank has the same tensor, so each cuts its own shard and nothing is sent.
     full = full.to(parameter.device, parameter.dtype)
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

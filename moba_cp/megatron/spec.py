@@ -1,26 +1,36 @@
-"""Layer specs: where MoBA is put into Megatron's own."""
+"""Layer specs: where MoBA is put into Megatron's own.
+
+    --spec moba_cp.megatron.spec moba_layer_spec      in Megatron-LM's trainer
+    with_moba(spec, AttentionConfig(...))             in any code that builds its own specs
+"""
 
 import copy
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from ..cp.options import ExchangeOptions
 from .batch import MoBAPackedSeqParams
 from .core_attention import MoBACoreAttention
 from .hybrid import AttentionConfig
+from .layer import MoBATransformerLayer, final_norm
 
 
-def core_attention_spec(attention: AttentionConfig) -> ModuleSpec:
+def core_attention_spec(attention: AttentionConfig, exchange: ExchangeOptions | None = None) -> ModuleSpec:
     """What to put at ``self_attention.submodules.core_attention`` of a layer spec."""
-    return ModuleSpec(module=MoBACoreAttention, params={"attention": attention})
+    return ModuleSpec(module=MoBACoreAttention, params={"attention": attention, "exchange": exchange})
 
 
-def with_moba(layer_spec: ModuleSpec, attention: AttentionConfig) -> ModuleSpec:
+def with_moba(
+    layer_spec: ModuleSpec, attention: AttentionConfig, exchange: ExchangeOptions | None = None
+) -> ModuleSpec:
     """A copy of ``layer_spec``, any spec of a transformer layer with self-attention, that attends by ``attention``."""
     layer_spec = copy.deepcopy(layer_spec)
-    layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention)
+    layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention, exchange)
     return layer_spec
 
 
@@ -62,3 +72,48 @@ class ContextTransformerLayer(TransformerLayer):
         return torch.utils.checkpoint.checkpoint(
             super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
+
+
+def layer_spec(attention: AttentionConfig | None = None, exchange: ExchangeOptions | None = None) -> ModuleSpec:
+    """A spec of every layer of a GPTModel, whatever its configuration: attention by MoBA, all else Megatron's own.
+
+    For a trainer whose parser does not know MoBA's flags: put ``my_spec = layer_spec(AttentionConfig(...))`` into a
+    module of yours and pass ``--spec my_module my_spec``.
+
+    Args:
+        attention: None takes it from the flags of :func:`moba_cp.megatron.add_moba_args`, when the model is built;
+            the exchange too.
+        exchange: between context-parallel ranks.
+    """
+    return ModuleSpec(module=MoBATransformerLayer, params={"attention": attention, "exchange": exchange})
+
+
+def block_spec(
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    attention: AttentionConfig | None = None,
+    exchange: ExchangeOptions | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, and the norm after the last: :func:`layer_spec` for code that calls its specs.
+
+    Needed for sequence parallelism without TransformerEngine, which the final norm of a layer spec does not know.
+
+    Args:
+        config: of the model, or Megatron-LM's GPTModelConfig around it.
+        vp_stage: virtual pipeline stage.
+        attention, exchange: as in :func:`layer_spec`.
+    """
+    config = getattr(config, "transformer", config)
+    params = {"attention": attention, "exchange": exchange, "whole_block": True}
+    spec = ModuleSpec(module=MoBATransformerLayer, params=params)
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage), final_norm(config))
+
+
+# For ``--spec moba_cp.megatron.spec moba_layer_spec``: not called, so that its configuration is found when the
+# model is built.
+moba_layer_spec = layer_spec()
+
+
+def moba_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """For ``--spec moba_cp.megatron.spec moba_block_spec``; see :func:`block_spec`."""
+    return block_spec(config, vp_stage)

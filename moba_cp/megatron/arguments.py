@@ -1,0 +1,74 @@
+"""MoBA's flags in Megatron-LM's argument parser.
+
+    args = parse_and_validate_args(extra_args_provider=add_moba_args)
+"""
+
+import argparse
+
+from ..cp.options import MODES, ExchangeOptions
+from .hybrid import AttentionConfig
+
+_DEFAULT = AttentionConfig()
+
+
+def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--moba-*``; an ``extra_args_provider`` of Megatron-LM's ``parse_args``."""
+    group = parser.add_argument_group("MoBA")
+    group.add_argument("--moba-block-size", type=int, default=_DEFAULT.block_size, metavar="B",
+                       help="Tokens per key/value block, a multiple of 16 (default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-top-k", type=int, default=_DEFAULT.top_k, metavar="K",
+                       help="Blocks each query attends to, its own included (default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-full-layers", nargs="+", default=["none"], metavar="LAYER",
+                       help="Layers with full attention: 'none', 'all', 'last N', or layer numbers counted from 1 "
+                       "through the whole model (default: none).")  # fmt: skip
+    group.add_argument("--moba-deterministic", action="store_true",
+                       help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
+    group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
+                       help="What moves between context-parallel ranks: chosen blocks (kv), query rows (query), per "
+                       "block whichever is fewer bytes (auto), or all (allgather); default: %(default)s.")  # fmt: skip
+    group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
+                       help="Context-parallel ranks that share a node, so that a block several of them need crosses "
+                       "the network once (default: every rank for itself).")  # fmt: skip
+    return parser
+
+
+def attention_from_args(args: argparse.Namespace) -> AttentionConfig:
+    """The configuration that the flags of :func:`add_moba_args` ask for.
+
+    Raises:
+        ValueError: the parser did not know the flags, or one is out of range.
+    """
+    if not hasattr(args, "moba_block_size"):
+        raise ValueError(
+            "args.moba_block_size is missing: this trainer's parser does not know MoBA's flags; pass "
+            "extra_args_provider=moba_cp.megatron.add_moba_args to it, train with moba_cp.megatron.pretrain, or name a "
+            "spec of your own, made with moba_cp.megatron.layer_spec(AttentionConfig(...)), in --spec"
+        )
+    words = [str(word) for word in args.moba_full_layers]
+    kinds = {"default": "full"} if words == ["all"] else {"full_layers": _full_layers(words)}
+    return AttentionConfig(
+        block_size=args.moba_block_size, top_k=args.moba_top_k, deterministic=args.moba_deterministic, **kinds
+    )
+
+
+def _full_layers(words: list[str]) -> str | list[int]:
+    words = [word for part in words for word in part.replace(",", " ").split()]
+    return [int(word) for word in words] if all(word.isdigit() for word in words) else " ".join(words)
+
+
+def options_of_trainer() -> tuple[AttentionConfig, ExchangeOptions]:
+    """What the arguments of Megatron-LM's trainer in this process ask for.
+
+    Raises:
+        ValueError: there is no such trainer, or its arguments do not fit.
+    """
+    try:
+        from megatron.training.global_vars import get_args
+
+        args = get_args()
+    except (ImportError, AssertionError) as error:
+        raise ValueError(
+            f"moba_layer_spec is configured by the arguments of Megatron-LM's trainer, but there are none ({error}); "
+            "outside of it use moba_cp.megatron.layer_spec(AttentionConfig(...))"
+        ) from error
+    return attention_from_args(args), ExchangeOptions(mode=args.moba_exchange, ranks_per_node=args.moba_ranks_per_node)

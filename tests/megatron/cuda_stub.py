@@ -1,0 +1,80 @@
+"""Megatron's DDP, schedules and optimizers on the CPU: they ask for CUDA by name, and get the CPU.
+
+For tests alone. ``with cuda_on_cpu():`` sends every tensor made on or moved to "cuda" to the CPU, and gives
+``torch.cuda``'s streams, events and random state stand-ins.
+"""
+
+import contextlib
+from unittest import mock
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+_TYPES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}
+
+
+class _OnCPU(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name in ("cuda", "pin_memory") and isinstance(args[0], torch.Tensor):
+            return args[0]
+        if name == "type" and len(args) == 1 and not kwargs:
+            plain = function(*args)
+            return _TYPES.get(plain, plain)
+        if "device" in kwargs and "cuda" in str(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        args = tuple("cpu" if isinstance(x, (str, torch.device)) and "cuda" in str(x) else x for x in args)
+        return function(*args, **kwargs)
+
+
+class _Nothing:
+    """A stream or an event that has nothing to wait for."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def cuda_on_cpu():
+    """See the module."""
+
+    def nothing(*_, **__):
+        return None
+
+    stubs = {
+        "current_device": lambda: "cpu",
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "Stream": _Nothing,
+        "Event": _Nothing,
+        "stream": _Nothing,
+        "current_stream": _Nothing,
+        "default_stream": _Nothing,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stub in stubs.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stub))
+        for name, stub in (("range_push", nothing), ("range_pop", nothing)):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name, stub))
+        for name, stub in (
+            ("_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+            ("_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        ):
+            stack.enter_context(mock.patch.object(megatron_random, name, stub))
+        stack.enter_context(_OnCPU())
+        yield

@@ -1,0 +1,206 @@
+"""Checkpoints of Hugging Face's models: bit-exact there and back, logits those of transformers."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, build_model, load_hf, model_config_of, save_hf
+from moba_cp.megatron.spec import layer_spec
+from tests.distributed import run_ranks
+
+FULL = AttentionConfig(default="full")
+SHAPE = dict(
+    vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128, initializer_range=0.2,
+)  # fmt: skip
+TOKENS = torch.randint(61, (1, 50), generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_theta=5000.0, head_dim=10)),
+    "llama tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=12)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parallel_state():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+def checkpoint(kind, path, dtype=torch.float32):
+    """A random model of transformers, written to ``path``; its config.json is returned."""
+    model_class, config = KINDS[kind]
+    torch.manual_seed(1)
+    model = model_class(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms are ones and biases zeros at first, which would hide a swap.
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    return model.eval(), json.loads((path / "config.json").read_text())
+
+
+def megatron_model(hf, dtype=torch.float32, vocab_size=61, tp=1):
+    """Megatron's GPTModel of the same shape."""
+    config = TransformerConfig(
+        num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], num_attention_heads=4, num_query_groups=2,
+        kv_channels=hf.get("head_dim") or 12, ffn_hidden_size=hf["intermediate_size"], normalization="RMSNorm",
+        layernorm_epsilon=hf["rms_norm_eps"], gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+        add_qkv_bias=hf["model_type"] == "qwen2", qk_layernorm=hf["model_type"] == "qwen3", attention_dropout=0.0,
+        hidden_dropout=0.0, use_cpu_initialization=True, perform_initialization=False, transformer_impl="local",
+        gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
+        bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, tensor_model_parallel_size=tp,
+    )  # fmt: skip
+    tied = hf["tie_word_embeddings"]
+    model = GPTModel(
+        config, layer_spec(FULL), vocab_size, 128, position_embedding_type="rope",
+        share_embeddings_and_output_weights=tied,
+    )  # fmt: skip
+    rope = hf.get("rope_parameters") or hf
+    model.rotary_pos_emb = ContextRotaryEmbedding(config.kv_channels, rope["rope_theta"])
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    return model.to(dtype)
+
+
+def assert_same_checkpoint(a, b):
+    one, two = ({k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (a, b))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype and torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind, tmp_path):
+    theirs, hf = checkpoint(kind, tmp_path)
+    ours = megatron_model(hf)
+    load_hf(ours, tmp_path)
+    expected = theirs(TOKENS).logits
+    got = ours(TOKENS, None, None)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    if kind.startswith("llama"):
+        built = build_model(model_config_of(tmp_path), FULL)
+        load_hf(built, tmp_path)
+        assert (built(TOKENS) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_bit_exact(kind, dtype, tmp_path):
+    _, hf = checkpoint(kind, tmp_path / "in", dtype)
+    # The vocabulary padded as Megatron does, and files of a few tensors.
+    model = megatron_model(hf, dtype, vocab_size=64)
+    load_hf(model, tmp_path / "in")
+    assert model.embedding.word_embeddings.weight[61:].eq(0).all()
+    save_hf(model, tmp_path / "out", hf, shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
+    again, _ = KINDS[kind]
+    assert torch.equal(
+        again.from_pretrained(tmp_path / "out", dtype=dtype)(TOKENS).logits,
+        again.from_pretrained(tmp_path / "in", dtype=dtype)(TOKENS).logits,
+    )
+
+
+def test_bf16_checkpoint_survives_a_float32_model(tmp_path):
+    _, hf = checkpoint("llama", tmp_path / "in", torch.bfloat16)
+    model = build_model(model_config_of(tmp_path / "in"), FULL)
+    load_hf(model, tmp_path / "in")
+    save_hf(model, tmp_path / "out", hf, dtype=torch.bfloat16)
+    assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_after_fsdp2(tmp_path):
+    _, hf = checkpoint("llama", tmp_path / "in")
+    model = build_model(model_config_of(tmp_path / "in"), FULL, device="meta")
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh).to_empty(device="cpu")
+    load_hf(model, tmp_path / "in")
+    save_hf(model, tmp_path / "out", hf)
+    assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def _logits_of_a_part(rank, path, hf):
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model = megatron_model(hf, vocab_size=64, tp=2)
+    load_hf(model, path)
+    try:
+        save_hf(model, path / "never", hf)
+    except ValueError as error:
+        refusal = str(error)
+    return model(TOKENS, None, None).detach(), refusal
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_load_their_parts(tmp_path):
+    theirs, hf = checkpoint("qwen3", tmp_path)
+    (left, refusal), (right, _) = run_ranks(2, _logits_of_a_part, tmp_path, hf)
+    expected = theirs(TOKENS).logits
+    got = torch.cat([left, right], -1)[..., :61]
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert "tp_size=2: save_hf writes whole models" in refusal
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    refusals = {
+        "model.layers.0.self_attn.q_proj.bias, which": megatron_model({**hf, "model_type": "qwen2"}),
+        "but the checkpoint's (61, 48)": megatron_model(hf, vocab_size=60),
+        "which embedding.word_embeddings.weight of torch.bfloat16 cannot hold": megatron_model(hf, torch.bfloat16),
+        "holds 9 tensors that the model has no place for": megatron_model({**hf, "num_hidden_layers": 2}),
+    }
+    for message, model in refusals.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_hf(model, tmp_path)
+    with pytest.raises(ValueError, match="holds no \\*.safetensors"):
+        load_hf(megatron_model(hf), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen2"}, "model_type='qwen2' has parts that ModelConfig has not"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type='llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type='linear'"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_not_served_are_refused(change, message, tmp_path):
+    config = {**KINDS["llama"][1].to_dict(), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_config_of(tmp_path)
+
+
+def test_config_of_older_checkpoints(tmp_path):
+    config = {k: v for k, v in KINDS["llama"][1].to_dict().items() if k != "rope_parameters"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": 123.0}))
+    model = model_config_of(tmp_path, recompute="full")
+    assert (model.rope_base, model.head_dim, model.n_kv_heads, model.recompute) == (123.0, 10, 2, "full")
+
+
+def test_inverse_frequencies_of_old_checkpoints_are_left_out(tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_hf(build_model(model_config_of(tmp_path), FULL), tmp_path)
