@@ -82,19 +82,29 @@ def _rank_main(rank, n, port, backend, results, function, args):
 
 
 class ThreadCommunicator(Communicator):
-    """A Communicator whose ranks are threads: tensors change hands through a shared board."""
+    """A Communicator whose ranks are threads: tensors change hands through a shared board.
 
-    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier):
+    Ranks compute one at a time, since Triton's interpreter serves one thread only.
+    """
+
+    def __init__(self, rank: int, size: int, board: list, barrier: threading.Barrier, turn: threading.Lock):
         super().__init__(None)
         self.rank, self.size = rank, size
-        self._board, self._barrier = board, barrier
+        self._board, self._barrier, self._turn = board, barrier, turn
 
     def _swap(self, mine):
         self._board[self.rank] = mine
-        self._barrier.wait(TIMEOUT_S)
+        self._meet()
         everybody = list(self._board)
-        self._barrier.wait(TIMEOUT_S)
+        self._meet()
         return everybody
+
+    def _meet(self):
+        self._turn.release()
+        try:
+            self._barrier.wait(TIMEOUT_S)
+        finally:
+            self._turn.acquire()
 
     def _all_gather(self, x):
         out = torch.stack(self._swap(x))
@@ -111,12 +121,13 @@ class ThreadCommunicator(Communicator):
 
 def run_threads(n: int, function, *args) -> list:
     """``function(communicator, *args)`` on ``n`` ranks that are threads; returns their results in rank order."""
-    board, barrier = [None] * n, threading.Barrier(n)
+    board, barrier, turn = [None] * n, threading.Barrier(n), threading.Lock()
     results, failures = [None] * n, []
 
     def main(rank):
         try:
-            results[rank] = function(ThreadCommunicator(rank, n, board, barrier), *args)
+            with turn:
+                results[rank] = function(ThreadCommunicator(rank, n, board, barrier, turn), *args)
         except threading.BrokenBarrierError:
             pass
         except BaseException:

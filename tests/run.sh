@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the environment (.venv, or VENV=...) if there is none and runs the tests; arguments go to pytest.
-#   bash tests/run.sh                 the default tests
-#   bash tests/run.sh -m slow         those that take minutes
+#   bash tests/run.sh                          the default tests
+#   bash tests/run.sh -m "slow and not gpu"    those that take minutes
+#   bash tests/run.sh -m gpu                   those for a machine with a GPU
 # PYTHON=... names the interpreter that makes the environment.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -11,6 +12,6 @@ make_environment train test
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "$#" -eq 0 ]; then
-    set -- -n 2 --dist worksteal -m "not slow"
+    set -- -n 2 --dist worksteal
 fi
 "$venv/bin/python" -m pytest "$@"

@@ -77,8 +77,9 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, 
 @pytest.mark.parametrize(
     "ranks, override, message",
     [
-        (3, "data.seq_len=256", "data.seq_len=256 is not divisible by 2 * cp_size = 6 (zigzag layout); use 258 or set"),
-        (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128 or set"),
+        (3, "data.seq_len=256", "data.seq_len=256 is not divisible by 2 * cp_size = 6 (zigzag layout); use 258"),
+        (3, "data.seq_len=256", "; use 258 or set data.pad_to_multiple: true"),
+        (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128"),
         (8, "run.context_size=2", "data.sequences_per_step=2 is not divisible by the 4 data ranks"),
         (4, "run.context_size=3", "run.context_size=3 does not divide the 4 ranks of this run; use one of 1, 2, 4"),
         (4, "exchange.ranks_per_node=3", "exchange.ranks_per_node=3 does not divide the 4 context ranks"),
@@ -98,7 +99,7 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
         (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
         (["train", "."], "moba-cp train: error: .: Is a directory"),
-        (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train"),
+        (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
     ],
 )
 def test_wrong_files_and_commands(place, capsys, argv, message):
@@ -147,7 +148,7 @@ def finished(tmp_path_factory):
     [
         ((), (), "holds an earlier run; go on with it (--resume), replace it (--overwrite) or name another folder"),
         ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
-        (("run.steps=4", "model.hidden_size=64"), ("--resume",), "a checkpoint of another model: model.hidden_size is 32"),
+        (("run.steps=4", "model.hidden_size=64"), ("--resume",), "of another model: model.hidden_size is 32 there"),
         (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
     ],
     ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint"],
@@ -202,3 +203,10 @@ def test_one_failing_rank_ends_all_with_its_error(place, error):
     assert said == [f"moba-cp train (rank 1): error: {name}the disk of rank 1 is gone"]
     assert "the disk of rank 1 is gone" in (place / "here" / "run" / "error-rank1.txt").read_text()
     assert not (place / "here" / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("words", sorted(cli.COMMANDS))
+def test_every_command_has_help(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words.split(), "--help"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: moba-cp {words} ")

@@ -63,7 +63,11 @@ def test_ranges_show_exactly_what_causality_allows(layout, size):
                 ranges = dense.build_ranges(segments[rank], keys, bounds)
                 expected = seen_by_hand(segments[rank], keys, bounds)
                 assert (seen_by_rectangles(ranges) == expected).all()
-                for calls in (ranges.calls(torch.device("cpu")), ranges.single_calls(), ranges.single_calls(squares=True)):
+                for calls in (
+                    ranges.calls(torch.device("cpu")),
+                    ranges.single_calls(),
+                    ranges.single_calls(squares=True),
+                ):
                     assert (seen_by_calls(calls, ranges) == expected).all()
 
 
@@ -71,7 +75,12 @@ def test_ring_steps_are_as_few_calls_as_they_can_be():
     # One document, zigzag over 4 ranks: own step one causal square, other steps one full rectangle.
     segments = rank_segments("zigzag", 64, 4, np.array([0, 64]))
     shapes = [dense.build_ranges(segments[1], source, np.array([0, 64])).rectangles for source in segments]
-    assert shapes == [((0, 16, 0, 8, False),), ((0, 16, 0, 16, True),), ((8, 8, 0, 16, False),), ((8, 8, 0, 16, False),)]
+    assert shapes == [
+        ((0, 16, 0, 8, False),),
+        ((0, 16, 0, 16, True),),
+        ((8, 8, 0, 16, False),),
+        ((8, 8, 0, 16, False),),
+    ]
     # Many documents dealt out one by one: still one call a step.
     bounds = np.arange(0, 65, 8)
     segments = rank_segments("zigzag_per_document", 64, 4, bounds)
@@ -198,3 +207,45 @@ def test_a_broken_flash_attn_4_is_not_used(monkeypatch):
         assert full_attention(q, q, q).shape == q.shape
     finally:
         backends._flash_attn_cute.cache_clear()
+
+
+class _JointPlain(backends.Plain):
+    """The plain backend in the calls of the fused ones, with a fault if asked for."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def calls(self, ranges, device):
+        return ranges.calls(device)
+
+    def _each(self, call):
+        for a, b in zip(call.cu_rows, call.cu_rows[1:]):
+            yield slice(a, b)
+
+    def forward(self, q, k, v, call, scale):
+        if self.fault == "raises":
+            raise RuntimeError("no kernel image")
+        parts = [plain.attention(q[s], k[s], v[s], True, scale) for s in self._each(call)]
+        out, lse = (torch.cat(part) for part in zip(*parts))
+        return out, lse * (1 / 0.7 if self.fault == "lse" else 1)
+
+    def backward(self, q, k, v, call, scale, dout, out, lse, deterministic):
+        delta = torch.linalg.vecdot(dout, out)
+        each = self._each(call)
+        parts = [plain.attention_backward(q[s], k[s], v[s], True, scale, dout[s], lse[s], delta[s]) for s in each]
+        dq, dk, dv = (torch.cat(part) for part in zip(*parts))
+        return dq, dk.roll(1, 1) if self.fault == "heads" else dk, dv
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (None, None),
+        ("raises", "failed (RuntimeError: no kernel image)"),
+        ("lse", "was wrong in lse by 42.9%"),
+        ("heads", "was wrong in dk by "),
+    ],
+)
+def test_a_young_backend_is_tried_before_it_is_used(fault, said):
+    found = backends.disagreement(_JointPlain(fault), torch.device("cpu"), torch.float32, 16)
+    assert found == said if said is None else found.startswith(said)

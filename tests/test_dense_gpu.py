@@ -63,9 +63,9 @@ def test_backends_are_as_good_as_plain_torch(lengths, heads, dim, dtype):
 
 def test_the_choice_of_kernels():
     q = torch.randn(256, 4, 128, device="cuda", dtype=torch.bfloat16)
-    choose = lambda x, bounds, **options: dense.choose_backend(
-        x, dense.build_ranges([(0, 256)], [(0, 256)], np.array(bounds)), **options
-    ).name
+    choose = lambda x, bounds, **options: (
+        dense.choose_backend(x, dense.build_ranges([(0, 256)], [(0, 256)], np.array(bounds)), **options).name
+    )
     best = "fa4" if dense.BACKENDS["fa4"].refusal(q, False) is None else None
     hopper = torch.cuda.get_device_capability() >= (9, 0)
     assert choose(q, [0, 256]) == (best or ("cudnn" if hopper else "flash"))

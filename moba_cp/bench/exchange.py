@@ -19,7 +19,7 @@ from ..config import MoBAConfig
 from ..cp.decide import decide
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
-from ..cp.options import MODES, ExchangeOptions, WireCosts
+from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
 from ..cp.rows import id_dtype
 from .gates import GATES, RecordedGate, SyntheticGate
 
@@ -81,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate-layer", type=int, help="layer of a recorded selection (default: the middle one)")
     parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
-    parser.add_argument("--gradient-dtype", choices=("input", "float32"), default="input", help="default: %(default)s")
+    parser.add_argument(
+        "--gradient-dtype", choices=WIRE_DTYPES, default=ExchangeOptions.gradient_dtype, help="default: %(default)s"
+    )
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"

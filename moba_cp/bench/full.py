@@ -9,8 +9,10 @@ Legend: T tokens of the sequence, P ranks, L = T / P local tokens, Hq query head
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,7 +30,7 @@ CHECKED_ROWS = 32
 
 @dataclass
 class Row:
-    """One line of the table; times in ms."""
+    """One line of the table; times in ms, medians."""
 
     name: str
     forward: float
@@ -41,6 +43,19 @@ class Row:
     """the same of forward + backward."""
     shards: float | None = None
     """peak memory of the forward pass above inputs and results, in KV shards."""
+
+
+@dataclass
+class Candidate:
+    """Something to time: ``forward()`` gives an output whose gradient is ``dout``."""
+
+    name: str
+    forward: Callable[[], Tensor]
+    dout: Tensor
+    leaves: list[Tensor]
+    inside: Callable = contextlib.nullcontext
+    """context in which it runs, entered outside the timed region."""
+    shards: float | None = None
 
 
 class InstantRing(Communicator):
@@ -76,6 +91,15 @@ class InstantRing(Communicator):
         return lambda: self._gradients[rows]
 
 
+class CopyingRing(InstantRing):
+    """An :class:`InstantRing` whose messages take memory of their own from the moment they are asked for."""
+
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str):
+        """See :meth:`Communicator.all_to_all`."""
+        arrived = super().all_to_all(x, send, receive, kind)().clone()
+        return lambda: arrived
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``moba-cp bench full``."""
     parser.add_argument("--tokens", type=int, default=131072, help="T, tokens of the whole sequence")
@@ -94,77 +118,102 @@ def main(args: argparse.Namespace) -> int:
     """Check, measure, print a table; 1 if a check fails."""
     if not torch.cuda.is_available():
         raise SystemExit("bench full needs a CUDA device")
-    kv_heads = args.kv_heads or args.heads
     torch.manual_seed(0)
-    shapes = [args.heads, kv_heads, kv_heads, args.heads]
-    q, k, v, dout = (
-        torch.randn(args.tokens, h, args.head_dim, device="cuda", dtype=torch.bfloat16) for h in shapes
-    )
-    dense_row, dense_results = _dense(q, k, v, dout, args.repeats)
-    rows = [dense_row]
+    shapes = [args.heads, args.kv_heads or args.heads, args.kv_heads or args.heads, args.heads]
+    q, k, v, dout = (torch.randn(args.tokens, h, args.head_dim, device="cuda", dtype=torch.bfloat16) for h in shapes)
+    dense_one = _dense(q, k, v, dout)
+    out = dense_one.forward()
+    out.backward(dout)
+    dense_results = [out.detach(), dense_one.leaves[0].grad.clone()]
+    del out
+
+    rows = []
     for rank in args.rank or sorted({0, args.ranks - 1}):
+        candidates = [dense_one]
         for backend in args.backend or _backends(q):
-            row, error = _one_rank(q, k, v, dout, rank, args, backend, dense_results)
-            rows.append(row)
+            candidate, error = _one_rank(q, k, v, dout, rank, args, backend, dense_results)
+            candidates.append(candidate)
             if error:
-                print(f"{row.name}: {error}; nothing is published")
+                print(f"{candidate.name}: {error}; nothing is published")
                 return 1
-    rows += _context_parallel(q, k, v, dout, args)
-    for row in rows[1:]:
-        row.share = row.forward * args.ranks / dense_row.forward
-        row.share_backward = row.forward_backward * args.ranks / dense_row.forward_backward
+        with _instant_group(rank, args.ranks):
+            if not rows:
+                _try_documents(q, args)
+            rows += _timed(candidates + _context_parallel(q, k, v, dout, rank, args), args)
     _print(rows, args)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"environment": environment(), "options": vars(args), "rows": [asdict(r) for r in rows]}, file, indent=1)
+            report = {"environment": environment(), "options": vars(args), "rows": [asdict(row) for row in rows]}
+            json.dump(report, file, indent=1)
     return 0
 
 
 def _backends(q: Tensor) -> list[str]:
-    fused = [name for name, b in dense.BACKENDS.items() if name != "plain" and b.refusal(q, False) is None]
-    return fused if len(fused) > 1 else ["auto"]
+    return [name for name, b in dense.BACKENDS.items() if name != "plain" and b.refusal(q, False) is None]
 
 
-def _time(forward, dout: Tensor, leaves: list[Tensor], repeats: int) -> tuple[float, float, float]:
-    """Medians of the forward and the forward + backward time, and the spread of the latter; ms."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for repeat in range(repeats + 1):
-        for backward in (False, True):
-            for x in leaves:
-                x.grad = None
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            out = forward()
-            if backward:
-                out.backward(dout)
-            end.record()
-            end.synchronize()
-            del out
-            # The first turn warms up: plans, compilation, memory.
-            if repeat:
-                times[backward].append(begin.elapsed_time(end))
-    both = times[True]
-    return statistics.median(times[False]), statistics.median(both), max(both) - min(both)
+def _timed(candidates: list[Candidate], args) -> list[Row]:
+    """Rows of the candidates, the first of which is the dense one; all in turn, so that clocks change for all alike."""
+    times = {(c.name, backward): [] for c in candidates for backward in (False, True)}
+    failed = set()
+    for repeat in range(args.repeats + 1):
+        for candidate in candidates:
+            if candidate.name in failed:
+                continue
+            for backward in (False, True):
+                try:
+                    elapsed = _time_once(candidate, backward)
+                except Exception as error:  # a peer that cannot run is a result too
+                    print(f"{candidate.name}: {type(error).__name__}: {error}")
+                    failed.add(candidate.name)
+                    break
+                # The first turn warms up: plans, compilation, memory.
+                if repeat:
+                    times[candidate.name, backward].append(elapsed)
+    rows = []
+    for candidate in candidates:
+        if candidate.name in failed:
+            continue
+        forward, both = times[candidate.name, False], times[candidate.name, True]
+        medians = statistics.median(forward), statistics.median(both)
+        row = Row(candidate.name, *medians, max(both) - min(both), shards=candidate.shards)
+        if rows:
+            row.share = row.forward * args.ranks / rows[0].forward
+            row.share_backward = row.forward_backward * args.ranks / rows[0].forward_backward
+        rows.append(row)
+    return rows
 
 
-def _dense(q, k, v, dout, repeats: int) -> tuple[Row, list[Tensor]]:
-    """PyTorch's attention on one device by cuDNN, and its out and dq, [T, Hq, D]."""
+def _time_once(candidate: Candidate, backward: bool) -> float:
+    """ms of a forward, or of a forward and a backward pass."""
+    for x in candidate.leaves:
+        x.grad = None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with candidate.inside():
+        begin.record()
+        out = candidate.forward()
+        if backward:
+            out.backward(candidate.dout)
+        end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _dense(q, k, v, dout) -> Candidate:
+    """PyTorch's attention on one device by cuDNN; gives [T, Hq, D]."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    group = q.shape[1] // k.shape[1]
+    options = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
 
     def forward() -> Tensor:
         heads_first = [x.transpose(0, 1)[None] for x in leaves]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=group > 1)
+            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, **options)
         return out[0].transpose(0, 1)
 
-    row = Row("dense, one device (cuDNN)", *_time(forward, dout, leaves, repeats))
-    out = forward()
-    out.backward(dout)
-    return row, [out.detach(), leaves[0].grad]
+    return Candidate("dense, one device (cuDNN)", forward, dout, leaves)
 
 
-def _one_rank(q, k, v, dout, rank: int, args, backend: str, dense_results) -> tuple[Row, str | None]:
+def _one_rank(q, k, v, dout, rank: int, args, backend: str, dense_results) -> tuple[Candidate, str | None]:
     """Our ring on one rank, and what is wrong with its output if anything is."""
     comm = InstantRing(rank, args.ranks)
     cp = CPContext(comm, args.layout, args.tokens, device=q.device)
@@ -179,9 +228,8 @@ def _one_rank(q, k, v, dout, rank: int, args, backend: str, dense_results) -> tu
     out.backward(dout)
     error = _wrong(q, k, v, cp, out.detach(), leaves[0].grad, dout, dense_results)
     del out
-    memory = _forward_memory(leaves, cp, backend)
     name = f"moba_cp ring, rank {rank} of {args.ranks} ({backend})"
-    return Row(name, *_time(forward, dout, leaves, args.repeats), shards=memory), error
+    return Candidate(name, forward, dout, leaves, shards=_forward_memory(leaves, cp, backend)), error
 
 
 def _forward_memory(leaves: list[Tensor], cp: CPContext, backend: str) -> float:
@@ -201,15 +249,6 @@ def _forward_memory(leaves: list[Tensor], cp: CPContext, backend: str) -> float:
     torch.cuda.synchronize()
     results = 3 * q.nbytes + 2 * 4 * q.shape[0] * q.shape[1]
     return (torch.cuda.max_memory_allocated() - before - results) / (k.nbytes + v.nbytes)
-
-
-class CopyingRing(InstantRing):
-    """An :class:`InstantRing` whose messages take memory of their own from the moment they are asked for."""
-
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str):
-        """See :meth:`Communicator.all_to_all`."""
-        arrived = super().all_to_all(x, send, receive, kind)().clone()
-        return lambda: arrived
 
 
 def _wrong(q, k, v, cp, out, dq, dout, dense_results) -> str | None:
@@ -240,48 +279,34 @@ def _exact_rows(q, k, v, position: Tensor, dout: Tensor) -> tuple[Tensor, Tensor
     return torch.stack(outs, 1), torch.stack(dqs, 1)
 
 
-def _context_parallel(q, k, v, dout, args) -> list[Row]:
-    """PyTorch's context_parallel over a process group that moves nothing: the same steps, no wire."""
-    rows = []
-    for rank in args.rank or sorted({0, args.ranks - 1}):
-        for method in ("allgather", "alltoall"):
-            try:
-                rows.append(_torch_rank(q, k, v, dout, rank, args, method))
-            except Exception as error:  # a peer that cannot run is a result too
-                print(f"torch context_parallel, rank {rank}, {method}: {type(error).__name__}: {error}")
-    return rows
-
-
-def _torch_rank(q, k, v, dout, rank: int, args, method: str) -> Row:
+@contextlib.contextmanager
+def _instant_group(rank: int, size: int):
+    """A process group of ``size`` ranks that moves nothing and waits for nobody."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _context_parallel(q, k, v, dout, rank: int, args) -> list[Candidate]:
+    """PyTorch's context_parallel by both ways of moving K and V: the same steps, no wire, meaningless output."""
     n_local = args.tokens // args.ranks
     leaves = [x[:n_local].transpose(0, 1)[None].clone().requires_grad_() for x in (q, k, v)]
     grad = dout[:n_local].transpose(0, 1)[None].contiguous()
     options = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=args.ranks)
-    try:
-        with _torch_ring(args, method):
-            times = _time(
-                lambda: F.scaled_dot_product_attention(*leaves, is_causal=True, **options), grad, leaves, args.repeats
-            )
-            if rank == 0 and method == "allgather":
-                _try_documents(leaves)
-    finally:
-        dist.destroy_process_group()
-    return Row(f"torch context_parallel, rank {rank} of {args.ranks} ({method})", *times)
 
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(*leaves, is_causal=True, **options)
 
-def _try_documents(leaves: list[Tensor]) -> None:
-    """Say what PyTorch's context_parallel makes of packed documents, which only a mask can tell it."""
-    q, k, v = (x[:, :, :256].detach() for x in leaves)
-    mask = torch.ones(256, 256, dtype=torch.bool, device=q.device).tril()
-    try:
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        print("torch context_parallel took a mask: packed documents may work")
-    except Exception as error:
-        print(f"torch context_parallel with a mask, as packed documents need: {type(error).__name__}: {error}")
+    name = f"torch context_parallel, rank {rank} of {args.ranks}"
+    return [
+        Candidate(f"{name} ({method})", forward, grad, leaves, functools.partial(_torch_ring, args, method))
+        for method in ("allgather", "alltoall")
+    ]
 
 
 @contextlib.contextmanager
@@ -296,12 +321,54 @@ def _torch_ring(args, method: str):
     dummy = torch.zeros(1, 1, args.tokens, 1, device="cuda")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         with context_parallel(mesh, buffers=[dummy], buffer_seq_dims=[2], no_restore_buffers={dummy}):
-            yield
+            with _instant_transfers(args.ranks):
+                yield
+
+
+@contextlib.contextmanager
+def _instant_transfers(size: int):
+    """PyTorch's collectives as its context_parallel calls them give back what was sent.
+
+    A process group that moves nothing leaves what was in memory before: often zeros, with which a GPU runs faster.
+    """
+    from torch.distributed import _functional_collectives as collectives
+
+    gathered: dict[torch.Size, Tensor] = {}
+
+    def gather(x: Tensor, gather_dim: int, group) -> Tensor:
+        if x.shape not in gathered:
+            gathered[x.shape] = torch.cat([x] * size, gather_dim)
+        return gathered[x.shape]
+
+    replaced = {"permute_tensor": lambda x, destinations, group: x}
+    replaced |= {name: gather for name in ("all_gather_single", "all_gather_tensor") if hasattr(collectives, name)}
+    before = {name: getattr(collectives, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(collectives, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(collectives, name, function)
+
+
+def _try_documents(q: Tensor, args) -> None:
+    """Say what PyTorch's context_parallel makes of packed documents, which only a mask can tell it."""
+    x = q[:256].transpose(0, 1)[None]
+    mask = torch.ones(1, 1, 256, 256, dtype=torch.bool, device=q.device).tril()
+    try:
+        with _torch_ring(args, "allgather"):
+            F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        print("torch context_parallel, packed documents by a mask: accepted")
+    except Exception as error:
+        print(f"torch context_parallel, packed documents by a mask: {type(error).__name__}: {error}")
 
 
 def _print(rows: list[Row], args) -> None:
     env = environment()
-    print(f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}")
+    print(
+        f"{env['gpu']}, torch {env['torch']}, cuDNN {env['cudnn']}, commit {env['commit']}; bf16, causal, {args.layout}"
+    )
     print(f"T = {args.tokens}, {args.heads} heads, D = {args.head_dim}, P = {args.ranks}; ms, median of {args.repeats}")
     print(f"{'':58}{'fwd':>8}{'fwd+bwd':>9}{'spread':>8}   of dense / P   KV shards")
     for row in rows:

@@ -4,6 +4,7 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
+import atexit
 import collections
 import contextlib
 import sys
@@ -36,6 +37,8 @@ class Counters:
     """(KV head, block) pairs of other ranks that local queries chose or lie in."""
     remote: int = 0
     """(KV head, block) pairs of other ranks that some local query could have chosen."""
+    hottest: int = 0
+    """Most local rows that chose one (KV head, block) in one call."""
 
     def add(self, kind: str, sent: int, received: int) -> None:
         """Count one message."""
@@ -55,6 +58,7 @@ class Counters:
             "received_bytes": sum(self.received.values()),
             "planned_bytes": self.planned,
             "dense_ring_bytes": self.dense_ring,
+            "hottest_rows": self.hottest,
             "needed_share": self.needed / self.remote if self.remote else 0.0,
         }
 
@@ -94,8 +98,12 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.counters = Counters()
-        self.label = "an unnamed layer"
-        """What is being computed, for error messages; whoever calls a layer sets it."""
+        self.by_layer: dict[str, Counters] = {}
+        """The same counts apart for each layer, by its name."""
+        self.layer = "an unnamed layer"
+        """What is being computed, for counters and error messages; whoever calls a layer sets it."""
+        self.direction = ""
+        """Put before the layer in error messages."""
         self._stream = None
         self._monitor: Monitor | None = None
         self._what = ""
@@ -107,7 +115,7 @@ class Communicator:
     def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
         """:meth:`all_gather` that returns at once; the function it returns waits."""
         others = x.nbytes * (self.size - 1)
-        self.counters.add(kind, others, others)
+        self._count(kind, others, others)
         return self._guarded(f"{kind} all-gather", lambda: self._all_gather(x.contiguous()))
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
@@ -125,7 +133,7 @@ class Communicator:
             not be changed before it is called.
         """
         row = x.element_size() * x.shape[1:].numel()
-        self.counters.add(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
+        self._count(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
         return self._guarded(f"{kind} all-to-all", lambda: self._all_to_all(x.contiguous(), send, receive))
 
     def mark(self, x: Tensor) -> torch.cuda.Event | None:
@@ -144,9 +152,22 @@ class Communicator:
         self._stream.wait_event(after)
         return torch.cuda.stream(self._stream)
 
+    def reset_counters(self) -> None:
+        """Start all counters again from zero."""
+        self.counters.reset()
+        self.by_layer.clear()
+
+    def books(self) -> tuple[Counters, Counters]:
+        """The counters of all layers and those of the current one."""
+        return self.counters, self.by_layer.setdefault(self.layer, Counters())
+
+    def _count(self, kind: str, sent: int, received: int) -> None:
+        for counters in self.books():
+            counters.add(kind, sent, received)
+
     def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         """``start()`` and the waiting it returns, with errors that say who failed at what and where."""
-        self._what = f"{what} in {self.label}"
+        self._what = f"{what} in {self.direction}{self.layer}"
         name = f"rank {self.rank} of {self.size}: {self._what}"
 
         def failed(error: RuntimeError) -> ExchangeError:
@@ -205,7 +226,17 @@ class Monitor:
             timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
         self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
         self._flight: collections.deque[tuple[dist.Work, str, float]] = collections.deque()
-        threading.Thread(target=self._run, daemon=True, name="moba_cp collectives").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="moba_cp collectives")
+        self._thread.start()
+        # A thread that is inside of c10d when the interpreter goes away would abort the process.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._over.set()
+        self._thread.join(timeout=5)
+        self._flight.clear()
 
     def watch(self, work: dist.Work, what: str) -> None:
         """Expect ``work`` to finish in time."""
@@ -213,8 +244,7 @@ class Monitor:
 
     def _run(self) -> None:
         said = None
-        while True:
-            time.sleep(min(1.0, self.limit / 4))
+        while not self._over.wait(min(1.0, self.limit / 4)):
             while self._flight and self._flight[0][0].is_completed():
                 self._flight.popleft()
             if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:

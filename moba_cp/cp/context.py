@@ -1,5 +1,6 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +40,9 @@ class CPContext:
     """Where index tensors live; default: the current GPU for an NCCL group, else the CPU."""
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     """What MoBA layers move, and how; a mode's name stands for the options with that mode."""
+    observer: Callable[[str, Tensor, int, int], None] | None = None
+    """Called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
+    :class:`moba_cp.cp.observe.SelectionRecorder`."""
     comm: Communicator = field(init=False, repr=False)
     """The group's collectives and byte counters."""
     positions: Tensor = field(init=False, repr=False)

@@ -29,6 +29,8 @@ class Decision:
     """[L, Hq, S] bool: the block in this slot is attended to by its owner."""
     needed: Tensor
     """[] int64, (KV head, block) pairs of other ranks that are needed here in one way or the other."""
+    hottest: Tensor
+    """[] int64, most local rows that chose one (KV head, block), wherever it lies."""
     cost: Tensor
     """[P] int64, bytes between this rank and each owner, forward and backward, at this decision."""
 
@@ -78,7 +80,8 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
 
     served = torch.cat([head.open(fetch) for head in heads], 1)
     send = torch.cat([head.first(fetch) for head in heads], 1)
-    return Decision(fetch, send, served, everything.sum(), _cost(fetch, heads, geometry, stages, costs))
+    hottest = torch.stack([head.count(head.chose).max() for head in heads]).max()
+    return Decision(fetch, send, served, everything.sum(), hottest, _cost(fetch, heads, geometry, stages, costs))
 
 
 class _HeadSlots(NamedTuple):
@@ -88,6 +91,8 @@ class _HeadSlots(NamedTuple):
     n_blocks: int
     block: Tensor
     """int32 block id, 0 where there is none."""
+    chose: Tensor
+    """bool, there is a block in this slot."""
     remote: Tensor
     """bool, the block lies on another rank."""
     place: Tensor
@@ -100,7 +105,8 @@ class _HeadSlots(NamedTuple):
         block = slots.clamp(min=0)
         stage = stage_of(n_kv, geometry.n_blocks, stages, chosen.device)[kv_head]
         place = (geometry.owner * stages + stage).int()
-        return cls(kv_head, geometry.n_blocks, block, (slots >= 0) & (geometry.row < 0)[block], place[block])
+        chose = slots >= 0
+        return cls(kv_head, geometry.n_blocks, block, chose, chose & (geometry.row < 0)[block], place[block])
 
     def open(self, fetch: Tensor) -> Tensor:
         """Slots whose block lies elsewhere and does not come here; fetch [Hkv, n] bool."""

@@ -42,13 +42,25 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
         dout_heads, out_heads, lse_heads = (x[:, heads].contiguous() for x in (dout, out, lse))
         dq, dk, dv = dense.Sum(q_heads), dense.Sum(k_whole), dense.Sum(v_whole)
         dense.attend_backward(
-            q_heads, k_whole, v_whole, ranges, scale, kernels, dout_heads, out_heads, lse_heads, dq, dk, dv, deterministic
+            q_heads,
+            k_whole,
+            v_whole,
+            ranges,
+            scale,
+            kernels,
+            dout_heads,
+            out_heads,
+            lse_heads,
+            dq,
+            dk,
+            dv,
+            deterministic,
         )
         dqs.append(dq.narrow())
         shape = k_whole.shape[0], 2, *k_whole.shape[1:]
-        grads = k.new_zeros(shape, dtype=wide_dtype(k.dtype))
-        dk.add_to(grads[:, 0])
-        dv.add_to(grads[:, 1])
+        grads = k.new_empty(shape, dtype=wide_dtype(k.dtype))
+        dk.write_to(grads[:, 0])
+        dv.write_to(grads[:, 1])
         returns.append(cp.comm.all_to_all(grads[order], counts, counts, "full_kv_gradients"))
         if len(returns) > 1:
             returns[-2] = _summed(returns[-2](), cp.size)

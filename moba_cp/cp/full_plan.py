@@ -56,7 +56,9 @@ def _document_extent(segments: list[Segments], cu_seqlens: np.ndarray) -> tuple[
             here = slice(a, b)
             begin, end = cu_seqlens[here], cu_seqlens[a + 1 : b + 1]
             full = end > begin
-            first[rank, here] = np.where(full, np.minimum(first[rank, here], np.maximum(begin, start)), first[rank, here])
+            first[rank, here] = np.where(
+                full, np.minimum(first[rank, here], np.maximum(begin, start)), first[rank, here]
+            )
             last[rank, here] = np.where(
                 full, np.maximum(last[rank, here], np.minimum(end, start + length) - 1), last[rank, here]
             )

@@ -10,7 +10,6 @@ rank ``(rank - t) % P``; ``hops[p]`` is how far the shard of rank p travels.
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from .. import dense
@@ -41,9 +40,7 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
         ranges = cp.full_plan.ranges(source)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
         dk, dv = dense.Sum(k_shard), dense.Sum(v_shard)
-        dense.attend_backward(
-            q, k_shard, v_shard, ranges, scale, kernels, dout, out, lse, dq, dk, dv, deterministic
-        )
+        dense.attend_backward(q, k_shard, v_shard, ranges, scale, kernels, dout, out, lse, dq, dk, dv, deterministic)
         gradients.pass_on(dk, dv)
         del k_shard, v_shard
     dk, dv = gradients.at_home()
@@ -64,9 +61,7 @@ def _shards(k: Tensor, v: Tensor, hops: list[int], comm: Communicator) -> Iterat
             send, receive = [0] * size, [0] * size
             send[(rank + 1) % size] = k.shape[0] if hops[(rank - step) % size] > step else 0
             receive[rank - 1] = n_local if hops[(rank - step - 1) % size] > step else 0
-            wait = tuple(
-                comm.all_to_all(x[: sum(send)], send, receive, "full_kv") for x in (k, v)
-            )
+            wait = tuple(comm.all_to_all(x[: sum(send)], send, receive, "full_kv") for x in (k, v))
         yield (rank - step) % size, k, v
 
 
@@ -81,7 +76,7 @@ class _GradientRing:
         self._home: Tensor | None = None
 
     def pass_on(self, dk: dense.Sum, dv: dense.Sum) -> None:
-        """Add this rank's gradients of the current step's shard to earlier ranks' and send them on; a collective call."""
+        """Add this rank's gradients of the current shard to earlier ranks' and send them on; a collective call."""
         rank, size, step, hops = self._comm.rank, self._comm.size, self._step, self._hops
         source, following = (rank - step) % size, (rank - step - 1) % size
         n_local = self._k.shape[0]
@@ -89,9 +84,12 @@ class _GradientRing:
         grads, self._earlier = self._earlier, None
         if grads is None:
             rows = n_local if hops[source] >= step else 0
-            grads = self._k.new_zeros(rows, 2, *self._k.shape[1:], dtype=wide_dtype(self._k.dtype))
-        dk.add_to(grads[:, 0])
-        dv.add_to(grads[:, 1])
+            grads = self._k.new_empty(rows, 2, *self._k.shape[1:], dtype=wide_dtype(self._k.dtype))
+            dk.write_to(grads[:, 0])
+            dv.write_to(grads[:, 1])
+        else:
+            dk.add_to(grads[:, 0])
+            dv.add_to(grads[:, 1])
         self._step += 1
         if step == 0 and hops[rank] == 0:
             self._home, grads = grads, grads[:0]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..attention import row_sums
 from ..config import MoBAConfig
 from .context import CPContext
 from .decide import decide, stage_of
@@ -50,10 +49,13 @@ class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext):
         geometry, comm = cp.geometry(config.block_size), cp.comm
+        comm.direction = ""
         own, visible = geometry.own, geometry.visible
         k_rows, v_rows = assemble(k, v, geometry, comm)
         means = gather_means(k_rows, geometry, comm)
         chosen = ops.select_blocks(q, means, geometry.first, own, config.top_k)
+        if cp.observer is not None:
+            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
         owned = owned_pages(k_rows, v_rows, geometry)
 
         ready = comm.mark(q)
@@ -85,9 +87,10 @@ class _MoBAAcrossRanks(torch.autograd.Function):
 
         _pipeline(stages, begin, compute, collect)
         out = out.to(q.dtype)
-        comm.counters.dense_ring += _ring_bytes(k, comm.size)
+        for counters in comm.books():
+            counters.dense_ring += _ring_bytes(k, comm.size)
         ctx.save_for_backward(q, k, v, out, lse, chosen)
-        ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.label = stages, config, scale, cp, comm.label
+        ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.layer = stages, config, scale, cp, comm.layer
         # The blocks themselves are assembled again in backward; until then only the plan is kept.
         for stage in stages:
             _set_owned(stage, None)
@@ -100,8 +103,8 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         cp, config, scale = ctx.cp, ctx.config, ctx.scale
         geometry, comm = cp.geometry(config.block_size), cp.comm
         own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
-        comm.label = f"the backward of {ctx.label.removeprefix('the backward of ')}"
-        delta, wire = row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
+        comm.layer, comm.direction = ctx.layer, "the backward of "
+        delta, wire = ops.row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         owned = owned_pages(k_rows, v_rows, geometry)
         for stage in ctx.stages:
@@ -148,7 +151,8 @@ class _MoBAAcrossRanks(torch.autograd.Function):
 
         _pipeline(ctx.stages, begin, compute, collect, waits)
         dk, dv = assemble_backward(grads[:, :, 0], grads[:, :, 1], geometry, comm)
-        comm.counters.dense_ring += 2 * _ring_bytes(k, comm.size)
+        for counters in comm.books():
+            counters.dense_ring += 2 * _ring_bytes(k, comm.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -185,17 +189,20 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
     costs = WireCosts.of(owned.k.dtype, owned.k.shape[2], chosen.shape[2], options, id_dtype(geometry, n_kv))
     if plan is not None:
         decision, plan = plan
-        total, needed, remote, planned = plan.facts()
-        comm.counters.needed += needed
-        comm.counters.remote += remote
+        total, needed, remote, planned, hottest = plan.facts()
+        for counters in comm.books():
+            counters.needed += needed
+            counters.remote += remote
+            counters.hottest = max(counters.hottest, hottest)
     everything = (comm.size - 1) * geometry.widest * n_kv * costs.kv_token
-    if plan is None or options.mode == "auto" and total >= options.allgather_share * comm.size * everything:
-        comm.counters.planned += everything
+    gather = plan is None or options.mode == "auto" and total >= options.allgather_share * comm.size * everything
+    for counters in comm.books():
+        counters.planned += everything if gather else planned
+    if gather:
         cuts = [n_kv * s // min(count, n_kv) for s in range(min(count, n_kv) + 1)]
         heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
         return [_Stage(GatherStage(h, owned, geometry, comm, options.keep), None) for h in heads]
 
-    comm.counters.planned += planned
     hop_sizes = [plan.sizes(hop) for hop in range(plan.n_hops)]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles

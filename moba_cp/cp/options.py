@@ -27,8 +27,9 @@ class ExchangeOptions:
     keep: bool = False
     """Keep what was received in forward for backward, instead of sending it again: fewer bytes, more memory."""
 
-    gradient_dtype: str = "input"
-    """Dtype of dK, dV and dQ on the wire: ``input`` (that of q, k, v) or ``float32``. Sums are float32 either way."""
+    gradient_dtype: str = "float32"
+    """Dtype of dK, dV and dQ on the wire: ``float32``, or ``input`` (that of q, k, v): a quarter fewer bytes, but each
+    rank's part is then rounded before it is summed, and gradients are up to twice as far off as on one rank."""
 
     ranks_per_node: int | None = None
     """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.
@@ -69,8 +70,8 @@ class WireCosts:
       back in wide; in backward q and ids again unless kept, dout, lse and delta there, dq back:
       ``(D e + S i) (2 or 1) + (D + 1) w + D e + 2 w + D g``.
 
-    In bf16 with everything sent again that is 12 D per token and 12 D + 4 S + 12 per row: a block of B tokens is
-    worth fetching from about B rows on.
+    In bf16 with float32 gradients and everything sent again that is 16 D per token and 14 D + 4 S + 12 per row: a block
+    of B tokens is worth fetching from about 1.1 B rows on.
     """
 
     kv_token: int

@@ -168,12 +168,12 @@ class Plan:
         """Sizes of a hop, or of the rows (``part = -1``), as nested lists [2][stages][P + 1]."""
         return self.numbers.get()[: self.n_hops + 1][part].tolist()
 
-    def facts(self) -> tuple[int, int, int, int]:
-        """Bytes that all ranks together move by this plan, needed pairs here, candidates elsewhere, this rank's bytes.
+    def facts(self) -> tuple[int, int, int, int, int]:
+        """Of all ranks: bytes moved. Of this one: needed pairs, candidates elsewhere, bytes, rows of the hottest pair.
 
         Bytes are those of forward and backward, between requester and owner; headers not counted.
         """
-        return tuple(self.numbers.get()[-1].flatten()[:4].tolist())
+        return tuple(self.numbers.get()[-1].flatten()[:5].tolist())
 
 
 def negotiate(
@@ -213,6 +213,7 @@ def negotiate(
     facts = torch.zeros_like(row_sizes)
     remote = geometry.remote_candidate.sum() * n_kv
     # Every rank's header also went to itself, so that the sum is the same everywhere.
-    facts.view(-1)[:4] = torch.stack([received[:, -1].sum(), decision.needed, remote, decision.cost.sum()])
+    mine = decision.needed, remote, decision.cost.sum(), decision.hottest
+    facts.view(-1)[:5] = torch.stack([received[:, -1].sum(), *mine])
     numbers = HostCopy(torch.stack([*(h.sizes for h in hops), row_sizes, facts]))
     return Plan(hops, asked, RowLists(slots, decision.served, row_sizes), numbers, len(hops), stages)

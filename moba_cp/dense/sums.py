@@ -82,20 +82,27 @@ class Sum:
         elif self._total is not None:
             total += self._total
 
+    def write_to(self, total: Tensor) -> None:
+        """Write the sum over ``total``, a wide tensor of its shape."""
+        if self._alone():
+            total.copy_(self._first[0])
+        else:
+            total.zero_()
+            self.add_to(total)
+
     def narrow(self) -> Tensor:
         """The sum in the dtype of the tensor it is the gradient of."""
-        alone = self._first is not None and self._first[0].shape == self._like.shape
-        return (self._first[0] if alone else self._wide()).to(self._like.dtype)
+        return (self._first[0] if self._alone() else self._wide()).to(self._like.dtype)
+
+    def _alone(self) -> bool:
+        """Whether there was one addition, of everything."""
+        return self._first is not None and self._first[0].shape == self._like.shape
 
     def _wide(self) -> Tensor:
         if self._total is None:
-            wide = wide_dtype(self._like.dtype)
-            if self._first is not None and self._first[0].shape == self._like.shape:
-                self._total = self._first[0].to(wide)
-            else:
-                self._total = torch.zeros(self._like.shape, dtype=wide, device=self._like.device)
-                self.add_to(self._total)
-            self._first = None
+            total = torch.empty(self._like.shape, dtype=wide_dtype(self._like.dtype), device=self._like.device)
+            self.write_to(total)
+            self._first, self._total = None, total
         return self._total
 
 

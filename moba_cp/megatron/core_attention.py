@@ -104,10 +104,13 @@ class MoBACoreAttention(MegatronModule):
         return torch.stack([self._attend(q, k, v, context) for q, k, v in sequences], dim=1).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
+        context.comm.layer = f"layer {self.layer_number}"
         # One rank has nothing to exchange, and no need to plan it.
-        where = {"cp": context} if context.size > 1 else {"cu_seqlens": context.cu_seqlens}
+        across = context.size > 1 or context.observer is not None
+        where = {"cp": context} if across else {"cu_seqlens": context.cu_seqlens}
         if self.kind == "full":
-            return full_attention(q, k, v, softmax_scale=self.softmax_scale, **where)
+            deterministic = self.moba.deterministic
+            return full_attention(q, k, v, softmax_scale=self.softmax_scale, deterministic=deterministic, **where)
         return moba_attention(q, k, v, self.moba, softmax_scale=self.softmax_scale, **where)
 
     def _refuse_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:

@@ -1,14 +1,14 @@
-"""Which layers attend with MoBA and which with full attention.
+"""Which layers attend with MoBA and which with full attention, and when.
 
 Layers are counted from 1, as Megatron counts them, through the whole model whatever the pipeline stage.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import MoBAConfig
+from .schedule import KINDS, Phase, check_schedule, phase_at
 
-KINDS = ("moba", "full")
 LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
 
 
@@ -25,6 +25,10 @@ class AttentionConfig:
 
     full_layers: str | tuple[int, ...] = "none"
     """Layers with full attention: ``none``, ``last N``, or a list of layer numbers counted from 1."""
+
+    schedule: tuple[Phase, ...] = ()
+    """Hybrid by time: phases in place of ``default``, such as MoBA for 90 % of the steps and then full attention:
+    ``[{until: 0.9, kind: moba}, {kind: full}]``. Empty for one kind throughout."""
 
     block_size: int = 512
     """Tokens per key/value block of MoBA layers; a multiple of 16."""
@@ -47,7 +51,22 @@ class AttentionConfig:
         if isinstance(self.full_layers, list):
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
         _check_full_layers(self.full_layers)
+        if isinstance(self.schedule, list):
+            object.__setattr__(self, "schedule", tuple(self.schedule))
+        check_schedule(self.schedule)
+        if self.schedule and self.default != "moba":
+            raise ValueError(f"default={self.default!r} beside a schedule, which says the kind; leave default out")
         _ = self.moba
+
+    def at(self, step: int, steps: int) -> "AttentionConfig":
+        """What holds in ``step`` out of ``steps``, counted from 1: the same without a schedule.
+
+        Raises:
+            ValueError: a phase of the schedule has no step at all.
+        """
+        if not self.schedule:
+            return self
+        return replace(self, default=phase_at(self.schedule, step, steps).kind, schedule=())
 
     @property
     def moba(self) -> MoBAConfig:

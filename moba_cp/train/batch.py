@@ -4,7 +4,7 @@ Labels are shifted within documents before anything is sharded (packing.py), so 
 same label as on one rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -50,8 +50,9 @@ class Batches:
         for index in range(first + self.mesh.data_rank, first + per_step, self.mesh.data_size):
             yield self._micro_batch(self._training.sequence(index))
 
-    def validation(self) -> Iterator[MicroBatch]:
-        """This rank's share of the held-out sequences; all data ranks get equally many."""
+    def validation(self, observer: Callable | None = None) -> Iterator[MicroBatch]:
+        """This rank's share of the held-out sequences; all data ranks get equally many. ``observer`` sees what the
+        first of them chooses."""
         if self._validation is None:
             return
         count = min(self.plan.config.data.validation_sequences, self._validation.per_epoch)
@@ -61,9 +62,9 @@ class Batches:
             if index >= count:
                 # Every rank takes part in every forward pass; this one counts for nothing.
                 sequence.labels.fill_(IGNORED_LABEL)
-            yield self._micro_batch(sequence)
+            yield self._micro_batch(sequence, observer if first == 0 else None)
 
-    def _micro_batch(self, sequence: PackedSequence) -> MicroBatch:
+    def _micro_batch(self, sequence: PackedSequence, observer: Callable | None = None) -> MicroBatch:
         sequence = self.plan.fit(sequence)
         context = CPContext(
             self.comm,
@@ -72,6 +73,7 @@ class Batches:
             cu_seqlens=sequence.cu_seqlens,
             device=self.mesh.device,
             exchange=self.plan.config.exchange,
+            observer=observer,
         )
         local = (context.shard(x.to(self.mesh.device)) for x in (sequence.tokens, sequence.labels))
         return MicroBatch(context, *local)

@@ -18,7 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 _NAME = re.compile(r"step-(\d{8,})$")
 _PARTIAL = ".partial"
@@ -67,6 +72,13 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     state = _state(module, optimizer)
     dcp.load(state, checkpoint_id=path)
     set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Read weights alone in place; collective over all ranks, of any number."""
+    state = get_model_state_dict(module)
+    dcp.load({"model": state}, checkpoint_id=path)
+    set_model_state_dict(module, state)
 
 
 def find(path: Path) -> Path:

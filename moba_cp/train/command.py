@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from a checkpoint, or from the newest of a run's folder (default: run.directory)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run.directory")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would run; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: check for N ranks")
 
 
@@ -61,15 +61,22 @@ def main(arguments: argparse.Namespace) -> int:
 def _resume(resume: str | None, plan: RunPlan) -> Path | None:
     """The checkpoint to start from, checked against the run; None to start anew."""
     if resume is None:
+        if plan.config.run.start_from is not None:
+            _same_model(checkpoint.find(Path(plan.config.run.start_from)), plan)
         return None
     path = checkpoint.find(Path(resume or plan.config.run.directory))
-    meta = checkpoint.read_meta(path)
-    checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
+    meta = _same_model(path, plan)
     if meta.step >= plan.config.run.steps:
         raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
     if meta.data_fingerprint != plan.corpus.fingerprint and launched_rank() == 0:
         print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", file=sys.stderr)
     return path
+
+
+def _same_model(path: Path, plan: RunPlan) -> checkpoint.CheckpointMeta:
+    meta = checkpoint.read_meta(path)
+    checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
+    return meta
 
 
 def _train(plan: RunPlan, start: Path | None) -> None:

@@ -23,6 +23,10 @@ class RunConfig:
     seed: int = 0
     """Decides the initial weights and the order of the data."""
 
+    start_from: str | None = None
+    """Weights to begin with: a run's folder or one of its checkpoints, of the same model whatever its attention. The
+    optimizer and the steps begin anew; to go on with a run as it was, use ``--resume``."""
+
     context_size: int | None = None
     """Ranks that share one sequence; null for all. The others divide the sequences of a step among them."""
 
@@ -37,6 +41,10 @@ class RunConfig:
 
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one after the last step."""
+
+    selection_maps: bool = False
+    """At each validation, record which blocks the first held-out sequence's queries choose (selection.pt, for
+    moba-cp bench exchange --gate) and draw it layer by layer (selection.png)."""
 
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 for all."""

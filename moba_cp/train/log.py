@@ -18,6 +18,7 @@ import torch
 from .checkpoint import remove_all
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
+SELECTION = "selection.pt"
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
 
 
@@ -52,7 +53,8 @@ class RunLog:
         kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
         if not start_step:
             remove_all(folder / CHECKPOINTS)
-            (folder / CURVE).unlink(missing_ok=True)
+            for old in (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
+                (folder / old).unlink(missing_ok=True)
         for old in folder.glob("error-rank*.txt"):
             old.unlink()
         _replace(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
@@ -103,7 +105,9 @@ class Progress:
         self.shown, self.width = -self.SECONDS_BETWEEN_LINES, 0
         self.terminal = self.stream.isatty()
 
-    def show(self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None) -> None:
+    def show(
+        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None = None
+    ) -> None:
         """Show the state after ``step``; ``exchanged`` is the bytes all ranks sent in it."""
         now = time.monotonic()
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
@@ -124,6 +128,12 @@ class Progress:
             self.stream.write(line + "\n")
             self.shown = now
         self.stream.flush()
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self.close()
+        self.width = 0
+        self.stream.write(text + "\n")
 
     def close(self) -> None:
         """Leave the line as it is and go to the next."""

@@ -11,18 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from ..cp.observe import SelectionRecorder
 from ..megatron.model import build_model
 from . import checkpoint
 from .batch import Batches, MicroBatch
-from .log import CHECKPOINTS
+from .log import CHECKPOINTS, SELECTION
 from .mesh import Mesh
 from .optimizer import build_optimizer, clip_gradients, learning_rate
 from .plan import RunPlan
 from .report import Reporter
+from .traffic import gather
 from .yaml_config import to_dict
-
-# What the counters of attention give in bytes and the log sums over all ranks.
-_SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
 
 
 class Trainer:
@@ -31,10 +30,7 @@ class Trainer:
     Args:
         plan: the checked run.
         mesh: this rank's place; all ranks construct and call together.
-        resume: a checkpoint folder to go on from.
-
-    Raises:
-        ValueError: the checkpoint holds another model, or is not before the last step.
+        resume: a checkpoint of this model to go on from.
     """
 
     def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None):
@@ -43,7 +39,8 @@ class Trainer:
         self.folder = Path(config.run.directory)
         self.batches = Batches(plan, mesh)
         # Sharded before it has weights, so that no rank ever holds all of them.
-        module = build_model(config.model, config.attention, cp_group=mesh.context_group, device="meta")
+        self._attention = config.attention.at(1, config.run.steps)
+        module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
         self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
         self.module.to_empty(device=mesh.device)
         self.module.init_weights(config.run.seed)
@@ -52,6 +49,8 @@ class Trainer:
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
             checkpoint.load(resume, self.module, self.optimizer)
+        elif config.run.start_from is not None:
+            checkpoint.load_weights(checkpoint.find(Path(config.run.start_from)), self.module)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns the last step's log entry, on every rank.
@@ -81,9 +80,10 @@ class Trainer:
         started = time.monotonic()
         self.step += 1
         config, step = self.config, self.step
+        self._follow_schedule()
         # Random numbers, should the model draw any, follow from seed and step: nothing more to save for a resume.
         torch.manual_seed(config.run.seed * 2**32 + step)
-        self.batches.comm.counters.reset()
+        self.batches.comm.reset_counters()
         batches = list(self.batches.training(step))
         labels = sum(batch.label_count() for batch in batches)
         dist.all_reduce(labels)
@@ -99,10 +99,13 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss_sum, exchange = self._gather(loss_sum)
+        loss_sum, exchange = gather(loss_sum, self.batches.comm)
         loss = loss_sum / max(1, labels.item())
         if not math.isfinite(loss):
-            raise ValueError(f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or warm up longer")
+            raise ValueError(
+                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or raise "
+                f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
+            )
         seconds = time.monotonic() - started
         return {
             "step": step,
@@ -112,6 +115,7 @@ class Trainer:
             "learning_rate": rate,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(self.plan.tokens_per_step / seconds, 1),
+            "attention": self._attention.default,
             "exchange": exchange,
         }
 
@@ -119,36 +123,27 @@ class Trainer:
     def validation_loss(self) -> float | None:
         """Mean loss per label of the held-out sequences, the same on every rank; None if nothing is held out."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        recorder = SelectionRecorder() if self.config.run.selection_maps and self.mesh.data_rank == 0 else None
         self.module.eval()
-        for batch in self.batches.validation():
+        for index, batch in enumerate(self.batches.validation(recorder)):
             sums += torch.stack([self._loss_sum(batch).double(), batch.label_count().double()])
+            if index == 0 and recorder is not None:
+                recorder.save(self.folder / SELECTION, batch.context)
         self.module.train()
         dist.all_reduce(sums)
         loss, labels = sums.tolist()
         return loss / labels if labels else None
 
+    def _follow_schedule(self) -> None:
+        """Attend as the schedule says for this step; it follows from the step alone, so a resumed run does the same."""
+        attention = self.config.attention.at(self.step, self.config.run.steps)
+        if attention != self._attention:
+            self.module.set_attention(attention)
+            self._attention = attention
+
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
         """Loss of this rank's labels in one sequence, summed; scalar fp32."""
         return self.module(batch.tokens, batch.labels, batch.context).sum()
-
-    def _gather(self, loss_sum: Tensor) -> tuple[float, dict[str, float]]:
-        """The loss summed over all ranks, and what attention moved between them in this step."""
-        counters = self.batches.comm.counters
-        moved = counters.summary()
-        bytes_moved = [moved[name] for name in _SUMMED]
-        mine = torch.tensor([*bytes_moved, counters.needed, counters.remote], dtype=torch.float64)
-        mine = torch.cat([loss_sum[None], mine.to(self.mesh.device)])
-        every = mine.new_empty(self.plan.size, mine.numel())
-        dist.all_gather(list(every.unbind()), mine)
-        loss, *totals, needed, remote = every.sum(0).tolist()
-        total = {name: int(n) for name, n in zip(_SUMMED, totals)}
-        busiest = every[:, 1 + _SUMMED.index("received_bytes")].max().item()
-        return loss, total | {
-            "needed_share": round(needed / remote, 4) if remote else 0.0,
-            # Bytes that the busiest rank received over the mean of all.
-            "imbalance": round(busiest * self.plan.size / total["received_bytes"], 4) if total["received_bytes"] else 1.0,
-            "first_rank": {name: n for name, n in moved.items() if n and name.endswith("_bytes") and name not in total},
-        }
 
     def _save(self) -> None:
         meta = checkpoint.CheckpointMeta(

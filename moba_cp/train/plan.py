@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cp.layout import rank_segments
+from ..megatron.hybrid import AttentionConfig
+from ..megatron.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
 from .mesh import context_size
@@ -51,20 +53,39 @@ class RunPlan:
         model, data, attention = config.model, config.data, config.attention
         full = sorted(attention.full_layer_numbers(model.n_layers))
         parameters = model.n_parameters(embeddings=True)
-        epochs = config.run.steps * self.tokens_per_step / corpus.training_bytes
-        flops = model.flops_per_token(data.seq_len, attention) * self.tokens_per_step
+        tokens = config.run.steps * self.tokens_per_step
+        epochs = tokens / corpus.training_bytes
+        flops = self._flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
-            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} to train on; "
-            f"{len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
+            *self._schedule(),
+            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
+            f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{data.seq_len / self.context_size:g} tokens of a sequence on each",
-            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
-            f"run: {config.run.steps} steps = {human(config.run.steps * self.tokens_per_step, 'tokens')} = {epochs:.2f} "
-            f"epochs, into {config.run.directory}",
+            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, "
+            f"{human(flops, 'FLOP')}",
+            f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
+            f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
         ]
+
+    def _phases(self) -> list[tuple[int, int, AttentionConfig]]:
+        """First step, last step and attention of every phase; one phase without a schedule."""
+        attention, steps = self.config.attention, self.config.run.steps
+        ends = phase_ends(attention.schedule, steps) or [steps]
+        return [(begin + 1, end, attention.at(end, steps)) for begin, end in zip([0, *ends], ends)]
+
+    def _flops_per_token(self) -> float:
+        """FLOPs of training on one token, averaged over the run."""
+        model, seq_len, steps = self.config.model, self.config.data.seq_len, self.config.run.steps
+        return sum((b - a + 1) / steps * model.flops_per_token(seq_len, x) for a, b, x in self._phases())
+
+    def _schedule(self) -> list[str]:
+        if not self.config.attention.schedule:
+            return []
+        return ["schedule: " + ", ".join(f"{x.default} in steps {a} to {b}" for a, b, x in self._phases())]
 
 
 def plan_run(config: TrainConfig, size: int) -> RunPlan:
@@ -78,6 +99,7 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
         raise ValueError(f"model.vocab_size={model.vocab_size} is below {VOCABULARY}: the tokens are bytes")
     try:
         config.attention.full_layer_numbers(model.n_layers)
+        config.attention.at(1, config.run.steps)
     except ValueError as error:
         raise ValueError(f"attention.{error}") from None
     context = context_size(config.run, size)

@@ -1,4 +1,4 @@
-"""The reports of a run while it goes and when it ends: log, progress line, curve. Rank 0 reports, the others are mute."""
+"""The reports of a run while it goes and when it ends: log, progress line, curve. Only rank 0 reports."""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ class Reporter:
         self.folder = Path(plan.config.run.directory)
         self._log: RunLog | None = None
         self._progress: Progress | None = None
+        self._attention: str | None = None
 
     def __enter__(self) -> "Reporter":
         if self.mesh.first:
@@ -39,6 +40,9 @@ class Reporter:
         """Report one step; ``record`` becomes its line in the log."""
         if self._log is not None:
             self._log.write(record)
+            if self._attention not in (None, record["attention"]):
+                self._progress.note(f"step {record['step']}: attention is {record['attention']} from here on")
+            self._attention = record["attention"]
             exchanged = record["exchange"]["sent_bytes"]
             self._progress.show(
                 record["step"], record["loss"], record["tokens_per_second"], exchanged, record.get("validation_loss")

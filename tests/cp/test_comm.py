@@ -34,7 +34,7 @@ def _sabotaged(rank: int, kind: str, deed: str):
     """(message, seconds) of the error that rank 0 gets."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=TIMEOUT_S))
     comm = Saboteur(group, kind, deed)
-    comm.label = "layer 7"
+    comm.layer = "layer 7"
     cp = CPContext(comm, "zigzag", 256, exchange="kv")
     q, k, v = (torch.randn(128, 1, 8, requires_grad=True) for _ in range(3))
     began = time.monotonic()

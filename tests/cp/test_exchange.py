@@ -143,14 +143,14 @@ def test_deterministic_from_run_to_run():
 
 
 def test_costs():
-    # bf16, D = 128, k = 8: 12 D per token of a block; per row q, dout, dq, q again in bf16, output in fp32, and change.
+    # bf16, D = 128, k = 8: K, V twice and float32 gradients; per row q twice, dout, float32 output and dq, and change.
     costs = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions())
-    assert costs.kv_token == 12 * 128
-    assert costs.row == 12 * 128 + 2 * 2 * 7 + 3 * 4
+    assert costs.kv_token == 16 * 128
+    assert costs.row == 14 * 128 + 2 * 2 * 7 + 3 * 4
     kept = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions(keep=True))
-    assert kept.kv_token == 8 * 128 and kept.row == 10 * 128 + 2 * 7 + 3 * 4
-    wide = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions(gradient_dtype="float32"))
-    assert wide.kv_token == 16 * 128 and wide.row == 14 * 128 + 2 * 2 * 7 + 3 * 4
+    assert kept.kv_token == 12 * 128 and kept.row == 12 * 128 + 2 * 7 + 3 * 4
+    narrow = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions(gradient_dtype="input"))
+    assert narrow.kv_token == 12 * 128 and narrow.row == 12 * 128 + 2 * 2 * 7 + 3 * 4
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,12 @@ def batch(seed: int, n_tokens: int, multiple: int, dtype=torch.float64, heads=(6
     n_cuts = int(torch.randint(6, (1,), generator=g))
     cuts = torch.randint(n_tokens // multiple + 1, (n_cuts,), generator=g) * multiple
     cu_seqlens = torch.cat([torch.tensor([0, n_tokens]), cuts, cuts[:1]]).sort().values.int()
-    shapes = [(n_tokens, heads[0], dim), (n_tokens, heads[1], dim), (n_tokens, heads[1], dim), (n_tokens, heads[0], dim)]
+    shapes = [
+        (n_tokens, heads[0], dim),
+        (n_tokens, heads[1], dim),
+        (n_tokens, heads[1], dim),
+        (n_tokens, heads[0], dim),
+    ]
     q, k, v, dout = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
     return Case(q, k, v, dout, cu_seqlens, 16, 1)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from moba_cp.bench.gates import RecordedGate
 from tests.train.runs import logged, train, write_text
 
 STEPS = range(1, 21)
@@ -24,9 +25,9 @@ def runs(tmp_path_factory):
         2,
         run("two"),
         run("two_resumed", resume=half),
-        run("two_data", "run.context_size=1"),
+        run("two_data", "run.context_size=1", "run.selection_maps=true"),
         run("two_padded", *padded),
-        run("two_bfloat16", "run.dtype=bfloat16"),
+        run("two_bfloat16", "run.dtype=bfloat16", "run.selection_maps=true"),
     )
     train(1, run("one"), run("one_resumed", resume=half), run("one_padded", *padded))
     train(4, run("four_resumed", "run.context_size=2", resume=half))
@@ -71,6 +72,19 @@ def test_exchange_is_logged(runs):
     assert two["sent_bytes"] == two["received_bytes"] > 0 and two["dense_ring_bytes"] > 0
     assert 0 < two["needed_share"] <= 1 <= two["imbalance"] <= 2
     assert alone["sent_bytes"] == data["sent_bytes"] == 0
+    assert set(two["layers"]) == {"layer 1", "layer 2"}
+    assert sum(layer["sent_bytes"] for layer in two["layers"].values()) == two["sent_bytes"]
+    assert two["layers"]["layer 1"]["hottest_rows"] > 0 == two["layers"]["layer 2"]["hottest_rows"]
+
+
+@pytest.mark.parametrize("name", ["two_bfloat16", "two_data"])
+def test_selections_are_recorded_and_drawn(runs, name):
+    gate = RecordedGate(runs / name / "selection.pt")
+    assert gate.layers.keys() == {"layer 1"} and gate.block_size == 16 and gate.n_kv == 2
+    assert gate.chosen.shape == (256, 4, 2)
+    taken = gate.chosen[gate.chosen >= 0]
+    assert taken.numel() > 256 and taken.max() < 16 + 20
+    assert (runs / name / "selection.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_leaves_its_files(runs):

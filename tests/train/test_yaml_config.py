@@ -79,7 +79,10 @@ def test_taken(values, expected):
         ({"kind": "fastest"}, "kind='fastest': did you mean fast?"),
         ({"kind": 3}, "kind=3: expected one of fast, exact, not a whole number"),
         ({"pair": [1, 2, 3]}, "pair=[1, 2, 3]: expected a list of 2 values, not a list"),
-        ({"inner": {"layers": [1, "b"]}}, "inner.layers=[1, 'b']: expected text or a list, each a whole number, not a list"),
+        (
+            {"inner": {"layers": [1, "b"]}},
+            "inner.layers=[1, 'b']: expected text or a list, each a whole number, not a list",
+        ),
     ],
 )
 def test_refused(values, message):

@@ -1,0 +1,96 @@
+"""The gates and the byte counts of ``moba-cp bench exchange``."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from moba_cp.bench import exchange
+from moba_cp.bench.gates import RecordedGate, SyntheticGate
+from moba_cp.cp.options import MODES, ExchangeOptions
+from tests.cases import Case
+from tests.cp.test_exchange import _moved
+from tests.cp.test_moba import across_ranks
+from tests.distributed import run_threads
+
+
+def _args(*given):
+    parser = argparse.ArgumentParser()
+    exchange.add_arguments(parser)
+    return parser.parse_args(list(given))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "concentrated"])
+def test_gates_choose_distinct_earlier_blocks(kind):
+    gate = SyntheticGate(kind, 4, 2, 64, 4)
+    positions = np.arange(20000, 24000)
+    chosen = gate(positions)
+    assert chosen.shape == (4000, 4, 3) and (chosen >= 0).all()
+    assert (chosen < torch.from_numpy(positions // 64)[:, None, None]).all()
+    ordered = chosen.sort(-1).values
+    assert (ordered[..., 1:] > ordered[..., :-1]).all()
+    assert torch.equal(chosen, gate(positions)), "not a function of the positions"
+    early = gate(np.arange(200))
+    assert ((early >= 0).sum(-1) == torch.arange(200)[:, None].div(64, rounding_mode="floor").clamp(max=3)).all() or (
+        kind == "concentrated"
+    )
+
+
+def test_the_concentrated_gate_has_a_pool_per_segment_and_head():
+    gate = SyntheticGate("concentrated", 4, 2, 64, 4)
+    chosen = gate(np.arange(1024 * 100, 1024 * 101))
+    for heads in (slice(0, 2), slice(2, 4)):
+        pool = chosen[:, heads].unique()
+        assert len(pool) == 16
+        assert (pool >= 1600 - 32).sum() >= 8
+    assert not torch.equal(chosen[:, :2].unique(), chosen[:, 2:].unique())
+
+
+def test_bytes_are_those_that_training_moves(tmp_path):
+    """The command's bytes for a recorded selection equal the counters of the same selection when it really runs."""
+    n, size = 256, 4
+    q, dout = (torch.randn(n, 4, 32) for _ in range(2))
+    k, v = (torch.randn(n, 2, 32) for _ in range(2))
+    case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), 16, 4)
+    from moba_cp import reference
+
+    path = tmp_path / "gate.pt"
+    chosen = reference.select_blocks(q, k, 16, 4).int()
+    torch.save({"layers": {"layer 1": chosen}, "block_size": 16, "n_kv_heads": 2}, path)
+    args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", "1")
+    args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
+    for row in exchange.measure(size, RecordedGate(path), list(MODES), args):
+        options = ExchangeOptions(row.mode, stages=1)
+        counters = [c for _, c in run_threads(size, across_ranks, case, "zigzag", False, options)]
+        means = sum(c["received_means_bytes"] for c in counters)
+        requests = (size - 1) * 16 * 2 * (row.mode != "allgather")
+        assert row.gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), row.mode
+
+
+def test_the_command_prints_writes_and_draws(tmp_path, capsys):
+    table, chart = tmp_path / "table.json", tmp_path / "chart.png"
+    shape = ["--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
+    assert exchange.main(_args(*shape, "--json", str(table), "--plot", str(chart))) == 0
+    rows = json.loads(table.read_text())["rows"]
+    assert [(row["ranks"], row["mode"]) for row in rows] == [(p, mode) for p in (2, 4) for mode in MODES]
+    assert "allgather" in capsys.readouterr().out and chart.stat().st_size > 1000
+    for size in (2, 4):
+        gb = {row["mode"]: row["gb"] for row in rows if row["ranks"] == size}
+        assert gb["auto"] <= 1.02 * min(gb["kv"], gb["query"], gb["allgather"])
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--gate", "nothing.pt"], "gate='nothing.pt' is no recorded selection"),
+        (["--ranks", "two"], "ranks='two' is not a list of whole numbers"),
+        (["--modes", "all"], "exchange mode='all' is not one of"),
+        (["--heads", "3"], "heads=3 is not a multiple of kv-heads=8"),
+        (["--top-k", "0"], "top_k=0 is not between"),
+    ],
+)
+def test_bad_arguments_are_named(given, says):
+    with pytest.raises(ValueError, match=says):
+        exchange.main(_args(*given))
