@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"
     )
+    parser.add_argument("--device", default="auto", help="where to count: cpu, cuda, or auto for a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     for field in fields(Links):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default, help="%(default)s")
@@ -141,6 +142,7 @@ class _Asked:
 
 def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list[Row]:
     """Rows of the table for ``size`` ranks."""
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     segments = rank_segments(args.layout, args.tokens, size, np.array([0, args.tokens]))
     per_node = min(args.ranks_per_node, size)
     n_nodes = -(-size // per_node)
@@ -152,8 +154,8 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
         asked: dict[str, list[_Asked]] = {mode: [] for mode in modes}
         geometry = None
         for rank in range(node * per_node, min(size, (node + 1) * per_node)):
-            geometry = build_geometry(segments, rank, np.array([0, args.tokens]), args.block_size, "cpu")
-            chosen = gate(positions_of(segments[rank]))
+            geometry = build_geometry(segments, rank, np.array([0, args.tokens]), args.block_size, device)
+            chosen = gate(positions_of(segments[rank])).to(device)
             for mode in modes:
                 asked[mode].append(_ask(rank, chosen, geometry, mode, per_node, args))
         for mode in modes:
@@ -192,10 +194,9 @@ def _ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, a
         total = int((fetch * geometry.length).sum()) * costs.kv_token
         return _Asked(total, 0, fetch, 1.0)
     decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode)
-    elsewhere = torch.arange(len(geometry.owned)) // per_node != rank // per_node
-    owner_fetch = torch.zeros(len(geometry.owned), dtype=torch.int64).scatter_add_(
-        0, geometry.owner, (decision.fetch * geometry.length.long()).sum(0)
-    )
+    elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
+    tokens = (decision.fetch * geometry.length.long()).sum(0)
+    owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)
     rows_between = int((decision.cost - owner_fetch * costs.kv_token)[elsewhere].sum())
     return _Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
 

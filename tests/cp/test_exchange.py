@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moba_cp import CPContext, reference
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, WireCosts
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -56,6 +57,30 @@ def _on_gloo(rank: int, size: int, layout: str):
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_every_mode_on_gloo(layout):
     assert max(run_ranks(4, _on_gloo, 4, layout)) < 1e-10
+
+
+def _many_on_gloo(rank: int, size: int, n_cases: int):
+    """(worst relative error, selections that differ from the reference's) over random cases, layouts and options."""
+    worst, different = 0.0, 0
+    for index in range(n_cases):
+        case, layout = random_case(5000 + 100 * size + index, multiple=2 * size), LAYOUTS[index % 3]
+        seen = []
+        observer = lambda layer, chosen, *rest: seen.append(chosen)  # noqa: E731
+        group = dist.group.WORLD
+        results, _ = across_ranks(group, case, layout, False, _options(size, index), observer=observer)
+        expected = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens).int()
+        mine = CPContext(group, layout, case.q.shape[0], case.cu_seqlens).shard(expected)
+        different += not torch.equal(seen[0], mine)
+        errors = [relative_error(a, e) for a, e in zip(results, run_reference(case), strict=True)]
+        worst = max(worst, *errors)
+    return worst, different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8])
+def test_two_hundred_cases_on_gloo(size):
+    for worst, different in run_ranks(size, _many_on_gloo, size, 36, timeout=900):
+        assert different == 0 and worst < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -13,9 +13,9 @@ from tests.distributed import run_ranks, run_threads
 NAMES = ("out", "dq", "dk", "dv", "lse")
 
 
-def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", deterministic=False):
+def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", deterministic=False, observer=None):
     """Whole-sequence [out, dq, dk, dv, lse] and the counters, as one rank of ``group`` computes them."""
-    cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens, exchange=exchange)
+    cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens, exchange=exchange, observer=observer)
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     if full:
         out, lse = full_attention(*leaves, cp=cp, return_lse=True)
