@@ -269,7 +269,9 @@ def _backward_slice(
     else:
         into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
     tasks = part.tasks(routing, tile.task_rows)
-    table = torch.empty(5, part.n_visits, dtype=torch.int32, device=q.device)
+    table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
+    stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
+    own_end = torch.zeros(part.row.numel(), dtype=torch.int32, device=q.device) if own is not None else None
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
@@ -279,12 +281,12 @@ def _backward_slice(
     with on_device(q):
         visits_per_head = n_rows * group * part.n_slots
         _visit_table_kernel[(cdiv(visits_per_head, 512), part.row.shape[0])](
-            routing.visits, tasks.list_start, visible, lse, delta, table,
+            routing.visits, tasks.list_start, own, visible, lse, delta, table, stats, own_end,
             visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
         _key_kernel[(tasks.max_tasks * key_tiles,)](
-            *inputs, into, dk, dv, table, tasks.table, tasks.list_start, *part.pages, turn,
+            *inputs, into, dk, dv, table, stats, own_end, tasks.table, tasks.list_start, *part.pages, turn,
             scale, part.n_visits, tasks.max_tasks, part.n_blocks, tile.task_rows, first_head,
             *strides, *dk.stride()[:2], *part.page_strides, **constants,
             OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
@@ -294,7 +296,7 @@ def _backward_slice(
             tile = tuned.query_tile(*kind)
             tasks = part.tasks(routing, tile.bm)
             _query_kernel[(tasks.max_tasks,)](
-                *inputs, into, table, tasks.table, tasks.list_start, *part.pages,
+                *inputs, into, table, stats, tasks.table, tasks.list_start, *part.pages,
                 scale, part.n_visits, tasks.max_tasks, part.n_blocks, *strides, *part.page_strides, **constants,
                 BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip

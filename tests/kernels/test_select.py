@@ -12,10 +12,10 @@ def select_both(p: Problem, q=None, means=None):
     return ours, eager.select_blocks(q, means, p.table.first, p.table.own, p.top_k)
 
 
-@pytest.mark.parametrize("top_k", [2, 4, 9, 20])
-@pytest.mark.parametrize("lengths", [[260], [90, 0, 70]], ids=str)
+@pytest.mark.parametrize("top_k", [2, 4, 20])
+@pytest.mark.parametrize("lengths", [[190], [90, 0, 50]], ids=str)
 def test_random(lengths, top_k):
-    ours, expected = select_both(Problem(lengths, (4, 2), 40, 16, top_k, seed=top_k))
+    ours, expected = select_both(Problem(lengths, (2, 1), 40, 16, top_k, seed=top_k))
     assert torch.equal(ours, expected)
 
 
@@ -28,7 +28,7 @@ def test_more_blocks_than_one_tile_of_any_kernel():
 
 
 def test_ties_go_to_the_newer_block():
-    p = Problem([230], (2, 1), 16, 16, 5)
+    p = Problem([215], (2, 1), 16, 16, 5)
     q, means = p.q.sign(), torch.randint(-1, 2, p.means.shape).to(p.means)
     means[3] = means[11] = means[12]
     ours, expected = select_both(p, q, means)
