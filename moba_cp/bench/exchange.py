@@ -49,7 +49,8 @@ class Row:
     ranks: int
     mode: str
     gb: float
-    """GB that a rank receives, and as many that it sends; block means and requests included."""
+    """GB that a rank receives, and as many that it sends; block means and requests included, tails of straddling blocks
+    not."""
     between_gb: float
     """the part of it that crosses nodes, with each block once per node."""
     of_ring: float
@@ -143,7 +144,8 @@ class _Asked:
 def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list[Row]:
     """Rows of the table for ``size`` ranks."""
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    segments = rank_segments(args.layout, args.tokens, size, np.array([0, args.tokens]))
+    bounds = getattr(gate, "bounds", np.array([0, args.tokens]))
+    segments = rank_segments(args.layout, args.tokens, size, bounds)
     per_node = min(args.ranks_per_node, size)
     n_nodes = -(-size // per_node)
     count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
@@ -154,7 +156,7 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
         asked: dict[str, list[_Asked]] = {mode: [] for mode in modes}
         geometry = None
         for rank in range(node * per_node, min(size, (node + 1) * per_node)):
-            geometry = build_geometry(segments, rank, np.array([0, args.tokens]), args.block_size, device)
+            geometry = build_geometry(segments, rank, bounds, args.block_size, device)
             chosen = gate(positions_of(segments[rank])).to(device)
             for mode in modes:
                 asked[mode].append(_ask(rank, chosen, geometry, mode, per_node, args))
@@ -204,7 +206,10 @@ def _ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, a
 def _row(size: int, mode: str, sums: _Sums, geometry: BlockGeometry, n_nodes: int, args) -> Row:
     e, links = DTYPES[args.dtype].itemsize, Links(**{f.name: getattr(args, f.name) for f in fields(Links)})
     others, local = (size - 1) / size, args.tokens // size
-    overhead = others * geometry.n_blocks * args.kv_heads * (args.dim * e + (mode != "allgather"))
+    # Means are padded to the most blocks that any rank owns; requests have a byte for each (KV head, block).
+    most = max(ids.numel() for ids in geometry.owned)
+    means = (size - 1) * most * args.kv_heads * args.dim * e
+    overhead = means + others * geometry.n_blocks * args.kv_heads * (mode != "allgather")
     per_rank = sums.total / sums.ranks + overhead
     between = sums.between / sums.ranks + (overhead if n_nodes > 1 else 0)
     ring = 3 * (size - 1) * local * 2 * args.kv_heads * args.dim * e

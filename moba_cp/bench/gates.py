@@ -88,13 +88,13 @@ class RecordedGate:
         try:
             saved = torch.load(path, weights_only=True)
             self.layers, self.block_size = saved["layers"], int(saved["block_size"])
-            self.n_kv = int(saved["n_kv_heads"])
-        except (OSError, KeyError, TypeError, RuntimeError) as error:
+            self.n_kv, self.bounds = int(saved["n_kv_heads"]), saved["cu_seqlens"].long().numpy()
+        except (OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"gate={str(path)!r} is no recorded selection: {error}") from None
-        names = sorted(self.layers)
-        self.layer = names[len(names) // 2] if layer is None else layer
+        names = sorted(self.layers, key=lambda name: int(name.split()[-1]))
+        self.layer = names[len(names) // 2] if layer is None else f"layer {layer}"
         if self.layer not in self.layers:
-            raise ValueError(f"layer={layer} is not in {path}; it has {', '.join(map(str, names))}")
+            raise ValueError(f"gate-layer={layer} is not in {path}; it has {', '.join(names)}")
         self.chosen = self.layers[self.layer]
 
     def __call__(self, positions: np.ndarray) -> Tensor:

@@ -21,6 +21,10 @@ from torch import Tensor
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+BACKWARD = "the backward of "
+"""What stands before a layer's name in the errors of its backward pass."""
+
+
 @dataclass
 class Counters:
     """What moved since the last :meth:`reset`, on this rank; bytes between this rank and others."""
@@ -49,8 +53,8 @@ class Counters:
         """Start again from zero."""
         self.__init__()
 
-    def summary(self) -> dict[str, int | float]:
-        """Flat numbers for a log."""
+    def summary(self) -> dict[str, int | float | None]:
+        """Flat numbers for a log; ``needed_share`` is None where nothing was planned."""
         flat = {f"sent_{kind}_bytes": n for kind, n in sorted(self.sent.items())}
         flat |= {f"received_{kind}_bytes": n for kind, n in sorted(self.received.items())}
         return flat | {
@@ -59,7 +63,7 @@ class Counters:
             "planned_bytes": self.planned,
             "dense_ring_bytes": self.dense_ring,
             "hottest_rows": self.hottest,
-            "needed_share": self.needed / self.remote if self.remote else 0.0,
+            "needed_share": self.needed / self.remote if self.remote else None,
         }
 
 
@@ -204,13 +208,15 @@ class Communicator:
             # On a GPU waiting returns at once and NCCL's own watchdog knows neither layer nor purpose.
             if self._monitor is None:
                 self._monitor = Monitor(self.group, f"rank {self.rank} of {self.size}")
-            self._monitor.watch(work, self._what)
-        sent = [x]
+        what, sent = self._what, [x]
 
         def wait() -> Tensor:
             work.wait()
+            # Both were made on the stream beside: what is packed or received next must not take their memory too soon.
+            used_here(*sent, out)
             sent.clear()
-            used_here(out)
+            if out.is_cuda:
+                self._monitor.watch(torch.cuda.current_stream().record_event(), what)
             return out
 
         return wait
@@ -224,6 +230,11 @@ def used_here(*tensors: Tensor) -> None:
             x.record_stream(torch.cuda.current_stream())
 
 
+def ring_bytes(k: Tensor, size: int) -> int:
+    """Bytes of K and V that a dense ring of ``size`` ranks brings to each of them in one direction; k [L, Hkv, D]."""
+    return 2 * (size - 1) * k.nbytes
+
+
 class Monitor:
     """Says on stderr which collective is late, shortly before NCCL ends the process for it."""
 
@@ -231,7 +242,7 @@ class Monitor:
         if timeout_s is None:
             timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
         self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
-        self._flight: collections.deque[tuple[dist.Work, str, float]] = collections.deque()
+        self._flight: collections.deque[tuple[torch.cuda.Event, str, float]] = collections.deque()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="moba_cp collectives")
         self._thread.start()
@@ -244,14 +255,14 @@ class Monitor:
         self._thread.join(timeout=5)
         self._flight.clear()
 
-    def watch(self, work: dist.Work, what: str) -> None:
-        """Expect ``work`` to finish in time."""
-        self._flight.append((work, what, time.monotonic()))
+    def watch(self, event: torch.cuda.Event, what: str) -> None:
+        """Expect ``event``, which follows the collective ``what`` on its stream, in time."""
+        self._flight.append((event, what, time.monotonic()))
 
     def _run(self) -> None:
         said = None
         while not self._over.wait(min(1.0, self.limit / 4)):
-            while self._flight and self._flight[0][0].is_completed():
+            while self._flight and self._flight[0][0].query():
                 self._flight.popleft()
             if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:
                 said = self._flight[0]

@@ -15,6 +15,7 @@ from .full_plan import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
+from .plan import WireTables, build_wire_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class CPContext:
         freeze("document_positions", torch.from_numpy(positions - starts).to(device))
         freeze("_segments", segments)
         freeze("_geometry", {})
+        freeze("_wire", {})
 
     @property
     def rank(self) -> int:
@@ -109,6 +111,21 @@ class CPContext:
             self._geometry[block_size] = build_geometry(self._segments, self.rank, bounds, block_size, self.device)
         return self._geometry[block_size]
 
+    def wire(self, block_size: int, n_kv_heads: int) -> WireTables:
+        """Tables of the exchange for one block size and number of KV heads; built at the first call and kept."""
+        key = block_size, n_kv_heads
+        if key not in self._wire:
+            options = self.exchange
+            self._wire[key] = build_wire_tables(
+                self.geometry(block_size), n_kv_heads, options.stages, options.ranks_per_node, self.rank
+            )
+        return self._wire[key]
+
+    @cached_property
+    def gathered_positions(self) -> Tensor:
+        """[T] int64, global position of each row of an all-gather over the ranks."""
+        return torch.cat(self.rank_positions()).to(self.device)
+
     @cached_property
     def full_plan(self) -> FullPlan:
         """What full attention sees and moves; built at the first use and kept."""
@@ -130,7 +147,7 @@ class CPContext:
             raise ValueError(f"dimension {dim} of x has length {x.shape[dim]}, not this rank's {self.local_len} tokens")
         gathered = self.comm.gather_uncounted(x.detach().movedim(dim, 0)).flatten(0, 1)
         whole = torch.empty_like(gathered)
-        whole[torch.cat(self.rank_positions()).to(x.device)] = gathered
+        whole[self.gathered_positions.to(x.device)] = gathered
         return whole.movedim(0, dim)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import full_gather, full_ring
+from .comm import BACKWARD, ring_bytes
 from .context import CPContext
 
 METHODS = {"ring": full_ring, "allgather": full_gather}
@@ -47,12 +48,15 @@ def choose_method(k: Tensor, cp: CPContext) -> str:
 class _FullAcrossRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
+        cp.comm.direction = ""
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, lse = method.forward(q, k, v, scale, cp, backend, deterministic)
         out = out.to(q.dtype)
-        cp.counters.dense_ring += _ring_bytes(k, cp.size)
+        for counters in cp.comm.books():
+            counters.dense_ring += ring_bytes(k, cp.size)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = scale, cp, method, backend, deterministic
+        ctx.layer = cp.comm.layer
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -60,11 +64,8 @@ class _FullAcrossRanks(torch.autograd.Function):
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse = ctx.saved_tensors
         scale, cp, method, backend, deterministic = ctx.rest
+        cp.comm.layer, cp.comm.direction = ctx.layer, BACKWARD
         dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic)
-        cp.counters.dense_ring += 2 * _ring_bytes(k, cp.size)
+        for counters in cp.comm.books():
+            counters.dense_ring += 2 * ring_bytes(k, cp.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
-
-
-def _ring_bytes(k: Tensor, size: int) -> int:
-    """Bytes of K and V that a dense ring brings to each rank in one direction."""
-    return 2 * (size - 1) * k.nbytes

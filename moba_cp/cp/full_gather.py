@@ -34,7 +34,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, backen
 
 def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str, deterministic: bool):
     """dq [L, Hq, D], dk, dv [L, Hkv, D] in any dtype; dout, out like q, lse [L, Hq] wide; a collective call."""
-    ranges, order = cp.full_plan.whole, _global_rows(cp, q.device)
+    ranges, order = cp.full_plan.whole, cp.gathered_positions
     kernels = dense.choose_backend(q, ranges, backend, deterministic)
     counts = [cp.local_len] * cp.size
     dqs, returns = [], []
@@ -73,8 +73,8 @@ def _slices(q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Iterator[tuple[sl
     """(query heads, q of these [L, h * G, D], K, V of these [T, h, D] in global order) per slice; a collective call."""
     n_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     step = max(1, n_kv // cp.size, min(n_kv, SLICE_BYTES * n_kv // (2 * k.nbytes * cp.size)))
-    place = torch.empty_like(_global_rows(cp, k.device))
-    place[_global_rows(cp, k.device)] = torch.arange(place.numel(), device=k.device)
+    place = torch.empty_like(cp.gathered_positions)
+    place[cp.gathered_positions] = torch.arange(place.numel(), device=k.device)
 
     def start(lo: int) -> Callable[[], Tensor]:
         heads = slice(lo, lo + step)
@@ -87,11 +87,6 @@ def _slices(q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Iterator[tuple[sl
             wait = start(lo + step)
         heads = slice(lo * group, (lo + step) * group)
         yield heads, q[:, heads].contiguous(), gathered[:, 0][place], gathered[:, 1][place]
-
-
-def _global_rows(cp: CPContext, device: torch.device) -> Tensor:
-    """[T] int64, global position of each row of an all-gather over the ranks."""
-    return torch.cat(cp.rank_positions()).to(device)
 
 
 def _summed(arrived: Tensor, size: int) -> Tensor:

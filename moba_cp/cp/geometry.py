@@ -39,6 +39,10 @@ class BlockGeometry:
     """most rows, local and extra, that any rank has."""
     owned: list[Tensor]
     """per rank, [m_p] int64: the blocks it owns, ascending."""
+    owned_count: Tensor
+    """[P] int64, how many blocks each rank owns."""
+    place: Tensor
+    """[n] int64, place of each block among its owner's."""
     gathered: Tensor
     """[n] int64, place of each block in an all-gather of owned blocks padded to the largest count."""
     remote_candidate: Tensor
@@ -113,9 +117,9 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
     first, own, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
     owned = [np.flatnonzero(owner == p) for p in range(size)]
     widest = max(len(ids) for ids in owned)
-    gathered = np.empty(n, np.int64)
-    for p, ids in enumerate(owned):
-        gathered[ids] = p * widest + np.arange(len(ids))
+    place = np.empty(n, np.int64)
+    for ids in owned:
+        place[ids] = np.arange(len(ids))
 
     def tensor(x, dtype):
         return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype)
@@ -131,7 +135,9 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         owner_row=tensor(owner_row, torch.int64),
         widest=int((n_local + n_extra).max()),
         owned=[tensor(ids, torch.int64) for ids in owned],
-        gathered=tensor(gathered, torch.int64),
+        owned_count=tensor([len(ids) for ids in owned], torch.int64),
+        place=tensor(place, torch.int64),
+        gathered=tensor(owner * widest + place, torch.int64),
         remote_candidate=tensor(_reachable(first, own, n) & ~mine, torch.bool),
         straddles=bool((~in_place).any()),
         n_extra=int(n_extra[rank]),

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import ops
 from ..config import MoBAConfig
+from .comm import BACKWARD, ring_bytes
 from .context import CPContext
-from .decide import decide, stage_of
+from .decide import decide
 from .exchange import BlockStage, HopStage
 from .gather import GatherStage
 from .options import WireCosts
@@ -88,7 +89,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         _pipeline(stages, begin, compute, collect)
         out = out.to(q.dtype)
         for counters in comm.books():
-            counters.dense_ring += _ring_bytes(k, comm.size)
+            counters.dense_ring += ring_bytes(k, comm.size)
         ctx.save_for_backward(q, k, v, out, lse, chosen)
         ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.layer = stages, config, scale, cp, comm.layer
         # The blocks themselves are assembled again in backward; until then only the plan is kept.
@@ -103,7 +104,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         cp, config, scale = ctx.cp, ctx.config, ctx.scale
         geometry, comm = cp.geometry(config.block_size), cp.comm
         own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
-        comm.layer, comm.direction = ctx.layer, "the backward of "
+        comm.layer, comm.direction = ctx.layer, BACKWARD
         delta, wire = ops.row_sums(dout, out), cp.exchange.wire_dtype(q.dtype)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         owned = owned_pages(k_rows, v_rows, geometry)
@@ -150,9 +151,11 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 finish()
 
         _pipeline(ctx.stages, begin, compute, collect, waits)
+        for stage in ctx.stages:
+            _set_owned(stage, None)
         dk, dv = assemble_backward(grads[:, :, 0], grads[:, :, 1], geometry, comm)
         for counters in comm.books():
-            counters.dense_ring += 2 * _ring_bytes(k, comm.size)
+            counters.dense_ring += 2 * ring_bytes(k, comm.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -176,8 +179,7 @@ def _plan(chosen: Tensor, owned, cp: CPContext):
     n_kv, dim = owned.row.shape[0], owned.k.shape[2]
     costs = WireCosts.of(owned.k.dtype, dim, chosen.shape[2], options, id_dtype(geometry, n_kv))
     decision = decide(chosen, geometry, n_kv, options.stages, costs, options.mode)
-    plan = negotiate(decision, chosen, geometry, n_kv, options.stages, options.ranks_per_node, cp.comm)
-    return decision, plan
+    return decision, negotiate(decision, chosen, geometry, cp.wire(owned.block_size, n_kv), cp.comm)
 
 
 def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> list[_Stage]:
@@ -206,7 +208,7 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
     hop_sizes = [plan.sizes(hop) for hop in range(plan.n_hops)]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles
-    stage_of_pair = stage_of(n_kv, geometry.n_blocks, count, chosen.device)
+    stage_of_pair = cp.wire(config.block_size, n_kv).stage
     stages = []
     for stage in range(count):
         hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
@@ -229,8 +231,3 @@ def _set_owned(stage: _Stage, owned) -> None:
 def _side_by_side(dk: Tensor, dv: Tensor, blocks) -> Tensor:
     """dk, dv [W, 1, D] -> [W, 2, D] for blocks; [R, heads, D] -> [R, 2, heads, D] for an all-gather."""
     return torch.stack([dk, dv], 1) if isinstance(blocks, GatherStage) else torch.cat([dk, dv], 1)
-
-
-def _ring_bytes(k: Tensor, size: int) -> int:
-    """Bytes of K and V that a dense ring brings to each rank in one direction."""
-    return 2 * (size - 1) * k.nbytes

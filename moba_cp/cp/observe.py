@@ -32,8 +32,9 @@ class SelectionRecorder:
         (.png); a collective call."""
         layers = self.whole(cp)
         if cp.rank == 0 and layers:
-            torch.save({"layers": layers, "block_size": self.block_size, "n_kv_heads": self.n_kv_heads}, path)
-            draw_heat_maps(layers, self.block_size, Path(path).with_suffix(".png"))
+            shape = {"block_size": self.block_size, "n_kv_heads": self.n_kv_heads, "cu_seqlens": cp.cu_seqlens}
+            torch.save({"layers": layers, **shape}, path)
+            draw_heat_maps(layers, cp.geometry(self.block_size).n_blocks, Path(path).with_suffix(".png"))
 
 
 def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
@@ -52,8 +53,8 @@ def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
     return counts.view(chunks, n_blocks + 1)[:, :n_blocks]
 
 
-def draw_heat_maps(layers: dict[str, Tensor], block_size: int, path: str | Path) -> None:
-    """Draw :func:`heat_map` of every layer side by side, logarithmic, as a PNG."""
+def draw_heat_maps(layers: dict[str, Tensor], n_blocks: int, path: str | Path) -> None:
+    """Draw :func:`heat_map` of every layer side by side, logarithmic, as a PNG; ``n_blocks`` of all documents."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,7 +66,7 @@ def draw_heat_maps(layers: dict[str, Tensor], block_size: int, path: str | Path)
     for place in axes.flat[len(layers) :]:
         place.axis("off")
     for place, (layer, chosen) in zip(axes.flat, layers.items(), strict=False):
-        counts = heat_map(chosen, -(-chosen.shape[0] // block_size))
+        counts = heat_map(chosen, n_blocks)
         place.imshow(counts.log1p().numpy(), aspect="auto", interpolation="nearest", origin="upper")
         place.set_title(layer, fontsize=9)
         place.set_xlabel("key/value block", fontsize=8)

@@ -41,20 +41,25 @@ class ExchangeOptions:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"exchange mode={self.mode!r} is not one of {', '.join(MODES)}")
-        if isinstance(self.stages, bool) or not isinstance(self.stages, int) or not 1 <= self.stages <= 64:
+        if not _is_int(self.stages) or not 1 <= self.stages <= 64:
             raise ValueError(f"exchange stages={self.stages!r} is not an integer between 1 and 64; use 2 to 4")
         if self.gradient_dtype not in WIRE_DTYPES:
             raise ValueError(f"exchange gradient_dtype={self.gradient_dtype!r} is not one of {', '.join(WIRE_DTYPES)}")
-        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+        if self.ranks_per_node is not None and (not _is_int(self.ranks_per_node) or self.ranks_per_node < 1):
             raise ValueError(
-                f"exchange ranks_per_node={self.ranks_per_node} is not positive; leave it out for one node"
+                f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out for one node"
             )
-        if not 0 < self.allgather_share <= 1:
-            raise ValueError(f"exchange allgather_share={self.allgather_share} is not in (0, 1]; use 0.98")
+        share = self.allgather_share
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; use 0.98")
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
         return torch.promote_types(dtype, torch.float32) if self.gradient_dtype == "float32" else dtype
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,6 @@ class PairLists:
     """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank, and in the last column pairs."""
 
 
-def flat_hop(geometry: BlockGeometry, rank: int) -> Hop:
-    """Every block straight from its owner."""
-    return Hop(geometry.owned, [p != rank for p in range(len(geometry.owned))])
-
-
 def node_hops(geometry: BlockGeometry, rank: int, ranks_per_node: int) -> tuple[Hop, Hop]:
     """Two hops: between ranks of equal index in their nodes, then within the node.
 
@@ -62,48 +57,114 @@ def node_hops(geometry: BlockGeometry, rank: int, ranks_per_node: int) -> tuple[
     return between, within
 
 
+@dataclass(frozen=True)
+class HopTables:
+    """What is the same in every call of a hop: lists by rank, stage, head, block, and where they stand in a message."""
+
+    want: Tensor
+    """int64 pairs that this rank can ask for."""
+    source: Tensor
+    """int64 rank that serves each of them."""
+    give: Tensor
+    """int64 pairs that this rank can be asked for, once for every peer."""
+    taker: Tensor
+    """int64 rank that asks for each of them."""
+    send: list[int]
+    """bytes of the request to each rank."""
+    receive: list[int]
+    """bytes of the request from each rank."""
+    message: Tensor
+    """int64, for every byte sent: its place in the headers [P, width] followed by a byte for each pair in ``want``."""
+    headers: Tensor
+    """[P, width] int64, places of the headers in what is received."""
+    asked: Tensor
+    """int64, place of the byte for each pair in ``give``."""
+
+
+@dataclass(frozen=True)
+class WireTables:
+    """Tables of one context for one block size and number of KV heads; building them waits for the device, once."""
+
+    stage: Tensor
+    """[Hkv, n] int64, see :func:`moba_cp.cp.decide.stage_of`."""
+    stages: int
+    hops: list[HopTables]
+    """one, or the hop between nodes and the one within."""
+
+
+def build_wire_tables(
+    geometry: BlockGeometry, n_kv: int, stages: int, ranks_per_node: int | None, rank: int
+) -> WireTables:
+    """:class:`WireTables` of one rank."""
+    size = len(geometry.owned)
+    stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
+    header = 8 * (stages + 1)
+    if ranks_per_node is None or ranks_per_node == 1:
+        hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header)]
+    else:
+        between, within = node_hops(geometry, rank, ranks_per_node)
+        hops = [(between, 0), (within, header)]
+    return WireTables(stage, stages, [_hop_tables(hop, geometry, stage, rank, width) for hop, width in hops])
+
+
+def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, rank: int, width: int) -> HopTables:
+    n_kv, n = stage.shape
+    device, size = stage.device, len(hop.peers)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
+    pairs = [_pairs(ids, stage.flatten(), n_kv, n) for ids in hop.served]
+    wants = [ids if peer else empty for ids, peer in zip(pairs, hop.peers, strict=True)]
+    gives = [pairs[rank] if peer else empty for peer in hop.peers]
+
+    def ranks(lists: list[Tensor]) -> Tensor:
+        return torch.cat([torch.full_like(ids, p) for p, ids in enumerate(lists)])
+
+    message, headers, asked, sent, read = [], [], [], 0, 0
+    for p in range(size):
+        head = torch.arange(width, device=device)
+        message += [p * width + head, size * width + sent + torch.arange(wants[p].numel(), device=device)]
+        headers.append(read + head)
+        asked.append(read + width + torch.arange(gives[p].numel(), device=device))
+        sent += wants[p].numel()
+        read += width + gives[p].numel()
+    return HopTables(
+        want=torch.cat(wants),
+        source=ranks(wants),
+        give=torch.cat(gives),
+        taker=ranks(gives),
+        send=[width + ids.numel() for ids in wants],
+        receive=[width + ids.numel() for ids in gives],
+        message=torch.cat(message),
+        headers=torch.stack(headers),
+        asked=torch.cat(asked),
+    )
+
+
 def ask(
-    hop: Hop, need: Tensor, geometry: BlockGeometry, stages: int, comm: Communicator, header: Tensor
+    tables: HopTables, need: Tensor, geometry: BlockGeometry, wire: WireTables, comm: Communicator, header: Tensor
 ) -> tuple[PairLists, Tensor, Tensor]:
     """Send each peer the bitmap of what is needed from it; a collective call.
 
     Args:
         need: [Hkv, n] bool; pairs that no peer serves are passed over.
-        header: [P, m] uint8, sent along to every rank, peer or not.
+        header: [P, width] uint8, sent along to every rank, peer or not.
 
     Returns:
-        the lists; asked [Hkv, n] bool, what any peer wants from here; and the headers received, [P, m].
+        the lists; asked [Hkv, n] bool, what any peer wants from here; and the headers received, [P, width].
     """
     n_kv, n = need.shape
-    stage = stage_of(n_kv, n, stages, need.device).flatten()
-    pairs = [_pairs(ids, stage, n_kv, n) if peer else None for ids, peer in zip(hop.served, hop.peers, strict=True)]
-    mine = _pairs(hop.served[comm.rank], stage, n_kv, n)
-    bits = need.flatten().to(torch.uint8)
-    none = bits[:0]
-    message = [part for p in range(comm.size) for part in (header[p], none if pairs[p] is None else bits[pairs[p]])]
-    width = header.shape[1]
-    send = [width + (0 if ids is None else ids.numel()) for ids in pairs]
-    receive = [width + (mine.numel() if peer else 0) for peer in hop.peers]
-    arrived = comm.all_to_all(torch.cat(message), send, receive, "requests")().split(receive)
-
-    wanted = torch.cat([none if ids is None else bits[ids] for ids in pairs])
-    asked = torch.cat([part[width:] for part in arrived])
-    want_pairs = torch.cat([mine[:0] if ids is None else ids for ids in pairs])
-    give_pairs = mine.repeat(sum(hop.peers))
-    counts = torch.tensor([0 if ids is None else ids.numel() for ids in pairs], device=need.device)
-    source = torch.arange(comm.size, device=need.device).repeat_interleave(counts, output_size=want_pairs.numel())
-    takers = torch.tensor([p for p, peer in enumerate(hop.peers) if peer], dtype=torch.int64, device=need.device)
-    taker = takers.repeat_interleave(mine.numel())
-
+    wanted = need.flatten().to(torch.uint8)[tables.want]
+    message = torch.cat([header.flatten(), wanted])[tables.message]
+    arrived = comm.all_to_all(message, tables.send, tables.receive, "requests")()
+    asked = arrived[tables.asked]
     lists = [
-        _listed(flags, ids, rank, stage, geometry.length, n, stages, comm.size)
-        for flags, ids, rank in ((wanted, want_pairs, source), (asked, give_pairs, taker))
+        _listed(flags, pairs, ranks, wire, geometry.length, n, comm.size)
+        for flags, pairs, ranks in ((wanted, tables.want, tables.source), (asked, tables.give, tables.taker))
     ]
-    union = torch.zeros(n_kv * n, dtype=torch.uint8, device=need.device).scatter_reduce_(0, give_pairs, asked, "amax")
+    union = torch.zeros(n_kv * n, dtype=torch.uint8, device=need.device).scatter_reduce_(0, tables.give, asked, "amax")
     return (
         PairLists(lists[0][0], lists[1][0], torch.stack([lists[0][1], lists[1][1]])),
         union.view(n_kv, n).bool(),
-        torch.stack([part[:width] for part in arrived]),
+        arrived[tables.headers],
     )
 
 
@@ -113,14 +174,14 @@ def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
     return pairs[stage[pairs].argsort(stable=True)]
 
 
-def _listed(flags, pairs, rank, stage, length, n: int, stages: int, size: int) -> tuple[Tensor, Tensor]:
+def _listed(flags, pairs, ranks, wire: WireTables, length, n: int, size: int) -> tuple[Tensor, Tensor]:
     """Flagged pairs by stage, then in the order given; and rows per (stage, rank), with pairs per stage behind them."""
-    place = torch.where(flags > 0, stage[pairs], stages)
+    place = torch.where(flags > 0, wire.stage.flatten()[pairs], wire.stages)
     ordered = pairs[place.argsort(stable=True)]
-    sizes = torch.zeros(stages + 1, size + 1, dtype=torch.int64, device=pairs.device)
-    sizes.view(-1).scatter_add_(0, place * (size + 1) + rank, length.long()[pairs % max(1, n)])
+    sizes = torch.zeros(wire.stages + 1, size + 1, dtype=torch.int64, device=pairs.device)
+    sizes.view(-1).scatter_add_(0, place * (size + 1) + ranks, length.long()[pairs % max(1, n)])
     sizes[:, size].scatter_add_(0, place, torch.ones_like(place))
-    return ordered, sizes[:stages]
+    return ordered, sizes[: wire.stages]
 
 
 @dataclass(frozen=True)
@@ -136,14 +197,13 @@ class RowLists:
     """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank; the last column is unused."""
 
 
-def list_rows(decision: Decision, chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int):
+def list_rows(decision: Decision, chosen: Tensor, geometry: BlockGeometry, wire: WireTables):
     """Order the rows to send: slots as in :class:`RowLists`, and the number of rows for each (stage, owner)."""
-    size = len(geometry.owned)
-    n_heads, n = chosen.shape[1], geometry.n_blocks
+    size, stages = len(geometry.owned), wire.stages
+    n_heads, n_kv = chosen.shape[1], wire.stage.shape[0]
     block = chosen.long().clamp(min=0)
     head = (torch.arange(n_heads, device=chosen.device) // (n_heads // n_kv))[:, None]
-    stage = stage_of(n_kv, n, stages, chosen.device)
-    place = torch.where(decision.send, stage[head, block] * size + geometry.owner[block], stages * size)
+    place = torch.where(decision.send, wire.stage[head, block] * size + geometry.owner[block], stages * size)
     place = place.transpose(0, 1).flatten()
     counts = torch.zeros(stages * size + 1, dtype=torch.int64, device=chosen.device)
     counts.scatter_add_(0, place, torch.ones_like(place))
@@ -177,13 +237,7 @@ class Plan:
 
 
 def negotiate(
-    decision: Decision,
-    chosen: Tensor,
-    geometry: BlockGeometry,
-    n_kv: int,
-    stages: int,
-    ranks_per_node: int | None,
-    comm: Communicator,
+    decision: Decision, chosen: Tensor, geometry: BlockGeometry, wire: WireTables, comm: Communicator
 ) -> Plan:
     """Tell the owners; a collective call that does not wait for the device.
 
@@ -191,20 +245,17 @@ def negotiate(
         decision: this rank's, see :func:`moba_cp.cp.decide.decide`.
         chosen: [L, Hq, S] int32.
     """
-    size, device = comm.size, chosen.device
-    slots, row_counts = list_rows(decision, chosen, geometry, n_kv, stages)
+    size, device, stages, n_kv = comm.size, chosen.device, wire.stages, wire.stage.shape[0]
+    slots, row_counts = list_rows(decision, chosen, geometry, wire)
     total = decision.cost.sum().expand(size, 1)
     header = torch.cat([row_counts.T, total], 1).contiguous().view(torch.uint8).view(size, -1)
 
-    if ranks_per_node is None or ranks_per_node == 1:
-        pairs, asked, headers = ask(flat_hop(geometry, comm.rank), decision.fetch, geometry, stages, comm, header)
-        hops = [pairs]
-    else:
-        between, within = node_hops(geometry, comm.rank, ranks_per_node)
-        inner, asked, headers = ask(within, decision.fetch, geometry, stages, comm, header)
+    inner, asked, headers = ask(wire.hops[-1], decision.fetch, geometry, wire, comm, header)
+    hops = [inner]
+    if len(wire.hops) == 2:
         # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
         fetch = (asked | decision.fetch) & (geometry.row < 0)
-        outer, _, _ = ask(between, fetch, geometry, stages, comm, header[:, :0])
+        outer, _, _ = ask(wire.hops[0], fetch, geometry, wire, comm, header[:, :0])
         hops = [outer, inner]
 
     received = headers.contiguous().view(torch.int64).view(size, stages + 1)

@@ -113,7 +113,9 @@ class RowStage:
         if q.shape[0]:
             owned[:, :, 0] += dk
             owned[:, :, 1] += dv
-        self._received = self._gradients = self._sums = None
+        self._gradients = self._sums = None
+        if not self.keep:
+            self._received = None
         wait = self.comm.all_to_all(dq[:, 0].to(dtype), self.receive, self.send, "row_gradients")
         return lambda: wait().to(dq.dtype)
 
@@ -136,20 +138,13 @@ class RowStage:
         owner = self.geometry.owner[block]
         target = owner.gather(1, self.slot[:, None])
         wanted = served & (owner == target) & (self.stage_of_pair[kv_head, block] == self.stage)
-        count, place = _numbering(self.geometry)
-        return torch.where(wanted, kv_head * count[target] + place[block], -1).to(self._id_dtype)
+        pair = kv_head * self.geometry.owned_count[target] + self.geometry.place[block]
+        return torch.where(wanted, pair, -1).to(self._id_dtype)
 
 
 def id_dtype(geometry: BlockGeometry, n_kv: int) -> torch.dtype:
     """Integer dtype in which the (KV head, block) pairs of any one rank can be numbered."""
     return torch.int16 if n_kv * max(ids.numel() for ids in geometry.owned) < 2**15 else torch.int32
-
-
-def _numbering(geometry: BlockGeometry) -> tuple[Tensor, Tensor]:
-    """[P] blocks owned by each rank, and [n] place of each block among its owner's."""
-    widest = max(ids.numel() for ids in geometry.owned)
-    count = torch.tensor([ids.numel() for ids in geometry.owned], device=geometry.row.device)
-    return count, geometry.gathered % max(1, widest)
 
 
 def _single_head(owned: Pages, geometry: BlockGeometry, rank: int) -> Pages:

@@ -18,8 +18,8 @@ def gather(loss_sum: torch.Tensor, comm: Communicator) -> tuple[float, dict[str,
         comm: the communicator of this rank's context group, whose counters cover the step.
 
     Returns:
-        the sum, and the log's ``exchange`` entry: bytes summed over ranks, the share of remote blocks that was needed,
-        the bytes that the busiest rank received over the mean (0 where nothing moved), rank 0's bytes by kind, and for
+        the sum, and the log's ``exchange`` entry: bytes summed over ranks, the share of remote blocks that was needed
+        (None where nothing was planned: one rank, full layers, all-gather), the bytes that the busiest rank received over the mean (0 where nothing moved), rank 0's bytes by kind, and for
         each layer its bytes, needed share and most rows of one rank that chose one (KV head, block).
     """
     layers = list(comm.by_layer.items())
@@ -47,6 +47,6 @@ def _summed(numbers: torch.Tensor) -> dict[str, Any]:
     """[ranks, 7] of :func:`_numbers` as a log entry."""
     *moved, needed, remote, _ = numbers.sum(0).tolist()
     return {name: int(n) for name, n in zip(_SUMMED, moved, strict=True)} | {
-        "needed_share": round(needed / remote, 4) if remote else 0.0,
+        "needed_share": round(needed / remote, 4) if remote else None,
         "hottest_rows": int(numbers[:, -1].max()),
     }

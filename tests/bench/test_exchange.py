@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moba_cp import reference
 from moba_cp.bench import exchange
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
 from moba_cp.cp.options import MODES, ExchangeOptions
@@ -48,24 +49,25 @@ def test_the_concentrated_gate_has_a_pool_per_segment_and_head():
     assert not torch.equal(chosen[:, :2].unique(), chosen[:, 2:].unique())
 
 
-def test_bytes_are_those_that_training_moves(tmp_path):
+@pytest.mark.parametrize("documents", [[0, 256], [0, 24, 40, 256]], ids=["one document", "packed"])
+def test_bytes_are_those_that_training_moves(tmp_path, documents):
     """The command's bytes for a recorded selection equal the counters of the same selection when it really runs."""
     n, size = 256, 4
     q, dout = (torch.randn(n, 4, 32) for _ in range(2))
     k, v = (torch.randn(n, 2, 32) for _ in range(2))
-    case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), 16, 4)
-    from moba_cp import reference
-
+    cu_seqlens = torch.tensor(documents, dtype=torch.int32)
+    case = Case(q, k, v, dout, cu_seqlens, 16, 4)
     path = tmp_path / "gate.pt"
-    chosen = reference.select_blocks(q, k, 16, 4).int()
-    torch.save({"layers": {"layer 1": chosen}, "block_size": 16, "n_kv_heads": 2}, path)
+    chosen = reference.select_blocks(q, k, 16, 4, cu_seqlens).int()
+    torch.save({"layers": {"layer 1": chosen}, "block_size": 16, "n_kv_heads": 2, "cu_seqlens": cu_seqlens}, path)
     args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", "1")
     args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
     for row in exchange.measure(size, RecordedGate(path), list(MODES), args):
         options = ExchangeOptions(row.mode, stages=1)
         counters = [c for _, c in run_threads(size, across_ranks, case, "zigzag", False, options)]
         means = sum(c["received_means_bytes"] for c in counters)
-        requests = (size - 1) * 16 * 2 * (row.mode != "allgather")
+        n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
+        requests = (size - 1) * n_blocks * 2 * (row.mode != "allgather")
         assert row.gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), row.mode
 
 

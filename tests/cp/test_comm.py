@@ -48,26 +48,27 @@ def _sabotaged(rank: int, kind: str, deed: str):
 
 
 @pytest.mark.parametrize(
-    "kind, where", [("kv", "kv all-to-all in layer 7"), ("kv_gradients", "in the backward of layer 7")]
+    "kind, deed, where",
+    [("kv", "hang", "kv all-to-all in layer 7"), ("kv_gradients", "leave", "in the backward of layer 7")],
 )
-def test_a_rank_that_hangs_is_reported_within_the_timeout(kind, where):
-    message, seconds = run_ranks(2, _sabotaged, kind, "hang")[0]
+def test_a_rank_that_hangs_or_leaves_is_reported_within_the_timeout(kind, deed, where):
+    message, seconds = run_ranks(2, _sabotaged, kind, deed)[0]
     assert message.startswith("rank 0 of 2: ") and where in message and "another rank has left or hangs" in message
     assert seconds < 2 * TIMEOUT_S
 
 
-class _Work:
+class _Event:
     def __init__(self):
         self.done = False
 
-    def is_completed(self):
+    def query(self):
         return self.done
 
 
 def test_the_monitor_names_what_is_late():
     said = io.StringIO()
     monitor = Monitor(None, "rank 2 of 4", timeout_s=0.4, stream=said)
-    finished, late = _Work(), _Work()
+    finished, late = _Event(), _Event()
     finished.done = True
     monitor.watch(finished, "means all-gather in layer 1")
     monitor.watch(late, "kv all-to-all in layer 2")

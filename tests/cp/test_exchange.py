@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moba_cp import CPContext, reference
+from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, WireCosts
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -167,6 +167,48 @@ def test_deterministic_from_run_to_run():
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def _twice_backward(comm, case: Case, options: ExchangeOptions):
+    cp = CPContext(comm, "zigzag", case.q.shape[0], case.cu_seqlens, exchange=options)
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+    gradients = []
+    for _ in range(2):
+        out.backward(cp.shard(case.dout), retain_graph=True)
+        gradients.append([x.grad.clone() for x in leaves])
+    held = [part for stage in out.grad_fn.stages for part in stage if part is not None and part.owned is not None]
+    return gradients, held
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
+def test_backward_runs_twice_and_lets_go_of_keys_and_values(mode, keep):
+    case = random_case(3, multiple=4)
+    for (once, twice), held in run_threads(2, _twice_backward, case, ExchangeOptions(mode, keep=keep)):
+        assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
+        assert not held
+
+
+def _hybrid(comm):
+    """Counters by layer after forward and backward of a full layer, a MoBA layer and another full layer."""
+    cp = CPContext(comm, "zigzag", 128)
+    x = torch.randn(64, 2, 8, requires_grad=True)
+    y = x
+    for layer, kind in enumerate(("full", "moba", "full"), start=1):
+        comm.layer = f"layer {layer}"
+        y = full_attention(y, y, y, cp=cp) if kind == "full" else moba_attention(y, y, y, MoBAConfig(16, 3), cp=cp)
+    y.sum().backward()
+    return {layer: counters.summary() for layer, counters in comm.by_layer.items()}
+
+
+def test_counters_by_layer_keep_layers_apart():
+    for layers in run_threads(2, _hybrid):
+        assert layers["layer 1"] == layers["layer 3"]
+        ring = 3 * 2 * 64 * 2 * 8 * 4
+        assert all(counters["dense_ring_bytes"] == ring for counters in layers.values())
+        full = {name for name in layers["layer 1"] if name.startswith("sent_full")}
+        assert any("gradients" in name for name in full) and not full & layers["layer 2"].keys()
+
+
 def test_costs():
     # bf16, D = 128, k = 8: K, V twice and float32 gradients; per row q twice, dout, float32 output and dq, and change.
     costs = WireCosts.of(torch.bfloat16, 128, 7, ExchangeOptions())
@@ -184,8 +226,10 @@ def test_costs():
         (dict(mode="both"), "exchange mode='both' is not one of auto, kv, query, allgather"),
         (dict(stages=0), "exchange stages=0 is not an integer between 1 and 64"),
         (dict(gradient_dtype="fp8"), "exchange gradient_dtype='fp8' is not one of input, float32"),
-        (dict(ranks_per_node=0), "exchange ranks_per_node=0 is not positive"),
-        (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not in"),
+        (dict(ranks_per_node=0), "exchange ranks_per_node=0 is not a positive integer"),
+        (dict(ranks_per_node=2.0), "exchange ranks_per_node=2.0 is not a positive integer"),
+        (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not a number in"),
+        (dict(allgather_share="all"), "exchange allgather_share='all' is not a number in"),
     ],
 )
 def test_bad_options_are_named(kwargs, says):
