@@ -193,7 +193,8 @@ def _ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, a
     costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
     if mode == "allgather":
         fetch = (geometry.row < 0).expand(args.kv_heads, -1)
-        total = int((fetch * geometry.length).sum()) * costs.kv_token
+        # Every rank sends as many rows as the one that has most.
+        total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
         return _Asked(total, 0, fetch, 1.0)
     decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode)
     elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
