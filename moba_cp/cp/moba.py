@@ -112,9 +112,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             _set_owned(stage, owned)
 
         def attend_backward(pages):
-            return ops.attend_backward(
-                q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
-            )  # fmt: skip
+            return ops.attend_backward(q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic)
 
         ready = comm.mark(q)
 
@@ -215,9 +213,8 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
         blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
         rows = None
         if options.mode != "kv" and chosen.shape[2]:
-            rows = RowStage(
-                plan.rows, row_sizes, stage, stage_of_pair, chosen, owned, geometry, comm, options.keep
-            )  # fmt: skip
+            place = stage, stage_of_pair
+            rows = RowStage(plan.rows, row_sizes, *place, chosen, owned, geometry, comm, options.keep)
         stages.append(_Stage(blocks, rows))
     return stages
 
