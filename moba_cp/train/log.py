@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
-from .checkpoint import remove_all
+from .checkpoint import remove_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
 SELECTION = "selection.pt"
@@ -40,9 +40,9 @@ class RunLog:
     """The log of one run, open for the steps after ``start_step``.
 
     Args:
-        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the steps up to
-            ``start_step`` of a run that is resumed in its own folder.
-        start_step: steps that the resumed checkpoint has done; 0 for a new run.
+        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the log and the
+            checkpoints up to ``start_step`` of a run that is resumed in its own folder.
+        start_step: steps that the resumed checkpoint has done; 0 for a new run and for one resumed from elsewhere.
         config: the resolved config as YAML.
         facts: written with the versions (device, ranks, ...).
     """
@@ -51,8 +51,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
+        remove_after(folder / CHECKPOINTS, start_step)
         if not start_step:
-            remove_all(folder / CHECKPOINTS)
             for old in (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
                 (folder / old).unlink(missing_ok=True)
         for old in folder.glob("error-rank*.txt"):

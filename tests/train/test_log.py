@@ -41,6 +41,15 @@ def test_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     assert write_steps(tmp_path, 5, [6, 7]) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+def test_resumed_run_removes_the_checkpoints_after_its_own(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("step-00000002", "step-00000004", "step-00000006", "step-00000003.partial"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "meta.json").write_text("{}")
+    write_steps(tmp_path, 4, [5])
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
+
+
 @pytest.mark.parametrize("resume, overwrite", [(True, False), (False, True)])
 def test_folder_of_an_earlier_run_needs_a_word(tmp_path, resume, overwrite):
     write_steps(tmp_path, 0, [1])
