@@ -140,6 +140,8 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     write_text(place / "text", 20)
     train(1, ([f"data.path={place / 'text'}", f"run.directory={place / 'run'}", "run.steps=2"], None))
+    (place / "other").mkdir()
+    (place / "other" / "log.jsonl").write_text('{"step": 1}\n')
     return place
 
 
@@ -150,8 +152,10 @@ def finished(tmp_path_factory):
         ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
         (("run.steps=4", "model.hidden_size=64"), ("--resume",), "of another model: model.hidden_size is 32 there"),
         (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
+        (("run.steps=4", "run.directory=other"), ("--resume", "run"), "run.directory=other: holds an earlier run"),
+        (("run.steps=4",), ("--resume", "--overwrite"), "--overwrite with --resume: one replaces the run that the"),
     ],
-    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint"],
+    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint", "another-run", "overwrite"],
 )
 def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides, flags, message):
     monkeypatch.chdir(finished)
@@ -160,6 +164,30 @@ def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("", "--overwrite"),
+        ("--resume", "--resume"),
+        ("--resume=there", "--resume=there"),
+        ("--set run.steps=9", "--set run.steps=9 --overwrite"),
+    ],
+)
+def test_quickstart_replaces_the_run_unless_it_goes_on(tmp_path, given, said):
+    (tmp_path / "bin").mkdir()
+    for name, body in {"python": "echo 0", "moba-cp": "exit 0", "torchrun": 'echo "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / "quickstart.sh"), *given.split()],
+        env=os.environ | {"VENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    words = f"--nproc_per_node 2 --no-python {tmp_path}/bin/moba-cp train configs/demo.yaml {said}\n"
+    assert done.returncode == 0 and done.stdout.endswith(words), done.stderr
 
 
 def test_an_error_shows_where_it_comes_from_on_request(place, capsys):

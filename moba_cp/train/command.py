@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .config import TrainConfig
-from .log import check_folder
+from .log import check_folder, is_own
 from .loop import Trainer
 from .mesh import close_mesh, launched_rank, launched_size, open_mesh
 from .plan import RunPlan, plan_run
@@ -44,12 +44,14 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what the user should read.
     """
+    if arguments.overwrite and arguments.resume is not None:
+        raise ValueError("--overwrite with --resume: one replaces the run that the other goes on with; leave one out")
     if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
         raise ValueError(f"--ranks={arguments.ranks}: needs --dry-run and at least 1; training takes torchrun's ranks")
     config = load(TrainConfig, arguments.config, arguments.overrides)
     plan = plan_run(config, arguments.ranks or launched_size())
-    start = _resume(arguments.resume, plan)
-    check_folder(Path(config.run.directory), arguments.resume is not None, arguments.overwrite)
+    start, folder = _resume(arguments.resume, plan), Path(config.run.directory)
+    check_folder(folder, is_own(folder, start), arguments.overwrite)
     if arguments.dry_run:
         if launched_rank() == 0:
             print(to_yaml(config), *(f"# {line}\n" for line in plan.summary()), sep="", end="")

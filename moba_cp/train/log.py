@@ -22,11 +22,22 @@ SELECTION = "selection.pt"
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError if ``folder`` cannot take the run, or holds another that was not to be touched."""
+def is_own(folder: Path, checkpoint: Path | None) -> bool:
+    """Whether ``checkpoint``, from which a run in ``folder`` starts, is one of that folder's own."""
+    return checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
+    """Raise ValueError if ``folder`` cannot take the run, or holds another that was not to be touched.
+
+    Args:
+        folder: the run's folder.
+        own: the run goes on from one of the folder's own checkpoints.
+        overwrite: what is there may be replaced.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.directory={folder}: is a file; name a folder")
-    if (folder / LOG).exists() and not (resume or overwrite):
+    if (folder / LOG).exists() and not (own or overwrite):
         raise ValueError(
             f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
             "or name another folder"
