@@ -46,7 +46,7 @@ WRONG_VALUES = [
     ("attention.top_k=65", "attention.top_k=65 is not between 1 and 64"),
     ("attention.layout=diagonal", "attention.layout='diagonal' is not a layout"),
     ("attention.full_layers=last 3", "attention.full_layers='last 3' asks for 3 of 2 layers"),
-    ("attention.full_layers=[3]", "attention.full_layers=[3] names layer 3, but the model has 2 layers"),
+    ("attention.full_layers=[3]", "attention.full_layers=[3] names layer 3, but the model has 2 layers; use numb"),
     ("exchange.mode=ring", "error: exchange.mode='ring' is not one of auto, kv, query, allgather"),
     ("model.n_heads=3", "model.n_kv_heads=2 does not divide n_heads=3"),
     ("model.vocab_size=100", "model.vocab_size=100 is below 256: the tokens are bytes"),
@@ -58,6 +58,7 @@ WRONG_VALUES = [
     ("run.steps=0", "run.steps=0 is below 1"),
     ("run.context_size=3", "run.context_size=3 does not divide the 1 ranks of this run; use one of 1, or null for all"),
     ("run.directory=../text/00.py", "run.directory=../text/00.py: is a file; name a folder"),
+    ("run.directory=../text/00.py/a/b", "text/00.py is a file; name a folder"),
     ("run.device=cuda", "run.device='cuda': PyTorch finds no GPU here; use auto or cpu"),
     ("model.n_layers", "--set model.n_layers: expected SECTION.KEY=VALUE"),
 ]
@@ -82,7 +83,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, 
         (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128"),
         (8, "run.context_size=2", "data.sequences_per_step=2 is not divisible by the 4 data ranks"),
         (4, "run.context_size=3", "run.context_size=3 does not divide the 4 ranks of this run; use one of 1, 2, 4"),
-        (4, "exchange.ranks_per_node=3", "exchange.ranks_per_node=3 does not divide the 4 context ranks"),
+        (4, "exchange.ranks_per_node=3", "ranks_per_node=3 does not divide the 4 context ranks; use one of 1, 2, 4"),
         (3, "attention.layout=contiguous", "data.seq_len=256 is not divisible by cp_size = 3 (contiguous layout)"),
     ],
 )
@@ -96,9 +97,12 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file"),
+        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file such as configs/demo"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
-        (["train", "."], "moba-cp train: error: .: Is a directory"),
+        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file such as configs/demo.yaml"),
+        (["train"], "moba-cp train: error: the following arguments are required: CONFIG; see moba-cp train --help"),
+        (["train", "x.yaml", "--dry"], "moba-cp train: error: unrecognized arguments: --dry; see moba-cp train --h"),
+        (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; see"),
         (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
     ],
 )
@@ -193,6 +197,13 @@ def test_quickstart_replaces_the_run_unless_it_goes_on(tmp_path, given, said):
 def test_an_error_shows_where_it_comes_from_on_request(place, capsys):
     assert cli.main(arguments(place, "run.steps=0", flags=("--traceback",))) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(place, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", ("no_such_package", "train"))
+    assert cli.main(["train", "x.yaml"]) == cli.BUG
+    said = 'needs the package no_such_package; install with: pip install -e ".[train]" in the checkout\n'
+    assert capsys.readouterr().err == f"moba-cp train: error: {said}"
 
 
 def test_help_names_commands_without_importing_them():

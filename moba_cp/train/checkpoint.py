@@ -113,7 +113,10 @@ def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) ->
         if saved.get(key) != model.get(key) and key not in _NOT_THE_MODEL
     ]
     if different:
-        raise ValueError(f"{path}: a checkpoint of another model: {'; '.join(different)}")
+        raise ValueError(
+            f"{path}: a checkpoint of another model: {', '.join(different)}; set the same values, or start anew in "
+            "another folder"
+        )
 
 
 def remove_after(folder: Path, step: int) -> None:

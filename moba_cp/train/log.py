@@ -43,6 +43,8 @@ def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
             "or name another folder"
         )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"run.directory={folder}: {parent} is a file; name a folder")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run.directory={folder}: {parent} is not writable")
 

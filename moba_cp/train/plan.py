@@ -9,7 +9,7 @@ from ..megatron.hybrid import AttentionConfig
 from ..megatron.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
-from .mesh import context_size
+from .mesh import context_size, divisors
 from .packing import PackedSequence, pad_documents, pad_end
 from .text import VOCABULARY, Corpus, open_corpus
 
@@ -112,7 +112,8 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
     per_node = config.exchange.ranks_per_node
     if per_node is not None and context % per_node:
         raise ValueError(
-            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; nodes must be equal"
+            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; "
+            f"use one of {divisors(context)}, or null for one node"
         )
     _check_length(config, context)
     return RunPlan(config, size, context, open_corpus(data))

@@ -91,7 +91,11 @@ def test_meta_is_readable_json(tmp_path):
 
 def test_another_model_is_refused_and_another_way_to_compute_is_not(tmp_path):
     checkpoint.check_same_model(tmp_path, meta(1), {"n_layers": 2, "recompute": "full"})
-    with pytest.raises(ValueError, match="another model: model.n_layers is 2 there and 3 here; model.n_heads is None"):
+    with pytest.raises(
+        ValueError,
+        match="another model: model.n_layers is 2 there and 3 here, model.n_heads is "
+        "None there and 4 here; set the same values, or start anew in another folder",
+    ):
         checkpoint.check_same_model(tmp_path, meta(1), {"n_layers": 3, "recompute": "none", "n_heads": 4})
 
 
