@@ -11,7 +11,8 @@ import yaml
 
 from moba_cp import cli
 from moba_cp.train.config import TrainConfig
-from moba_cp.train.yaml_config import load
+from moba_cp.train.plan import plan_run
+from moba_cp.train.yaml_config import build, load
 from tests.train.runs import DEMO, SHRUNKEN, train, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
         (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file such as configs/demo.yaml"),
         (["train"], "moba-cp train: error: the following arguments are required: CONFIG; see moba-cp train --help"),
         (["train", "x.yaml", "--dry"], "moba-cp train: error: unrecognized arguments: --dry; see moba-cp train --h"),
-        (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; see"),
+        (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; s"),
         (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
     ],
 )
@@ -130,6 +131,18 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(place, capsys, tm
     assert set(yaml.safe_load(shown.out)["run"]) >= {"steps", "seed", "timeout_seconds"}
     assert "# ranks: 4 = 1 data x 4 context, 64 tokens of a sequence on each" in shown.out
     assert re.search(r"# model: [\d.]+ k parameters, 2 layers, full attention in \[2\]", shown.out)
+
+
+@pytest.mark.parametrize(
+    "tokens, ranks, layout, share",
+    [(2**20, 1, "zigzag", 2**20), (255, 3, "zigzag", 86), (253, 3, "contiguous", 85)],
+)
+def test_the_share_of_a_rank_is_shown_in_full(tmp_path, tokens, ranks, layout, share):
+    (tmp_path / "text").write_bytes(bytes(2**21))
+    settings = {"path": str(tmp_path / "text"), "seq_len": tokens, "pad_to_multiple": True, "validation_share": 0.5}
+    config = build(TrainConfig, {"data": settings, "attention": {"layout": layout}})
+    summary = plan_run(config, ranks).summary()
+    assert f"ranks: {ranks} = 1 data x {ranks} context, {share} tokens of a sequence on each" in summary
 
 
 def test_padding_lets_odd_lengths_through(place, capsys):
@@ -168,6 +181,18 @@ def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_resuming_with_other_settings_says_which(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    changed = ("run.seed=3", "data.seq_len=128", "data.sequences_per_step=4")
+    assert cli.main(arguments(finished, "run.steps=4", *changed, flags=("--resume", "--dry-run"))) == 0
+    assert capsys.readouterr().err == (
+        "note: this run differs from that of run/checkpoints/step-00000002 in run.seed (0 there, 3 here), run.steps "
+        "(2 there, 4 here), data.seq_len (256 there, 128 here), data.sequences_per_step (2 there, 4 here)\n"
+    )
+    assert cli.main(arguments(finished, "run.steps=4", "data.pattern='0*'", flags=("--resume", "--dry-run"))) == 0
+    assert "note: run/checkpoints/step-00000002 was trained on other data than " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
