@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh machine to a trained model: makes .venv (or VENV=...), installs, and trains configs/demo.yaml with
 # torchrun on 2 ranks: on the CPU (gloo), or one per GPU where there are GPUs (NCCL).
-#   bash launchers/quickstart.sh --set run.steps=400      arguments go to moba-cp train
+#   bash launchers/quickstart.sh --set run.steps=400             arguments go to moba-cp train
+#   bash launchers/quickstart.sh --resume --set run.steps=400    goes on with it
 # PYTHON=... names the interpreter that makes the environment.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,7 +18,12 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 cd "$root"
-train=(train configs/demo.yaml --overwrite "$@")
+train=(train configs/demo.yaml "$@")
+# Called twice, it trains twice; --resume goes on instead.
+case " $* " in
+*" --resume"[\ =]*) ;;
+*) train+=(--overwrite) ;;
+esac
 # A mistake in the arguments is one line here; torchrun would add its own report.
 "$venv/bin/moba-cp" "${train[@]}" --dry-run --ranks "$ranks" >/dev/null
 exec "$venv/bin/torchrun" --standalone --nproc_per_node "$ranks" --no-python "$venv/bin/moba-cp" "${train[@]}"

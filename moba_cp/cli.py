@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     words = _command(argv)
     if words is None:
         return _help(argv)
-    parser = argparse.ArgumentParser(prog=f"moba-cp {words}", description=_sentence(COMMANDS[words][1]))
+    parser = _Parser(prog=f"moba-cp {words}", description=_sentence(COMMANDS[words][1]), allow_abbrev=False)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     show_traceback = "--traceback" in argv or bool(os.environ.get("MOBA_CP_TRACEBACK"))
     try:
@@ -46,6 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         if show_traceback:
             traceback.print_exc()
         return _fail(words, _describe(error), USER_ERROR if isinstance(error, (ValueError, OSError)) else BUG)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an exception, so that it gets one line as every other does."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def _command(argv: list[str]) -> str | None:
@@ -74,7 +81,7 @@ def _help(argv: list[str]) -> int:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moba_cp"):
-        return f'needs the package {error.name}; install with: pip install "moba-cp[train]"'
+        return f'needs the package {error.name}; install with: pip install -e ".[train]" in the checkout'
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file"
     if isinstance(error, OSError) and error.filename:

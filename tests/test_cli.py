@@ -11,7 +11,8 @@ import yaml
 
 from moba_cp import cli
 from moba_cp.train.config import TrainConfig
-from moba_cp.train.yaml_config import load
+from moba_cp.train.plan import plan_run
+from moba_cp.train.yaml_config import build, load
 from tests.train.runs import DEMO, SHRUNKEN, train, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ WRONG_VALUES = [
     ("attention.top_k=65", "attention.top_k=65 is not between 1 and 64"),
     ("attention.layout=diagonal", "attention.layout='diagonal' is not a layout"),
     ("attention.full_layers=last 3", "attention.full_layers='last 3' asks for 3 of 2 layers"),
-    ("attention.full_layers=[3]", "attention.full_layers=[3] names layer 3, but the model has 2 layers"),
+    ("attention.full_layers=[3]", "attention.full_layers=[3] names layer 3, but the model has 2 layers; use numb"),
     ("exchange.mode=ring", "error: exchange.mode='ring' is not one of auto, kv, query, allgather"),
     ("model.n_heads=3", "model.n_kv_heads=2 does not divide n_heads=3"),
     ("model.vocab_size=100", "model.vocab_size=100 is below 256: the tokens are bytes"),
@@ -58,6 +59,7 @@ WRONG_VALUES = [
     ("run.steps=0", "run.steps=0 is below 1"),
     ("run.context_size=3", "run.context_size=3 does not divide the 1 ranks of this run; use one of 1, or null for all"),
     ("run.directory=../text/00.py", "run.directory=../text/00.py: is a file; name a folder"),
+    ("run.directory=../text/00.py/a/b", "text/00.py is a file; name a folder"),
     ("run.device=cuda", "run.device='cuda': PyTorch finds no GPU here; use auto or cpu"),
     ("model.n_layers", "--set model.n_layers: expected SECTION.KEY=VALUE"),
 ]
@@ -82,7 +84,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, 
         (64, "data.seq_len=64", "data.seq_len=64 is not divisible by 2 * cp_size = 128 (zigzag layout); use 128"),
         (8, "run.context_size=2", "data.sequences_per_step=2 is not divisible by the 4 data ranks"),
         (4, "run.context_size=3", "run.context_size=3 does not divide the 4 ranks of this run; use one of 1, 2, 4"),
-        (4, "exchange.ranks_per_node=3", "exchange.ranks_per_node=3 does not divide the 4 context ranks"),
+        (4, "exchange.ranks_per_node=3", "ranks_per_node=3 does not divide the 4 context ranks; use one of 1, 2, 4"),
         (3, "attention.layout=contiguous", "data.seq_len=256 is not divisible by cp_size = 3 (contiguous layout)"),
     ],
 )
@@ -96,9 +98,12 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file"),
+        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file such as configs/demo"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
-        (["train", "."], "moba-cp train: error: .: Is a directory"),
+        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file such as configs/demo.yaml"),
+        (["train"], "moba-cp train: error: the following arguments are required: CONFIG; see moba-cp train --help"),
+        (["train", "x.yaml", "--dry"], "moba-cp train: error: unrecognized arguments: --dry; see moba-cp train --h"),
+        (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; s"),
         (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
     ],
 )
@@ -128,6 +133,18 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(place, capsys, tm
     assert re.search(r"# model: [\d.]+ k parameters, 2 layers, full attention in \[2\]", shown.out)
 
 
+@pytest.mark.parametrize(
+    "tokens, ranks, layout, share",
+    [(2**20, 1, "zigzag", 2**20), (255, 3, "zigzag", 86), (253, 3, "contiguous", 85)],
+)
+def test_the_share_of_a_rank_is_shown_in_full(tmp_path, tokens, ranks, layout, share):
+    (tmp_path / "text").write_bytes(bytes(2**21))
+    settings = {"path": str(tmp_path / "text"), "seq_len": tokens, "pad_to_multiple": True, "validation_share": 0.5}
+    config = build(TrainConfig, {"data": settings, "attention": {"layout": layout}})
+    summary = plan_run(config, ranks).summary()
+    assert f"ranks: {ranks} = 1 data x {ranks} context, {share} tokens of a sequence on each" in summary
+
+
 def test_padding_lets_odd_lengths_through(place, capsys):
     flags = ("--dry-run", "--ranks", "3")
     assert cli.main(arguments(place, "data.seq_len=255", "data.pad_to_multiple=true", flags=flags)) == 0
@@ -140,6 +157,8 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     write_text(place / "text", 20)
     train(1, ([f"data.path={place / 'text'}", f"run.directory={place / 'run'}", "run.steps=2"], None))
+    (place / "other").mkdir()
+    (place / "other" / "log.jsonl").write_text('{"step": 1}\n')
     return place
 
 
@@ -150,8 +169,10 @@ def finished(tmp_path_factory):
         ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
         (("run.steps=4", "model.hidden_size=64"), ("--resume",), "of another model: model.hidden_size is 32 there"),
         (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
+        (("run.steps=4", "run.directory=other"), ("--resume", "run"), "run.directory=other: holds an earlier run"),
+        (("run.steps=4",), ("--resume", "--overwrite"), "--overwrite with --resume: one replaces the run that the"),
     ],
-    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint"],
+    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint", "another-run", "overwrite"],
 )
 def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides, flags, message):
     monkeypatch.chdir(finished)
@@ -162,9 +183,52 @@ def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_resuming_with_other_settings_says_which(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    changed = ("run.seed=3", "data.seq_len=128", "data.sequences_per_step=4")
+    assert cli.main(arguments(finished, "run.steps=4", *changed, flags=("--resume", "--dry-run"))) == 0
+    assert capsys.readouterr().err == (
+        "note: this run differs from that of run/checkpoints/step-00000002 in run.seed (0 there, 3 here), run.steps "
+        "(2 there, 4 here), data.seq_len (256 there, 128 here), data.sequences_per_step (2 there, 4 here)\n"
+    )
+    assert cli.main(arguments(finished, "run.steps=4", "data.pattern='0*'", flags=("--resume", "--dry-run"))) == 0
+    assert "note: run/checkpoints/step-00000002 was trained on other data than " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("", "--overwrite"),
+        ("--resume", "--resume"),
+        ("--resume=there", "--resume=there"),
+        ("--set run.steps=9", "--set run.steps=9 --overwrite"),
+    ],
+)
+def test_quickstart_replaces_the_run_unless_it_goes_on(tmp_path, given, said):
+    (tmp_path / "bin").mkdir()
+    for name, body in {"python": "echo 0", "moba-cp": "exit 0", "torchrun": 'echo "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / "quickstart.sh"), *given.split()],
+        env=os.environ | {"VENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    words = f"--nproc_per_node 2 --no-python {tmp_path}/bin/moba-cp train configs/demo.yaml {said}\n"
+    assert done.returncode == 0 and done.stdout.endswith(words), done.stderr
+
+
 def test_an_error_shows_where_it_comes_from_on_request(place, capsys):
     assert cli.main(arguments(place, "run.steps=0", flags=("--traceback",))) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(place, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "train", ("no_such_package", "train"))
+    assert cli.main(["train", "x.yaml"]) == cli.BUG
+    said = 'needs the package no_such_package; install with: pip install -e ".[train]" in the checkout\n'
+    assert capsys.readouterr().err == f"moba-cp train: error: {said}"
 
 
 def test_help_names_commands_without_importing_them():

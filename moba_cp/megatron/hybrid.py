@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass, replace
 
 from ..config import MoBAConfig
+from ..cp.layout import LAYOUTS
 from .schedule import KINDS, Phase, check_schedule, phase_at
-
-LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class AttentionConfig:
         if max(self.full_layers, default=1) > n_layers:
             raise ValueError(
                 f"full_layers={list(self.full_layers)} names layer {max(self.full_layers)}, but the model has "
-                f"{n_layers} layers, numbered 1 to {n_layers}"
+                f"{n_layers} layers; use numbers from 1 to {n_layers}"
             )
         return frozenset(self.full_layers)
 

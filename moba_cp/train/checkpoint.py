@@ -47,7 +47,7 @@ class CheckpointMeta:
 
 
 def save(folder: Path, meta: CheckpointMeta, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write a checkpoint into ``folder`` and delete the oldest beyond ``keep`` (0: none); collective over all ranks."""
+    """Write a checkpoint into ``folder``, the newest of the ``keep`` that stay (0: all); collective over all ranks."""
     target = folder / f"step-{meta.step:08d}"
     partial = target.with_name(target.name + _PARTIAL)
     first = dist.get_rank() == 0
@@ -61,7 +61,8 @@ def save(folder: Path, meta: CheckpointMeta, module: nn.Module, optimizer: torch
         # A run that went back to an older checkpoint comes by this step again.
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        for old in _list(folder)[:-keep] if keep else []:
+        others = [path for path in _list(folder) if path != target]
+        for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return target
@@ -112,12 +113,16 @@ def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) ->
         if saved.get(key) != model.get(key) and key not in _NOT_THE_MODEL
     ]
     if different:
-        raise ValueError(f"{path}: a checkpoint of another model: {'; '.join(different)}")
+        raise ValueError(
+            f"{path}: a checkpoint of another model: {', '.join(different)}; set the same values, or start anew in "
+            "another folder"
+        )
 
 
-def remove_all(folder: Path) -> None:
-    """Delete every checkpoint, whole or partial, in ``folder``."""
-    for path in [*_list(folder), *folder.glob(f"step-*{_PARTIAL}")]:
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints in ``folder`` of steps after ``step`` (0: all), and partial ones."""
+    later = [path for path in _list(folder) if _step(path.name) > step]
+    for path in [*later, *folder.glob(f"step-*{_PARTIAL}")]:
         shutil.rmtree(path)
 
 
@@ -130,5 +135,9 @@ def _list(folder: Path) -> list[Path]:
     """Whole checkpoints in ``folder``, oldest step first."""
     if not folder.is_dir():
         return []
-    named = [(int(match[1]), folder / match[0]) for name in os.listdir(folder) if (match := _NAME.fullmatch(name))]
-    return [path for _, path in sorted(named) if (path / META).is_file()]
+    names = sorted(filter(_NAME.fullmatch, os.listdir(folder)), key=_step)
+    return [folder / name for name in names if (folder / name / META).is_file()]
+
+
+def _step(name: str) -> int:
+    return int(_NAME.fullmatch(name)[1])

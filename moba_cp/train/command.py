@@ -7,12 +7,15 @@ from pathlib import Path
 
 from . import checkpoint
 from .config import TrainConfig
-from .log import check_folder
+from .log import check_folder, is_own
 from .loop import Trainer
 from .mesh import close_mesh, launched_rank, launched_size, open_mesh
 from .plan import RunPlan, plan_run
 from .report import closing_lines
 from .yaml_config import load, to_dict, to_yaml
+
+# They decide the data and the learning rate of every step.
+_DECISIVE = (("run", "seed"), ("run", "steps"), ("data", "seq_len"), ("data", "sequences_per_step"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +47,16 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what the user should read.
     """
+    if arguments.overwrite and arguments.resume is not None:
+        raise ValueError("--overwrite with --resume: one replaces the run that the other goes on with; leave one out")
     if arguments.ranks is not None and (not arguments.dry_run or arguments.ranks < 1):
         raise ValueError(f"--ranks={arguments.ranks}: needs --dry-run and at least 1; training takes torchrun's ranks")
     config = load(TrainConfig, arguments.config, arguments.overrides)
     plan = plan_run(config, arguments.ranks or launched_size())
-    start = _resume(arguments.resume, plan)
-    check_folder(Path(config.run.directory), arguments.resume is not None, arguments.overwrite)
+    start, folder = _resume(arguments.resume, plan), Path(config.run.directory)
+    check_folder(folder, is_own(folder, start), arguments.overwrite)
+    if start is not None and launched_rank() == 0:
+        _note_differences(start, plan)
     if arguments.dry_run:
         if launched_rank() == 0:
             print(to_yaml(config), *(f"# {line}\n" for line in plan.summary()), sep="", end="")
@@ -68,9 +75,22 @@ def _resume(resume: str | None, plan: RunPlan) -> Path | None:
     meta = _same_model(path, plan)
     if meta.step >= plan.config.run.steps:
         raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
-    if meta.data_fingerprint != plan.corpus.fingerprint and launched_rank() == 0:
-        print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", file=sys.stderr)
     return path
+
+
+def _note_differences(path: Path, plan: RunPlan) -> None:
+    """Say why a run resumed from ``path`` will not go on exactly as the run that wrote it would have."""
+    meta = checkpoint.read_meta(path)
+    saved, config = meta.config, to_dict(plan.config)
+    different = [
+        f"{section}.{key} ({saved[section][key]} there, {config[section][key]} here)"
+        for section, key in _DECISIVE
+        if key in saved.get(section, {}) and saved[section][key] != config[section][key]
+    ]
+    if meta.data_fingerprint != plan.corpus.fingerprint:
+        print(f"note: {path} was trained on other data than {plan.corpus.source} holds now", file=sys.stderr)
+    if different:
+        print(f"note: this run differs from that of {path} in {', '.join(different)}", file=sys.stderr)
 
 
 def _same_model(path: Path, plan: RunPlan) -> checkpoint.CheckpointMeta:

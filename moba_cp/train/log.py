@@ -15,23 +15,36 @@ from typing import Any, TextIO
 
 import torch
 
-from .checkpoint import remove_all
+from .checkpoint import remove_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
 SELECTION = "selection.pt"
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError if ``folder`` cannot take the run, or holds another that was not to be touched."""
+def is_own(folder: Path, checkpoint: Path | None) -> bool:
+    """Whether ``checkpoint``, from which a run in ``folder`` starts, is one of that folder's own."""
+    return checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
+    """Raise ValueError if ``folder`` cannot take the run, or holds another that was not to be touched.
+
+    Args:
+        folder: the run's folder.
+        own: the run goes on from one of the folder's own checkpoints.
+        overwrite: what is there may be replaced.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.directory={folder}: is a file; name a folder")
-    if (folder / LOG).exists() and not (resume or overwrite):
+    if (folder / LOG).exists() and not (own or overwrite):
         raise ValueError(
             f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
             "or name another folder"
         )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"run.directory={folder}: {parent} is a file; name a folder")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run.directory={folder}: {parent} is not writable")
 
@@ -40,9 +53,9 @@ class RunLog:
     """The log of one run, open for the steps after ``start_step``.
 
     Args:
-        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the steps up to
-            ``start_step`` of a run that is resumed in its own folder.
-        start_step: steps that the resumed checkpoint has done; 0 for a new run.
+        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the log and the
+            checkpoints up to ``start_step`` of a run that is resumed in its own folder.
+        start_step: steps that the resumed checkpoint has done; 0 for a new run and for one resumed from elsewhere.
         config: the resolved config as YAML.
         facts: written with the versions (device, ranks, ...).
     """
@@ -51,8 +64,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
+        remove_after(folder / CHECKPOINTS, start_step)
         if not start_step:
-            remove_all(folder / CHECKPOINTS)
             for old in (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
                 (folder / old).unlink(missing_ok=True)
         for old in folder.glob("error-rank*.txt"):

@@ -45,7 +45,7 @@ class Trainer:
         self.module.to_empty(device=mesh.device)
         self.module.init_weights(config.run.seed)
         self.optimizer = build_optimizer(self.module, config.optimizer)
-        self.step = 0
+        self.step, self._start = 0, resume
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
             checkpoint.load(resume, self.module, self.optimizer)
@@ -61,7 +61,7 @@ class Trainer:
         run = self.config.run
         # Every rank has made its checks: from here on rank 0 writes.
         dist.barrier()
-        with Reporter(self.plan, self.mesh, self.step) as reporter:
+        with Reporter(self.plan, self.mesh, self.step, self._start) as reporter:
             if self.step == 0 and (loss := self.validation_loss()) is not None:
                 reporter.start(loss)
             record: dict[str, Any] = {}

@@ -51,9 +51,14 @@ def context_size(config: RunConfig, size: int) -> int:
     if size % context:
         raise ValueError(
             f"run.context_size={context} does not divide the {size} ranks of this run; "
-            f"use one of {', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}, or null for all"
+            f"use one of {divisors(size)}, or null for all"
         )
     return context
+
+
+def divisors(size: int) -> str:
+    """The numbers of ranks into which ``size`` ranks divide, as text."""
+    return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
 
 
 def open_mesh(config: RunConfig) -> Mesh:

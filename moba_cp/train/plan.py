@@ -9,7 +9,7 @@ from ..megatron.hybrid import AttentionConfig
 from ..megatron.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
-from .mesh import context_size
+from .mesh import context_size, divisors
 from .packing import PackedSequence, pad_documents, pad_end
 from .text import VOCABULARY, Corpus, open_corpus
 
@@ -63,13 +63,18 @@ class RunPlan:
             f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
             f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
-            f"{data.seq_len / self.context_size:g} tokens of a sequence on each",
+            f"{self._tokens_per_rank()} tokens of a sequence on each",
             f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, "
             f"{human(flops, 'FLOP')}",
             f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
             f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
         ]
+
+    def _tokens_per_rank(self) -> int:
+        """Tokens of a sequence on one context rank, with the padding at the end but without that of documents."""
+        multiple = self.context_size if self.config.attention.layout == "contiguous" else 2 * self.context_size
+        return -(-self.config.data.seq_len // multiple) * multiple // self.context_size
 
     def _phases(self) -> list[tuple[int, int, AttentionConfig]]:
         """First step, last step and attention of every phase; one phase without a schedule."""
@@ -112,7 +117,8 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
     per_node = config.exchange.ranks_per_node
     if per_node is not None and context % per_node:
         raise ValueError(
-            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; nodes must be equal"
+            f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; "
+            f"use one of {divisors(context)}, or null for one node"
         )
     _check_length(config, context)
     return RunPlan(config, size, context, open_corpus(data))

@@ -7,7 +7,7 @@ import torch
 
 from .checkpoint import find
 from .curve import draw
-from .log import CURVE, LOG, Progress, RunLog
+from .log import CURVE, LOG, Progress, RunLog, is_own
 from .mesh import Mesh
 from .plan import RunPlan
 from .yaml_config import to_yaml
@@ -16,9 +16,11 @@ from .yaml_config import to_yaml
 class Reporter:
     """Opens the run's folder on entering, closes the log on leaving, and draws the curve if all went well."""
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int):
+    def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int, start: Path | None):
         self.plan, self.mesh, self.start_step = plan, mesh, start_step
         self.folder = Path(plan.config.run.directory)
+        # The log of a run that goes on elsewhere begins where it begins there.
+        self._kept_steps = start_step if is_own(self.folder, start) else 0
         self._log: RunLog | None = None
         self._progress: Progress | None = None
         self._attention: str | None = None
@@ -27,7 +29,7 @@ class Reporter:
         if self.mesh.first:
             plan = self.plan
             facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
-            self._log = RunLog(self.folder, self.start_step, to_yaml(plan.config), facts)
+            self._log = RunLog(self.folder, self._kept_steps, to_yaml(plan.config), facts)
             self._progress = Progress(plan.config.run.steps, self.start_step)
         return self
 

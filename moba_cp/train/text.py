@@ -113,7 +113,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         if size:
             keyed.append((key, Document(path, 0, size)))
     if not keyed:
-        raise ValueError(f"data.path={_source(config)}: all {len(files)} files are empty")
+        raise ValueError(f"data.path={_source(config)}: all {len(files)} files are empty; give text")
 
     if config.validation_share == 0:
         training, validation = [document for _, document in keyed], []

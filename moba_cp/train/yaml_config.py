@@ -23,11 +23,14 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
     """Read ``path`` into the dataclass ``cls``; ``overrides`` are texts such as ``"model.layers=8"``.
 
     Raises:
-        ValueError: the file is no valid YAML, or a key or value is wrong.
-        OSError: the file cannot be read.
+        ValueError: the file is not there or no valid YAML, or a key or value is wrong.
+        OSError: the file is there and cannot be read.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise ValueError(f"{path}: {what}; give a YAML file such as configs/demo.yaml") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     except UnicodeDecodeError as error:
@@ -97,7 +100,8 @@ def _override(values: Any, override: str) -> None:
         raise ValueError(f"--set {override}: {_one_line(error)}") from None
     for depth, key in enumerate(keys):
         if not isinstance(values, dict):
-            raise ValueError(f"--set {override}: {'.'.join(keys[:depth])} is {_show(values)} and has no keys")
+            place = ".".join(keys[:depth]) or "the file"
+            raise ValueError(f"--set {override}: {place} is {_show(values)} and has no keys")
         if depth == len(keys) - 1:
             values[key] = value
         elif values.get(key) is None:

@@ -58,7 +58,7 @@ def test_attention_config_refuses(fields, message):
     "full_layers, message",
     [
         ("last 5", "full_layers='last 5' asks for 5 of 4 layers; use 'last 4' or fewer"),
-        ([2, 7], "full_layers=[2, 7] names layer 7, but the model has 4 layers, numbered 1 to 4"),
+        ([2, 7], "full_layers=[2, 7] names layer 7, but the model has 4 layers; use numbers from 1 to 4"),
     ],
 )
 def test_layers_that_the_model_has_not_are_refused(full_layers, message):

@@ -91,5 +91,17 @@ def test_meta_is_readable_json(tmp_path):
 
 def test_another_model_is_refused_and_another_way_to_compute_is_not(tmp_path):
     checkpoint.check_same_model(tmp_path, meta(1), {"n_layers": 2, "recompute": "full"})
-    with pytest.raises(ValueError, match="another model: model.n_layers is 2 there and 3 here; model.n_heads is None"):
+    with pytest.raises(
+        ValueError,
+        match="another model: model.n_layers is 2 there and 3 here, model.n_heads is "
+        "None there and 4 here; set the same values, or start anew in another folder",
+    ):
         checkpoint.check_same_model(tmp_path, meta(1), {"n_layers": 3, "recompute": "none", "n_heads": 4})
+
+
+@pytest.mark.parametrize("keep, left", [(1, [3]), (2, [3, 6]), (3, [3, 5, 6]), (0, [2, 5, 6, 3])])
+def test_the_one_just_written_is_never_the_oldest(tmp_path, keep, left):
+    for step in (2, 5, 6):
+        checkpoint.save(tmp_path, meta(step), *trained(0), keep=0)
+    checkpoint.save(tmp_path, meta(3), *trained(0), keep=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in sorted(left)]

@@ -2,11 +2,12 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
 from moba_cp.train.curve import draw
-from moba_cp.train.log import Progress, RunLog, check_folder, human, read_log
+from moba_cp.train.log import Progress, RunLog, check_folder, human, is_own, read_log
 
 
 def write_steps(folder, start_step, steps):
@@ -41,10 +42,26 @@ def test_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     assert write_steps(tmp_path, 5, [6, 7]) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("resume, overwrite", [(True, False), (False, True)])
-def test_folder_of_an_earlier_run_needs_a_word(tmp_path, resume, overwrite):
+def test_resumed_run_removes_the_checkpoints_after_its_own(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("step-00000002", "step-00000004", "step-00000006", "step-00000003.partial"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "meta.json").write_text("{}")
+    write_steps(tmp_path, 4, [5])
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
+
+
+def test_only_a_checkpoint_of_the_folder_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, step = Path("runs/a"), "checkpoints/step-00000002"
+    assert is_own(run, run / step) and is_own(run, tmp_path / run / step)
+    assert not is_own(run, None) and not is_own(run, Path("runs/b") / step) and not is_own(Path("runs"), run / step)
+
+
+@pytest.mark.parametrize("own, overwrite", [(True, False), (False, True)])
+def test_folder_of_an_earlier_run_needs_a_word(tmp_path, own, overwrite):
     write_steps(tmp_path, 0, [1])
-    check_folder(tmp_path, resume, overwrite)
+    check_folder(tmp_path, own, overwrite)
     with pytest.raises(ValueError, match="holds an earlier run; go on with it"):
         check_folder(tmp_path, False, False)
 

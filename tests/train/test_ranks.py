@@ -29,7 +29,18 @@ def runs(tmp_path_factory):
         run("two_padded", *padded),
         run("two_bfloat16", "run.dtype=bfloat16", "run.selection_maps=true"),
     )
-    train(1, run("one"), run("one_resumed", resume=half), run("one_padded", *padded))
+    # What stands in a folder's log is not of the run that goes on there from a checkpoint of another.
+    (base / "one_resumed").mkdir()
+    (base / "one_resumed" / "log.jsonl").write_text('{"step": 5, "loss": 0.5}\n')
+    first = base / "back" / "checkpoints" / "step-00000002"
+    train(
+        1,
+        run("one"),
+        run("one_resumed", resume=half),
+        run("one_padded", *padded),
+        run("back", "run.steps=6", "run.checkpoint_every=2", "run.keep_checkpoints=0"),
+        run("back", "run.steps=5", "run.checkpoint_every=1", "run.keep_checkpoints=1", resume=first),
+    )
     train(4, run("four_resumed", "run.context_size=2", resume=half))
     return base
 
@@ -52,6 +63,11 @@ def test_resumed_losses_are_those_of_the_run_that_went_on(runs, name):
     assert set(resumed) == set(range(11, 21))
     # The same ranks repeat the same arithmetic.
     assert largest_difference(whole, resumed) < (1e-5 if name != "two_resumed" else 1e-12)
+
+
+def test_a_run_that_went_back_keeps_what_it_wrote_then(runs):
+    assert [path.name for path in (runs / "back" / "checkpoints").iterdir()] == ["step-00000005"]
+    assert list(logged(runs / "back")) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", ["two", "two_data", "two_padded", "two_resumed", "one_resumed", "four_resumed"])

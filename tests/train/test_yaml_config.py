@@ -139,6 +139,13 @@ def test_refused_files(tmp_path, text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_override_of_a_file_without_keys(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("- name\n")
+    with pytest.raises(ValueError, match=r"^--set rate=1: the file is \['name'\] and has no keys$"):
+        load(Outer, path, ["rate=1"])
+
+
 def test_binary_file_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(b"name: \xff\xfe\n")
