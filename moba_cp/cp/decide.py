@@ -58,7 +58,8 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
         chosen: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
     """
-    heads = [_HeadSlots.of(chosen, geometry, head, n_kv, stages) for head in range(n_kv)]
+    places = (geometry.owner * stages + stage_of(n_kv, geometry.n_blocks, stages, chosen.device)).int()
+    heads = [_HeadSlots.of(chosen, geometry, head, places) for head in range(n_kv)]
     lies_in = torch.zeros(geometry.n_blocks, dtype=torch.bool, device=chosen.device)
     lies_in[geometry.own.long()] = True
     lies_in &= geometry.row < 0
@@ -99,14 +100,14 @@ class _HeadSlots(NamedTuple):
     """int32, where the row would go: one number per owner and stage."""
 
     @classmethod
-    def of(cls, chosen: Tensor, geometry: BlockGeometry, kv_head: int, n_kv: int, stages: int) -> "_HeadSlots":
-        group = chosen.shape[1] // n_kv
+    def of(cls, chosen: Tensor, geometry: BlockGeometry, kv_head: int, places: Tensor) -> "_HeadSlots":
+        """Slots of ``kv_head``; places [Hkv, n] int32, where a row that wants a block would go."""
+        group = chosen.shape[1] // places.shape[0]
         slots = chosen[:, kv_head * group : (kv_head + 1) * group]
         block = slots.clamp(min=0)
-        stage = stage_of(n_kv, geometry.n_blocks, stages, chosen.device)[kv_head]
-        place = (geometry.owner * stages + stage).int()
         chose = slots >= 0
-        return cls(kv_head, geometry.n_blocks, block, chose, chose & (geometry.row < 0)[block], place[block])
+        remote = chose & (geometry.row < 0)[block]
+        return cls(kv_head, geometry.n_blocks, block, chose, remote, places[kv_head][block])
 
     def open(self, fetch: Tensor) -> Tensor:
         """Slots whose block lies elsewhere and does not come here; fetch [Hkv, n] bool."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import Segments, ragged_arange
+from .layout import Segments, positions_of, ragged_arange
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _pieces(segments: list[Segments], start: np.ndarray, seq_len: int) -> dict[s
 
 def _local_blocks(segments: Segments, cu_seqlens: np.ndarray, cu_blocks: np.ndarray, block_size: int):
     """first, own, offset [L] of a rank's tokens, see :class:`moba_cp.blocks.BlockTable`."""
-    position = ragged_arange(*np.array(segments, np.int64).reshape(-1, 2).T)
+    position = positions_of(segments)
     doc = np.searchsorted(cu_seqlens, position, side="right") - 1
     in_doc = position - cu_seqlens[doc]
     return cu_blocks[doc], cu_blocks[doc] + in_doc // block_size, in_doc % block_size

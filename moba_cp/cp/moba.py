@@ -203,7 +203,7 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
         heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
         return [_Stage(GatherStage(h, owned, geometry, comm, options.keep), None) for h in heads]
 
-    hop_sizes = [plan.sizes(hop) for hop in range(plan.n_hops)]
+    hop_sizes = [plan.sizes(hop) for hop in range(len(plan.hops))]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles
     stage_of_pair = cp.wire(config.block_size, n_kv).stage

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..eager import wide_dtype
+
 MODES = ("auto", "kv", "query", "allgather")
 WIRE_DTYPES = ("input", "float32")
 
@@ -55,7 +57,7 @@ class ExchangeOptions:
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
-        return torch.promote_types(dtype, torch.float32) if self.gradient_dtype == "float32" else dtype
+        return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
 
 
 def _is_int(value) -> bool:
@@ -88,7 +90,7 @@ class WireCosts:
     ) -> "WireCosts":
         """Costs for inputs of ``dtype`` with head dim ``dim``, ``n_slots`` chosen blocks per row and block ``ids``."""
         e, g = dtype.itemsize, options.wire_dtype(dtype).itemsize
-        w = torch.promote_types(dtype, torch.float32).itemsize
+        w = wide_dtype(dtype).itemsize
         times = 1 if options.keep else 2
         return cls(
             kv_token=2 * dim * e * times + 2 * dim * g,

@@ -216,17 +216,13 @@ class Plan:
 
     hops: list[PairLists]
     """blocks: one hop, or the hop between nodes and the one within."""
-    asked: Tensor
-    """[Hkv, n] bool, what the last hop's peers want from here."""
     rows: RowLists
     numbers: HostCopy
     """sizes of all lists and every rank's cost, on their way to the host."""
-    n_hops: int
-    stages: int
 
     def sizes(self, part: int) -> list:
         """Sizes of a hop, or of the rows (``part = -1``), as nested lists [2][stages][P + 1]."""
-        return self.numbers.get()[: self.n_hops + 1][part].tolist()
+        return self.numbers.get()[: len(self.hops) + 1][part].tolist()
 
     def facts(self) -> tuple[int, int, int, int, int]:
         """Of all ranks: bytes moved. Of this one: needed pairs, candidates elsewhere, bytes, rows of the hottest pair.
@@ -267,4 +263,4 @@ def negotiate(
     mine = decision.needed, remote, decision.cost.sum(), decision.hottest
     facts.view(-1)[:5] = torch.stack([received[:, -1].sum(), *mine])
     numbers = HostCopy(torch.stack([*(h.sizes for h in hops), row_sizes, facts]))
-    return Plan(hops, asked, RowLists(slots, decision.served, row_sizes), numbers, len(hops), stages)
+    return Plan(hops, RowLists(slots, decision.served, row_sizes), numbers)
