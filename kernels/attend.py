@@ -7,12 +7,11 @@ S' = S + 1 where rows also see their own block, else S.
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tuned
 from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel, _visit_table_kernel
-from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, sum_visits
 from .routing import Routing, build_routing, cut_tasks
@@ -33,6 +32,7 @@ def attend(
     scale: float,
     out_dtype: torch.dtype = torch.float32,
     scratch_bytes: int = FORWARD_SCRATCH,
+    index: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -45,6 +45,7 @@ def attend(
         scale: factor of the scores.
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
+        index: a list that receives the routing index of each slice of rows.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
@@ -60,11 +61,13 @@ def attend(
         )
     out = torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device)
     lse = torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device)
-    row_bytes = n_slots * (dim * q.element_size() + 4)
-    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, 0, scratch_bytes)
+    row_bytes, n_kv = _row_bytes(q, n_slots), pages.row.shape[0]
+    row_slices, head_slices = _slices(n_rows, n_heads, n_kv, n_slots, row_bytes, 0, scratch_bytes)
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
         routing = build_routing(*args[2:], pages.row)
+        if index is not None:
+            index.append(routing.flat)
         for kv_heads in head_slices:
             _attend_slice(*args, scale, out[rows], lse[rows], routing, kv_heads)
     return out, lse
@@ -83,6 +86,7 @@ def attend_backward(
     deterministic: bool = False,
     local_dtype: torch.dtype | None = None,
     scratch_bytes: int = BACKWARD_SCRATCH,
+    index: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -91,9 +95,11 @@ def attend_backward(
         lse: [N, Hq] float32, log-sum-exp over everything the row sees, in all storages.
         delta: [N, Hq] float32, row sums of ``dout * out`` of the final output.
         deterministic: bit-identical results from run to run.
-        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32 sums of
-            dk and dv then exist for a few heads at a time.
+        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32
+            sums of dk and dv then exist for a few heads at a time.
         scratch_bytes: as in :func:`attend`.
+        index: what :func:`attend` put there for the same visits. It is used where neither has to cut rows, else made
+            again.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
@@ -103,6 +109,7 @@ def attend_backward(
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
     if q.stride(0) != dout.stride(0):
         q, dout = q.contiguous(), dout.contiguous()
+    lse, delta = lse.contiguous(), delta.contiguous()
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
     grad_dtype = local_dtype or torch.float32
@@ -115,10 +122,15 @@ def attend_backward(
     dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
     row_bytes = n_slots * dim * _part_dtype(q.dtype).itemsize
     head_bytes = 0 if local_dtype is None else 8 * dim * pages.k.shape[0]
-    row_slices, head_slices = _slices(n_rows, n_heads, pages, n_slots, row_bytes, head_bytes, scratch_bytes)
+    row_slices, head_slices = _slices(
+        n_rows, n_heads, pages.row.shape[0], n_slots, row_bytes, head_bytes, scratch_bytes
+    )
     # The index of a slice of rows serves all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
-    routings = [build_routing(*some, pages.row) for some in visits]
+    if index is not None and len(index) == len(row_slices) == 1:
+        routings = [Routing(index[0], n_rows * n_heads * n_slots)]
+    else:
+        routings = [build_routing(*some, pages.row) for some in visits]
     for kv_heads in head_slices:
         sums = dk, dv, 0
         if local_dtype is not None:
@@ -132,9 +144,24 @@ def attend_backward(
     return dq, dk, dv
 
 
+def index_size(q: Tensor, n_kv: int, n_blocks: int, top_k: int) -> int:
+    """Elements of the one index that :func:`attend` makes for q [N, Hq, D] with own blocks; 0 if it makes several."""
+    n_rows, n_heads, _ = q.shape
+    if n_rows == 0:
+        return 0
+    rows, _ = _slices(n_rows, n_heads, n_kv, top_k, _row_bytes(q, top_k), 0, FORWARD_SCRATCH)
+    return n_rows * n_heads * top_k + n_kv * n_blocks + 1 if len(rows) == 1 else 0
+
+
+def _row_bytes(q: Tensor, n_slots: int) -> int:
+    """Scratch of :func:`attend` for one row of one head."""
+    return n_slots * (q.shape[2] * q.element_size() + 4)
+
+
 def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
     row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
-    pages = replace(pages, k=check_unit_stride(pages.k), v=check_unit_stride(pages.v), row=row)
+    k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
+    pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
     n_slots = chosen.shape[2]
     if chosen.stride(2) != 1 or chosen.stride(1) != n_slots:
         chosen = chosen.contiguous()
@@ -144,22 +171,23 @@ def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
 def _row_major(x: Tensor) -> Tensor:
     """``x`` [N, Hq, D] itself if its rows of D lie at multiples of D, heads next to one another; else a copy."""
     dim = x.shape[2]
-    fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0 and x.stride(0) // dim * x.shape[0] < 2**31
-    return x if fits else x.contiguous()
+    fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0
+    return x if fits and x.stride(0) // dim * x.shape[0] < 2**31 else x.contiguous()
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows].contiguous()
 
 
-def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int):
+def _slices(
+    n_rows: int, n_heads: int, n_kv: int, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
+) -> tuple[list[slice], list[slice]]:
     """Slices of rows and slices of KV heads for scratch of ``row_bytes`` per row and query head, and ``head_bytes`` per
     KV head.
 
     Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
     index would outgrow 32 bits.
     """
-    n_kv = pages.row.shape[0]
     group = n_heads // n_kv
     kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
     row_step = min(
@@ -171,7 +199,7 @@ def _slices(n_rows: int, n_heads: int, pages, n_slots: int, row_bytes: int, head
 
 def _cut(total: int, step: int) -> list[slice]:
     """Even slices of at most ``step``: the last one should not be a sliver."""
-    step = triton.cdiv(total, triton.cdiv(total, step))
+    step = cdiv(total, cdiv(total, step))
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
@@ -230,7 +258,7 @@ def _backward_slice(
     part = _Slice(q, pages, chosen, own, kv_heads)
     kind = q.shape[2], pages.block_size, q.dtype, q.device
     tile = tuned.key_tile(*kind)
-    key_tiles = triton.cdiv(pages.block_size, tile.bn)
+    key_tiles = cdiv(pages.block_size, tile.bn)
     by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
     mode = (DQ_PART if key_tiles == 1 else DQ_ATOMIC if by_atomics else DQ_NONE).value
     lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
@@ -241,7 +269,9 @@ def _backward_slice(
     else:
         into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
     tasks = part.tasks(routing, tile.task_rows)
-    table = torch.empty(5, part.n_visits, dtype=torch.int32, device=q.device)
+    table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
+    stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
+    own_end = torch.zeros(part.row.numel(), dtype=torch.int32, device=q.device) if own is not None else None
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
@@ -250,13 +280,13 @@ def _backward_slice(
     strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
         visits_per_head = n_rows * group * part.n_slots
-        _visit_table_kernel[(triton.cdiv(visits_per_head, 512), part.row.shape[0])](
-            routing.visits, tasks.list_start, visible, lse, delta, table,
+        _visit_table_kernel[(cdiv(visits_per_head, 512), part.row.shape[0])](
+            routing.visits, tasks.list_start, own, visible, lse, delta, table, stats, own_end,
             visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
         _key_kernel[(tasks.max_tasks * key_tiles,)](
-            *inputs, into, dk, dv, table, tasks.table, tasks.list_start, *part.pages, turn,
+            *inputs, into, dk, dv, table, stats, own_end, tasks.table, tasks.list_start, *part.pages, turn,
             scale, part.n_visits, tasks.max_tasks, part.n_blocks, tile.task_rows, first_head,
             *strides, *dk.stride()[:2], *part.page_strides, **constants,
             OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
@@ -266,7 +296,7 @@ def _backward_slice(
             tile = tuned.query_tile(*kind)
             tasks = part.tasks(routing, tile.bm)
             _query_kernel[(tasks.max_tasks,)](
-                *inputs, into, table, tasks.table, tasks.list_start, *part.pages,
+                *inputs, into, table, stats, tasks.table, tasks.list_start, *part.pages,
                 scale, part.n_visits, tasks.max_tasks, part.n_blocks, *strides, *part.page_strides, **constants,
                 BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip

@@ -4,16 +4,16 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 (see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
 ``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
 
-``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the visits
-of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32 atomics.
-``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, but no atomics.
+``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
+visits of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32
+atomics. ``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
 
-``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they read
-it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
+``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
+read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
 
-A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after the
-other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits for
-one that has started.
+A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
+the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
+for one that has started.
 """
 
 import triton
@@ -27,7 +27,8 @@ DQ_ATOMIC = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=["n_visits"])
 def _visit_table_kernel(
-    visits, list_start, visible, lse, delta, table, n_visits, n_blocks, room, s_token, s_lt, s_dt,
+    visits, list_start, own, visible, lse, delta, table, stats, own_end,
+    n_visits, n_blocks, room, s_token, s_lt, s_dt,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
@@ -44,19 +45,63 @@ def _visit_table_kernel(
     if SLOTS > S:
         m_own = m_v & (visit % SLOTS == S)
         limit = tl.load(visible + t, mask=m_own, other=2147483647)
+        block = tl.load(own + t, mask=m_own, other=0)
+        tl.atomic_max(own_end + i_h * n_blocks + block, o_v - first + 1, mask=m_own, sem="relaxed")
     p_table = table + o_v - first
     tl.store(p_table, t * s_token + head, mask=m_v)
     tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
     tl.store(p_table + 2 * room, limit, mask=m_v)
     b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E
     b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)
-    tl.store(p_table + 3 * room, b_lse.to(tl.int32, bitcast=True), mask=m_v)
-    tl.store(p_table + 4 * room, b_delta.to(tl.int32, bitcast=True), mask=m_v)
+    low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    tl.store(stats + o_v - first, high | low, mask=m_v)
+
+
+@triton.jit
+def _unpack(stats):
+    """Log-sum-exp (base 2) and delta from one 64-bit number: a thread needs many, and loads them in half the steps."""
+    lse = (stats & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    return lse, (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _key_tile(
+    r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
+    MASKED: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of visits against the program's keys: dk and dv grow, dq is written."""
+    o_v = r + o_m
+    m_m = o_v < end
+    m_md = m_m[:, None] & m_d[None, :]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
+    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))
+    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
+    if MASKED:
+        limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)
+        b_pt = tl.where(o_n[:, None] < limit[None, :], b_pt, 0.0)
+    b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)
+    b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)
+    b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)
+    if DQ != DQ_NONE:
+        b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)
+        place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
+        if DQ == DQ_PART:
+            p_dq = dq + place[:, None] * D + o_d[None, :]
+            tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
+        else:
+            p_dq = dq + (place // SLOTS)[:, None] * D + o_d[None, :]
+            tl.atomic_add(p_dq, b_dq, mask=m_md, sem="relaxed")
+    return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=["max_tasks", "first_head"])
 def _key_kernel(
-    q, k, v, dout, dq, dk, dv, table, tasks, list_start, page_row, page_head, length, turn,
+    q, k, v, dout, dq, dk, dv, table, stats, own_end, tasks, list_start, page_row, page_head, length, turn,
     scale, room, max_tasks, n_blocks, task_rows, first_head,
     s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
     OWN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -88,46 +133,34 @@ def _key_kernel(
     b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
     b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
     scale_log2 = scale * LOG2E
-    p_limit = table + 2 * room
-    p_lse = (table + 3 * room).to(tl.pointer_type(tl.float32), bitcast=True)
-    p_delta = (table + 4 * room).to(tl.pointer_type(tl.float32), bitcast=True)
 
     if OWN and KEY_TILES > 1:
         # The visits of own rows that end before this tile of keys lead the list.
         ahead = True
         while ahead:
-            b_limit = tl.load(p_limit + begin + o_m, mask=begin + o_m < end, other=0)
+            b_limit = tl.load(table + 2 * room + begin + o_m, mask=begin + o_m < end, other=0)
             ahead = (begin < end) & (tl.max(b_limit, 0) <= i_n * BN)
             begin = tl.where(ahead, begin + BM, begin)
 
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    for r in tl.range(begin, end, BM, num_stages=STAGES):
-        o_v = r + o_m
-        m_m = o_v < end
-        m_md = m_m[:, None] & m_d[None, :]
-        row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
-        limit = tl.minimum(tl.load(p_limit + o_v, mask=m_m, other=0), n_keys)
-        b_lse = tl.load(p_lse + o_v, mask=m_m, other=0.0)
-        b_delta = tl.load(p_delta + o_v, mask=m_m, other=0.0)
-        b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-        b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-        b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
-        b_pt = tl.where(o_n[:, None] < limit[None, :], b_pt, 0.0)
-        b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)
-        b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)
-        b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)
-        if DQ != DQ_NONE:
-            b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)
-            place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
-            if DQ == DQ_PART:
-                p_dq = dq + place[:, None] * D + o_d[None, :]
-                tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
-            else:
-                p_dq = dq + (place // SLOTS)[:, None] * D + o_d[None, :]
-                tl.atomic_add(p_dq, b_dq, mask=m_md, sem="relaxed")
+    # Tiles up to the last visit to an own block need a mask, and all do where the block ends within this tile of keys.
+    # Elsewhere every row sees every key; rows past the end of the task are zero and add nothing.
+    middle = begin
+    if OWN:
+        masked = tl.maximum(tl.load(own_end + i_list) - begin, 0)
+        middle = tl.minimum(begin + (masked + BM - 1) // BM * BM, end)
+    middle = tl.where(n_keys < i_n * BN + BN, end, middle)
+    for r in tl.range(begin, middle, BM, num_stages=STAGES):
+        b_dk, b_dv = _key_tile(
+            r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
+            True, SLOTS, D, DQ, PRECISION,
+        )  # fmt: skip
+    for r in tl.range(middle, end, BM, num_stages=STAGES):
+        b_dk, b_dv = _key_tile(
+            r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
+            False, SLOTS, D, DQ, PRECISION,
+        )  # fmt: skip
 
     b_dk *= scale
     p_dk = dk + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
@@ -153,7 +186,7 @@ def _key_kernel(
 
 @triton.jit(do_not_specialize=["max_tasks"])
 def _query_kernel(
-    q, k, v, dout, part, table, tasks, list_start, page_row, page_head, length,
+    q, k, v, dout, part, table, stats, tasks, list_start, page_row, page_head, length,
     scale, room, max_tasks, n_blocks,
     s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     D: tl.constexpr, BD: tl.constexpr,
@@ -179,8 +212,7 @@ def _query_kernel(
     row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
     place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
     limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)
-    b_lse = tl.load(table + 3 * room + o_v, mask=m_m, other=0).to(tl.float32, bitcast=True)
-    b_delta = tl.load(table + 4 * room + o_v, mask=m_m, other=0).to(tl.float32, bitcast=True)
+    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))
     b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
     b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
     b_dq = tl.zeros([BM, BD], tl.float32)

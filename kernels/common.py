@@ -3,7 +3,6 @@
 import contextlib
 
 import torch
-import triton
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -12,12 +11,23 @@ MAX_HEAD_DIM = 256
 
 def on_device(x: Tensor):
     """Context in which launches go to the GPU that holds ``x``; nothing to do on the CPU (Triton's interpreter)."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes 15 microseconds on the host, and a launch needs several."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def padded_dim(dim: int) -> int:
     """Tile extent for a head dim: a power of two, and at least what one matrix instruction takes."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 def check_unit_stride(x: Tensor) -> Tensor:
@@ -28,7 +38,7 @@ def check_unit_stride(x: Tensor) -> Tensor:
 def check_head_dim(dim: int) -> None:
     """Raise ValueError for a head dim no tile was made for."""
     if dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={dim} is above {MAX_HEAD_DIM}, the largest the kernels take; use float64 or the CPU path")
+        raise ValueError(f"head_dim={dim} is above {MAX_HEAD_DIM}, the largest the kernels take; use smaller heads")
 
 
 def dot_precision(dtype: torch.dtype) -> str:

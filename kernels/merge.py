@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_unit_stride, on_device, padded_dim
+from .common import cdiv, check_unit_stride, on_device, padded_dim
 from .routing import visit_block
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,7 +59,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
     block = padded_dim(dim)
     bm = max(1, 4096 // block)
     with on_device(part):
-        _merge_visits_kernel[(triton.cdiv(n_rows * n_heads, bm),)](
+        _merge_visits_kernel[(cdiv(n_rows * n_heads, bm),)](
             part, part_lse, out, lse, n_rows, n_heads, out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
             SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
         )  # fmt: skip
@@ -88,12 +88,12 @@ def _sum_visits_kernel(
 
 
 def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float) -> None:
-    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened, those with a block here."""
+    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened: with a block here."""
     n_kv, n_rows, group, slots, dim = part.shape
     block = padded_dim(dim)
     bm = max(1, 4096 // block)
     with on_device(part):
-        _sum_visits_kernel[(triton.cdiv(n_rows * group, bm), n_kv)](
+        _sum_visits_kernel[(cdiv(n_rows * group, bm), n_kv)](
             part, out, chosen, own, visible, page_row, n_rows, scale,
             out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
             G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
@@ -143,7 +143,7 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
         into, into_lse = (torch.empty_like(out), torch.empty_like(lse)) if i == 0 else (out, lse)
         if lse.numel():
             with on_device(out):
-                _merge_pair_kernel[(triton.cdiv(lse.numel(), bm),)](
+                _merge_pair_kernel[(cdiv(lse.numel(), bm),)](
                     out, lse, part, part_lse, into, into_lse, lse.numel(), D=dim, BD=block, BM=bm, num_warps=4
                 )
         out, lse = into, into_lse
@@ -173,7 +173,7 @@ def row_sums(a: Tensor, b: Tensor) -> Tensor:
     bm = max(1, 4096 // block)
     if sums.numel():
         with on_device(a):
-            _row_sums_kernel[(triton.cdiv(n_rows * n_heads, bm),)](
+            _row_sums_kernel[(cdiv(n_rows * n_heads, bm),)](
                 a, b, sums, n_rows, n_heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
                 D=dim, BD=block, BM=bm, num_warps=4,
             )  # fmt: skip

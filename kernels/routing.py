@@ -4,13 +4,13 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, n bloc
 S' = S + 1 where rows also see their own block, else S.
 
 A *visit* is one row of one head looking at one block. Within a KV head, visit ``(t * G + g) * S' + slot`` is that of
-row ``t``, head ``g`` of the group, to its chosen block ``slot``, or to its own block (``slot == S``). A *list* holds the
-visits of one (KV head, block), ascending: rows of the own block first, gathers nearly contiguous, and the same order in
-every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
+row ``t``, head ``g`` of the group, to its chosen block ``slot``, or to its own block (``slot == S``). A *list* holds
+the visits of one (KV head, block), ascending: rows of the own block first, gathers nearly contiguous, and the same
+order in every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
-running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all heads
-is made once, serves forward and backward, and is cut into tasks for any range of heads.
+running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all
+heads is made once, serves forward and backward, and is cut into tasks for any range of heads.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import cdiv, on_device
 
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
@@ -30,17 +30,26 @@ MIN_TILE_ROWS = 64
 class Routing(NamedTuple):
     """Lists of visits of [Hkv, n] blocks."""
 
-    visits: Tensor
-    """[N * Hq * S'] int32, the lists one after the other; entries past the last list are undefined."""
-    list_start: Tensor
-    """[Hkv * n + 1] int32, where each list begins in ``visits``, and where the last one ends."""
+    flat: Tensor
+    """int32; ``visits``, then ``list_start``: one tensor, so that an operator can hand it on."""
+    n_visits: int
+
+    @property
+    def visits(self) -> Tensor:
+        """[N * Hq * S'], the lists one after the other; entries past the last list are undefined."""
+        return self.flat[: self.n_visits]
+
+    @property
+    def list_start(self) -> Tensor:
+        """[Hkv * n + 1], where each list begins in ``visits``, and where the last one ends."""
+        return self.flat[self.n_visits :]
 
 
 class Tasks(NamedTuple):
     """Pieces of the lists of some KV heads."""
 
     table: Tensor
-    """[3, max_tasks] int32: list (counted from the first head), begin and end in ``visits``; list -1 past the last task.
+    """[3, max_tasks] int32: list (counted from the first head), begin and end in ``visits``; list -1 past the last.
 
     ``max_tasks`` is an upper bound that needs no value from the device."""
     list_start: Tensor
@@ -176,24 +185,27 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     device = chosen.device
 
     tile_rows = MIN_TILE_ROWS
-    while triton.cdiv(n_rows, tile_rows) * n_lists > COUNT_ENTRIES and tile_rows < n_rows:
+    while cdiv(n_rows, tile_rows) * n_lists > COUNT_ENTRIES and tile_rows < n_rows:
         tile_rows *= 2
-    n_tiles = triton.cdiv(n_rows, tile_rows)
+    n_tiles = cdiv(n_rows, tile_rows)
     counts = torch.zeros(n_kv, n_tiles, n_blocks, dtype=torch.int32, device=device)
     sizes = torch.empty(n_lists + 1, dtype=torch.int32, device=device)
-    visits = torch.empty(n_kv * n_visits, dtype=torch.int32, device=device)
+    index = Routing(torch.empty(n_kv * n_visits + n_lists + 1, dtype=torch.int32, device=device), n_kv * n_visits)
+    list_start, visits = index.list_start, index.visits
 
     inputs = chosen, own, visible, page_row
     numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
     constants = dict(G=group, S=n_chosen, SLOTS=slots)
     with on_device(chosen):
         _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **constants, STEP=128, num_warps=4)
-        _running_sum_kernel[(triton.cdiv(n_blocks, 32), n_kv)](
+        _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
             counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4
         )
-        list_start = torch.cumsum(sizes, 0, dtype=torch.int32)
-        _scatter_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2)
-    return Routing(visits, list_start)
+        torch.cumsum(sizes, 0, dtype=torch.int32, out=list_start)
+        _scatter_kernel[(n_tiles, n_kv)](
+            *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2
+        )
+    return index
 
 
 def cut_tasks(list_start: Tensor, max_visits: int, task_rows: int) -> Tasks:
@@ -202,7 +214,7 @@ def cut_tasks(list_start: Tensor, max_visits: int, task_rows: int) -> Tasks:
     max_tasks = max_visits // task_rows + min(n_lists, max_visits)
     sizes = torch.empty(n_lists, dtype=torch.int32, device=list_start.device)
     table = torch.full((3, max_tasks), -1, dtype=torch.int32, device=list_start.device)
-    grid = (triton.cdiv(n_lists, 128),)
+    grid = (cdiv(n_lists, 128),)
     with on_device(list_start):
         _task_count_kernel[grid](list_start, sizes, n_lists, task_rows, BL=128, num_warps=4)
         task_end = torch.cumsum(sizes, 0, dtype=torch.int32)

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .common import check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+from .common import (
+    cdiv,
+    check_head_dim,
+    check_unit_stride,
+    dot_precision,
+    next_power_of_2,
+    on_device,
+    padded_dim,
+)
 
 # Integer scores: no candidate, then NaN, then -inf (-2139095041) and all numbers.
 EMPTY = tl.constexpr(-(2**31))
@@ -57,7 +65,7 @@ def _select_kernel(
     lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s
     highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32
     kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)
-    bar = tl.full([BM], EMPTY, tl.int32)
+    worst = tl.min(kept, 1)
     for behind in range(0, newest - oldest + 1, BN):
         o_b = newest - behind - o_n
         p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
@@ -66,15 +74,15 @@ def _select_kernel(
         candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
         rank = tl.where(candidate, rank, EMPTY)
         best = tl.max(rank, 1)
-        while tl.max((best > bar).to(tl.int32), 0) > 0:
+        better = best > (worst >> 32).to(tl.int32)
+        while tl.max(better.to(tl.int32), 0) > 0:
             column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
             key = (best.to(tl.int64) << 32) + (newest - behind - column)
+            kept = tl.where((kept == worst[:, None]) & better[:, None], key[:, None], kept)
             worst = tl.min(kept, 1)
-            replace = (kept == worst[:, None]) & (best > bar)[:, None]
-            kept = tl.where(replace, key[:, None], kept)
-            bar = (tl.min(kept, 1) >> 32).to(tl.int32)
             rank = tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
             best = tl.max(rank, 1)
+            better = best > (worst >> 32).to(tl.int32)
 
     kept = tl.sort(kept, dim=1, descending=True)
     block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))
@@ -107,11 +115,11 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     # The tile shape must not follow N: a score is then summed in the same order on any number of ranks.
     bm, bn, warps = tuned.select_tile(dim, q.dtype)
     with on_device(q):
-        _select_kernel[(triton.cdiv(n_rows, bm), n_heads)](
-            q, means, first, own, chosen,
+        _select_kernel[(cdiv(n_rows, bm), n_heads)](
+            q, means, first.contiguous(), own.contiguous(), chosen,
             n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
-            S=n_slots, SLOTS=max(2, triton.next_power_of_2(n_slots)), BM=bm, BN=bn,
+            S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,
             PRECISION=dot_precision(q.dtype), num_warps=warps,
         )  # fmt: skip
     return chosen

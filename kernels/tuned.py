@@ -8,9 +8,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
-from .common import padded_dim
+from .common import next_power_of_2, padded_dim
 
 
 class Tile(NamedTuple):
@@ -40,7 +39,7 @@ def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 def _keys(block_size: int, most: int) -> int:
     """Keys per tile: the block itself where it is short."""
-    return min(most, max(16, triton.next_power_of_2(block_size)))
+    return min(most, max(16, next_power_of_2(block_size)))
 
 
 def forward_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -54,7 +53,7 @@ def forward_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.de
         return Tile(64, bn, 256 if block_size <= bn else 64, 4, 2)
     if block_size <= 128:
         bn = _keys(block_size, 128 if bd <= 128 else 64)
-        return Tile(64, bn, 512 if block_size <= bn else 64, 4, 2)
+        return Tile(64, bn, 1024 if block_size <= bn else 64, 4, 3 if bd == 128 else 2)
     return Tile(64, 64, 64, 4, 2 if bd > 128 else 3)
 
 
@@ -69,7 +68,7 @@ def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device
         return Tile(32, _keys(block_size, 64), 1024, 8, 1)
     # Five stages: one for the row numbers, the rest keep two tiles of gathered rows on their way.
     bn = _keys(block_size, 128)
-    return Tile(64, bn, 2048 if block_size <= bn else 4096, 8 if bn * bd > 64 * 64 else 4, 5)
+    return Tile(64, bn, 4096 if bd == 128 else 2048, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
 def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -84,4 +83,4 @@ def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.devi
 
 def dq_by_atomics(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether dQ of blocks longer than a tile of keys is summed by atomics, rather than by a kernel of its own."""
-    return True
+    return block_size <= 1024

@@ -74,7 +74,7 @@ def moba_attention(
 
         out, lse = across_ranks(q, k, v, config, scale, check_context(q, cp, cu_seqlens))
     else:
-        out, lse, _ = moba_attention_op(
+        out, lse, *_ = moba_attention_op(
             q, k, v, cu_seqlens, config.block_size, config.top_k, scale, config.deterministic
         )  # fmt: skip
     return (out, lse) if return_lse else out

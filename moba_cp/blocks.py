@@ -85,6 +85,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
         )
 
 
+def block_count(n_tokens: int, block_size: int, cu_seqlens: Tensor | None) -> int:
+    """Entries of the block table: each document has at most one short block, so no value from the device is needed."""
+    n_docs = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    return n_tokens // block_size + min(n_docs, n_tokens)
+
+
 def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, device) -> BlockTable:
     """Block geometry of ``n_tokens`` packed tokens.
 
@@ -99,8 +105,7 @@ def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, devic
     check_cu_seqlens(cu_seqlens, n_tokens)
     cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
     n_docs = cu_seqlens.numel() - 1
-    # Each document has at most one short block, so this bound needs no value from the device.
-    n_max = n_tokens // block_size + min(n_docs, n_tokens)
+    n_max = block_count(n_tokens, block_size, cu_seqlens)
 
     doc_length = cu_seqlens.diff()
     doc_blocks = (doc_length + block_size - 1) // block_size

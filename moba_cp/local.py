@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blocks import BlockTable, block_table, local_pages
+from .blocks import BlockTable, block_count, block_table, local_pages
 from .eager import wide_dtype
 
 
@@ -40,14 +40,17 @@ def moba_attention_op(
     top_k: int,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, chosen [T, Hq, k - 1] int32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, chosen [T, Hq, k - 1] int32, and the kernels' routing index for
+    the backward (empty where there is none)."""
     table = _table(q, block_size, cu_seqlens)
     means = ops.block_means(k, table.start, table.length, block_size)
     chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
     pages = local_pages(k, v, table)
-    out, lse = ops.attend(q, pages, chosen, table.own, table.offset + 1, scale, out_dtype=q.dtype)
-    return out, lse, chosen
+    index: list[Tensor] = []
+    out, lse = ops.attend(q, pages, chosen, table.own, table.offset + 1, scale, out_dtype=q.dtype, index=index)
+    # Under FakeTensor the index has a size that follows from the shapes, so there must be just one.
+    return out, lse, chosen, index[0] if len(index) == 1 else chosen.new_empty(0)
 
 
 @torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
@@ -59,6 +62,7 @@ def moba_attention_backward_op(
     out: Tensor,
     lse: Tensor,
     chosen: Tensor,
+    index: Tensor,
     cu_seqlens: Optional[Tensor],
     block_size: int,
     scale: float,
@@ -69,7 +73,7 @@ def moba_attention_backward_op(
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
         q, local_pages(k, v, table), chosen, table.own, table.offset + 1, scale, dout, lse, delta,
-        deterministic, local_dtype=q.dtype,
+        deterministic, local_dtype=q.dtype, index=[index] if index.numel() else None,
     )  # fmt: skip
 
 
@@ -78,11 +82,13 @@ def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(n_tokens, n_heads, dtype=wide_dtype(q.dtype))
-    return out, lse, q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
+    chosen = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
+    n_blocks = block_count(n_tokens, block_size, cu_seqlens)
+    return out, lse, chosen, q.new_empty(ops.index_size(q, k.shape[1], n_blocks, top_k), dtype=torch.int32)
 
 
 @moba_attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, chosen, cu_seqlens, block_size, scale, deterministic):
+def _(dout, q, k, v, out, lse, chosen, index, cu_seqlens, block_size, scale, deterministic):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -93,9 +99,9 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dout, _dlse, _dchosen):
-    q, k, v, out, lse, chosen, cu_seqlens = ctx.saved_tensors
-    grads = moba_attention_backward_op(dout, q, k, v, out, lse, chosen, cu_seqlens, *ctx.options)
+def _backward(ctx, dout, _dlse, _dchosen, _dindex):
+    *saved, cu_seqlens = ctx.saved_tensors
+    grads = moba_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options)
     return *grads, None, None, None, None, None
 
 

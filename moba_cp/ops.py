@@ -58,21 +58,36 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
 
 
 def attend(
-    q: Tensor, pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float, out_dtype=None
+    q: Tensor,
+    pages,
+    chosen: Tensor,
+    own: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+    index: list[Tensor] | None = None,
 ):
-    """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default."""
+    """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
+
+    Kernels put what the backward of the same visits can use again into the list ``index``.
+    """
     if backend(q) is not eager:
-        return backend(q).attend(q, pages, chosen, own, visible, scale, out_dtype or torch.float32)
+        return backend(q).attend(q, pages, chosen, own, visible, scale, out_dtype or torch.float32, index=index)
     out, lse = eager.attend(q, pages, chosen, own, visible, scale)
     return out.to(out_dtype or out.dtype), lse
 
 
+def index_size(q: Tensor, n_kv: int, n_blocks: int, top_k: int) -> int:
+    """Elements of the one index that :func:`attend` leaves for rows that see their own block too; 0 if none or more."""
+    return 0 if backend(q) is eager else backend(q).index_size(q, n_kv, n_blocks, top_k)
+
+
 def attend_backward(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
-    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it."""
+    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``index``: as :func:`attend` left it."""
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
     if backend(q) is not eager:
-        return backend(q).attend_backward(*inputs, local_dtype)
+        return backend(q).attend_backward(*inputs, local_dtype, index=index)
     return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs))

@@ -70,7 +70,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``moba-cp bench attention``."""
     parser.add_argument(
-        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight that cover the range"
+        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight over the range"
     )
     parser.add_argument("--dense", nargs="*", choices=sorted(DENSE), default=sorted(DENSE), help="what to compare with")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
@@ -176,18 +176,17 @@ def _time(forward, leaves, dout, repeats: int) -> Time:
 
 
 def _run(function, repeats: int) -> list[float]:
+    """Times of runs that follow one another without a pause, as the layers of a model do."""
     for _ in range(2):
         function()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    for mark in marks[1:]:
         function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
+        mark.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
 
 
 def _time_dense(name: str, leaves, dout, repeats: int) -> Time | None:

@@ -32,8 +32,9 @@ def check(q, k, v, dout, out, lse, grads, config) -> tuple[dict[str, float], str
     wrong = _row_errors(*one, lse[:, head], grads[0][:, head], chosen[:, head], rows, size, dim**-0.5)
     block = max(0, n_tokens // size // 2 - 1)
     heads = slice(kv * group, (kv + 1) * group)
-    wrong |= _block_errors(q[:, heads], dout[:, heads], out[:, heads], lse[:, heads], *one[3:], chosen[:, heads], block, size,
-                           grads[1][:, kv], grads[2][:, kv], dim**-0.5)  # fmt: skip
+    group_rows = [x[:, heads] for x in (q, dout, out, lse)]
+    key_grads = grads[1][:, kv], grads[2][:, kv]
+    wrong |= _block_errors(*group_rows, *one[3:], chosen[:, heads], block, size, *key_grads, dim**-0.5)
     bad = [f"{name} is wrong by {error:.1e}" for name, error in wrong.items() if not error < BOUND]
     return wrong, "; ".join(bad) or None
 

@@ -1,5 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported: the other tests of
-this process use the plain PyTorch path, so the files here run in a process of their own, started by test_interpreted.py.
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported.
+
+The other tests of this process use the plain PyTorch path, so the files here run in processes of their own, which
+test_interpreted.py starts.
 """
 
 import os

@@ -43,7 +43,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned():
-    """Every ``torch.empty`` is full of NaN (or of a large negative number) and lies between guards, checked at the end."""
+    """Every ``torch.empty`` is full of NaN (or a large negative number) and lies between guards, checked at the end."""
     real_empty, buffers = torch.empty, []
 
     def empty(*size, dtype=torch.float32, device=None):

@@ -113,6 +113,18 @@ def test_rows_that_see_nothing():
     assert not dq.any() and not dk.any() and not dv.any()
 
 
+def test_very_negative_scores():
+    """Every key far below zero: an exponential of an unmasked, absent key would overflow."""
+    p = Problem([150], (1, 1), 32, 48, 4)
+    p.k, p.q = -p.k.abs() - 18, p.q.abs() + 1
+    p.pages = replace(p.pages, k=p.k)
+    out, lse, delta, grads = exact(p)
+    assert lse.max() < -100
+    actual = kernels.attend_backward(p.q, p.pages, *p.visits, p.scale, p.dout, lse.float(), delta.float())
+    for x, expected in zip(actual, grads):
+        assert (x - expected).abs().max() < 1e-3 * expected.abs().max().clamp(min=1)
+
+
 def test_nan_stays_in_its_head_and_document():
     p = Problem([70, 90], (4, 2), 32, 16, 3)
     p.k[20, 0], p.v[100, 1] = torch.nan, torch.inf

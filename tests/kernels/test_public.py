@@ -30,8 +30,9 @@ def test_operators_agree_with_their_fakes():
     for documents in (None, cu_seqlens):
         args = q, k, v, documents, 16, 3, 0.25, False
         torch.library.opcheck(torch.ops.moba_cp.moba_attention, args, test_utils=("test_schema", "test_faketensor"))
-        out, lse, chosen = torch.ops.moba_cp.moba_attention(*args)
-        args = torch.randn_like(out), q, k, v, out, lse, chosen, documents, 16, 0.25, False
+        out, lse, chosen, index = torch.ops.moba_cp.moba_attention(*args)
+        assert index.numel() > 70 * 4 * 3
+        args = torch.randn_like(out), q, k, v, out, lse, chosen, index, documents, 16, 0.25, False
         with torch.no_grad():
             torch.library.opcheck(
                 torch.ops.moba_cp.moba_attention_backward, args, test_utils=("test_schema", "test_faketensor")
