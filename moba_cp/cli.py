@@ -16,6 +16,7 @@ from moba_cp import __version__
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
     "bench attention": ("moba_cp.bench.attention", "time MoBA on one GPU beside dense attention; table, JSON, chart"),
+    "bench cluster": ("moba_cp.bench.cluster.command", "measure attention and training over several ranks"),
     "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
     "bench full": ("moba_cp.bench.full", "measure what one rank computes of full attention across ranks"),
     "experiment switch": ("moba_cp.experiments.switch", "train MoBA, full, and MoBA then full; draw the losses"),

@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 @dataclass
-class _Asked:
+class Asked:
     """What one rank's decision moves, in bytes of forward and backward."""
 
     total: int
@@ -153,16 +153,26 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
     nodes = sorted({round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)})
     sums = {mode: _Sums() for mode in modes}
     for node in nodes:
-        asked: dict[str, list[_Asked]] = {mode: [] for mode in modes}
+        asked: dict[str, list[Asked]] = {mode: [] for mode in modes}
         geometry = None
         for rank in range(node * per_node, min(size, (node + 1) * per_node)):
             geometry = build_geometry(segments, rank, bounds, args.block_size, device)
             chosen = gate(positions_of(segments[rank])).to(device)
             for mode in modes:
-                asked[mode].append(_ask(rank, chosen, geometry, mode, per_node, args))
+                asked[mode].append(ask(rank, chosen, geometry, mode, per_node, args))
         for mode in modes:
             sums[mode].add_node(asked[mode], geometry, node, per_node, _costs(geometry, args))
     return [_row(size, mode, sums[mode], geometry, n_nodes, args) for mode in modes]
+
+
+def predict(size: int, mode: str, asked: list[Asked], geometry: BlockGeometry, args: argparse.Namespace) -> Row:
+    """The row of ``mode`` from what each of all ``size`` ranks asks; ``geometry`` is that of any of them."""
+    per_node = min(args.ranks_per_node, size)
+    sums = _Sums()
+    for first in range(0, size, per_node):
+        node = asked[first : first + per_node]
+        sums.add_node(node, geometry, first // per_node, per_node, _costs(geometry, args))
+    return _row(size, mode, sums, geometry, -(-size // per_node), args)
 
 
 class _Sums:
@@ -172,7 +182,7 @@ class _Sums:
         self.ranks, self.total, self.between, self.needed, self.busiest = 0, 0, 0, 0.0, 0
 
     def add_node(
-        self, asked: list[_Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts
+        self, asked: list[Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts
     ) -> None:
         """``geometry`` is that of any rank of the node."""
         self.ranks += len(asked)
@@ -189,19 +199,20 @@ def _costs(geometry: BlockGeometry, args) -> WireCosts:
     return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
 
 
-def _ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, args) -> _Asked:
+def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, args) -> Asked:
+    """What ``rank`` asks of the others for its selection ``chosen`` [L, Hq, S]; ``geometry`` is its own."""
     costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
     if mode == "allgather":
         fetch = (geometry.row < 0).expand(args.kv_heads, -1)
         # Every rank sends as many rows as the one that has most.
         total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
-        return _Asked(total, 0, fetch, 1.0)
+        return Asked(total, 0, fetch, 1.0)
     decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode)
     elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)
     owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)
     rows_between = int((decision.cost - owner_fetch * costs.kv_token)[elsewhere].sum())
-    return _Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
+    return Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
 
 
 def _row(size: int, mode: str, sums: _Sums, geometry: BlockGeometry, n_nodes: int, args) -> Row:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,6 +23,8 @@ from .. import CPContext, dense, full_attention
 from ..cp.comm import Communicator
 from ..cp.layout import LAYOUTS
 from .environment import environment
+from .peer import ROTATE_METHODS, torch_context_parallel
+from .timing import Candidate, time_once
 
 CHECKED_ROWS = 32
 
@@ -43,19 +44,6 @@ class Row:
     """the same of forward + backward."""
     shards: float | None = None
     """peak memory of the forward pass above inputs and results, in KV shards."""
-
-
-@dataclass
-class Candidate:
-    """Something to time: ``forward()`` gives an output whose gradient is ``dout``."""
-
-    name: str
-    forward: Callable[[], Tensor]
-    dout: Tensor
-    leaves: list[Tensor]
-    inside: Callable = contextlib.nullcontext
-    """context in which it runs, entered outside the timed region."""
-    shards: float | None = None
 
 
 class InstantRing(Communicator):
@@ -162,7 +150,7 @@ def _timed(candidates: list[Candidate], args) -> list[Row]:
                 continue
             for backward in (False, True):
                 try:
-                    elapsed = _time_once(candidate, backward)
+                    elapsed = time_once(candidate, backward)
                 except Exception as error:  # a peer that cannot run is a result too
                     print(f"{candidate.name}: {type(error).__name__}: {error}")
                     failed.add(candidate.name)
@@ -182,21 +170,6 @@ def _timed(candidates: list[Candidate], args) -> list[Row]:
             row.share_backward = row.forward_backward * args.ranks / rows[0].forward_backward
         rows.append(row)
     return rows
-
-
-def _time_once(candidate: Candidate, backward: bool) -> float:
-    """ms of a forward, or of a forward and a backward pass."""
-    for x in candidate.leaves:
-        x.grad = None
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with candidate.inside():
-        begin.record()
-        out = candidate.forward()
-        if backward:
-            out.backward(candidate.dout)
-        end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def _dense(q, k, v, dout) -> Candidate:
@@ -305,24 +278,17 @@ def _context_parallel(q, k, v, dout, rank: int, args) -> list[Candidate]:
     name = f"torch context_parallel, rank {rank} of {args.ranks}"
     return [
         Candidate(f"{name} ({method})", forward, grad, leaves, functools.partial(_torch_ring, args, method))
-        for method in ("allgather", "alltoall")
+        for method in ROTATE_METHODS
     ]
 
 
 @contextlib.contextmanager
 def _torch_ring(args, method: str):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
 
-    mesh = init_device_mesh("cuda", (args.ranks,))
-    set_rotate_method(method)
-    # It wants a tensor to shard; ours are shards already.
-    dummy = torch.zeros(1, 1, args.tokens, 1, device="cuda")
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        with context_parallel(mesh, buffers=[dummy], buffer_seq_dims=[2], no_restore_buffers={dummy}):
-            with _instant_transfers(args.ranks):
-                yield
+    with torch_context_parallel(init_device_mesh("cuda", (args.ranks,)), args.tokens, method):
+        with _instant_transfers(args.ranks):
+            yield
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class Trainer:
         """
         run = self.config.run
         # Every rank has made its checks: from here on rank 0 writes.
-        dist.barrier()
+        dist.barrier(self.mesh.group)
         with Reporter(self.plan, self.mesh, self.step, self._start) as reporter:
             if self.step == 0 and (loss := self.validation_loss()) is not None:
                 reporter.start(loss)
@@ -86,7 +86,7 @@ class Trainer:
         self.batches.comm.reset_counters()
         batches = list(self.batches.training(step))
         labels = sum(batch.label_count() for batch in batches)
-        dist.all_reduce(labels)
+        dist.all_reduce(labels, group=self.mesh.group)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             loss = self._loss_sum(batch)
@@ -99,7 +99,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss_sum, exchange = gather(loss_sum, self.batches.comm)
+        loss_sum, exchange = gather(loss_sum, self.batches.comm, self.mesh.group)
         loss = loss_sum / max(1, labels.item())
         if not math.isfinite(loss):
             raise ValueError(
@@ -130,7 +130,7 @@ class Trainer:
             if index == 0 and recorder is not None:
                 recorder.save(self.folder / SELECTION, batch.context)
         self.module.train()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.mesh.group)
         loss, labels = sums.tolist()
         return loss / labels if labels else None
 

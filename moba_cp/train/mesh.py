@@ -28,6 +28,8 @@ class Mesh:
     context_size: int
     shard_mesh: DeviceMesh
     """All ranks in one dimension, over which weights and optimizer state are sharded."""
+    group: dist.ProcessGroup | None = None
+    """All ranks of the run; None where these are all of torch.distributed."""
 
     @property
     def first(self) -> bool:

@@ -1,0 +1,93 @@
+"""q, k, v and the gradient of the output, the same whatever the number of ranks: each rank makes its share alone.
+
+Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, D head dim, B block size, S = k - 1 chosen blocks
+per row, n blocks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...blocks import block_count
+from ...config import MoBAConfig
+from ..gates import SyntheticGate
+
+CHUNK = 4096
+"""Tokens that are drawn with one seed."""
+LOGIT = 2.0
+"""Scaled score of a query with the mean key of a block that it is to choose."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's attention, T aside."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    moba: MoBAConfig
+    layout: str
+    gate: str
+    """``uniform``: q and k are noise, and so is the choice; ``concentrated``: see :class:`SyntheticGate`."""
+
+    def drawn(self) -> SyntheticGate:
+        """What the queries of the concentrated gate are to choose."""
+        return SyntheticGate("concentrated", self.heads, self.kv_heads, self.moba.block_size, self.moba.top_k)
+
+
+def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.device) -> list[Tensor]:
+    """q [L, Hq, D], k, v [L, Hkv, D], dout [L, Hq, D] of the tokens at ``positions`` [L]; bfloat16, on a CPU float32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    counts = shape.heads, shape.kv_heads, shape.kv_heads, shape.heads
+    out = [torch.empty(positions.numel(), n, shape.dim, dtype=dtype, device=device) for n in counts]
+    codes = _codes(shape, n_tokens, device) if shape.gate == "concentrated" else None
+    for here, chunk, inside in _chunks(positions.cpu().numpy()):
+        g = torch.Generator(device).manual_seed(chunk)
+        drawn = [torch.randn(CHUNK, n, shape.dim, generator=g, device=device)[inside] for n in counts]
+        if codes is not None:
+            where = chunk * CHUNK + np.arange(CHUNK)[inside]
+            drawn[0] = _queries(shape, where, codes, drawn[0])
+            drawn[1] += codes[torch.from_numpy(where // shape.moba.block_size).to(device)]
+        for target, part in zip(out, drawn, strict=True):
+            target[here] = part.to(dtype)
+    return out
+
+
+def _chunks(positions: np.ndarray) -> Iterator[tuple[slice, int, slice]]:
+    """Runs of ``positions`` within a chunk: their places, the chunk, and where in it they are."""
+    cuts = np.flatnonzero((np.diff(positions) != 1) | (positions[1:] % CHUNK == 0)) + 1
+    for begin, end in zip([0, *cuts], [*cuts, len(positions)]):
+        first = int(positions[begin])
+        inside = first % CHUNK
+        yield slice(int(begin), int(end)), first // CHUNK, slice(inside, inside + int(end - begin))
+
+
+def _codes(shape: Shape, n_tokens: int, device: torch.device) -> Tensor:
+    """[n, Hkv, D] of 1 and -1: what the keys of each block have in common."""
+    g = torch.Generator(device).manual_seed(2**31)
+    n_blocks = block_count(n_tokens, shape.moba.block_size, None)
+    size = n_blocks, shape.kv_heads, shape.dim
+    return torch.randint(2, size, generator=g, device=device).float() * 2 - 1
+
+
+def _queries(shape: Shape, where: np.ndarray, codes: Tensor, noise: Tensor) -> Tensor:
+    """Queries [tokens, Hq, D] that score the blocks the gate drew for them alike, and other blocks about zero.
+
+    A query is the combination of its blocks' codes whose product with each of them is the same. Codes of other blocks
+    have random products with it, of standard deviation ``sqrt(S / D)`` of that: nearly all are below.
+    """
+    chosen = shape.drawn()(where).to(codes.device).long()
+    valid = chosen >= 0
+    group = shape.heads // shape.kv_heads
+    kv_head = torch.arange(shape.heads, device=codes.device)[:, None] // group
+    code = codes[chosen.clamp(min=0), kv_head] * valid[..., None]
+    gram = code @ code.transpose(-1, -2) / shape.dim
+    weight = torch.zeros_like(gram[..., 0])
+    # Random codes are nearly orthogonal, so that this converges in a few steps, quicker than solving small systems.
+    for _ in range(16):
+        weight += 0.7 * (valid - (gram @ weight[..., None])[..., 0])
+    query = (weight[..., None] * code).sum(-2) * (LOGIT / shape.dim**0.5)
+    return query + 0.05 * noise

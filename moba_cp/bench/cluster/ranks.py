@@ -1,0 +1,128 @@
+"""The ranks of the measurement: groups of the first P of them, and meeting on the host without keeping a GPU busy."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ...train.mesh import launched_rank, launched_size
+
+
+class Ranks:
+    """This process among all ranks, each on its own GPU (NCCL) or on the CPU (gloo); collective over all of them.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        nodes: as how many nodes the ranks should look to NCCL.
+        timeout_s: how long a collective of a measurement may take before the run is ended.
+
+    Raises:
+        ValueError: the device is not there, or the nodes do not divide the ranks.
+    """
+
+    def __init__(self, device: str = "auto", nodes: int = 1, timeout_s: float = 120.0):
+        started = dist.is_initialized()
+        self.size = dist.get_world_size() if started else launched_size()
+        self.rank = dist.get_rank() if started else launched_rank()
+        if self.size % nodes:
+            raise ValueError(f"nodes={nodes} does not divide the {self.size} ranks of this run; nodes must be equal")
+        self.nodes, self.per_node = nodes, self.size // nodes
+        self.device = _device(device)
+        self.on_gpu = self.device.type == "cuda"
+        if nodes > 1 and self.on_gpu:
+            _look_like_nodes(self.rank // self.per_node)
+        # CPU tensors meet over gloo, whose waiting costs no GPU and no core.
+        backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"
+        self._ours = not started
+        if not started:
+            # Ranks that take no part in a measurement wait for those that do, however long it takes.
+            patience = timedelta(hours=1)
+            if self.size > 1:
+                dist.init_process_group(backend, timeout=patience)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+        self.sizes = [2**i for i in range(self.size.bit_length()) if 2**i <= self.size]
+        """P of the measurements: powers of two."""
+        self._groups = {
+            size: dist.new_group(list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend)
+            for size in self.sizes
+        }
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def group(self, size: int) -> dist.ProcessGroup:
+        """The first ``size`` ranks."""
+        return self._groups[size]
+
+    def meet(self) -> None:
+        """Wait for all ranks, on the host."""
+        dist.all_reduce(torch.zeros(1))
+
+    def ready(self, size: int) -> Callable[[], None]:
+        """A function after which the first ``size`` ranks start at once; collective over these."""
+        flag = torch.zeros(1, device=self.device)
+
+        def wait() -> None:
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            self.most(0.0, size)
+            if self.on_gpu and size > 1:
+                # What follows is issued behind it, and so begins on all GPUs at the same time.
+                dist.all_reduce(flag, group=self.group(size))
+
+        return wait
+
+    def most(self, number: float, size: int) -> float:
+        """The largest of a number over the first ``size`` ranks; collective over these."""
+        return self._reduced(number, size, dist.ReduceOp.MAX)
+
+    def total(self, number: float, size: int) -> float:
+        """The sum of a number over the first ``size`` ranks; collective over these."""
+        return self._reduced(number, size, dist.ReduceOp.SUM)
+
+    def gathered(self, value, size: int) -> list:
+        """A small object of each of the first ``size`` ranks; collective over these."""
+        values = [None] * size
+        if size == 1:
+            return [value]
+        dist.all_gather_object(values, value, group=self.group(size))
+        return values
+
+    def problem(self, text: str | None, size: int) -> str | None:
+        """Some rank's ``text`` where any has one, on all of the first ``size``; collective over these."""
+        if self.most(float(text is not None), size) == 0:
+            return None
+        return next(t for t in self.gathered(text, size) if t is not None)
+
+    def close(self) -> None:
+        """End the process groups, if this opened them."""
+        if self._ours:
+            dist.destroy_process_group()
+
+    def _reduced(self, number: float, size: int, operation) -> float:
+        x = torch.tensor([number], dtype=torch.float64)
+        if size > 1:
+            dist.all_reduce(x, operation, group=self.group(size))
+        return x.item()
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda': PyTorch finds no GPU here; use auto or cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    # Several ranks on one GPU work where each has its own NCCL_HOSTID, but their times mean nothing.
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _look_like_nodes(node: int) -> None:
+    """Make NCCL take this process for one of node ``node``, reached through sockets; before any group is made."""
+    os.environ.update(NCCL_HOSTID=f"node{node}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")

@@ -1,0 +1,104 @@
+"""A communicator that can play back what its collectives returned: the compute of a real rank with the wire off."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...cp.comm import Communicator
+
+# Messages whose results are changed in place by whoever receives them: what is kept of these must be handed out anew.
+_CHANGED = ("full_kv_gradients",)
+
+
+@dataclass
+class _Message:
+    what: str
+    kept: Tensor
+    given: Tensor
+    """What is handed out: ``kept`` itself, or a copy that may be changed."""
+
+
+class ReplayCommunicator(Communicator):
+    """A :class:`Communicator` that within :meth:`recording` keeps what one pass receives, and within :meth:`replaying`
+    gives it back at once, so that a pass computes what it did when messages were really sent.
+
+    It also counts what crosses nodes.
+    """
+
+    def __init__(self, group, ranks_per_node: int | None = None):
+        super().__init__(group)
+        self._messages: list[_Message | None] = []
+        self._mode, self._next = "live", 0
+        node = self.rank // (ranks_per_node or self.size)
+        self._elsewhere = [p // (ranks_per_node or self.size) != node for p in range(self.size)]
+        self.between_bytes = 0
+        """Bytes received from ranks of other nodes."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what the collectives of the one pass within this context return."""
+        self.forget()
+        self._mode = "record"
+        try:
+            yield
+        finally:
+            self._mode = "live"
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Play the recorded pass, or its beginning, once."""
+        self._mode, self._next = "replay", 0
+        for message in self._messages:
+            if message.given is not message.kept:
+                message.given.copy_(message.kept)
+        try:
+            yield
+        finally:
+            self._mode = "live"
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        if self._messages and torch.cuda.is_available():
+            # It may still be read on the stream beside, of which the allocator was told nothing.
+            torch.cuda.synchronize()
+        self._messages.clear()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the recording takes."""
+        return sum(m.kept.nbytes + (m.given.nbytes if m.given is not m.kept else 0) for m in self._messages)
+
+    def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
+        """See :meth:`Communicator.all_gather_async`."""
+        self.between_bytes += x.nbytes * sum(self._elsewhere)
+        return super().all_gather_async(x, kind)
+
+    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
+        """See :meth:`Communicator.all_to_all`."""
+        row = x.element_size() * x.shape[1:].numel()
+        self.between_bytes += row * sum(n for n, far in zip(receive, self._elsewhere, strict=True) if far)
+        return super().all_to_all(x, send, receive, kind)
+
+    def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+        if self._mode == "replay":
+            message = self._messages[self._next]
+            self._next += 1
+            assert message.what == what, f"the pass asks for {what} where {message.what} was recorded"
+            return lambda: message.given
+        wait = super()._guarded(what, start)
+        if self._mode == "live":
+            return wait
+        place = len(self._messages)
+        self._messages.append(None)
+
+        def recorded() -> Tensor:
+            out = wait()
+            kept = out.clone()
+            given = kept.clone() if what.startswith(_CHANGED) else kept
+            self._messages[place] = _Message(what, kept, given)
+            return out
+
+        return recorded
