@@ -80,7 +80,7 @@ def _queries(shape: Shape, where: np.ndarray, codes: Tensor, noise: Tensor) -> T
     have random products with it, of standard deviation ``sqrt(S / D)`` of that: nearly all are below.
     """
     chosen = shape.drawn()(where).to(codes.device).long()
-    valid = chosen >= 0
+    valid = (chosen >= 0).float()
     group = shape.heads // shape.kv_heads
     kv_head = torch.arange(shape.heads, device=codes.device)[:, None] // group
     code = codes[chosen.clamp(min=0), kv_head] * valid[..., None]
