@@ -12,7 +12,17 @@ CAPITALS compile-time constants.
 
 from .attend import attend, attend_backward, index_size
 from .means import block_means
-from .merge import merge, row_sums
+from .merge import add_rows, merge, merge_rows, row_sums
 from .select import select_blocks
 
-__all__ = ["attend", "attend_backward", "block_means", "index_size", "merge", "row_sums", "select_blocks"]
+__all__ = [
+    "add_rows",
+    "attend",
+    "attend_backward",
+    "block_means",
+    "index_size",
+    "merge",
+    "merge_rows",
+    "row_sums",
+    "select_blocks",
+]

@@ -33,6 +33,7 @@ def attend(
     out_dtype: torch.dtype = torch.float32,
     scratch_bytes: int = FORWARD_SCRATCH,
     index: list[Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -46,6 +47,8 @@ def attend(
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
         index: a list that receives the routing index of each slice of rows.
+        into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
+            is -inf.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
@@ -55,12 +58,14 @@ def attend(
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
     if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
-        return (
+        return into or (
             torch.zeros(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
             torch.full((n_rows, n_heads), -torch.inf, dtype=torch.float32, device=q.device),
         )
-    out = torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device)
-    lse = torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device)
+    out, lse = into or (
+        torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
+        torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device),
+    )
     row_bytes, n_kv = _row_bytes(q, n_slots), pages.row.shape[0]
     row_slices, head_slices = _slices(n_rows, n_heads, n_kv, n_slots, row_bytes, 0, scratch_bytes)
     for rows in row_slices:
@@ -69,7 +74,7 @@ def attend(
         if index is not None:
             index.append(routing.flat)
         for kv_heads in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], routing, kv_heads)
+            _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, kv_heads)
     return out, lse
 
 
@@ -87,6 +92,7 @@ def attend_backward(
     local_dtype: torch.dtype | None = None,
     scratch_bytes: int = BACKWARD_SCRATCH,
     index: list[Tensor] | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -100,10 +106,13 @@ def attend_backward(
         scratch_bytes: as in :func:`attend`.
         index: what :func:`attend` put there for the same visits. It is used where neither has to cut rows, else made
             again.
+        into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
+            with ``local_dtype``.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
     """
+    assert into is None or local_dtype is None and into[1].stride() == into[2].stride()
     check_head_dim(q.shape[2])
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
@@ -115,11 +124,15 @@ def attend_backward(
     grad_dtype = local_dtype or torch.float32
     nothing = n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0
     new = torch.zeros if nothing or local_dtype is None else torch.empty
-    dk = new(pages.k.shape, dtype=grad_dtype, device=q.device)
-    dv = new(pages.v.shape, dtype=grad_dtype, device=q.device)
-    if nothing:
-        return torch.zeros(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device), dk, dv
-    dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
+    if into is None:
+        dk, dv = (new(x.shape, dtype=grad_dtype, device=q.device) for x in (pages.k, pages.v))
+        if nothing:
+            return torch.zeros(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device), dk, dv
+        dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
+    else:
+        dq, dk, dv = into
+        if nothing:
+            return into
     row_bytes = n_slots * dim * _part_dtype(q.dtype).itemsize
     head_bytes = 0 if local_dtype is None else 8 * dim * pages.k.shape[0]
     row_slices, head_slices = _slices(
@@ -137,7 +150,7 @@ def attend_backward(
             shape = pages.k.shape[0], kv_heads.stop - kv_heads.start, dim
             sums = *(torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in "kv"), kv_heads.start
         for rows, some, routing in zip(row_slices, visits, routings):
-            rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], *sums
+            rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None, dq[rows], *sums
             _backward_slice(q[rows], pages, *some, scale, *rest, routing, kv_heads)
         if local_dtype is not None:
             dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
@@ -234,7 +247,9 @@ class _Slice:
         return cut_tasks(routing.list_start[self.lists], self.n_visits, task_rows)
 
 
-def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Routing, kv_heads: slice) -> None:
+def _attend_slice(
+    q, pages, chosen, own, visible, scale, out, lse, join: bool, routing: Routing, kv_heads: slice
+) -> None:
     part = _Slice(q, pages, chosen, own, kv_heads)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device)
     tasks = part.tasks(routing, tile.task_rows)
@@ -248,11 +263,11 @@ def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Rout
             scale * LOG2E, tasks.max_tasks, part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
             **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads])
+    merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads], join)
 
 
 def _backward_slice(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, first_head: int,
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, first_head: int,
     routing: Routing, kv_heads: slice,
 ) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
@@ -301,6 +316,7 @@ def _backward_slice(
                 BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
-        dq.copy_(into.mul_(scale).transpose(0, 1).flatten(1, 2))
+        sums, target = into.transpose(0, 1), dq.unflatten(1, (-1, group))
+        target.add_(sums, alpha=scale) if add else torch.mul(sums, scale, out=target)
     else:
-        sum_visits(into, dq, part.chosen, own, visible, part.row, scale)
+        sum_visits(into, dq, part.chosen, own, visible, part.row, scale, add)

@@ -17,19 +17,31 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["n_rows"])
 def _merge_visits_kernel(
     part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
-    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_m = o_m < n_rows * n_heads
     m_d = o_d < D
     place = o_m.to(tl.int64) * SLOTS
+    t = (o_m // n_heads).to(tl.int64)
+    head = o_m % n_heads
+    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]
+    p_lse = lse + t * s_lt + head * s_lh
     b_max = tl.full([BM], float("-inf"), tl.float32)
+    if JOIN:
+        b_before = tl.load(p_lse, mask=m_m, other=float("-inf"))
+        b_max = b_before
     for s in range(SLOTS):
         b_max = tl.maximum(b_max, tl.load(part_lse + place + s, mask=m_m, other=float("-inf")))
     b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, BD], tl.float32)
+    if JOIN:
+        b_sum = tl.exp2((b_before - b_shift) * LOG2E)
+        # What saw nothing yet was never written.
+        m_o = (b_before != float("-inf"))[:, None] & m_d[None, :]
+        b_out = b_sum[:, None] * tl.load(p_out, mask=m_o, other=0.0).to(tl.float32)
     for s in range(SLOTS):
         b_lse = tl.load(part_lse + place + s, mask=m_m, other=float("-inf"))
         b_weight = tl.exp2((b_lse - b_shift) * LOG2E)
@@ -39,14 +51,11 @@ def _merge_visits_kernel(
         b_out += b_weight[:, None] * b_part
         b_sum += b_weight
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    t = (o_m // n_heads).to(tl.int64)
-    head = o_m % n_heads
-    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
-    tl.store(lse + t * s_lt + head * s_lh, b_max + tl.log(b_sum), mask=m_m)
+    tl.store(p_lse, b_max + tl.log(b_sum), mask=m_m)
 
 
-def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, join: bool = False) -> None:
     """Join the partial results of each row's visits.
 
     Args:
@@ -54,6 +63,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
         part_lse: [N, Hq, S'] float32, natural log, -inf for a visit that did not happen.
         out: [N, Hq, D], written: 0 for rows without visits.
         lse: [N, Hq] float32, written: -inf for rows without visits.
+        join: what ``out`` and ``lse`` hold counts as one visit more; ``out`` may hold anything where ``lse`` is -inf.
     """
     n_rows, n_heads, slots, dim = part.shape
     block = padded_dim(dim)
@@ -61,7 +71,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
     with on_device(part):
         _merge_visits_kernel[(cdiv(n_rows * n_heads, bm),)](
             part, part_lse, out, lse, n_rows, n_heads, out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
-            SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
+            SLOTS=slots, D=dim, BD=block, BM=bm, JOIN=join, num_warps=4,
         )  # fmt: skip
 
 
@@ -69,6 +79,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> No
 def _sum_visits_kernel(
     part, out, chosen, own, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -84,11 +95,16 @@ def _sum_visits_kernel(
         m_p = (block >= 0)[:, None] & m_d[None, :]
         b_sum += tl.load(part + (place + s)[:, None] * D + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
     p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
-    tl.store(p_out, (b_sum * scale).to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    m_o = m_m[:, None] & m_d[None, :]
+    b_sum *= scale
+    if ADD:
+        b_sum += tl.load(p_out, mask=m_o, other=0.0).to(tl.float32)
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_o)
 
 
-def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float) -> None:
-    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened: with a block here."""
+def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float, add: bool) -> None:
+    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened: with a block here; to
+    ``add`` that to out instead."""
     n_kv, n_rows, group, slots, dim = part.shape
     block = padded_dim(dim)
     bm = max(1, 4096 // block)
@@ -96,7 +112,7 @@ def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor
         _sum_visits_kernel[(cdiv(n_rows * group, bm), n_kv)](
             part, out, chosen, own, visible, page_row, n_rows, scale,
             out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
-            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, num_warps=4,
+            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, num_warps=4,
         )  # fmt: skip
 
 
@@ -148,6 +164,79 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
                 )
         out, lse = into, into_lse
     return out, lse
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_heads"])
+def _merge_rows_kernel(
+    out, lse, part, part_lse, index, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh, s_part, s_part_lse,
+    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_m = o_m < n_rows * n_heads
+    m_d = o_d < D
+    b_any = tl.full([BM], -1, tl.int32)
+    for s in range(SLOTS):
+        b_any = tl.maximum(b_any, tl.load(index + o_m * SLOTS + s, mask=m_m, other=-1))
+    if tl.max(b_any, 0) < 0:
+        return
+    # Rows without a part stay as they are, and are not touched.
+    m_m = b_any >= 0
+    t, head = o_m // n_heads, o_m % n_heads
+    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]
+    b_out = tl.load(p_out, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    if HAS_LSE:
+        p_lse = lse + t * s_lt + head * s_lh
+        b_lse = tl.load(p_lse, mask=m_m, other=float("-inf"))
+    for s in range(SLOTS):
+        place = tl.load(index + o_m * SLOTS + s, mask=m_m, other=-1).to(tl.int64)
+        m_s = place >= 0
+        b_part = tl.load(part + place[:, None] * s_part + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
+        if HAS_LSE:
+            b_new = tl.load(part_lse + place * s_part_lse, mask=m_s, other=float("-inf"))
+            b_max = tl.maximum(b_lse, b_new)
+            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+            b_a, b_b = tl.exp(b_lse - b_shift), tl.exp(b_new - b_shift)
+            b_sum = b_a + b_b
+            b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+            b_out = b_out * (b_a * b_norm)[:, None] + b_part * (b_b * b_norm)[:, None]
+            b_lse = b_max + tl.log(b_sum)
+        else:
+            b_out += b_part
+    tl.store(p_out, b_out, mask=m_m[:, None] & m_d[None, :])
+    if HAS_LSE:
+        tl.store(p_lse, b_lse, mask=m_m)
+
+
+def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
+    """Join partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
+
+    Args:
+        out: [N, Hq, D] float32, unit stride in D; lse: [N, Hq] float32.
+        part: [M, D] float32, unit stride in D; part_lse: [M] float32; any stride in M.
+        index: [N, Hq, S] int32 contiguous, which partial result belongs to each slot, -1 for none.
+    """
+    _on_rows(out, lse, part, part_lse, index)
+
+
+def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
+    """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
+    _on_rows(out, None, part, None, index)
+
+
+def _on_rows(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor | None, index: Tensor) -> None:
+    n_rows, n_heads, dim = out.shape
+    if part.shape[0] == 0 or index.numel() == 0:
+        return
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    lse_strides = (0, 0) if lse is None else lse.stride()
+    with on_device(out):
+        _merge_rows_kernel[(cdiv(n_rows * n_heads, bm),)](
+            out, lse, part, part_lse, index, n_rows, n_heads, *out.stride()[:2], *lse_strides, part.stride(0),
+            0 if part_lse is None else part_lse.stride(0),
+            SLOTS=index.shape[2], D=dim, BD=block, BM=bm, HAS_LSE=lse is not None, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows"])

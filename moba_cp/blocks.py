@@ -5,7 +5,7 @@ so that one integer, the block id, names a block together with its document. Blo
 starts at token ``s`` and has ``len`` tokens covers ``[s + jB, s + min((j + 1)B, len))``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Pages:
     length: Tensor
     """[n] int32, tokens in each block."""
     block_size: int
+
+    def of_heads(self, heads: slice) -> "Pages":
+        """The pages of some KV heads, in the same storage."""
+        return replace(self, row=self.row[heads], head=self.head[heads])
 
 
 def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:

@@ -188,6 +188,7 @@ def attend(
     own: Tensor | None,
     visible: Tensor | None,
     scale: float,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -198,6 +199,7 @@ def attend(
         own: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
         visible: [N] int32, with ``own``.
         scale: factor of the scores.
+        into: wide out and lse over other keys, to join the result to; out may hold anything where lse is -inf.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq], both wide; a row that sees nothing has out 0 and lse -inf.
@@ -224,6 +226,11 @@ def attend(
         out[:, head.heads], lse[:, head.heads] = merge(
             part.view(n_rows, group, head.n_slots, dim).unbind(2), part_lse.view(n_rows, group, head.n_slots).unbind(2)
         )
+    if into is not None:
+        before = torch.where(into[1][..., None] == -torch.inf, 0, into[0])
+        for target, joined in zip(into, merge([before, out], [into[1], lse]), strict=True):
+            target.copy_(joined)
+        return into
     return out, lse
 
 
@@ -238,6 +245,7 @@ def attend_backward(
     lse: Tensor,
     delta: Tensor,
     deterministic: bool = False,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -246,15 +254,14 @@ def attend_backward(
         lse: [N, Hq], log-sum-exp over everything the row sees, in all storages.
         delta: [N, Hq], row sums of ``dout * out`` of the final output.
         deterministic: accepted for symmetry with the kernels; this path always is.
+        into: wide dq, dk and dv to add to instead of new ones; dk and dv with equal strides.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; all wide.
     """
     n_rows, n_heads, dim = q.shape
     wide = wide_dtype(q.dtype)
-    dq = torch.zeros(n_rows, n_heads, dim, dtype=wide, device=q.device)
-    dk = torch.zeros(pages.k.shape, dtype=wide, device=q.device)
-    dv = torch.zeros(pages.v.shape, dtype=wide, device=q.device)
+    dq, dk, dv = into or (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, pages.k, pages.v))
     for kv_head in range(pages.row.shape[0]):
         head = _Head(q, pages, kv_head, chosen, own, visible)
         group = head.heads.stop - head.heads.start
@@ -273,7 +280,7 @@ def attend_backward(
             at = (rows, storage_head.expand_as(rows))
             dk.index_put_(at, torch.matmul(dscore.transpose(1, 2), q_rows), accumulate=True)
             dv.index_put_(at, torch.matmul(prob.transpose(1, 2), do_rows), accumulate=True)
-        dq[:, head.heads] = part.view(n_rows, group, head.n_slots, dim).sum(2)
+        dq[:, head.heads] += part.view(n_rows, group, head.n_slots, dim).sum(2)
     return dq, dk, dv
 
 
@@ -289,11 +296,11 @@ def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: 
     Args:
         out: [N, Hq, D], lse: [N, Hq], wide.
         part: [M, D], part_lse: [M], wide.
-        index: [N, Hq, S] int64, which partial result belongs to each slot, -1 for none.
+        index: [N, Hq, S] int32, which partial result belongs to each slot, -1 for none.
     """
     if part.shape[0] == 0:
         return
-    for places in index.unbind(2):
+    for places in index.long().unbind(2):
         there, at = places >= 0, places.clamp(min=0)
         joined, joined_lse = merge([out, part[at]], [lse, torch.where(there, part_lse[at], -torch.inf)])
         out.copy_(torch.where(there[..., None], joined, out))
@@ -304,7 +311,7 @@ def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
     """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
     if part.shape[0] == 0:
         return
-    for places in index.unbind(2):
+    for places in index.long().unbind(2):
         out += torch.where((places >= 0)[..., None], part[places.clamp(min=0)], 0)
 
 

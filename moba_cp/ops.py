@@ -38,8 +38,14 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
     return backend(outs[0]).merge(outs, lses)
 
 
-merge_rows = eager.merge_rows
-add_rows = eager.add_rows
+def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
+    """See :func:`moba_cp.eager.merge_rows`."""
+    backend(out).merge_rows(out, lse, part, part_lse, index)
+
+
+def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
+    """See :func:`moba_cp.eager.add_rows`."""
+    backend(out).add_rows(out, part, index)
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -66,14 +72,16 @@ def attend(
     scale: float,
     out_dtype: torch.dtype | None = None,
     index: list[Tensor] | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ):
     """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
 
     Kernels put what the backward of the same visits can use again into the list ``index``.
     """
     if backend(q) is not eager:
-        return backend(q).attend(q, pages, chosen, own, visible, scale, out_dtype or torch.float32, index=index)
-    out, lse = eager.attend(q, pages, chosen, own, visible, scale)
+        inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
+        return backend(q).attend(*inputs, index=index, into=into)
+    out, lse = eager.attend(q, pages, chosen, own, visible, scale, into)
     return out.to(out_dtype or out.dtype), lse
 
 
@@ -83,11 +91,13 @@ def index_size(q: Tensor, n_kv: int, n_blocks: int, top_k: int) -> int:
 
 
 def attend_backward(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
+    into=None,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
-    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``index``: as :func:`attend` left it."""
+    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``index``: as :func:`attend` left it. ``into``:
+    dq, dk and dv to add to."""
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
     if backend(q) is not eager:
-        return backend(q).attend_backward(*inputs, local_dtype, index=index)
-    return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs))
+        return backend(q).attend_backward(*inputs, local_dtype, index=index, into=into)
+    return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs, into=into))

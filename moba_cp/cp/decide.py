@@ -47,6 +47,13 @@ def stage_of(n_kv: int, n_blocks: int, stages: int, device) -> Tensor:
     return index * stages // max(1, n_kv * n_blocks)
 
 
+def heads_of_stage(n_kv: int, stages: int, stage: int) -> slice:
+    """The KV heads of which :func:`stage_of` puts anything into ``stage``, or more."""
+    if n_kv < stages:
+        return slice(0, n_kv)
+    return slice(-(-stage * n_kv // stages), -(-(stage + 1) * n_kv // stages))
+
+
 def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, costs: WireCosts, mode: str) -> Decision:
     """Choose between blocks and rows.
 

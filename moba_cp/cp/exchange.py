@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Pages
+from ..eager import wide_dtype
 from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .plan import PairLists
@@ -145,6 +146,12 @@ class BlockStage:
         return [
             Pages(p.k, p.v, torch.where(self.fetch_mask, p.row, -1), p.head, p.length, p.block_size) for p in storages
         ]
+
+    def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Zeros [W, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        rows, _, dim = pages.k.shape
+        grads = pages.k.new_zeros(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        return grads, (grads[:, :1], grads[:, 1:])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
         """Start sending gradients back; a collective call.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Pages
+from ..eager import wide_dtype
 from .comm import Communicator
 from .geometry import BlockGeometry
 
@@ -50,6 +51,12 @@ class GatherStage:
     def visible(self, storages: list[Pages]) -> list[Pages]:
         """All of them."""
         return storages
+
+    def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Zeros [P * R, 2, heads, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        rows, heads, dim = pages.k.shape
+        grads = pages.k.new_zeros(rows, 2, heads, dim, dtype=wide_dtype(pages.k.dtype))
+        return grads, (grads[:, 0], grads[:, 1])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
         """Start sending gradients to the owners; see :meth:`moba_cp.cp.exchange.BlockStage.give_back`.

@@ -26,13 +26,15 @@ class RowStage:
         sizes: list,
         stage: int,
         stage_of_pair: Tensor,
+        heads: slice,
         chosen: Tensor,
         owned: Pages,
         geometry: BlockGeometry,
         comm: Communicator,
         keep: bool,
     ):
-        """``sizes`` are the host's copy of ``lists.sizes``; ``stage_of_pair`` [Hkv, n]; ``owned`` this rank's pages."""
+        """``sizes`` are the host's copy of ``lists.sizes``; ``stage_of_pair`` [Hkv, n]; ``heads`` are the query heads of
+        which rows may be sent; ``owned`` this rank's pages."""
         receive, send = ([row[:-1] for row in side] for side in sizes)
         self.receive, self.send = receive[stage], send[stage]
         begin = sum(map(sum, send[:stage]))
@@ -44,8 +46,9 @@ class RowStage:
         self.head = slot // self.n_slots // n_rows
         self.chosen, self.served, self.stage, self.stage_of_pair = chosen, lists.served, stage, stage_of_pair
         self.geometry, self.comm, self.keep = geometry, comm, keep
-        self.owned = owned
+        self.owned, self.heads = owned, heads
         self._received: tuple[Tensor, Tensor] | None = None
+        self._routing: list[Tensor] = []
 
     def send_forward(self, q: Tensor) -> Callable[[], None]:
         """Start sending rows of q [L, Hq, D] with the blocks they want; a collective call."""
@@ -65,7 +68,7 @@ class RowStage:
         """
         q, ids = self._received
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
-        out, lse = ops.attend(q[:, None], pages, ids.int()[:, None], None, None, scale)
+        out, lse = ops.attend(q[:, None], pages, ids.int()[:, None], None, None, scale, index=self._routing)
         if not self.keep:
             self._received = None
         wait = self.comm.all_to_all(torch.cat([out[:, 0], lse], 1), self.receive, self.send, "partial_outputs")
@@ -107,12 +110,11 @@ class RowStage:
         (q, ids), dout, sums = self._received, self._gradients, self._sums
         lse, delta = sums[:, :1].contiguous(), sums[:, 1:].contiguous()
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
-        dq, dk, dv = ops.attend_backward(
-            q[:, None], pages, ids.int()[:, None], None, None, scale, dout[:, None], lse, delta, deterministic
-        )
-        if q.shape[0]:
-            owned[:, :, 0] += dk
-            owned[:, :, 1] += dv
+        dq = torch.zeros(q.shape[0], 1, q.shape[1], dtype=owned.dtype, device=q.device)
+        ops.attend_backward(
+            q[:, None], pages, ids.int()[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
+            index=self._routing, into=(dq, owned[:, :, 0], owned[:, :, 1]),
+        )  # fmt: skip
         self._gradients = self._sums = None
         if not self.keep:
             self._received = None
@@ -120,9 +122,10 @@ class RowStage:
         return lambda: wait().to(dq.dtype)
 
     def index(self) -> Tensor:
-        """[L, Hq, S] int64: which of the rows sent stands for this slot, -1 for none."""
-        index = torch.full(self.chosen.shape, -1, dtype=torch.int64, device=self.chosen.device)
-        index[self.token, self.head, self.slot] = torch.arange(self.slot.numel(), device=self.slot.device)
+        """[L, heads, S] int32: which of the rows sent stands for this slot of the stage's heads, -1 for none."""
+        index = torch.full_like(self.chosen[:, self.heads], -1, memory_format=torch.contiguous_format)
+        rows = torch.arange(self.slot.numel(), dtype=index.dtype, device=index.device)
+        index[self.token, self.head - self.heads.start, self.slot] = rows
         return index
 
     @property

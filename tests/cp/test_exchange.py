@@ -175,7 +175,8 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     for _ in range(2):
         out.backward(cp.shard(case.dout), retain_graph=True)
         gradients.append([x.grad.clone() for x in leaves])
-    held = [part for stage in out.grad_fn.stages for part in stage if part is not None and part.owned is not None]
+    parts = [part for stage in out.grad_fn.stages for part in (stage.blocks, stage.rows)]
+    held = [part for part in parts if part is not None and part.owned is not None]
     return gradients, held
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
-from tests.kernels.inputs import Problem, poisoned, strided
+from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
 
 # lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
 PROBLEMS = [
@@ -98,6 +98,59 @@ def test_storages_of_any_layout_merge_to_the_whole():
                 assert (joined[start : start + length, h] == 0).all()
                 joined[start : start + length, h] = part[1][row[h, b] : row[h, b] + length, 0]
         close(joined, whole)
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+def test_results_join_what_is_there(block_size, deterministic):
+    """Two storages one after the other into the same tensors, some heads at a time, as the exchange does it."""
+    p = Problem([150], (4, 2), 32, block_size, 4)
+    out, lse, delta, grads = exact(p)
+    n_blocks = p.pages.row.shape[1]
+    is_first = torch.arange(n_blocks, device=p.q.device) % 2 == 0
+    storages = [replace(p.pages, row=torch.where(is_first == first, p.pages.row, -1)) for first in (True, False)]
+    into = strided(torch.full_like(p.q, torch.nan)), torch.full(lse.shape, -torch.inf, device=p.q.device)
+    # K and V side by side, with something in them before.
+    both = torch.ones(150, 2, 2, 32, device=p.q.device)
+    dq = torch.ones_like(p.q)
+    rest = p.dout, lse.float(), delta.float()
+    for pages in storages:
+        for kv_heads in (slice(0, 1), slice(1, 2)):
+            at, index = slice(2 * kv_heads.start, 2 * kv_heads.stop), []
+            visits = p.chosen[:, at], p.own, p.visible
+            inputs = p.q[:, at], pages.of_heads(kv_heads), *visits, p.scale
+            joined = kernels.attend(*inputs, index=index, into=tuple(x[:, at] for x in into))
+            assert all(a.data_ptr() == b[:, at].data_ptr() for a, b in zip(joined, into))
+            kernels.attend_backward(
+                *inputs, *(x[:, at] for x in rest), deterministic, index=index,
+                into=(dq[:, at], both[:, :, 0], both[:, :, 1]),
+            )  # fmt: skip
+    for actual, expected in zip(into, (out, lse)):
+        close(actual, expected)
+    for actual, expected in zip((dq, both[:, :, 0], both[:, :, 1]), grads):
+        close(actual - 1, expected)
+
+
+@pytest.mark.parametrize("n_parts", [0, 3, 40])
+def test_parts_of_single_rows_are_joined_and_added(n_parts):
+    g = torch.Generator().manual_seed(n_parts)
+    draw = lambda *size: torch.randn(*size, generator=g).to(DEVICE)
+    out, lse, packed = draw(23, 4, 40), draw(23, 4), draw(n_parts, 41)
+    out[3], lse[3] = 0, -torch.inf
+    part, part_lse = packed[:, :-1], packed[:, -1]
+    place = torch.full((23, 4, 3), -1, dtype=torch.int32)
+    place.view(-1)[torch.randperm(23 * 4 * 3, generator=g)[:n_parts]] = torch.arange(n_parts, dtype=torch.int32)
+    index = place.to(DEVICE)
+    wide = [out.double(), lse.double()]
+    eager.merge_rows(*wide, part.double(), part_lse.double(), index)
+    ours, ours_lse, added = strided(out), lse.clone(), strided(out)
+    kernels.merge_rows(ours, ours_lse, part, part_lse, index)
+    close(ours, wide[0])
+    close(ours_lse, wide[1])
+    total = out.double()
+    eager.add_rows(total, part.double(), index)
+    kernels.add_rows(added, part, index)
+    close(added, total)
 
 
 def test_rows_that_see_nothing():
