@@ -147,12 +147,13 @@ class Communicator:
     def beside(self, after: torch.cuda.Event | None):
         """Context in which work is issued beside the current stream, once it has passed ``after``.
 
-        Packing a message and sending it must not queue behind the attention that it is to overlap with.
+        Packing a message and sending it must not queue behind the attention that it is to overlap with, nor wait until
+        that leaves room on the GPU: the stream goes before others. (NCCL's own does under TORCH_NCCL_HIGH_PRIORITY=1.)
         """
         if after is None:
             return contextlib.nullcontext()
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(priority=-1)
         self._stream.wait_event(after)
         return torch.cuda.stream(self._stream)
 

@@ -73,14 +73,10 @@ def open_mesh(config: RunConfig) -> Mesh:
     size, rank = launched_size(), launched_rank()
     device = _device(config.device)
     timeout = timedelta(seconds=config.timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         size, rank = dist.get_world_size(), dist.get_rank()
-    elif size > 1:
-        dist.init_process_group(backend, timeout=timeout)
     else:
-        # Not even a port is needed for one rank.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        start_process_group(device, timeout)
     context = context_size(config, size)
     grid = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
     return Mesh(
@@ -93,6 +89,22 @@ def open_mesh(config: RunConfig) -> Mesh:
         context_size=context,
         shard_mesh=init_device_mesh(device.type, (size,), mesh_dim_names=("all",)),
     )
+
+
+def backend_of(device: torch.device) -> str:
+    """What moves tensors of this kind of device, and those of the CPU."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def start_process_group(device: torch.device, timeout: timedelta) -> None:
+    """Start torch.distributed for the ranks that were launched; collective over them."""
+    # A transfer that waits until the attention it should overlap with leaves room overlaps with nothing.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    if launched_size() > 1:
+        dist.init_process_group(backend_of(device), timeout=timeout)
+    else:
+        # Not even a port is needed for one rank.
+        dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def close_mesh() -> None:

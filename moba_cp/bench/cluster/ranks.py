@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ...train.mesh import launched_rank, launched_size
+from ...train.mesh import backend_of, launched_rank, launched_size, start_process_group
 
 
 class Ranks:
@@ -33,20 +33,15 @@ class Ranks:
         self.on_gpu = self.device.type == "cuda"
         if nodes > 1 and self.on_gpu:
             _look_like_nodes(self.rank // self.per_node)
-        # CPU tensors meet over gloo, whose waiting costs no GPU and no core.
-        backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"
         self._ours = not started
         if not started:
-            # Ranks that take no part in a measurement wait for those that do, however long it takes.
-            patience = timedelta(hours=1)
-            if self.size > 1:
-                dist.init_process_group(backend, timeout=patience)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+            # Ranks that take no part in a measurement wait for those that do, however long it takes: over gloo, which
+            # keeps neither GPU nor CPU busy.
+            start_process_group(self.device, timedelta(hours=1))
         self.sizes = [2**i for i in range(self.size.bit_length()) if 2**i <= self.size]
         """P of the measurements: powers of two."""
         self._groups = {
-            size: dist.new_group(list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend)
+            size: dist.new_group(list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend_of(self.device))
             for size in self.sizes
         }
 
