@@ -48,9 +48,11 @@ def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.de
         g = torch.Generator(device).manual_seed(chunk)
         drawn = [torch.randn(CHUNK, n, shape.dim, generator=g, device=device)[inside] for n in counts]
         if codes is not None:
-            where = chunk * CHUNK + np.arange(CHUNK)[inside]
-            drawn[0] = _queries(shape, where, codes, drawn[0])
-            drawn[1] += codes[torch.from_numpy(where // shape.moba.block_size).to(device)]
+            # What a query is to choose depends on where a run of queries begins, so it is drawn for whole chunks.
+            where = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, n_tokens))
+            chosen = shape.drawn()(where)[inside].to(device).long()
+            drawn[0] = _queries(shape, chosen, codes, drawn[0])
+            drawn[1] += codes[torch.from_numpy(where[inside] // shape.moba.block_size).to(device)]
         for target, part in zip(out, drawn, strict=True):
             target[here] = part.to(dtype)
     return out
@@ -73,13 +75,12 @@ def _codes(shape: Shape, n_tokens: int, device: torch.device) -> Tensor:
     return torch.randint(2, size, generator=g, device=device).float() * 2 - 1
 
 
-def _queries(shape: Shape, where: np.ndarray, codes: Tensor, noise: Tensor) -> Tensor:
-    """Queries [tokens, Hq, D] that score the blocks the gate drew for them alike, and other blocks about zero.
+def _queries(shape: Shape, chosen: Tensor, codes: Tensor, noise: Tensor) -> Tensor:
+    """Queries [tokens, Hq, D] that score their blocks ``chosen`` [tokens, Hq, S] alike, and other blocks about zero.
 
     A query is the combination of its blocks' codes whose product with each of them is the same. Codes of other blocks
     have random products with it, of standard deviation ``sqrt(S / D)`` of that: nearly all are below.
     """
-    chosen = shape.drawn()(where).to(codes.device).long()
     valid = (chosen >= 0).float()
     group = shape.heads // shape.kv_heads
     kv_head = torch.arange(shape.heads, device=codes.device)[:, None] // group
