@@ -323,3 +323,45 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
     for part, part_lse in zip(outs, lses):
         out += part * (part_lse - shift).exp()[..., None]
     return out, lse
+
+
+def copy_pages(pages: Pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
+    """Copy K and V of the blocks ``pairs`` that lie in ``pages`` to ``out``; others leave their rows as they are.
+
+    Args:
+        pages: the storage.
+        pairs: [m] int64, (KV head, block) as ``head * n + block``.
+        offset: [m] int64, row of ``out`` at which each begins; the next one begins where it ends.
+        out: [R, 2, D] contiguous, K beside V.
+    """
+    to, row, head = _page_rows(pages, pairs, offset, 0, out.shape[0])
+    out[to, 0], out[to, 1] = pages.k[row, head], pages.v[row, head]
+
+
+def add_pages(
+    dk: Tensor, dv: Tensor, pages: Pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int
+) -> None:
+    """Add gradients of blocks to those of the storage where they lie; blocks that do not lie there are passed over.
+
+    Args:
+        dk, dv: gradients of ``pages.k`` and ``pages.v``, wide, with equal strides.
+        pairs, offset: as in :func:`copy_pages`; those that begin in rows ``begin .. end``, all of them different, are
+            added.
+        arrived: [R, 2, D] contiguous, any floating dtype.
+    """
+    at, row, head = _page_rows(pages, pairs, offset, begin, end)
+    dk[row, head] += arrived[at, 0].to(dk.dtype)
+    dv[row, head] += arrived[at, 1].to(dv.dtype)
+
+
+def _page_rows(pages: Pages, pairs: Tensor, offset: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For the rows ``begin .. end`` of a message whose block lies in ``pages``: row of the message, row of the storage
+    and its head, int64 each."""
+    n = pages.row.shape[1]
+    message = torch.arange(begin, end, device=pairs.device)
+    index = torch.searchsorted(offset, message, right=True) - 1
+    head, block = pairs[index] // n, pairs[index] % n
+    start = pages.row[head, block]
+    here = start >= 0
+    row = start + message - offset[index]
+    return message[here], row[here], pages.head[head, block].long()[here]

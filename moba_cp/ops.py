@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import eager
+from . import choices, eager
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = range(1, 257)
@@ -25,12 +25,39 @@ def _has_triton() -> bool:
 
 def backend(x: Tensor):
     """The module whose primitives serve ``x`` [..., D]: :mod:`moba_cp.kernels` or :mod:`moba_cp.eager`."""
-    on_gpu = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if on_gpu and x.dtype in KERNEL_DTYPES and x.shape[-1] in KERNEL_HEAD_DIMS and _has_triton():
+    if _on_kernels(x) and x.dtype in KERNEL_DTYPES and x.shape[-1] in KERNEL_HEAD_DIMS:
         from . import kernels
 
         return kernels
     return eager
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+
+def _counting(chosen: Tensor):
+    """The module that counts what was chosen; block ids are int32 whatever the inputs are."""
+    if _on_kernels(chosen):
+        from . import kernels
+
+        return kernels
+    return choices
+
+
+def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """See :func:`moba_cp.choices.count_choices`."""
+    return _counting(chosen).count_choices(chosen, open_place, unit)
+
+
+def count_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_owners: int) -> Tensor:
+    """See :func:`moba_cp.choices.count_rows`."""
+    return _counting(chosen).count_rows(chosen, place, fetch, n_owners)
+
+
+def list_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+    """See :func:`moba_cp.choices.list_rows`."""
+    return _counting(chosen).list_rows(chosen, place, fetch, n_places)
 
 
 def merge(outs, lses) -> tuple[Tensor, Tensor]:
@@ -46,6 +73,16 @@ def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: 
 def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
     """See :func:`moba_cp.eager.add_rows`."""
     backend(out).add_rows(out, part, index)
+
+
+def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
+    """See :func:`moba_cp.eager.copy_pages`."""
+    backend(out).copy_pages(pages, pairs, offset, out)
+
+
+def add_pages(dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int) -> None:
+    """See :func:`moba_cp.eager.add_pages`."""
+    backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ n blocks. A row is a (token, query head) pair. A stage is one of the parts in wh
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from .geometry import BlockGeometry
 from .options import WireCosts
 
@@ -22,11 +22,11 @@ class Decision:
     """What one rank asks of the others."""
 
     fetch: Tensor
-    """[Hkv, n] bool, blocks whose K and V come here."""
-    send: Tensor
-    """[L, Hq, S] bool: the row goes to the owner of the block in this slot; once per owner and stage."""
-    served: Tensor
-    """[L, Hq, S] bool: the block in this slot is attended to by its owner."""
+    """[Hkv, n] bool, blocks whose K and V come here. Rows go to the owners of the other blocks that they chose."""
+    place: Tensor
+    """[Hkv, n] int32, ``stage * P + owner`` of blocks of other ranks, -1 for those that are here."""
+    with_rows: bool
+    """whether there can be rows to send."""
     needed: Tensor
     """[] int64, (KV head, block) pairs of other ranks that are needed here in one way or the other."""
     hottest: Tensor
@@ -65,92 +65,34 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
         chosen: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
     """
-    places = (geometry.owner * stages + stage_of(n_kv, geometry.n_blocks, stages, chosen.device)).int()
-    heads = [_HeadSlots.of(chosen, geometry, head, places) for head in range(n_kv)]
+    size, remote = len(geometry.owned), geometry.row < 0
+    place = stage_of(n_kv, geometry.n_blocks, stages, chosen.device) * size + geometry.owner
+    place = torch.where(remote, place, -1).int()
     lies_in = torch.zeros(geometry.n_blocks, dtype=torch.bool, device=chosen.device)
     lies_in[geometry.own.long()] = True
-    lies_in &= geometry.row < 0
+    lies_in &= remote
     always = lies_in.expand(n_kv, -1)
-    chose = torch.stack([head.count(head.remote) for head in heads])
-    everything = (chose > 0) | always
+    chose, share = ops.count_choices(chosen, torch.where(lies_in, -1, place), _SHARE if mode == "auto" else 0)
+    everything = (chose > 0) & remote | always
 
     if mode == "kv":
-        fetch = everything
+        candidates = everything[None]
     elif mode == "query":
-        fetch = always
+        candidates = always[None].contiguous()
     else:
-        share = torch.stack([head.count(head.remote, head.share(~lies_in)) for head in heads])
         worth = share * costs.row >= geometry.length.long() * costs.kv_token * _SHARE
         candidates = torch.stack([everything, (everything & worth) | always, always])
-        cost = torch.stack([_cost(fetch, heads, geometry, stages, costs) for fetch in candidates])
-        best = cost.argmin(0)[geometry.owner]
-        fetch = candidates.gather(0, best.expand(1, n_kv, -1))[0]
-
-    served = torch.cat([head.open(fetch) for head in heads], 1)
-    send = torch.cat([head.first(fetch) for head in heads], 1)
-    hottest = torch.stack([head.count(head.chose).max() for head in heads]).max()
-    return Decision(fetch, send, served, everything.sum(), hottest, _cost(fetch, heads, geometry, stages, costs))
+    cost = _tokens(candidates, geometry, size) * costs.kv_token
+    if mode != "kv":
+        cost += ops.count_rows(chosen, place, candidates, size) * costs.row
+    best = cost.argmin(0)
+    fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
+    return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost.gather(0, best[None])[0])
 
 
-class _HeadSlots(NamedTuple):
-    """The chosen slots of one KV head's group, [L, G, S] each."""
-
-    kv_head: int
-    n_blocks: int
-    block: Tensor
-    """int32 block id, 0 where there is none."""
-    chose: Tensor
-    """bool, there is a block in this slot."""
-    remote: Tensor
-    """bool, the block lies on another rank."""
-    place: Tensor
-    """int32, where the row would go: one number per owner and stage."""
-
-    @classmethod
-    def of(cls, chosen: Tensor, geometry: BlockGeometry, kv_head: int, places: Tensor) -> "_HeadSlots":
-        """Slots of ``kv_head``; places [Hkv, n] int32, where a row that wants a block would go."""
-        group = chosen.shape[1] // places.shape[0]
-        slots = chosen[:, kv_head * group : (kv_head + 1) * group]
-        block = slots.clamp(min=0)
-        chose = slots >= 0
-        remote = chose & (geometry.row < 0)[block]
-        return cls(kv_head, geometry.n_blocks, block, chose, remote, places[kv_head][block])
-
-    def open(self, fetch: Tensor) -> Tensor:
-        """Slots whose block lies elsewhere and does not come here; fetch [Hkv, n] bool."""
-        return self.remote & ~fetch[self.kv_head][self.block]
-
-    def first(self, fetch: Tensor) -> Tensor:
-        """Open slots that are the first of their row with their place: for these the row is sent."""
-        slots = self.open(fetch)
-        first = slots.clone()
-        for slot in range(1, slots.shape[-1]):
-            same = self.place[..., :slot] == self.place[..., slot : slot + 1]
-            first[..., slot] &= ~(same & slots[..., :slot]).any(-1)
-        return first
-
-    def share(self, open_block: Tensor) -> Tensor:
-        """The part of its row's cost that each slot bears, in units of 1 / _SHARE; open_block [n] bool."""
-        slots = self.remote & open_block[self.block]
-        together = torch.zeros_like(self.place)
-        for slot in range(slots.shape[-1]):
-            together += (self.place == self.place[..., slot : slot + 1]) & slots[..., slot : slot + 1]
-        return _SHARE // together.clamp(min=1) * slots
-
-    def count(self, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[n] int64, slots under the mask per block, by weight."""
-        return _count(self.block, mask if weight is None else mask * weight, self.n_blocks)
-
-
-def _cost(fetch: Tensor, heads: list[_HeadSlots], geometry: BlockGeometry, stages: int, costs: WireCosts) -> Tensor:
-    """[P] int64 bytes to and from each owner."""
-    size = len(geometry.owned)
-    tokens = _count(geometry.owner, (fetch * geometry.length).sum(0), size)
-    rows = sum(_count(head.place // stages, head.first(fetch), size) for head in heads)
-    return tokens * costs.kv_token + rows * costs.row
-
-
-def _count(index: Tensor, weight: Tensor, n: int) -> Tensor:
-    """[n] int64 sums of weights by index; torch.bincount would wait for the device."""
-    zero = torch.zeros(n, dtype=torch.int64, device=index.device)
-    return zero.scatter_add_(0, index.flatten().long(), weight.flatten().long())
+def _tokens(fetch: Tensor, geometry: BlockGeometry, size: int) -> Tensor:
+    """[C, P] int64, tokens of all KV heads that come from each owner; fetch [C, Hkv, n] bool."""
+    tokens = (fetch * geometry.length.long()).sum(1)
+    # torch.bincount would wait for the device.
+    zero = torch.zeros(fetch.shape[0], size, dtype=torch.int64, device=fetch.device)
+    return zero.scatter_add_(1, geometry.owner.expand(fetch.shape[0], -1), tokens)

@@ -27,9 +27,10 @@ class GatherStage:
         if self._pages is not None:
             kept = self._pages
             return lambda: kept
-        own_kv = torch.stack([self.owned.k[:, self.heads], self.owned.v[:, self.heads]], 1)
-        padded = own_kv.new_zeros(self.geometry.widest, *own_kv.shape[1:])
-        padded[: own_kv.shape[0]] = own_kv
+        k, v = self.owned.k[:, self.heads], self.owned.v[:, self.heads]
+        padded = k.new_empty(self.geometry.widest, 2, *k.shape[1:])
+        torch.stack([k, v], 1, out=padded[: k.shape[0]])
+        padded[k.shape[0] :] = 0
         wait = self.comm.all_gather_async(padded, "kv")
 
         def storages() -> list[Pages]:
@@ -40,7 +41,7 @@ class GatherStage:
             place = geometry.owner * geometry.widest + geometry.owner_row
             row[self.heads] = torch.where(geometry.row < 0, place, -1)
             head = torch.zeros_like(row, dtype=torch.int32)
-            head[self.heads] = torch.arange(own_kv.shape[2], dtype=torch.int32, device=row.device)[:, None]
+            head[self.heads] = torch.arange(k.shape[1], dtype=torch.int32, device=row.device)[:, None]
             pages = [Pages(gathered[:, 0], gathered[:, 1], row, head, geometry.length, geometry.block_size)]
             if self.keep:
                 self._pages = pages

@@ -105,7 +105,9 @@ class _MoBAAcrossRanks(torch.autograd.Function):
 
         def collect(stage: _Stage, answer):
             if answer is not None:
-                ops.merge_rows(out[:, stage.heads], lse[:, stage.heads], *answer(), stage.rows.index())
+                part, part_lse = answer()
+                if part.shape[0]:
+                    ops.merge_rows(out[:, stage.heads], lse[:, stage.heads], part, part_lse, stage.rows.index())
 
         _pipeline(stages, begin, compute, collect)
         out = out.to(q.dtype)
@@ -177,7 +179,9 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         def collect(stage: _Stage, started):
             answer, finish = started
             if answer is not None:
-                ops.add_rows(dq[:, stage.heads], answer(), stage.rows.index())
+                part = answer()
+                if part.shape[0]:
+                    ops.add_rows(dq[:, stage.heads], part, stage.rows.index())
             if finish is not None:
                 finish()
 
@@ -253,7 +257,6 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
     hop_sizes = [plan.sizes(hop) for hop in range(len(plan.hops))]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles
-    stage_of_pair = cp.wire(config.block_size, n_kv).stage
     stages = []
     for stage in range(count):
         hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
@@ -261,8 +264,7 @@ def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> l
         rows, kv_heads = None, heads_of_stage(n_kv, count, stage)
         heads = _query_heads(kv_heads, group)
         if options.mode != "kv" and chosen.shape[2]:
-            place = stage, stage_of_pair, heads
-            rows = RowStage(plan.rows, row_sizes, *place, chosen, owned, geometry, comm, options.keep)
+            rows = RowStage(plan.rows, row_sizes, stage, heads, chosen, owned, geometry, comm, options.keep)
         stages.append(_Stage(kv_heads, heads, blocks, rows, []))
     return stages
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from .comm import Communicator, HostCopy
 from .decide import Decision, stage_of
 from .geometry import BlockGeometry
@@ -189,25 +190,12 @@ class RowLists:
     """Query rows that go to blocks of other ranks."""
 
     slots: Tensor
-    """int64 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token; entries past
+    """int32 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token; entries past
     the counts are meaningless."""
-    served: Tensor
-    """[L, Hq, S] bool, slots that their blocks' owners attend to."""
+    place: Tensor
+    """[Hkv, n] int32, ``stage * P + owner`` of the blocks that their owners attend to, -1 for others."""
     sizes: Tensor
     """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank; the last column is unused."""
-
-
-def list_rows(decision: Decision, chosen: Tensor, geometry: BlockGeometry, wire: WireTables):
-    """Order the rows to send: slots as in :class:`RowLists`, and the number of rows for each (stage, owner)."""
-    size, stages = len(geometry.owned), wire.stages
-    n_heads, n_kv = chosen.shape[1], wire.stage.shape[0]
-    block = chosen.long().clamp(min=0)
-    head = (torch.arange(n_heads, device=chosen.device) // (n_heads // n_kv))[:, None]
-    place = torch.where(decision.send, wire.stage[head, block] * size + geometry.owner[block], stages * size)
-    place = place.transpose(0, 1).flatten()
-    counts = torch.zeros(stages * size + 1, dtype=torch.int64, device=chosen.device)
-    counts.scatter_add_(0, place, torch.ones_like(place))
-    return place.argsort(stable=True), counts[:-1].view(stages, size)
 
 
 @dataclass(frozen=True)
@@ -242,7 +230,12 @@ def negotiate(
         chosen: [L, Hq, S] int32.
     """
     size, device, stages, n_kv = comm.size, chosen.device, wire.stages, wire.stage.shape[0]
-    slots, row_counts = list_rows(decision, chosen, geometry, wire)
+    if decision.with_rows:
+        slots, row_counts = ops.list_rows(chosen, decision.place, decision.fetch, stages * size)
+        row_counts = row_counts.view(stages, size)
+    else:
+        slots = torch.empty(0, dtype=torch.int32, device=device)
+        row_counts = torch.zeros(stages, size, dtype=torch.int64, device=device)
     total = decision.cost.sum().expand(size, 1)
     header = torch.cat([row_counts.T, total], 1).contiguous().view(torch.uint8).view(size, -1)
 
@@ -263,4 +256,5 @@ def negotiate(
     mine = decision.needed, remote, decision.cost.sum(), decision.hottest
     facts.view(-1)[:5] = torch.stack([received[:, -1].sum(), *mine])
     numbers = HostCopy(torch.stack([*(h.sizes for h in hops), row_sizes, facts]))
-    return Plan(hops, RowLists(slots, decision.served, row_sizes), numbers)
+    place = torch.where(decision.fetch, -1, decision.place)
+    return Plan(hops, RowLists(slots, place, row_sizes), numbers)

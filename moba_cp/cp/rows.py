@@ -25,7 +25,6 @@ class RowStage:
         lists: RowLists,
         sizes: list,
         stage: int,
-        stage_of_pair: Tensor,
         heads: slice,
         chosen: Tensor,
         owned: Pages,
@@ -33,18 +32,18 @@ class RowStage:
         comm: Communicator,
         keep: bool,
     ):
-        """``sizes`` are the host's copy of ``lists.sizes``; ``stage_of_pair`` [Hkv, n]; ``heads`` are the query heads of
-        which rows may be sent; ``owned`` this rank's pages."""
+        """``sizes`` are the host's copy of ``lists.sizes``; ``heads`` are the query heads of which rows may be sent;
+        ``owned`` this rank's pages."""
         receive, send = ([row[:-1] for row in side] for side in sizes)
         self.receive, self.send = receive[stage], send[stage]
         begin = sum(map(sum, send[:stage]))
         self.n_slots = chosen.shape[2]
-        slot = lists.slots[begin : begin + sum(self.send)]
+        slot = lists.slots[begin : begin + sum(self.send)].long()
         n_rows = chosen.shape[0]
         self.slot = slot % self.n_slots
         self.token = slot // self.n_slots % n_rows
         self.head = slot // self.n_slots // n_rows
-        self.chosen, self.served, self.stage, self.stage_of_pair = chosen, lists.served, stage, stage_of_pair
+        self.chosen, self.place, self.stage = chosen, lists.place, stage
         self.geometry, self.comm, self.keep = geometry, comm, keep
         self.owned, self.heads = owned, heads
         self._received: tuple[Tensor, Tensor] | None = None
@@ -130,17 +129,16 @@ class RowStage:
 
     @property
     def _id_dtype(self) -> torch.dtype:
-        return id_dtype(self.geometry, self.stage_of_pair.shape[0])
+        return id_dtype(self.geometry, self.place.shape[0])
 
     def _ids(self) -> Tensor:
         """[M, S]: for each row sent, the pairs its owner attends to, numbered by the owner; -1 for none."""
-        n_kv = self.stage_of_pair.shape[0]
-        chosen, served = self.chosen[self.token, self.head], self.served[self.token, self.head]
+        n_kv = self.place.shape[0]
+        chosen = self.chosen[self.token, self.head]
         block = chosen.long().clamp(min=0)
         kv_head = (self.head // (self.chosen.shape[1] // n_kv))[:, None]
-        owner = self.geometry.owner[block]
-        target = owner.gather(1, self.slot[:, None])
-        wanted = served & (owner == target) & (self.stage_of_pair[kv_head, block] == self.stage)
+        target = self.geometry.owner[block].gather(1, self.slot[:, None])
+        wanted = (chosen >= 0) & (self.place[kv_head, block] == self.stage * self.comm.size + target)
         pair = kv_head * self.geometry.owned_count[target] + self.geometry.place[block]
         return torch.where(wanted, pair, -1).to(self._id_dtype)
 

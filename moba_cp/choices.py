@@ -1,0 +1,78 @@
+"""Counting and listing the blocks that rows chose, for the exchange between ranks, in plain PyTorch.
+
+Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A *slot*
+is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner and stage
+(``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first slot that wants to.
+"""
+
+import torch
+from torch import Tensor
+
+
+def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """How many slots chose each block, and the shares of rows that would go to it.
+
+    Args:
+        chosen: [N, Hq, S] int32 block ids, -1 for none.
+        open_place: [Hkv, n] int32 places; -1 also where rows are not to be counted.
+        unit: a row's share is ``unit`` over the number of its slots with the same place; 0 for no shares.
+
+    Returns:
+        [Hkv, n] int64 each; the shares are 0 where ``open_place`` is -1.
+    """
+    chose, share = (torch.zeros(open_place.shape, dtype=torch.int64, device=chosen.device) for _ in range(2))
+    for head, block, place in _by_head(chosen, open_place):
+        chose[head].scatter_add_(0, block.clamp(min=0).flatten(), (block >= 0).long().flatten())
+        if unit:
+            together = torch.zeros_like(place)
+            for slot in range(place.shape[-1]):
+                together += (place == place[..., slot : slot + 1]) & (place >= 0)
+            part = unit // together.clamp(min=1) * (place >= 0)
+            share[head].scatter_add_(0, block.clamp(min=0).flatten(), part.flatten())
+    return chose, share
+
+
+def count_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_owners: int) -> Tensor:
+    """[C, owners] int64, rows sent to each owner, if the blocks ``fetch`` [C, Hkv, n] bool come here instead.
+
+    Args:
+        chosen: [N, Hq, S] int32.
+        place: [Hkv, n] int32.
+    """
+    rows = torch.zeros(fetch.shape[0], n_owners, dtype=torch.int64, device=chosen.device)
+    for head, block, at in _by_head(chosen, place):
+        for candidate, counts in zip(fetch, rows, strict=True):
+            first = _first(block, at, candidate[head])
+            counts.scatter_add_(0, at.clamp(min=0).flatten() % n_owners, first.long().flatten())
+    return rows
+
+
+def list_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+    """The slots whose rows are sent where the blocks ``fetch`` [Hkv, n] bool come here.
+
+    Returns:
+        int32 indices into the flattened [Hq, N, S] slots, by place, head, token, slot, as many as there are slots at
+        all: those past the counts mean nothing; and [places] int64, how many go to each place.
+    """
+    places = [torch.where(_first(block, at, fetch[head]), at, n_places) for head, block, at in _by_head(chosen, place)]
+    flat = torch.cat(places, 1).transpose(0, 1).flatten()
+    counts = torch.zeros(n_places + 1, dtype=torch.int64, device=chosen.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True).int(), counts[:-1]
+
+
+def _by_head(chosen: Tensor, place: Tensor):
+    """(KV head, blocks, places) of its group's slots, [N, G, S] int64 each."""
+    group = chosen.shape[1] // place.shape[0]
+    for head, table in enumerate(place.long()):
+        block = chosen[:, head * group : (head + 1) * group].long()
+        yield head, block, torch.where(block >= 0, table[block.clamp(min=0)], -1)
+
+
+def _first(block: Tensor, at: Tensor, fetch: Tensor) -> Tensor:
+    """[N, G, S] bool, slots for which their row is sent; fetch [n] bool."""
+    wants = (at >= 0) & ~fetch[block.clamp(min=0)]
+    first = wants.clone()
+    for slot in range(1, at.shape[-1]):
+        first[..., slot] &= ~((at[..., :slot] == at[..., slot : slot + 1]) & wants[..., :slot]).any(-1)
+    return first
