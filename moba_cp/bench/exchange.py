@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gradient-dtype", choices=WIRE_DTYPES, default=ExchangeOptions.gradient_dtype, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--row-weight", type=float, help="how much more a byte of rows counts in auto (1 across nodes, 4 within one)"
+    )
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"
@@ -102,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     MoBAConfig(args.block_size, args.top_k)
     modes = args.modes.split(",")
     for mode in modes:
-        ExchangeOptions(mode)
+        ExchangeOptions(mode, row_weight=args.row_weight)
     if args.heads % args.kv_heads:
         raise ValueError(f"heads={args.heads} is not a multiple of kv-heads={args.kv_heads}")
     if args.gate in GATES:
@@ -207,7 +210,9 @@ def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, ar
         # Every rank sends as many rows as the one that has most.
         total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
         return Asked(total, 0, fetch, 1.0)
-    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode)
+    options = ExchangeOptions(mode, ranks_per_node=per_node, row_weight=args.row_weight)
+    weight = options.weight_of_rows(len(geometry.owned))
+    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weight)
     elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)
     owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)

@@ -54,7 +54,15 @@ def heads_of_stage(n_kv: int, stages: int, stage: int) -> slice:
     return slice(-(-stage * n_kv // stages), -(-(stage + 1) * n_kv // stages))
 
 
-def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, costs: WireCosts, mode: str) -> Decision:
+def decide(
+    chosen: Tensor,
+    geometry: BlockGeometry,
+    n_kv: int,
+    stages: int,
+    costs: WireCosts,
+    mode: str,
+    row_weight: float,
+) -> Decision:
     """Choose between blocks and rows.
 
     Per owner, the cheapest of: fetch all, send all rows, and a mix in which a block is fetched if its tokens cost less
@@ -64,8 +72,10 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
     Args:
         chosen: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
+        row_weight: how much more a byte of rows counts in ``auto``.
     """
     size, remote = len(geometry.owned), geometry.row < 0
+    row = round(costs.row * row_weight)
     place = stage_of(n_kv, geometry.n_blocks, stages, chosen.device) * size + geometry.owner
     place = torch.where(remote, place, -1).int()
     lies_in = torch.zeros(geometry.n_blocks, dtype=torch.bool, device=chosen.device)
@@ -80,12 +90,11 @@ def decide(chosen: Tensor, geometry: BlockGeometry, n_kv: int, stages: int, cost
     elif mode == "query":
         candidates = always[None].contiguous()
     else:
-        worth = share * costs.row >= geometry.length.long() * costs.kv_token * _SHARE
+        worth = share * row >= geometry.length.long() * costs.kv_token * _SHARE
         candidates = torch.stack([everything, (everything & worth) | always, always])
-    cost = _tokens(candidates, geometry, size) * costs.kv_token
-    if mode != "kv":
-        cost += ops.count_rows(chosen, place, candidates, size) * costs.row
-    best = cost.argmin(0)
+    tokens = _tokens(candidates, geometry, size) * costs.kv_token
+    rows = ops.count_rows(chosen, place, candidates, size) if mode != "kv" else torch.zeros_like(tokens)
+    best, cost = (tokens + rows * row).argmin(0), tokens + rows * costs.row
     fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
     return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost.gather(0, best[None])[0])
 

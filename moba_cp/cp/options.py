@@ -37,6 +37,10 @@ class ExchangeOptions:
     """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.
     None: every rank for itself."""
 
+    row_weight: float | None = None
+    """In ``auto``, how much more a byte of rows counts than a byte of blocks: rows make work on both sides, which only
+    a slow network pays back. 1 moves the fewest bytes. None: 1 across nodes (``ranks_per_node``), 4 within one."""
+
     allgather_share: float = 0.98
     """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's."""
 
@@ -51,13 +55,26 @@ class ExchangeOptions:
             raise ValueError(
                 f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out for one node"
             )
+        weight = self.row_weight
+        if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
+            raise ValueError(f"exchange row_weight={weight!r} is not a number in (0, 1e6); leave it out, or use 1 to 8")
         share = self.allgather_share
-        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+        if not _is_number(share) or not 0 < share <= 1:
             raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; use 0.98")
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
         return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
+
+    def weight_of_rows(self, size: int) -> float:
+        """``row_weight``, or what it is by default for ``size`` ranks."""
+        if self.row_weight is not None:
+            return self.row_weight
+        return 4.0 if self.ranks_per_node is None or self.ranks_per_node >= size else 1.0
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_int(value) -> bool:

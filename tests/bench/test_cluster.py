@@ -272,7 +272,9 @@ def test_a_profile_says_what_overlaps():
     [
         (["--tokens", "1k"], "tokens='1k' is not a list of positive whole numbers"),
         (["--tokens", "513"], "tokens: seq_len=513 is not divisible by"),
-        (["--modes", "kv,all"], "modes='kv,all': 'all' is not one of auto, kv, query, allgather"),
+        (["--modes", "kv,all"], "modes: 'all': exchange mode='all' is not one of auto, kv, query, allgather"),
+        (["--modes", "auto:0"], "modes: 'auto:0': exchange row_weight=0.0 is not a number in"),
+        (["--modes", "auto:x"], "modes: 'auto:x': could not convert string to float"),
         (["--parts", "attention,nodes"], "with nodes=1: the part nodes, and no other, goes with --nodes"),
         (["--nodes", "0"], "nodes=0 is not positive"),
         (["--nodes", "2"], "nodes=2 does not divide the 1 ranks"),

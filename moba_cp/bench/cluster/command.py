@@ -17,7 +17,7 @@ from .chart import draw
 from .check import check
 from .goals import judge, lines
 from .inputs import Shape
-from .measure import Limits
+from .measure import Limits, exchange_options
 from .parts import PARTS, Settings
 from .ranks import Ranks
 from .rows import Report, header
@@ -29,7 +29,9 @@ DEFAULT_PARTS = ("attention", "overlap", "training")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--tokens", help="lengths T, by commas (default: 32768 to 1048576; with --nodes 65536)")
-    parser.add_argument("--modes", default=",".join(MODES), help="of the exchange, by commas (default: %(default)s)")
+    parser.add_argument(
+        "--modes", default=",".join(MODES), help="of the exchange, by commas; auto:2 for a row_weight (%(default)s)"
+    )
     parser.add_argument("--parts", help=f"by commas, of {', '.join(PARTS)} (default: all but nodes; with --nodes: it)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")
     parser.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
@@ -100,7 +102,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     """
     if args.nodes < 1:
         raise ValueError(f"nodes={args.nodes} is not positive; use 1 for the machine as it is")
-    modes = _words("modes", args.modes, MODES)
+    modes = tuple(dict.fromkeys(args.modes.split(",")))
+    for mode in modes:
+        exchange_options(mode)
     default = ("nodes",) if args.nodes > 1 else DEFAULT_PARTS
     parts = _words("parts", args.parts, tuple(PARTS)) if args.parts else default
     if ("nodes" in parts) != (args.nodes > 1) or "nodes" in parts and len(parts) > 1:

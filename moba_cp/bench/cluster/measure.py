@@ -39,6 +39,15 @@ class Limits:
     """No more repeats of a candidate after so many ms, but at least two."""
 
 
+def exchange_options(mode: str, **others) -> ExchangeOptions:
+    """The options of a mode as the command names it: ``auto:2`` is ``auto`` with ``row_weight`` 2."""
+    name, _, weight = mode.partition(":")
+    try:
+        return ExchangeOptions(name, row_weight=float(weight) if weight else None, **others)
+    except ValueError as error:
+        raise ValueError(f"modes: {mode!r}: {error}") from None
+
+
 class Layer:
     """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks."""
 
@@ -58,12 +67,11 @@ class Layer:
             self.comm, self.shape.layout, self.n_tokens, device=self.ranks.device, exchange=options, observer=observer
         )
 
-    def moba(self, mode: str | ExchangeOptions, name: str | None = None) -> Candidate:
+    def moba(self, mode: str, name: str | None = None, **options) -> Candidate:
         """MoBA in one exchange mode; on one rank as on any single GPU."""
-        options = ExchangeOptions(mode) if isinstance(mode, str) else mode
-        cp = self.context(options) if self.size > 1 else None
+        cp = self.context(exchange_options(mode, **options)) if self.size > 1 else None
         forward = lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp)
-        return Candidate(name or f"{MOBA} {options.mode}", forward, self.dout, self.leaves)
+        return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)
 
     def full(self) -> Candidate:
         """Our full attention, with the method and kernels that it chooses."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from ...cp.options import ExchangeOptions
 from . import training
 from .inputs import Shape
 from .measure import FULL, MOBA, Layer, Limits, dense_estimate, measure, overlap
@@ -15,7 +14,7 @@ from .profile import write_profile
 from .ranks import Ranks
 from .rows import Report, Row
 
-TRAINING_STEPS = 3
+TRAINING_STEPS = 5
 
 
 @dataclass
@@ -96,15 +95,16 @@ def _estimate(settings: Settings, ranks: Ranks, report: Report, n_tokens: int, s
 def nodes(settings: Settings, ranks: Ranks, report: Report) -> None:
     """MoBA with and without the hierarchy of nodes, over sockets: bytes are real, times are an emulation's."""
     size = ranks.sizes[-1]
-    flat = {mode: ExchangeOptions(mode) for mode in settings.modes}
-    by_node = {
-        mode: ExchangeOptions(mode, ranks_per_node=size // settings.nodes) for mode in settings.modes if mode != "allgather"
-    }
+    per_node = size // settings.nodes
 
     def one(n_tokens: int) -> None:
         layer = Layer(settings.shape, n_tokens, size, ranks)
-        candidates = [layer.moba(options, f"{MOBA} {mode} flat") for mode, options in flat.items()]
-        candidates += [layer.moba(options, f"{MOBA} {mode} by node") for mode, options in by_node.items()]
+        candidates = [layer.moba(mode, f"{MOBA} {mode} flat") for mode in settings.modes]
+        candidates += [
+            layer.moba(mode, f"{MOBA} {mode} by node", ranks_per_node=per_node)
+            for mode in settings.modes
+            if mode != "allgather"
+        ]
         rows = measure(layer, "nodes", candidates, settings.limits, lambda name: 0.0)
         for row in rows:
             row.note = row.note or f"{settings.nodes} nodes emulated on one machine, over sockets"

@@ -6,7 +6,7 @@ import torch
 
 from ...cp.options import ExchangeOptions
 from .. import exchange
-from .measure import Layer, MOBA
+from .measure import MOBA, Layer, exchange_options
 from .rows import Row
 
 
@@ -22,13 +22,15 @@ def predictions(layer: Layer, modes: list[str]) -> dict[str, exchange.Row]:
     geometry = cp.geometry(layer.shape.moba.block_size)
     per_node = min(args.ranks_per_node, layer.size)
     rows = {}
-    for mode in modes:
+    for name in modes:
+        options = exchange_options(name)
+        args.row_weight, mode = options.row_weight, options.mode
         asked = exchange.ask(cp.rank, seen[0], geometry, mode, per_node, args)
         asked.fetch = asked.fetch.cpu()
         everybody = layer.ranks.gathered(asked, layer.size)
         for one in everybody:
             one.fetch = one.fetch.to(geometry.owner.device)
-        rows[f"{MOBA} {mode}"] = exchange.predict(layer.size, mode, everybody, geometry, args)
+        rows[f"{MOBA} {name}"] = exchange.predict(layer.size, mode, everybody, geometry, args)
     return rows
 
 
