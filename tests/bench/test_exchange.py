@@ -63,7 +63,7 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents):
     args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", "1")
     args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
     for row in exchange.measure(size, RecordedGate(path), list(MODES), args):
-        options = ExchangeOptions(row.mode, stages=1)
+        options = ExchangeOptions(row.mode, stages=1, ranks_per_node=1)
         counters = [c for _, c in run_threads(size, across_ranks, case, "zigzag", False, options)]
         means = sum(c["received_means_bytes"] for c in counters)
         n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
@@ -73,7 +73,7 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents):
 
 def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     table, chart = tmp_path / "table.json", tmp_path / "chart.png"
-    shape = ["--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
+    shape = ["--row-weight", "1", "--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
     assert exchange.main(_args(*shape, "--json", str(table), "--plot", str(chart))) == 0
     rows = json.loads(table.read_text())["rows"]
     assert [(row["ranks"], row["mode"]) for row in rows] == [(p, mode) for p in (2, 4) for mode in MODES]
@@ -91,6 +91,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         (["--modes", "all"], "exchange mode='all' is not one of"),
         (["--heads", "3"], "heads=3 is not a multiple of kv-heads=8"),
         (["--top-k", "0"], "top_k=0 is not between"),
+        (["--row-weight", "-1"], "exchange row_weight=-1.0 is not a number in"),
     ],
 )
 def test_bad_arguments_are_named(given, says):

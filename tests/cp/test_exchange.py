@@ -91,7 +91,10 @@ def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
         total = {}
         for mode, layout in itertools.product(MODES, ("contiguous", "zigzag")):
             counters = [
-                c for _, c in run_threads(size, across_ranks, case, layout, False, ExchangeOptions(mode, keep=keep))
+                c
+                for _, c in run_threads(
+                    size, across_ranks, case, layout, False, ExchangeOptions(mode, keep=keep, row_weight=1)
+                )
             ]
             moved = sum(map(_moved, counters))
             assert moved == sum(c["planned_bytes"] for c in counters), f"{mode} {layout} P={size}"
@@ -99,6 +102,21 @@ def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
         for layout in ("contiguous", "zigzag"):
             cheapest = min(total[mode, layout] for mode in ("kv", "query", "allgather"))
             assert total["auto", layout] <= 1.02 * cheapest
+
+
+def test_rows_count_more_within_a_node():
+    """The heavier rows are, the fewer of them auto sends, and the more blocks come instead."""
+    assert ExchangeOptions().weight_of_rows(8) == ExchangeOptions(ranks_per_node=8).weight_of_rows(8) == 4
+    assert ExchangeOptions(ranks_per_node=4).weight_of_rows(8) == 1
+    case = random_case(9, multiple=8)
+    sent = []
+    for weight in (0.2, 1, 1e5):
+        options = ExchangeOptions("auto", row_weight=weight, allgather_share=1.0)
+        counters = [c for _, c in run_threads(4, across_ranks, case, "zigzag", False, options)]
+        kinds = [sum(c.get(f"sent_{kind}_bytes", 0) for c in counters) for kind in ("rows", "kv")]
+        sent.append(kinds)
+    rows, blocks = zip(*sent)
+    assert rows[0] > rows[1] > rows[2] == 0 and blocks[0] < blocks[1] < blocks[2]
 
 
 def test_auto_mixes_fetched_blocks_and_sent_rows():
@@ -229,6 +247,8 @@ def test_costs():
         (dict(gradient_dtype="fp8"), "exchange gradient_dtype='fp8' is not one of input, float32"),
         (dict(ranks_per_node=0), "exchange ranks_per_node=0 is not a positive integer"),
         (dict(ranks_per_node=2.0), "exchange ranks_per_node=2.0 is not a positive integer"),
+        (dict(row_weight=0), "exchange row_weight=0 is not a number in"),
+        (dict(row_weight="much"), "exchange row_weight='much' is not a number in"),
         (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not a number in"),
         (dict(allgather_share="all"), "exchange allgather_share='all' is not a number in"),
     ],
