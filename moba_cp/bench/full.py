@@ -137,8 +137,6 @@ def main(args: argparse.Namespace) -> int:
                 print(f"{candidate.name}: {error}; nothing is published")
                 return 1
         with _instant_group(rank, args.ranks):
-            if not rows:
-                _try_documents(q, args)
             rows += _timed(candidates + _context_parallel(q, k, v, dout, rank, args), args)
     _print(rows, args)
     if args.json:
@@ -350,18 +348,6 @@ def _instant_transfers(size: int):
     finally:
         for name, function in before.items():
             setattr(collectives, name, function)
-
-
-def _try_documents(q: Tensor, args) -> None:
-    """Say what PyTorch's context_parallel makes of packed documents, which only a mask can tell it."""
-    x = q[:256].transpose(0, 1)[None]
-    mask = torch.ones(1, 1, 256, 256, dtype=torch.bool, device=q.device).tril()
-    try:
-        with _torch_ring(args, "allgather"):
-            F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-        print("torch context_parallel, packed documents by a mask: accepted")
-    except Exception as error:
-        print(f"torch context_parallel, packed documents by a mask: {type(error).__name__}: {error}")
 
 
 def _print(rows: list[Row], args) -> None:
