@@ -4,7 +4,7 @@
 
 Each way runs forward and backward on all ranks; its output and gradients are held against float64 on one rank. It is
 right if it errs at most twice (gradients: three times) as much as the same maths in the same dtype on one rank. Ranks
-may share a GPU; without one they run on gloo.
+may share a GPU.
 
 Legend: T tokens, P ranks, L = T / P local tokens, H heads, D head dim.
 """
@@ -37,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Try every way and print a table; 1 if a way of ours is not right."""
-    if not dist.is_initialized():
-        _start()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    rows = [(name, batch, verdict(way, bounds, device)) for name, batch, bounds, way in ways(device)]
+    if not torch.cuda.is_available():
+        raise SystemExit("bench peer needs a CUDA device: PyTorch's context_parallel serves no CPU kernels")
+    if "RANK" not in os.environ:
+        raise ValueError("bench peer runs on several ranks: start it by torchrun --nproc-per-node 2 -m moba_cp.cli")
+    device = _start()
+    rows = [(name, batch, verdict(way, bounds, device)) for name, batch, bounds, way in our_ways() + peer_ways()]
     if dist.get_rank() == 0:
         env = environment()
         print(f"{env['gpu']}, torch {env['torch']}, commit {env['commit']}; {dist.get_world_size()} ranks")
@@ -49,32 +51,37 @@ def main(args: argparse.Namespace) -> int:
     return int(any(name.startswith("moba_cp") and said != "right" for name, _, said in rows))
 
 
-def _start() -> None:
+def _start() -> torch.device:
     rank, here, n_here = (int(os.environ[x]) for x in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(here % torch.cuda.device_count())
-        if n_here > torch.cuda.device_count():
-            # NCCL refuses two ranks on one GPU unless they look like two hosts.
-            os.environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=90))
+    n_gpus = torch.cuda.device_count()
+    if n_here > n_gpus:
+        # NCCL refuses two ranks on one GPU unless they look like two hosts.
+        os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    torch.cuda.set_device(here % n_gpus)
+    dist.init_process_group("nccl", timeout=timedelta(seconds=90))
+    return torch.device("cuda", here % n_gpus)
 
 
-def ways(device: torch.device) -> list[tuple[str, str, tuple[int, ...], Callable]]:
-    """(name, batch, document boundaries, way) of all; a way takes q, k, v, dout [T, H, D] and boundaries.
+def our_ways() -> list[tuple[str, str, tuple[int, ...], Callable]]:
+    """(name, batch, document boundaries, way) of ours; a way takes q, k, v, dout [T, H, D] and the boundaries.
 
     It gives out, dq, dk, dv [T, H, D], the same on every rank.
     """
-    ours = [
-        ("moba_cp, zigzag", "one document", ONE, "zigzag"),
-        ("moba_cp, contiguous", "one document", ONE, "contiguous"),
-        ("moba_cp, zigzag", "packed documents", UNEVEN, "zigzag"),
-        ("moba_cp, contiguous", "packed documents", UNEVEN, "contiguous"),
-        ("moba_cp, zigzag per document", "packed, lengths divide by 2 P", EVEN, "zigzag_per_document"),
+    return [
+        ("moba_cp, zigzag", "one document", ONE, _ours("zigzag")),
+        ("moba_cp, contiguous", "one document", ONE, _ours("contiguous")),
+        ("moba_cp, zigzag", "packed documents", UNEVEN, _ours("zigzag")),
+        ("moba_cp, contiguous", "packed documents", UNEVEN, _ours("contiguous")),
+        ("moba_cp, zigzag per document", "packed, lengths divide by 2 P", EVEN, _ours("zigzag_per_document")),
     ]
+
+
+def peer_ways() -> list[tuple[str, str, tuple[int, ...], Callable]]:
+    """The same of PyTorch's."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    peer = _Peer(init_device_mesh(device.type, (dist.get_world_size(),)))
-    return [(name, batch, bounds, _ours(layout)) for name, batch, bounds, layout in ours] + [
+    peer = _Peer(init_device_mesh("cuda", (dist.get_world_size(),)))
+    return [
         ("context_parallel", "one document", ONE, peer.causal),
         ("context_parallel, load balancing off", "one document", ONE, peer.contiguous),
         ("context_parallel, a mask", "packed documents", UNEVEN, peer.masked),
