@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _key_kernel, _query_kernel, _visit_table_kernel
+from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
 from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
-from .merge import merge_visits, sum_visits
-from .routing import Routing, build_routing, cut_tasks
+from .merge import merge_visits, scale_rows, sum_visits
+from .routing import Routing, Tasks, build_routing, cut_tasks
 
 # At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
 MAX_VISITS = 2**31 - 1
+# Of the backward's table, per visit.
+VISIT_BYTES = 20
 
 
 def attend(
@@ -68,8 +70,10 @@ def attend(
         routing = build_routing(*args[2:], pages.row)
         if index is not None:
             index.append(routing.flat)
+        tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device)
+        tasks = cut_tasks(routing, tile.task_rows)
         for kv_heads in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], routing, kv_heads)
+            _attend_slice(*args, scale, out[rows], lse[rows], routing, tile, tasks, kv_heads)
     return out, lse
 
 
@@ -120,27 +124,32 @@ def attend_backward(
     if nothing:
         return torch.zeros(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device), dk, dv
     dq = torch.empty(n_rows, n_heads, dim, dtype=grad_dtype, device=q.device)
-    row_bytes = n_slots * dim * _part_dtype(q.dtype).itemsize
-    head_bytes = 0 if local_dtype is None else 8 * dim * pages.k.shape[0]
-    row_slices, head_slices = _slices(
-        n_rows, n_heads, pages.row.shape[0], n_slots, row_bytes, head_bytes, scratch_bytes
-    )
-    # The index of a slice of rows serves all heads.
+    kind = dim, pages.block_size, q.dtype, q.device
+    key_tile, query_tile = tuned.key_tile(*kind), tuned.query_tile(*kind)
+    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
+    mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
+    row_slices, head_slices, direct = _backward_slices(q, pages, n_slots, mode, key_tile, local_dtype, scratch_bytes)
+    # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
     if index is not None and len(index) == len(row_slices) == 1:
         routings = [Routing(index[0], n_rows * n_heads * n_slots)]
     else:
         routings = [build_routing(*some, pages.row) for some in visits]
+    key_tasks = [cut_tasks(routing, key_tile.task_rows) for routing in routings]
+    query_tasks = [cut_tasks(routing, query_tile.bm) if mode == DQ_NONE.value else None for routing in routings]
     for kv_heads in head_slices:
-        sums = dk, dv, 0
-        if local_dtype is not None:
-            shape = pages.k.shape[0], kv_heads.stop - kv_heads.start, dim
-            sums = *(torch.zeros(shape, dtype=torch.float32, device=q.device) for _ in "kv"), kv_heads.start
-        for rows, some, routing in zip(row_slices, visits, routings):
-            rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], *sums
-            _backward_slice(q[rows], pages, *some, scale, *rest, routing, kv_heads)
-        if local_dtype is not None:
-            dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
+        heads = kv_heads.stop - kv_heads.start
+        into = dk, dv, None, None, 0
+        if direct:
+            n_sums = _sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, key_tile)
+            into = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
+        elif local_dtype is not None:
+            into = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, kv_heads.start
+        for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
+            rest = dout[rows], lse[rows], delta[rows], deterministic, dq[rows], *into
+            _backward_slice(q[rows], pages, *some, scale, *rest, mode, *work, kv_heads)
+        if local_dtype is not None and not direct:
+            dk[:, kv_heads], dv[:, kv_heads] = into[:2]
     return dq, dk, dv
 
 
@@ -197,6 +206,29 @@ def _slices(
     return _cut(n_rows, max(1, row_step)), _cut(n_kv, kv_step)
 
 
+def _backward_slices(
+    q: Tensor, pages, n_slots: int, mode: int, key_tile: tuned.Tile, local_dtype: torch.dtype | None, scratch_bytes: int
+) -> tuple[list[slice], list[slice], bool]:
+    """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
+
+    That takes that all rows come in one slice.
+    """
+    (n_rows, n_heads, dim), n_kv = q.shape, pages.row.shape[0]
+    row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
+    shape = n_rows, n_heads, n_kv, n_slots, row_bytes + n_slots * VISIT_BYTES
+    if local_dtype is not None:
+        n_sums = _sum_places(n_rows, n_heads // n_kv * n_slots, pages, 1, key_tile)
+        row_slices, head_slices = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
+        if len(row_slices) == 1:
+            return row_slices, head_slices, True
+    return *_slices(*shape, 0 if local_dtype is None else 8 * dim * pages.k.shape[0], scratch_bytes), False
+
+
+def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: tuned.Tile) -> int:
+    """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
+    return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
+
+
 def _cut(total: int, step: int) -> list[slice]:
     """Even slices of at most ``step``: the last one should not be a sliver."""
     step = cdiv(total, cdiv(total, step))
@@ -230,37 +262,41 @@ class _Slice:
             PRECISION=dot_precision(q.dtype),
         )  # fmt: skip
 
-    def tasks(self, routing: Routing, task_rows: int):
-        return cut_tasks(routing.list_start[self.lists], self.n_visits, task_rows)
+    def grid(self, tasks: Tasks, programs: int = 1) -> tuple[int]:
+        """Programs for all tasks of the slice, ``programs`` each."""
+        return (tasks.count(self.n_visits, self.row.numel()) * programs,)
+
+    def task_args(self, tasks: Tasks) -> tuple[int, ...]:
+        """What :func:`read_task` wants beside the tensors."""
+        return tasks.table.shape[1], tasks.rows, self.lists.start, self.row.numel()
 
 
-def _attend_slice(q, pages, chosen, own, visible, scale, out, lse, routing: Routing, kv_heads: slice) -> None:
+def _attend_slice(
+    q, pages, chosen, own, visible, scale, out, lse, routing: Routing, tile: tuned.Tile, tasks: Tasks, kv_heads: slice
+) -> None:
     part = _Slice(q, pages, chosen, own, kv_heads)
-    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device)
-    tasks = part.tasks(routing, tile.task_rows)
     shape = q.shape[0], part.n_heads, part.n_slots
     parts = torch.empty(*shape, q.shape[2], dtype=q.dtype, device=q.device)
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
-        kernel[(tasks.max_tasks,)](
-            part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, visible, *part.pages,
-            scale * LOG2E, tasks.max_tasks, part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+        kernel[part.grid(tasks)](
+            part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
+            visible, *part.pages, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads,
+            *part.strides, *part.page_strides,
             **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads])
 
 
 def _backward_slice(
-    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, first_head: int,
-    routing: Routing, kv_heads: slice,
+    q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, dq, dk, dv, sum_k, sum_v, first_head: int,
+    mode: int, routing: Routing, key_tasks: Tasks, query_tasks: Tasks | None, kv_heads: slice,
 ) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
     kind = q.shape[2], pages.block_size, q.dtype, q.device
     tile = tuned.key_tile(*kind)
     key_tiles = cdiv(pages.block_size, tile.bn)
-    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
-    mode = (DQ_PART if key_tiles == 1 else DQ_ATOMIC if by_atomics else DQ_NONE).value
     lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
     n_rows, group = q.shape[0], part.constants["G"]
     shape = part.row.shape[0], n_rows, group
@@ -268,39 +304,44 @@ def _backward_slice(
         into = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
     else:
         into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
-    tasks = part.tasks(routing, tile.task_rows)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
     own_end = torch.zeros(part.row.numel(), dtype=torch.int32, device=q.device) if own is not None else None
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
+    list_start = routing.list_start[part.lists]
     constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
     inputs = part.q, part.k, part.v, dout[:, part.heads]
     strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
         visits_per_head = n_rows * group * part.n_slots
         _visit_table_kernel[(cdiv(visits_per_head, 512), part.row.shape[0])](
-            routing.visits, tasks.list_start, own, visible, lse, delta, table, stats, own_end,
+            routing.visits, list_start, own, visible, lse, delta, table, stats, own_end,
             visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
-        _key_kernel[(tasks.max_tasks * key_tiles,)](
-            *inputs, into, dk, dv, table, stats, own_end, tasks.table, tasks.list_start, *part.pages, turn,
-            scale, part.n_visits, tasks.max_tasks, part.n_blocks, tile.task_rows, first_head,
+        _key_kernel[part.grid(key_tasks, key_tiles)](
+            *inputs, into, dk, dv, sum_k, sum_v, table, stats, own_end, key_tasks.table, list_start, *part.pages, turn,
+            scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
             *strides, *dk.stride()[:2], *part.page_strides, **constants,
             OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
-            ORDERED=deterministic, STAGES=tile.stages, num_warps=tile.warps,
+            ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
+        if sum_k is not None:
+            _finish_kernel[(part.row.numel(), cdiv(pages.block_size, 32))](
+                sum_k, sum_v, dk, dv, list_start, *part.pages,
+                part.n_visits, key_tasks.rows, part.row.numel(), part.n_blocks, pages.block_size,
+                *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32, num_warps=4,
+            )  # fmt: skip
         if mode == DQ_NONE.value:
             tile = tuned.query_tile(*kind)
-            tasks = part.tasks(routing, tile.bm)
-            _query_kernel[(tasks.max_tasks,)](
-                *inputs, into, table, stats, tasks.table, tasks.list_start, *part.pages,
-                scale, part.n_visits, tasks.max_tasks, part.n_blocks, *strides, *part.page_strides, **constants,
-                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+            _query_kernel[part.grid(query_tasks)](
+                *inputs, into, table, stats, query_tasks.table, list_start, *part.pages,
+                scale, part.n_visits, *part.task_args(query_tasks), part.n_blocks, *strides, *part.page_strides,
+                **constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
-        dq.copy_(into.mul_(scale).transpose(0, 1).flatten(1, 2))
+        scale_rows(into, dq, scale)
     else:
         sum_visits(into, dq, part.chosen, own, visible, part.row, scale)

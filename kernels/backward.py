@@ -13,11 +13,14 @@ read it in one step: row of Q and dout, place of its dQ, number of keys it sees,
 
 A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
 the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
-for one that has started.
+for one that has started. Where gradients are wanted in the inputs' dtype and rows come in one slice, lists of one task
+store rounded results in their place; ``_finish_kernel`` rounds the float32 sums of the others.
 """
 
 import triton
 import triton.language as tl
+
+from .routing import read_task
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
@@ -66,6 +69,12 @@ def _unpack(stats):
 
 
 @triton.jit
+def _sum_place(i_list, start, n_lists, room, task_rows):
+    """Place of a split list's sums among min(lists, visits // R): lists longer than R start at different multiples."""
+    return tl.where(n_lists <= room // task_rows, i_list, start // task_rows).to(tl.int64)
+
+
+@triton.jit
 def _key_tile(
     r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
     MASKED: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,22 +108,23 @@ def _key_tile(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["max_tasks", "first_head"])
+@triton.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
 def _key_kernel(
-    q, k, v, dout, dq, dk, dv, table, stats, own_end, tasks, list_start, page_row, page_head, length, turn,
-    scale, room, max_tasks, n_blocks, task_rows, first_head,
+    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, own_end,
+    tasks, list_start, page_row, page_head, length, turn,
+    scale, room, places, task_rows, first_list, n_lists, n_blocks, block_size, first_head,
     s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
     OWN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if ORDERED:
         # turn[0] hands out the numbers; the rest says, per list and key tile, whose turn it is.
         i = tl.atomic_add(turn, 1)
     else:
         i = tl.program_id(0)
-    p_task, i_n = tasks + i // KEY_TILES, i % KEY_TILES
-    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    i_n = i % KEY_TILES
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, i // KEY_TILES)
     first = tl.load(list_start)
     if i_list < 0:
         return
@@ -163,8 +173,13 @@ def _key_kernel(
         )  # fmt: skip
 
     b_dk *= scale
-    p_dk = dk + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
-    p_dv = dv + key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    o_dk = key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    if DIRECT:
+        i_sum = _sum_place(i_list, first_visit - first, n_lists, room, task_rows)
+        o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
+        p_dk, p_dv = sum_k + o_sum, sum_v + o_sum
+    else:
+        p_dk, p_dv = dk + o_dk, dv + o_dk
     if is_split:
         if ORDERED:
             p_turn = turn + 1 + i_list * KEY_TILES + i_n
@@ -176,6 +191,9 @@ def _key_kernel(
         if ORDERED:
             tl.debug_barrier()
             tl.atomic_add(p_turn, 1, sem="release")
+    elif DIRECT:
+        tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m_kv)
+        tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m_kv)
     else:
         # Where rows come in several slices an earlier one may have left its part; slices follow one another.
         b_dk += tl.load(p_dk, mask=m_kv, other=0.0)
@@ -184,16 +202,43 @@ def _key_kernel(
         tl.store(p_dv, b_dv, mask=m_kv)
 
 
-@triton.jit(do_not_specialize=["max_tasks"])
+@triton.jit(do_not_specialize=["n_lists", "room"])
+def _finish_kernel(
+    sum_k, sum_v, dk, dv, list_start, page_row, page_head, length,
+    room, task_rows, n_lists, n_blocks, block_size, s_dkr, s_dkh, s_row, s_head, s_head_n,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i_list = tl.program_id(0)
+    first = tl.load(list_start)
+    start = tl.load(list_start + i_list)
+    n_visits = tl.load(list_start + i_list + 1) - start
+    is_split = n_visits > task_rows
+    if (n_visits > 0) & (n_visits <= task_rows):
+        return
+    i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m = (o_n < tl.load(length + i_b))[:, None] & (o_d < D)[None, :]
+    i_sum = _sum_place(i_list, start - first, n_lists, room, task_rows)
+    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
+    # A block that nobody visits has gradient zero.
+    b_dk = tl.load(sum_k + o_sum, mask=m & is_split, other=0.0)
+    b_dv = tl.load(sum_v + o_sum, mask=m & is_split, other=0.0)
+    key = tl.load(page_row + i_h * s_row + i_b) + o_n
+    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    o_dk = key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
+    tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m)
+    tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
 def _query_kernel(
     q, k, v, dout, part, table, stats, tasks, list_start, page_row, page_head, length,
-    scale, room, max_tasks, n_blocks,
+    scale, room, places, task_rows, first_list, n_lists, n_blocks,
     s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    p_task = tasks + tl.program_id(0)
-    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
     first = tl.load(list_start)
     if i_list < 0:
         return

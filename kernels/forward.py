@@ -12,6 +12,8 @@ order, tiles that see few keys stop early and the work on own blocks stays causa
 import triton
 import triton.language as tl
 
+from .routing import read_task
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -30,16 +32,15 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
     return t, head, slot, limit
 
 
-@triton.jit(do_not_specialize=["max_tasks"])
+@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
 def _short_block_kernel(
-    q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
-    scale_log2, max_tasks, n_blocks, n_heads,
+    q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
+    scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    p_task = tasks + tl.program_id(0)
-    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
     if i_list < 0:
         return
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
@@ -71,16 +72,15 @@ def _short_block_kernel(
         tl.store(p_o, b_o.to(part.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["max_tasks"])
+@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
 def _long_block_kernel(
-    q, k, v, part, part_lse, visits, tasks, visible, page_row, page_head, length,
-    scale_log2, max_tasks, n_blocks, n_heads,
+    q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
+    scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    p_task = tasks + tl.program_id(0)
-    i_list, begin, end = tl.load(p_task), tl.load(p_task + max_tasks), tl.load(p_task + 2 * max_tasks)
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
     if i_list < 0:
         return
     i_h, i_b = i_list // n_blocks, i_list % n_blocks

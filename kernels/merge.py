@@ -101,6 +101,32 @@ def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor
 
 
 @triton.jit(do_not_specialize=["n_rows"])
+def _scale_rows_kernel(
+    x, out, n_rows, scale, s_ot, s_oh, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    i_h = tl.program_id(1)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m = (o_m < n_rows * G)[:, None] & (o_d < D)[None, :]
+    t = (o_m // G).to(tl.int64)
+    head = i_h * G + o_m % G
+    b_x = tl.load(x + (i_h * n_rows * G + o_m).to(tl.int64)[:, None] * D + o_d[None, :], mask=m, other=0.0)
+    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
+    tl.store(p_out, (b_x * scale).to(out.dtype.element_ty), mask=m)
+
+
+def scale_rows(x: Tensor, out: Tensor, scale: float) -> None:
+    """out [N, Hq, D] = scale * x [Hkv, N, G, D]."""
+    n_kv, n_rows, group, dim = x.shape
+    block = padded_dim(dim)
+    bm = max(1, 4096 // block)
+    with on_device(x):
+        _scale_rows_kernel[(cdiv(n_rows * group, bm), n_kv)](
+            x, out, n_rows, scale, out.stride(0), out.stride(1), G=group, D=dim, BD=block, BM=bm, num_warps=4
+        )
+
+
+@triton.jit(do_not_specialize=["n_rows"])
 def _merge_pair_kernel(
     out_a, lse_a, out_b, lse_b, out, lse, n_rows, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip

@@ -46,20 +46,19 @@ class Routing(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """Pieces of the lists of some KV heads."""
+    """Pieces of all lists, and how a kernel finds those of some KV heads; see :func:`read_task`."""
 
     table: Tensor
-    """[3, max_tasks] int32: list (counted from the first head), begin and end in ``visits``; list -1 past the last.
+    """[3, places] int32: list, begin and end in ``visits``; list -1 at an empty place.
 
-    ``max_tasks`` is an upper bound that needs no value from the device."""
-    list_start: Tensor
-    """[heads * n + 1] int32, a view of the index."""
+    List ``l`` has the places from ``list_start[l] // R + l`` on. That leaves room for its tasks, needs no sum over
+    lists, and bounds the number of places without a value from the device."""
     rows: int
     """R."""
 
-    @property
-    def max_tasks(self) -> int:
-        return self.table.shape[1]
+    def count(self, n_visits: int, n_lists: int) -> int:
+        """Bound of the places of ``n_lists`` successive lists with at most ``n_visits`` visits."""
+        return n_visits // self.rows + n_lists + 1
 
 
 @triton.jit
@@ -128,9 +127,7 @@ def _scatter_kernel(
     begin = i_t * tile_visits
     end = tl.minimum(begin + tile_visits, n_visits)
     o_v = tl.arange(0, STEP)
-    block = visit_block(
-        begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS
-    )
+    block = visit_block(begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
     for v in range(begin, end, STEP):
         # The next step's blocks are on their way while this one waits for its counts.
         ahead = v + STEP + o_v
@@ -147,27 +144,37 @@ def _scatter_kernel(
         block = next_block
 
 
-@triton.jit(do_not_specialize=["n_lists"])
-def _task_count_kernel(list_start, sizes, n_lists, task_rows, BL: tl.constexpr):
-    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
-    m_l = o_l < n_lists
-    n_visits = tl.load(list_start + o_l + 1, mask=m_l, other=0) - tl.load(list_start + o_l, mask=m_l, other=0)
-    tl.store(sizes + o_l, (n_visits + task_rows - 1) // task_rows, mask=m_l)
+@triton.jit(do_not_specialize=["n_lists", "places", "steps"])
+def _task_kernel(list_start, table, n_lists, places, task_rows, steps, BLOCK: tl.constexpr):
+    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_p = o_p < places
+    # The last list whose places begin at or before this one.
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + n_lists - 1
+    for _ in range(0, steps):
+        middle = (low + high + 1) // 2
+        is_before = tl.load(list_start + middle) // task_rows + middle <= o_p
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle - 1)
+    start, end = tl.load(list_start + low), tl.load(list_start + low + 1)
+    begin = start + (o_p - start // task_rows - low) * task_rows
+    tl.store(table + o_p, tl.where(begin < end, low, -1), mask=m_p)
+    tl.store(table + places + o_p, begin, mask=m_p)
+    tl.store(table + 2 * places + o_p, tl.minimum(begin + task_rows, end), mask=m_p)
 
 
-@triton.jit(do_not_specialize=["n_lists", "max_tasks"])
-def _task_kernel(list_start, task_end, table, n_lists, max_tasks, task_rows, BL: tl.constexpr):
-    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
-    m_l = o_l < n_lists
-    begin = tl.load(list_start + o_l, mask=m_l, other=0)
-    end = tl.load(list_start + o_l + 1, mask=m_l, other=0)
-    count = (end - begin + task_rows - 1) // task_rows
-    p_table = table + tl.load(task_end + o_l, mask=m_l, other=0) - count
-    for i in range(0, tl.max(count, 0)):
-        m = i < count
-        tl.store(p_table + i, o_l, mask=m)
-        tl.store(p_table + max_tasks + i, begin + i * task_rows, mask=m)
-        tl.store(p_table + 2 * max_tasks + i, tl.minimum(begin + (i + 1) * task_rows, end), mask=m)
+@triton.jit
+def read_task(tasks, places, task_rows, list_start, first_list, n_lists, i):
+    """List, begin and end of place ``i`` of the lists from ``first_list`` on; lists are counted from there, -1 is none.
+
+    ``list_start`` points at the first of these ``n_lists`` lists.
+    """
+    place = tl.load(list_start) // task_rows + first_list + i
+    m = place < places
+    i_list = tl.load(tasks + place, mask=m, other=-1) - first_list
+    begin = tl.load(tasks + places + place, mask=m, other=0)
+    end = tl.load(tasks + 2 * places + place, mask=m, other=0)
+    return tl.where(i_list < n_lists, i_list, -1), begin, end
 
 
 def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
@@ -198,9 +205,7 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     constants = dict(G=group, S=n_chosen, SLOTS=slots)
     with on_device(chosen):
         _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **constants, STEP=128, num_warps=4)
-        _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
-            counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4
-        )
+        _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4)
         torch.cumsum(sizes, 0, dtype=torch.int32, out=list_start)
         _scatter_kernel[(n_tiles, n_kv)](
             *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2
@@ -208,15 +213,13 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(list_start: Tensor, max_visits: int, task_rows: int) -> Tasks:
-    """Tasks of up to ``task_rows`` visits from lists of at most ``max_visits`` visits together."""
-    n_lists = list_start.numel() - 1
-    max_tasks = max_visits // task_rows + min(n_lists, max_visits)
-    sizes = torch.empty(n_lists, dtype=torch.int32, device=list_start.device)
-    table = torch.full((3, max_tasks), -1, dtype=torch.int32, device=list_start.device)
-    grid = (cdiv(n_lists, 128),)
-    with on_device(list_start):
-        _task_count_kernel[grid](list_start, sizes, n_lists, task_rows, BL=128, num_warps=4)
-        task_end = torch.cumsum(sizes, 0, dtype=torch.int32)
-        _task_kernel[grid](list_start, task_end, table, n_lists, max_tasks, task_rows, BL=128, num_warps=4)
-    return Tasks(table, list_start, task_rows)
+def cut_tasks(index: Routing, task_rows: int) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from all lists of an index."""
+    n_lists = index.list_start.numel() - 1
+    places = index.n_visits // task_rows + n_lists
+    table = torch.empty(3, places, dtype=torch.int32, device=index.flat.device)
+    with on_device(index.flat):
+        _task_kernel[(cdiv(places, 256),)](
+            index.list_start, table, n_lists, places, task_rows, (n_lists - 1).bit_length(), BLOCK=256, num_warps=4
+        )
+    return Tasks(table, task_rows)

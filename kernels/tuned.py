@@ -68,7 +68,9 @@ def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device
         return Tile(32, _keys(block_size, 64), 1024, 8, 1)
     # Five stages: one for the row numbers, the rest keep two tiles of gathered rows on their way.
     bn = _keys(block_size, 128)
-    return Tile(64, bn, 4096 if bd == 128 else 2048, 8 if bn * bd > 64 * 64 else 4, 5)
+    # With even choices a block has about k times its length in visits; longer lists pay for float32 sums in memory.
+    rows = 8192 if 256 <= block_size <= 1024 else 4096 if bd == 128 else 2048
+    return Tile(64, bn, rows, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
 def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:

@@ -12,7 +12,6 @@ from . import dense
 from .blocks import check_cu_seqlens
 from .config import MoBAConfig
 from .local import moba_attention_op
-from .ops import row_sums
 
 
 class _FullAttention(torch.autograd.Function):

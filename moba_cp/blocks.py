@@ -6,6 +6,7 @@ starts at token ``s`` and has ``len`` tokens covers ``[s + jB, s + min((j + 1)B,
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,26 @@ class BlockTable:
     def n_blocks(self) -> int:
         return self.start.numel()
 
+    @cached_property
+    def visible(self) -> Tensor:
+        """[T] int32, keys of its own block that each token sees."""
+        return self.offset + 1
+
+    @cached_property
+    def row(self) -> Tensor:
+        """[n] int64, first token of each block, -1 for entries of length 0."""
+        return torch.where(self.length > 0, self.start, -1)
+
+    @cached_property
+    def _heads(self) -> dict[int, Tensor]:
+        return {}
+
+    def heads(self, n_heads: int) -> Tensor:
+        """[n_heads, n] int32, the head itself for every block; made once."""
+        if n_heads not in self._heads:
+            self._heads[n_heads] = torch.arange(n_heads, device=self.start.device, dtype=torch.int32)
+        return self._heads[n_heads][:, None].expand(-1, self.n_blocks)
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -60,9 +81,7 @@ class Pages:
 def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:
     """Pages of a storage that holds all tokens of ``table`` in order: k, v [T, Hkv, D]."""
     n_heads = k.shape[1]
-    row = torch.where(table.length > 0, table.start, -1).expand(n_heads, -1)
-    head = torch.arange(n_heads, device=k.device, dtype=torch.int32)[:, None].expand(-1, table.n_blocks)
-    return Pages(k, v, row, head, table.length, table.block_size)
+    return Pages(k, v, table.row.expand(n_heads, -1), table.heads(n_heads), table.length, table.block_size)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
@@ -101,9 +120,11 @@ def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, devic
         device: where the tables go.
     """
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, n_tokens], dtype=torch.int64)
-    check_cu_seqlens(cu_seqlens, n_tokens)
-    cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
+        # Made on the device: a CUDA graph cannot hold a copy from the host's memory.
+        cu_seqlens = torch.arange(2, device=device) * n_tokens
+    else:
+        check_cu_seqlens(cu_seqlens, n_tokens)
+        cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
     n_docs = cu_seqlens.numel() - 1
     n_max = block_count(n_tokens, block_size, cu_seqlens)
 

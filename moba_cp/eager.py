@@ -134,7 +134,7 @@ def _visits(pages: Pages, kv_head: int, chosen: Tensor, own: Tensor | None, visi
     blocks = torch.where(found, chosen, -1)
     limits = pages.length[blocks.long().clamp(min=0)] if here.numel() else blocks
     if own is not None:
-        mine = torch.where(here[own.long()], own, -1)[:, None, None].expand(-1, chosen.shape[1], 1)
+        mine = torch.where(here[own.long()] & (visible > 0), own, -1)[:, None, None].expand(-1, chosen.shape[1], 1)
         seen = visible[:, None, None].expand(-1, chosen.shape[1], 1)
         blocks, limits = torch.cat([mine, blocks], -1), torch.cat([seen, limits], -1)
     return blocks, limits

@@ -25,6 +25,9 @@ def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
     """Block geometry of the tokens of ``x``; kept from call to call where there are no documents."""
     if cu_seqlens is not None:
         return block_table(x.shape[0], block_size, cu_seqlens, x.device)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        # What a CUDA graph computes exists only once it is replayed, and belongs to the graph.
+        return block_table(x.shape[0], block_size, None, x.device)
     # A table made on one stream may not be ready on another.
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return _one_document(x.shape[0], block_size, x.device, stream)
@@ -48,7 +51,7 @@ def moba_attention_op(
     chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
     pages = local_pages(k, v, table)
     index: list[Tensor] = []
-    out, lse = ops.attend(q, pages, chosen, table.own, table.offset + 1, scale, out_dtype=q.dtype, index=index)
+    out, lse = ops.attend(q, pages, chosen, table.own, table.visible, scale, out_dtype=q.dtype, index=index)
     # Under FakeTensor the index has a size that follows from the shapes, so there must be just one.
     return out, lse, chosen, index[0] if len(index) == 1 else chosen.new_empty(0)
 
@@ -72,7 +75,7 @@ def moba_attention_backward_op(
     table = _table(q, block_size, cu_seqlens)
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
-        q, local_pages(k, v, table), chosen, table.own, table.offset + 1, scale, dout, lse, delta,
+        q, local_pages(k, v, table), chosen, table.own, table.visible, scale, dout, lse, delta,
         deterministic, local_dtype=q.dtype, index=[index] if index.numel() else None,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import MoBAConfig, moba_attention
+from .. import MoBAConfig, dense, full_attention, moba_attention
 from .attention_chart import draw
 from .attention_check import check
 from .environment import environment
@@ -63,8 +63,8 @@ class Row:
 
     def factor(self, name: str) -> tuple[float, float]:
         """Dense time over ours, forward and forward + backward."""
-        dense = self.dense[name]
-        return dense.forward / self.moba.forward, dense.forward_backward / self.moba.forward_backward
+        other = self.dense[name]
+        return other.forward / self.moba.forward, other.forward_backward / self.moba.forward_backward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight over the range"
     )
-    parser.add_argument("--dense", nargs="*", choices=sorted(DENSE), default=sorted(DENSE), help="what to compare with")
+    parser.add_argument(
+        "--dense", nargs="*", choices=[*DENSE, "fa4"], help="what to compare with (default: all that are installed)"
+    )
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
     parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
     parser.add_argument("--json", metavar="FILE", help="write rows and environment to FILE")
@@ -86,6 +89,8 @@ def main(args: argparse.Namespace) -> int:
     chart_shape = parse_shape(args.chart_shape, 5)
     if not torch.cuda.is_available():
         raise ValueError("bench attention measures a GPU, and this machine has none that PyTorch sees")
+    if args.dense is None:
+        args.dense = [*DENSE, *(["fa4"] if _has_fa4() else [])]
     where = environment()
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     rows = _measure_all(shapes, args)
@@ -116,9 +121,9 @@ def parse_shape(text: str, count: int) -> tuple[int, ...]:
 
 def _measure_all(shapes, args) -> list[Row] | None:
     print(f"{'T, Hq, Hkv, D, B, k':30s} {'MoBA fwd / fwd+bwd ms':>24s} {'spread':>13s} {'peak GiB':>9s}  dense")
-    rows, dense = [], {}
+    rows, dense_times = [], {}
     for shape in shapes:
-        row, problem = _measure(shape, args, dense)
+        row, problem = _measure(shape, args, dense_times)
         if problem:
             print(f"{shape}: {problem}; nothing is published")
             return None
@@ -127,8 +132,8 @@ def _measure_all(shapes, args) -> list[Row] | None:
     return rows
 
 
-def _measure(shape, args, dense: dict) -> tuple[Row | None, str | None]:
-    """One shape's row, or what is wrong with it; ``dense`` keeps dense times of shapes seen before."""
+def _measure(shape, args, dense_times: dict) -> tuple[Row | None, str | None]:
+    """One shape's row, or what is wrong with it; ``dense_times`` keeps dense times of shapes seen before."""
     n_tokens, n_q, n_kv, dim, block_size, top_k = shape
     config = MoBAConfig(block_size, top_k, deterministic=args.deterministic)
     g = torch.Generator("cuda").manual_seed(0)
@@ -147,17 +152,18 @@ def _measure(shape, args, dense: dict) -> tuple[Row | None, str | None]:
     if problem:
         return None, problem
     del out, lse
-    row = Row(shape, _time(lambda: moba_attention(*leaves, config), leaves, dout, args.repeats), peak, errors)
+    moba = _time(lambda: moba_attention(*leaves, config), leaves, dout, args)
+    row = Row(shape, moba, peak, errors)
     for name in args.dense if n_tokens <= DENSE_MOST else ():
         key = name, *shape[:4]
-        if key not in dense:
-            dense[key] = _time_dense(name, leaves, dout, max(3, args.repeats // 2))
-        if dense[key]:
-            row.dense[name] = dense[key]
+        if key not in dense_times:
+            dense_times[key] = _time_dense(name, leaves, dout, args)
+        if dense_times[key]:
+            row.dense[name] = dense_times[key]
     return row, None
 
 
-def _time(forward, leaves, dout, repeats: int) -> Time:
+def _time(forward, leaves, dout, args) -> Time:
     """Times of ``forward()``, without and with its backward."""
 
     def forward_backward():
@@ -169,10 +175,25 @@ def _time(forward, leaves, dout, repeats: int) -> Time:
         with torch.no_grad():
             forward()
 
-    runs = [_run(function, repeats) for function in (forward_alone, forward_backward)]
-    for x in leaves:
-        x.grad = None
+    runs = []
+    for function in (forward_alone, forward_backward):
+        runs.append(_run(_captured(function) if args.graph else function, args.repeats))
+        for x in leaves:
+            x.grad = None
     return Time(*(f(times) for times in runs for f in (statistics.median, lambda t: max(t) - min(t))))
+
+
+def _captured(function):
+    """A replay of ``function`` as a CUDA graph."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def _run(function, repeats: int) -> list[float]:
@@ -189,19 +210,29 @@ def _run(function, repeats: int) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
 
 
-def _time_dense(name: str, leaves, dout, repeats: int) -> Time | None:
-    """Dense causal attention by one of PyTorch's backends; None where it does not take the shape."""
-    q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in leaves)
-    grouped = q.shape[1] != k.shape[1]
+def _has_fa4() -> bool:
+    return dense.BACKENDS["fa4"].refusal(torch.empty(1, 1, 128, device="cuda", dtype=torch.bfloat16), False) is None
 
-    def forward():
-        with sdpa_kernel(DENSE[name]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+def _time_dense(name: str, leaves, dout, args) -> Time | None:
+    """Dense causal attention by one of PyTorch's backends or by flash-attn-4; None where it does not take the shape."""
+    if name == "fa4":
+
+        def forward():
+            return full_attention(*leaves, backend="fa4")
+    else:
+        dout = dout.transpose(0, 1)[None]
+        leaves = [x.detach().transpose(0, 1)[None].requires_grad_() for x in leaves]
+        grouped = leaves[0].shape[1] != leaves[1].shape[1]
+
+        def forward():
+            with sdpa_kernel(DENSE[name]):
+                return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=grouped)
 
     try:
-        return _time(forward, (q, k, v), dout.transpose(0, 1)[None], repeats)
-    except RuntimeError as error:
-        print(f"{name} does not take {tuple(q.shape)}: {str(error).splitlines()[0][:100]}")
+        return _time(forward, leaves, dout, args)
+    except (RuntimeError, ValueError) as error:
+        print(f"{name} does not take {tuple(leaves[0].shape)}: {str(error).splitlines()[0][:100]}")
         return None
 
 
@@ -209,7 +240,7 @@ def _line(row: Row) -> str:
     time = row.moba
     text = f"{', '.join(map(str, row.shape)):30s} {time.forward:11.2f} / {time.forward_backward:10.2f}"
     text += f" {time.forward_spread:5.2f} / {time.forward_backward_spread:5.2f} {row.peak_gib:9.2f}"
-    for name, dense in row.dense.items():
+    for name, other in row.dense.items():
         factors = row.factor(name)
-        text += f"  {name} {dense.forward:.2f} / {dense.forward_backward:.2f} = {factors[0]:.2f}x / {factors[1]:.2f}x"
+        text += f"  {name} {other.forward:.2f} / {other.forward_backward:.2f} = {factors[0]:.2f}x / {factors[1]:.2f}x"
     return text

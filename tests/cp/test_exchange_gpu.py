@@ -69,6 +69,8 @@ def _on_nccl(rank):
                 again, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True)
                 repeats = all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
                 report.append((f"{name} {layout} {mode}", _errors(results, exact), one, same, repeats))
+                if rank == 0:
+                    print(*report[-1], flush=True)
     return report
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
+from moba_cp.kernels import tuned
 from tests.kernels.inputs import Problem, poisoned, strided
 
 # lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
@@ -61,6 +62,30 @@ def test_gradients_of_local_pages_a_few_heads_and_rows_at_a_time():
         close(ours_lse, lse)
         for x, expected in zip(actual, grads):
             close(x, expected)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+@pytest.mark.parametrize("rows", [32, 96])
+def test_gradients_of_lists_longer_than_a_task(monkeypatch, deterministic, rows):
+    """Sums have a place per list where there are few lists, and per R visits where there are many."""
+    p = Problem([170, 0, 30], (2, 1), 16, 16, 3)
+    # Everybody's first choice is the first block of their document; rows of one block see nothing at all.
+    p.chosen[..., 0] = torch.where(p.table.first < p.own, p.table.first, -1)[:, None]
+    p.chosen[..., 1:][p.chosen[..., 1:] == p.chosen[..., :1]] = -1
+    p.visible = torch.where(p.own == p.own[169], 0, p.visible)
+    p.chosen[p.own == p.own[169]] = -1
+    p.chosen[p.chosen == p.own[169]] = -1
+    tile = tuned.key_tile(16, 16, torch.float32, p.q.device)
+    monkeypatch.setattr(tuned, "key_tile", lambda *_: tile._replace(task_rows=rows))
+    _, lse, delta, grads = exact(p)
+    n_lists, n_visits = p.pages.row.numel(), p.q.shape[0] * 2 * 3
+    assert (n_lists <= n_visits // rows) == (rows == 32)
+    with poisoned():
+        rest = p.scale, p.dout, lse.float(), delta.float(), deterministic
+        actual = kernels.attend_backward(p.q, p.pages, *p.visits, *rest, local_dtype=torch.float32)
+    assert not grads[1][160:170].any()
+    for x, expected in zip(actual, grads):
+        close(x, expected)
 
 
 def test_storages_of_any_layout_merge_to_the_whole():

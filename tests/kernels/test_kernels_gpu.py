@@ -109,6 +109,33 @@ def test_selection_does_not_depend_on_the_rows_beside():
     assert torch.equal(alone, whole[some])
 
 
+def test_a_cuda_graph_replays_with_new_inputs():
+    q, k, v, dout, _, config = batch(KINDS[1], 4, n_tokens=4_000)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def step():
+        for x in leaves:
+            x.grad = None
+        out = moba_attention(*leaves, MoBAConfig(config.block_size, config.top_k, deterministic=True))
+        out.backward(dout)
+        return out.detach(), *(x.grad for x in leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (*leaves, dout):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    replayed = [x.clone() for x in captured]
+    assert all(torch.equal(x, y) for x, y in zip(replayed, step(), strict=True))
+
+
 def test_memory_at_131072_tokens():
     q, k, v, dout, _, config = batch(KINDS[0], 0, n_tokens=1024)
     q, k, v, dout = (x.repeat(128, 4, 1).contiguous() for x in (q, k, v, dout))

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from moba_cp.kernels import routing
 from tests.kernels.inputs import DEVICE, Problem, poisoned
@@ -42,16 +44,49 @@ def test_lists_are_sorted_and_complete(monkeypatch, with_own, count_entries):
         assert index.visits[starts[i] : starts[i + 1]].tolist() == visits
 
 
+SIZES = [0, 5, 1, 0, 64, 130, 3, 0, 32, 33, 31, 0]
+
+
+def _index(sizes) -> routing.Routing:
+    starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    flat = torch.zeros(starts[-1] + 20, dtype=torch.int32).tolist() + starts
+    return routing.Routing(torch.tensor(flat, dtype=torch.int32, device=DEVICE), starts[-1] + 20)
+
+
 def test_tasks_cover_each_list_once():
-    sizes = torch.tensor([0, 5, 1, 0, 64, 130, 3])
-    starts = torch.cat([torch.zeros(1), sizes.cumsum(0)]).int().to(DEVICE)
+    index = _index(SIZES)
+    starts = index.list_start.tolist()
     with poisoned():
-        tasks = routing.cut_tasks(starts, int(sizes.sum()) + 20, 32)
-    table = tasks.table.T.tolist()
+        tasks = routing.cut_tasks(index, 32)
     expected = [
-        [i, int(starts[i]) + r, min(int(starts[i]) + r + 32, int(starts[i + 1]))]
-        for i, size in enumerate(sizes.tolist())
+        [i, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
+        for i, size in enumerate(SIZES)
         for r in range(0, size, 32)
     ]
-    assert table[: len(expected)] == expected
-    assert all(row[0] == -1 for row in table[len(expected) :])
+    assert [row for row in tasks.table.T.tolist() if row[0] >= 0] == expected
+
+
+@triton.jit
+def _read_kernel(tasks, list_start, out, places, task_rows, first_list, n_lists, n: tl.constexpr):
+    i = tl.program_id(0)
+    i_list, begin, end = routing.read_task(tasks, places, task_rows, list_start, first_list, n_lists, i)
+    tl.store(out + i, i_list)
+    tl.store(out + n + i, begin)
+    tl.store(out + 2 * n + i, end)
+
+
+@pytest.mark.parametrize("lists", [(0, 12), (3, 6), (6, 12), (0, 1), (5, 6)])
+def test_programs_find_the_tasks_of_their_lists(lists):
+    index, (first, last) = _index(SIZES), lists
+    starts = index.list_start.tolist()
+    tasks = routing.cut_tasks(index, 32)
+    count = tasks.count(sum(SIZES[first:last]), last - first)
+    out = torch.full((3, count), -7, dtype=torch.int32, device=DEVICE)
+    part = index.list_start[first : last + 1]
+    _read_kernel[(count,)](tasks.table, part, out, tasks.table.shape[1], 32, first, last - first, n=count)
+    expected = [
+        [i - first, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
+        for i in range(first, last)
+        for r in range(0, SIZES[i], 32)
+    ]
+    assert [row for row in out.T.tolist() if row[0] >= 0] == expected
