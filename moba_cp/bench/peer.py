@@ -1,4 +1,4 @@
-"""Which layouts and batches full attention across ranks serves, ours and PyTorch's ``context_parallel``: tried, not read.
+"""Which layouts and batches full attention across ranks serves, ours and PyTorch's ``context_parallel``: by trying.
 
     torchrun --nproc-per-node 2 -m moba_cp.cli bench peer
 
@@ -144,7 +144,7 @@ def _ours(layout: str) -> Callable:
 
 
 class _Peer:
-    """PyTorch's context_parallel over ``mesh``, through its public function, and through FlexAttention's private one."""
+    """PyTorch's context_parallel over ``mesh``, by its public function, and with FlexAttention by a private class."""
 
     def __init__(self, mesh):
         self._mesh = mesh
