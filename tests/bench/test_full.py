@@ -67,7 +67,7 @@ def test_candidates_take_turns_each_after_work_of_its_own(monkeypatch):
             raise RuntimeError
         return {"dense": 100.0, "ring": 30.0}[candidate.name] * (3 if backward else 1)
 
-    monkeypatch.setattr(bench, "_time_once", time_once)
+    monkeypatch.setattr(bench, "time_once", time_once)
     candidates = [bench.Candidate(name, None, None, []) for name in ("dense", "fails", "ring")]
     rows = bench._timed(candidates, argparse.Namespace(repeats=3, ranks=4))
     assert [(row.name, row.forward, row.forward_backward) for row in rows] == [("dense", 100, 300), ("ring", 30, 90)]
