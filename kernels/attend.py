@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import tuned
+from . import hopper, tuned
 from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
 from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
@@ -75,7 +75,7 @@ def attend(
         routing = build_routing(*args[2:], pages.row)
         if index is not None:
             index.append(routing.flat)
-        tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device)
+        tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
         tasks = cut_tasks(routing, tile.task_rows)
         for kv_heads in head_slices:
             _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, tile, tasks, kv_heads)
@@ -138,8 +138,11 @@ def attend_backward(
         if nothing:
             return into
     kind = dim, pages.block_size, q.dtype, q.device
-    key_tile, query_tile = tuned.key_tile(*kind), tuned.query_tile(*kind)
-    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic
+    # Partial dQ of those kernels are bfloat16; their dK, dV come in any order.
+    specialized = hopper.serves(q, pages, scale) and q.dtype == torch.bfloat16
+    key_tile = tuned.key_tile(*kind, specialized and not deterministic)
+    query_tile = tuned.query_tile(*kind, specialized)
+    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic and not specialized
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     row_slices, head_slices, direct = _backward_slices(q, pages, n_slots, mode, key_tile, local_dtype, scratch_bytes)
     # The index of a slice of rows, and its tasks, serve all heads.
@@ -149,7 +152,7 @@ def attend_backward(
     else:
         routings = [build_routing(*some, pages.row) for some in visits]
     key_tasks = [cut_tasks(routing, key_tile.task_rows) for routing in routings]
-    query_tasks = [cut_tasks(routing, query_tile.bm) if mode == DQ_NONE.value else None for routing in routings]
+    query_tasks = [cut_tasks(routing, query_tile.task_rows) if mode == DQ_NONE.value else None for routing in routings]
     for kv_heads in head_slices:
         heads = kv_heads.stop - kv_heads.start
         sums = dk, dv, None, None, 0
@@ -158,9 +161,10 @@ def attend_backward(
             sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
         elif local_dtype is not None:
             sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, kv_heads.start
+        tiles = key_tile, query_tile
         for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
             rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None, dq[rows], *sums
-            _backward_slice(q[rows], pages, *some, scale, *rest, mode, *work, kv_heads)
+            _backward_slice(q[rows], pages, *some, scale, *rest, mode, *tiles, *work, kv_heads)
         if local_dtype is not None and not direct:
             dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
     return dq, dk, dv
@@ -260,6 +264,7 @@ class _Slice:
         n_kv, self.n_blocks = pages.row.shape
         group = q.shape[1] // n_kv
         self.n_slots = chosen.shape[2] + (own is not None)
+        self.block_size = pages.block_size
         self.heads = slice(kv_heads.start * group, kv_heads.stop * group)
         self.n_heads = self.heads.stop - self.heads.start
         self.n_visits = q.shape[0] * self.n_heads * self.n_slots
@@ -294,22 +299,24 @@ def _attend_slice(
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
-        kernel[part.grid(tasks)](
-            part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
-            visible, *part.pages, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads,
-            *part.strides, *part.page_strides,
-            **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+        if tile.specialized:
+            hopper.launch_forward(part, tile, tasks, routing, visible, parts, parts_lse, scale * LOG2E)
+        else:
+            kernel[part.grid(tasks)](
+                part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
+                visible, *part.pages, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads,
+                *part.strides, *part.page_strides,
+                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
     merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads], join)
 
 
 def _backward_slice(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, sum_k, sum_v,
-    first_head: int, mode: int, routing: Routing, key_tasks: Tasks, query_tasks: Tasks | None, kv_heads: slice,
+    first_head: int, mode: int, tile: tuned.Tile, query_tile: tuned.Tile, routing: Routing, key_tasks: Tasks,
+    query_tasks: Tasks | None, kv_heads: slice,
 ) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
-    kind = q.shape[2], pages.block_size, q.dtype, q.device
-    tile = tuned.key_tile(*kind)
     key_tiles = cdiv(pages.block_size, tile.bn)
     lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
     n_rows, group = q.shape[0], part.constants["G"]
@@ -335,21 +342,27 @@ def _backward_slice(
             visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
-        _key_kernel[part.grid(key_tasks, key_tiles)](
-            *inputs, into, dk, dv, sum_k, sum_v, table, stats, own_end, key_tasks.table, list_start, *part.pages, turn,
-            scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
-            *strides, *dk.stride()[:2], *part.page_strides, **constants,
-            OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
-            ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+        sums = dk, dv, sum_k, sum_v, table, stats, own_end
+        if tile.specialized:
+            hopper.launch_keys(part, tile, key_tasks, key_tiles, inputs[3], into, *sums, list_start, scale, first_head)
+        else:
+            _key_kernel[part.grid(key_tasks, key_tiles)](
+                *inputs, into, *sums, key_tasks.table, list_start, *part.pages, turn,
+                scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
+                *strides, *dk.stride()[:2], *part.page_strides, **constants,
+                OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
+                ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
+            )  # fmt: skip
         if sum_k is not None:
             _finish_kernel[(part.row.numel(), cdiv(pages.block_size, 32))](
                 sum_k, sum_v, dk, dv, list_start, *part.pages,
                 part.n_visits, key_tasks.rows, part.row.numel(), part.n_blocks, pages.block_size,
                 *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32, num_warps=4,
             )  # fmt: skip
-        if mode == DQ_NONE.value:
-            tile = tuned.query_tile(*kind)
+        tile = query_tile
+        if mode == DQ_NONE.value and tile.specialized:
+            hopper.launch_queries(part, tile, query_tasks, inputs[3], into, table, stats, list_start, scale)
+        elif mode == DQ_NONE.value:
             _query_kernel[part.grid(query_tasks)](
                 *inputs, into, table, stats, query_tasks.table, list_start, *part.pages,
                 scale, part.n_visits, *part.task_args(query_tasks), part.n_blocks, *strides, *part.page_strides,

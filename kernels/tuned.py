@@ -23,6 +23,8 @@ class Tile(NamedTuple):
     """Visits per task."""
     warps: int
     stages: int
+    specialized: bool = False
+    """Whether it is for a kernel of :mod:`.hopper`."""
 
 
 @lru_cache
@@ -42,9 +44,15 @@ def _keys(block_size: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(block_size)))
 
 
-def forward_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def forward_tile(
+    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
+) -> Tile:
     """Tile of the forward kernels; the short-block kernel serves where ``block_size <= bn``."""
     bd = padded_dim(dim)
+    if specialized:
+        if block_size <= 128:
+            return Tile(64, 128, 1024, 12, 5 if dim == 128 else 8, True)
+        return Tile(64, 128, 1024 if block_size <= 1024 else 256, 12, 2 if dim == 128 else 4, True)
     if dtype == torch.float32:
         bn = _keys(block_size, 32)
         return Tile(32, bn, 128 if block_size <= bn else 32, 4, 1)
@@ -57,9 +65,16 @@ def forward_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.de
     return Tile(64, 64, 64, 4, 2 if bd > 128 else 3)
 
 
-def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def key_tile(
+    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
+) -> Tile:
     """Tile of the backward kernel that holds keys."""
     bd = padded_dim(dim)
+    rows = 8192 if 256 <= block_size <= 1024 else 4096 if bd == 128 else 2048
+    if specialized:
+        # Half of dQ is 64 columns of 64 rows, or 64 rows.
+        bm = 128 if dim == 64 and block_size == 128 else 64
+        return Tile(bm, 128, rows, 12, 3 if block_size == 128 else 4, True)
     if dtype == torch.float32:
         return Tile(16 if bd > 128 else 32, _keys(block_size, 32), 512, 4, 1)
     if not is_hopper(device):
@@ -69,13 +84,16 @@ def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device
     # Five stages: one for the row numbers, the rest keep two tiles of gathered rows on their way.
     bn = _keys(block_size, 128)
     # With even choices a block has about k times its length in visits; longer lists pay for float32 sums in memory.
-    rows = 8192 if 256 <= block_size <= 1024 else 4096 if bd == 128 else 2048
     return Tile(64, bn, rows, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
-def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def query_tile(
+    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
+) -> Tile:
     """Tile of the backward kernel that holds queries."""
     bd = padded_dim(dim)
+    if specialized:
+        return Tile(64, 64, 1024 if block_size <= 1024 else 256, 12, 3, True)
     if dtype == torch.float32:
         return Tile(32, _keys(block_size, 32), 32, 4, 1)
     if not is_hopper(device) or bd > 128:

@@ -1,0 +1,102 @@
+"""Kernels for Hopper in which warps specialize, and their launches. They take the place of those of :mod:`..forward`
+and :mod:`..backward` where :func:`serves` says so, and mean the same.
+
+:mod:`.long_blocks` and :mod:`.short_blocks` forward; :mod:`.keys` and :mod:`.queries` gradients. They are written in
+Gluon, which comes with Triton and changes with it: versions not listed here use the others.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tuned import Tile, is_hopper
+
+VERSIONS = ("3.6", "3.7")
+# Registers per thread of the group that fetches; those that compute share the rest.
+REGISTERS = {"long": 56, "short": 56, "keys": 40, "queries": 40}
+
+AVAILABLE = triton.__version__.startswith(VERSIONS)
+if AVAILABLE:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .keys import key_kernel
+    from .long_blocks import long_block_kernel
+    from .queries import query_kernel
+    from .short_blocks import short_block_kernel
+
+    ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def serves(q: Tensor, pages, scale: float) -> bool:
+    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, and rows that TMA can fetch."""
+    dim = q.shape[2]
+    return (
+        AVAILABLE
+        and is_hopper(q.device)
+        and q.dtype in ELEMENTS
+        and dim in (64, 128)
+        and pages.block_size % 128 == 0
+        and scale > 0
+        and all(_is_regular(x, dim) for x in (q, pages.k, pages.v))
+    )
+
+
+def _is_regular(x: Tensor, dim: int) -> bool:
+    """Whether rows of x [T, H, D] begin at multiples of 16 bytes, with columns of all heads that fit 32 bits."""
+    s_row, s_head, _ = x.stride()
+    aligned = x.data_ptr() % 16 == 0 and s_row % 8 == 0 and s_head % 8 == 0
+    return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + dim < 2**31
+
+
+def _boxes(x: Tensor, rows: int):
+    """TMA descriptor of boxes of ``rows`` rows of one head, in x [T, H, D] seen as [T, columns]."""
+    n_rows, n_heads, dim = x.shape
+    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], ELEMENTS[x.dtype])
+    shape = [n_rows, (n_heads - 1) * x.stride(1) + dim]
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
+
+
+def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, parts_lse: Tensor, scale_log2) -> None:
+    """Partial outputs and log-sum-exps of the visits of a slice (:class:`..attend._Slice`)."""
+    is_short = part.block_size <= tile.bn
+    kernel = short_block_kernel if is_short else long_block_kernel
+    (n_tasks,) = part.grid(tasks)
+    grid = min(n_tasks, _n_processors(part.q.device)) if is_short else n_tasks
+    counts = (n_tasks,) if is_short else ()
+    kernel[(grid,)](
+        part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
+        routing.visits, tasks.table, routing.list_start[part.lists], visible, *part.pages,
+        scale_log2, *counts, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+        **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=REGISTERS["short" if is_short else "long"], num_warps=4,
+    )  # fmt: skip
+
+
+def launch_keys(
+    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, own_end, list_start,
+    scale: float, first_head: int,
+) -> None:  # fmt: skip
+    """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1."""
+    key_kernel[part.grid(tasks, key_tiles)](
+        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, dk, dv, sum_k, sum_v,
+        table, stats, own_end, tasks.table, list_start, *part.pages,
+        scale, part.n_visits, *part.task_args(tasks), part.n_blocks, part.block_size, first_head,
+        *part.strides[2:], *dk.stride()[:2], *part.page_strides,
+        OWN=own_end is not None, D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
+        DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=REGISTERS["keys"], num_warps=4,
+    )  # fmt: skip
+
+
+def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start, scale: float) -> None:
+    """Partial dQ of the visits of a slice."""
+    query_kernel[part.grid(tasks)](
+        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, table, stats,
+        tasks.table, list_start, *part.pages,
+        scale, part.n_visits, *part.task_args(tasks), part.n_blocks, *part.strides[2:], *part.page_strides,
+        D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=REGISTERS["queries"], num_warps=4,
+    )  # fmt: skip
+
+
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

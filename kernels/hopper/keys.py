@@ -1,0 +1,284 @@
+"""dK and dV: a program keeps a tile of keys while the rows of its task pass. Where that is the whole block, dQ too.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
+:mod:`..routing`). A tile is BM visits by 2 * BN keys: each of two groups of warps has BN keys with their dK and dV in
+registers, a third group gathers the rows. dQ sums over the keys of both, so they exchange what it is made of. What
+there is to know of a visit comes from the table that :mod:`..backward` lays out.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..backward import _sum_place
+from .shared import LOG2E, load_block, read_task, unpack
+
+sum_place = gluon.jit(_sum_place.fn)
+
+
+@gluon.jit
+def _produce(
+    q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys, first_key, k_column, v_column, s_kr, s_vr,
+    k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
+):  # fmt: skip
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    load_block(k_desc, k, first_key, k_column, s_kr, n_keys, kv_full, k_s, 2 * BN, D)
+    load_block(v_desc, v, first_key, v_column, s_vr, n_keys, kv_full, v_s, 2 * BN, D)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
+    o_f = gl.arange(0, BM, layout=FLAT)
+    row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)
+    b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)
+    limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)
+    place = limit
+    if DQ:
+        place = gl.load(table + room + begin + o_f, mask=begin + o_f < end, other=-1)
+    i = 0
+    for r in range(begin, end, BM):
+        stage = i % STAGES
+        mbarrier.wait(q_empty.index(stage), i // STAGES % 2 ^ 1)
+        offset = row.to(gl.int64)[:, None] * D + o_d[None, :]
+        # Rows past the end are zero, and add nothing.
+        m_row = (r + o_m < end)[:, None]
+        async_copy.async_copy_global_to_shared(q_s.index(stage), q + offset, mask=m_row)
+        async_copy.async_copy_global_to_shared(do_s.index(stage), dout + offset, mask=m_row)
+        async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
+        b_lse, b_delta = unpack(b_stats)
+        lse_s.index(stage).store(b_lse)
+        delta_s.index(stage).store(b_delta)
+        limit_s.index(stage).store(limit)
+        if DQ:
+            place_s.index(stage).store(place)
+        gl.thread_barrier()
+        mbarrier.arrive(q_full.index(stage), count=1)
+        ahead = r + BM
+        row = gl.load(table + ahead + o_m, mask=ahead + o_m < end, other=0)
+        b_stats = gl.load(stats + ahead + o_f, mask=ahead + o_f < end, other=0)
+        limit = gl.load(table + 2 * room + ahead + o_f, mask=ahead + o_f < end, other=0)
+        if DQ:
+            place = gl.load(table + room + ahead + o_f, mask=ahead + o_f < end, other=-1)
+        i += 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _step(
+    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+    q_full, q_empty, ds_full, o_n, n_keys, scale_log2,
+    MASKED: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    DQ: gl.constexpr, MMA: gl.constexpr, MMA_D: gl.constexpr,
+):  # fmt: skip
+    """One tile of visits against this group's keys: dK and dV grow, and dQ of the tile is written."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+    PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_D, 2)
+    stage = i % STAGES
+    k_t = k_s.slice(half * BN, BN)
+    v_t = v_s.slice(half * BN, BN)
+    mbarrier.wait(q_full.index(stage), i // STAGES % 2)
+    fence_async_shared()
+    zero = gl.zeros([BN, BM], gl.float32, MMA)
+    s = warpgroup_mma(k_t, q_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(v_t, do_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    b_lse = lse_s.index(stage).load(COLUMNS)
+    b_p = gl.exp2(s * scale_log2 - b_lse[None, :])
+    if MASKED:
+        limit = gl.minimum(limit_s.index(stage).load(COLUMNS), n_keys)
+        b_p = gl.where(o_n[:, None] < limit[None, :], b_p, 0.0)
+    p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)
+    b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=[dp])
+    b_delta = delta_s.index(stage).load(COLUMNS)
+    b_ds = (b_p * (dp - b_delta[None, :])).to(q_s.dtype)
+    ds = gl.convert_layout(b_ds, PROBS)
+    b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)
+    if DQ:
+        # dQ sums over the keys of both groups: each takes half of it, columns or rows.
+        ds_t = ds_s.index(i % 2)
+        ds_t.slice(half * BN, BN).store(b_ds)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(ds_full.index(i % 2), count=1)
+        mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
+        SMALL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        zero = gl.zeros([64, 64], gl.float32, SMALL)
+        if D == 128:
+            b_dq = warpgroup_mma(
+                ds_t.permute((1, 0)), k_s.slice(half * 64, 64, dim=1), zero, use_acc=False, is_async=True
+            )
+        else:
+            b_dq = warpgroup_mma(ds_t.slice(half * 64, 64, dim=1).permute((1, 0)), k_s, zero, use_acc=False, is_async=True)
+        b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
+        dq_t = dq_s.index(half)
+        dq_t.store(b_dq.to(q_s.dtype))
+        gl.thread_barrier()
+        if D == 128:
+            place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
+            column = half * 64
+        else:
+            place = place_s.index(stage).slice(half * 64, 64).load(gl.SliceLayout(1, WIDE))
+            column = 0
+        o_d = column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
+        p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
+        gl.store(p_dq, dq_t.load(WIDE), mask=(place >= 0)[:, None])
+        gl.thread_barrier()
+    else:
+        b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])
+    mbarrier.arrive(q_empty.index(stage), count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, part, dk, dv, begin, middle, end, key, page, n_keys, is_split, scale, s_dkr, s_dkh, first, sum_k, sum_v,
+    i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
+    DIRECT: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
+    b_dk = gl.zeros([BN, D], gl.float32, MMA_D)
+    b_dv = gl.zeros([BN, D], gl.float32, MMA_D)
+    scale_log2 = scale * LOG2E
+    mbarrier.wait(kv_full, 0)
+    i = 0
+    for r in range(begin, middle, BM):
+        b_dk, b_dv = _step(
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
+        )  # fmt: skip
+        i += 1
+    for r in range(middle, end, BM):
+        b_dk, b_dv = _step(
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
+        )  # fmt: skip
+        i += 1
+    o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_D))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, MMA_D))
+    m_n = (o_n < n_keys)[:, None]
+    o_dk = ((key + o_n).to(gl.int64) * s_dkr + page * s_dkh)[:, None] + o_d[None, :]
+    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
+    b_dk = b_dk * scale
+    if is_split:
+        if DIRECT:
+            gl.atomic_add(sum_k + o_sum, b_dk, mask=m_n, sem="relaxed")
+            gl.atomic_add(sum_v + o_sum, b_dv, mask=m_n, sem="relaxed")
+        else:
+            gl.atomic_add(dk + o_dk, b_dk, mask=m_n, sem="relaxed")
+            gl.atomic_add(dv + o_dk, b_dv, mask=m_n, sem="relaxed")
+    elif DIRECT:
+        gl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m_n)
+        gl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m_n)
+    else:
+        # Where rows come in several slices an earlier one may have left its part; slices follow one another.
+        gl.store(dk + o_dk, b_dk + gl.load(dk + o_dk, mask=m_n, other=0.0), mask=m_n)
+        gl.store(dv + o_dk, b_dv + gl.load(dv + o_dk, mask=m_n, other=0.0), mask=m_n)
+
+
+@gluon.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
+def key_kernel(
+    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, own_end,
+    tasks, list_start, page_row, page_head, length,
+    scale, room, places, task_rows, first_list, n_lists, n_blocks, block_size, first_head,
+    s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
+    OWN: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
+    DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    FLAT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    i = gl.program_id(0)
+    first_n = i % KEY_TILES * 2 * BN
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, i // KEY_TILES)
+    first = gl.load(list_start)
+    if i_list < 0:
+        return
+    i_h = i_list // n_blocks
+    i_b = i_list % n_blocks
+    n_keys = gl.load(length + i_b)
+    first_visit = gl.load(list_start + i_list)
+    is_split = gl.load(list_start + i_list + 1) - first_visit > task_rows
+    i_sum = sum_place(i_list, first_visit - first, n_lists, room, task_rows)
+    begin -= first
+    end -= first
+    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
+    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
+    middle = begin
+    if OWN:
+        if KEY_TILES > 1:
+            # The visits of own rows that end before this tile of keys lead the list.
+            o_v = gl.arange(0, 1024, layout=FLAT)
+            skipped = 1024
+            while skipped == 1024:
+                limit = gl.load(table + 2 * room + begin + o_v, mask=begin + o_v < end, other=2147483647)
+                skipped = gl.min(gl.where(limit > first_n, o_v, 1024), 0)
+                begin += skipped
+            begin = gl.minimum(begin, end)
+        masked = gl.maximum(gl.load(own_end + i_list) - begin, 0)
+        middle = gl.minimum(begin + (masked + BM - 1) // BM * BM, end)
+    middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
+
+    dtype: gl.constexpr = k_desc.dtype
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ONE: gl.constexpr = mbarrier.MBarrierLayout()
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BN, BM], dtype)
+    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
+    k_s = gl.allocate_shared_memory(dtype, [2 * BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2 * BN, D], v_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES, BM, D], Q_LAYOUT)
+    do_s = gl.allocate_shared_memory(dtype, [STAGES, BM, D], Q_LAYOUT)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROWS)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROWS)
+    limit_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], ONE)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    ds_s = k_s
+    dq_s = k_s
+    place_s = limit_s
+    ds_full = q_full
+    if DQ:
+        ds_s = gl.allocate_shared_memory(dtype, [2, 2 * BN, BM], DS_LAYOUT)
+        dq_s = gl.allocate_shared_memory(dtype, [2, 64, 64], DQ_LAYOUT)
+        place_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
+        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+        for i in gl.static_range(2):
+            mbarrier.init(ds_full.index(i), count=2)
+    mbarrier.init(kv_full, count=2)
+    # A tile of rows has come when the copies of the 128 threads that fetch have, and what they stored beside.
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=129)
+        mbarrier.init(q_empty.index(i), count=2)
+    fence_async_shared()
+    dk_page = page - first_head
+    gl.warp_specialize(
+        [
+            (_consume, (
+                gl.constexpr(0), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s,
+                lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+            )),
+            (_consume, (
+                gl.constexpr(1), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s,
+                lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+            )),
+            (_produce, (
+                q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys - first_n, first_key + first_n,
+                page * s_kh, page * s_vh, s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s,
+                kv_full, q_full, q_empty, D, BM, BN, STAGES, DQ,
+            )),
+        ],
+        [4, 4],
+        [252 - REGISTERS // 2, REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,273 @@
+"""The forward of blocks longer than a tile of keys: K and V are streamed past the rows of a tile.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
+(see :mod:`..routing`). A tile is 2 * BM visits by BN keys: each of two groups of warps computes BM visits against keys
+that a third one fetches, by TMA. The third also gathers the rows of the next tile meanwhile.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .shared import LN2, load_block, publish, read_task
+
+
+@gluon.jit
+def _gather_rows(
+    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, place_s, limit_s, count_s,
+    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a tile's rows of Q; what else consumers need of the rows goes to shared memory."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_r = r + gl.arange(0, 2 * BM, layout=FLAT)
+    m_r = o_r < end
+    visit = gl.load(visits + o_r, mask=m_r, other=0)
+    row = visit // SLOTS
+    slot = visit - row * SLOTS
+    t = row // G
+    head = i_h * G + row % G
+    limit = gl.where(m_r, n_keys, 0)
+    if SLOTS > S:
+        m_own = m_r & (slot == S)
+        seen = gl.minimum(gl.load(visible + t, mask=m_own, other=0), n_keys)
+        limit = gl.where(m_own, seen, limit)
+    most = gl.max(limit, 0)
+    least = gl.min(gl.where(m_r, limit, n_keys), 0)
+    n_tiles = gl.maximum((most + BN - 1) // BN, 1)
+    offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
+    place_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
+    limit_s.index(buf).store(limit)
+    count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
+    count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
+    gl.thread_barrier()
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    for half in gl.static_range(2):
+        offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
+        offset = gl.multiple_of(offset, 8)
+        async_copy.async_copy_global_to_shared(q_s.index(2 * buf + half), q + offset[:, None] + o_d[None, :])
+    async_copy.commit_group()
+    return n_tiles
+
+
+@gluon.jit
+def _produce(
+    q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key, k_column, v_column,
+    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, count_s,
+    barriers,
+    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    n_tiles = _gather_rows(
+        q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s, count_s,
+        G, S, SLOTS, D, BM, BN,
+    )  # fmt: skip
+    publish(q_full.index(0))
+    i = 0
+    i_kv = 0
+    for r in range(begin, end, 2 * BM):
+        ahead = r + 2 * BM < end
+        buf = (i + 1) % 2
+        next_tiles = n_tiles
+        for j in range(n_tiles):
+            stage = i_kv % STAGES
+            parity = i_kv // STAGES % 2 ^ 1
+            n = j * BN
+            mbarrier.wait(k_empty.index(stage), parity)
+            load_block(
+                k_desc, k, first_key + n, k_column, s_kr, n_keys - n, k_full.index(stage), k_s.index(stage), BN, D
+            )
+            mbarrier.wait(v_empty.index(stage), parity)
+            load_block(
+                v_desc, v, first_key + n, v_column, s_vr, n_keys - n, v_full.index(stage), v_s.index(stage), BN, D
+            )
+            i_kv += 1
+            # The next rows are fetched while these are at work, once two tiles of keys are on their way.
+            if ahead & (j == gl.minimum(1, n_tiles - 1)):
+                mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
+                next_tiles = _gather_rows(
+                    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r + 2 * BM, end, buf,
+                    q_s, offset_s, place_s, limit_s, count_s, G, S, SLOTS, D, BM, BN,
+                )  # fmt: skip
+        if ahead:
+            publish(q_full.index(buf))
+        n_tiles = next_tiles
+        i += 1
+
+
+@gluon.jit
+def _step(
+    s, b_o, b_max, b_sum, limit, n, scale_log2, i_kv, q_t, k_s, v_s, k_full, k_empty, v_full, v_empty,
+    MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    MMA: gl.constexpr, MMA_O: gl.constexpr,
+):  # fmt: skip
+    """The tile of keys at ``n``, whose scores are there: its softmax, while the next tile's scores are computed."""
+    if not LAST:
+        stage = (i_kv + 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (i_kv + 1) // STAGES % 2)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)
+        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if MASKED:
+        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+        s = gl.where(o_n[None, :] < limit[:, None], s, float("-inf"))
+    b_new = gl.maximum(b_max, gl.max(s, 1))
+    # A row whose scores are all -inf so far must not make NaN of -inf - -inf.
+    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new * scale_log2)
+    b_p = gl.exp2(s * scale_log2 - b_shift[:, None])
+    b_scale = gl.exp2(b_max * scale_log2 - b_shift)
+    b_sum = b_sum * b_scale + gl.sum(b_p, 1)
+    p = gl.convert_layout(b_p.to(q_t.dtype), gl.DotOperandLayout(0, MMA_O, 2))
+    b_o = b_o * gl.convert_layout(b_scale, gl.SliceLayout(1, MMA_O))[:, None]
+    before = i_kv % STAGES
+    mbarrier.wait(v_full.index(before), i_kv // STAGES % 2)
+    b_o = warpgroup_mma(p, v_s.index(before), b_o, is_async=True)
+    if LAST:
+        b_o, p = warpgroup_mma_wait(0, deps=[b_o, p])
+    else:
+        s, b_o, p = warpgroup_mma_wait(0, deps=[next_s, b_o, p])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+    mbarrier.arrive(v_empty.index(before), count=1)
+    return s, b_o, b_new, b_sum
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, place_s, limit_s, count_s, barriers,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = q_s.dtype
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    i = 0
+    i_kv = 0
+    for r in range(begin, end, 2 * BM):
+        buf = i % 2
+        mbarrier.wait(q_full.index(buf), i // 2 % 2)
+        n_tiles = gl.max(count_s.index(2 * buf).load(FLAT), 0)
+        whole = gl.max(count_s.index(2 * buf + 1).load(FLAT), 0)
+        n_whole = gl.minimum(whole, n_tiles - 1)
+        limit = limit_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
+        q_t = q_s.index(2 * buf + half)
+
+        stage = i_kv % STAGES
+        mbarrier.wait(k_full.index(stage), i_kv // STAGES % 2)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)
+        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        b_max = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
+        b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(1, MMA))
+        b_o = gl.zeros([BM, D], gl.float32, MMA_O)
+        for j in range(0, n_whole):
+            s, b_o, b_max, b_sum = _step(
+                s, b_o, b_max, b_sum, limit, j * BN, scale_log2, i_kv, q_t, k_s, v_s,
+                k_full, k_empty, v_full, v_empty, False, False, BM, BN, STAGES, MMA, MMA_O,
+            )  # fmt: skip
+            i_kv += 1
+        for j in range(n_whole, n_tiles - 1):
+            s, b_o, b_max, b_sum = _step(
+                s, b_o, b_max, b_sum, limit, j * BN, scale_log2, i_kv, q_t, k_s, v_s,
+                k_full, k_empty, v_full, v_empty, True, False, BM, BN, STAGES, MMA, MMA_O,
+            )  # fmt: skip
+            i_kv += 1
+        if whole == n_tiles:
+            s, b_o, b_max, b_sum = _step(
+                s, b_o, b_max, b_sum, limit, (n_tiles - 1) * BN, scale_log2, i_kv, q_t, k_s, v_s,
+                k_full, k_empty, v_full, v_empty, False, True, BM, BN, STAGES, MMA, MMA_O,
+            )  # fmt: skip
+        else:
+            s, b_o, b_max, b_sum = _step(
+                s, b_o, b_max, b_sum, limit, (n_tiles - 1) * BN, scale_log2, i_kv, q_t, k_s, v_s,
+                k_full, k_empty, v_full, v_empty, True, True, BM, BN, STAGES, MMA, MMA_O,
+            )  # fmt: skip
+        i_kv += 1
+
+        place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
+        b_shift = gl.where(b_max == float("-inf"), 0.0, b_max * scale_log2)
+        gl.store(part_lse + place, (b_shift + gl.log2(b_sum)) * LN2, mask=place >= 0)
+        b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
+        b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
+        # The rows of Q are done with: the output passes through their place, to leave in whole lines.
+        q_t.store(b_o.to(dtype))
+        gl.thread_barrier()
+        place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+        p_o = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
+        gl.store(p_o, q_t.load(WIDE), mask=(place >= 0)[:, None])
+        gl.thread_barrier()
+        mbarrier.arrive(q_empty.index(buf), count=1)
+        i += 1
+
+
+@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"])
+def long_block_kernel(
+    q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
+    scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
+    if i_list < 0:
+        return
+    i_h = i_list // n_blocks
+    i_b = i_list % n_blocks
+    n_keys = gl.load(length + i_b)
+    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
+    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
+
+    dtype: gl.constexpr = k_desc.dtype
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ONE: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(dtype, [4, BM, D], gl.NVMMASharedLayout.get_default_for([BM, D], dtype))
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    offset_s = gl.allocate_shared_memory(gl.int64, [2 * BM], ROWS)
+    place_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
+    limit_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
+    count_s = gl.allocate_shared_memory(gl.int32, [4, 1], ROWS)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                gl.constexpr(0), part, part_lse, begin, end, scale_log2,
+                q_s, k_s, v_s, place_s, limit_s, count_s, barriers, D, BM, BN, STAGES,
+            )),
+            (_consume, (
+                gl.constexpr(1), part, part_lse, begin, end, scale_log2,
+                q_s, k_s, v_s, place_s, limit_s, count_s, barriers, D, BM, BN, STAGES,
+            )),
+            (_produce, (
+                q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key,
+                page * s_kh, page * s_vh, s_qt, s_qh, s_kr, s_vr,
+                q_s, k_s, v_s, offset_s, place_s, limit_s, count_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
+            )),
+        ],
+        [4, 4],
+        [252 - REGISTERS // 2, REGISTERS],
+    )  # fmt: skip

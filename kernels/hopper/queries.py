@@ -1,0 +1,241 @@
+"""dQ along long blocks: K and V are streamed past the rows of a tile.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
+:mod:`..routing`). A tile is 2 * BM visits by BN keys, shared out as in :mod:`.long_blocks`; what there is to know of a
+visit comes from the table that :mod:`..backward` lays out.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .shared import LOG2E, load_block, publish, read_task, unpack
+
+
+@gluon.jit
+def _gather_rows(
+    q, dout, table, room, r, end, n_keys, buf, q_s, do_s, row_s, count_s,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a tile's rows of Q and dout; what else consumers need goes to shared memory."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_v = r + gl.arange(0, 2 * BM, layout=FLAT)
+    m_v = o_v < end
+    row = gl.load(table + o_v, mask=m_v, other=0)
+    limit = gl.minimum(gl.load(table + 2 * room + o_v, mask=m_v, other=0), n_keys)
+    most = gl.max(limit, 0)
+    least = gl.min(gl.where(m_v, limit, n_keys), 0)
+    n_tiles = gl.maximum((most + BN - 1) // BN, 1)
+    row_s.store(row)
+    count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
+    count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
+    gl.thread_barrier()
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    for half in gl.static_range(2):
+        row = row_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE)).to(gl.int64)
+        offset = row[:, None] * D + o_d[None, :]
+        async_copy.async_copy_global_to_shared(q_s.index(2 * buf + half), q + offset)
+        async_copy.async_copy_global_to_shared(do_s.index(2 * buf + half), dout + offset)
+    async_copy.commit_group()
+    return n_tiles
+
+
+@gluon.jit
+def _produce(
+    q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, k_column, v_column, s_kr, s_vr,
+    q_s, do_s, k_s, v_s, row_s, count_s, q_full, q_empty, kv_full, kv_empty,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    n_tiles = _gather_rows(
+        q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, count_s, D, BM, BN,
+    )  # fmt: skip
+    publish(q_full.index(0))
+    i = 0
+    i_kv = 0
+    for r in range(begin, end, 2 * BM):
+        ahead = r + 2 * BM < end
+        buf = (i + 1) % 2
+        next_tiles = n_tiles
+        for j in range(n_tiles):
+            stage = i_kv % STAGES
+            n = j * BN
+            full = kv_full.index(stage)
+            mbarrier.wait(kv_empty.index(stage), i_kv // STAGES % 2 ^ 1)
+            load_block(k_desc, k, first_key + n, k_column, s_kr, n_keys - n, full, k_s.index(stage), BN, D)
+            load_block(v_desc, v, first_key + n, v_column, s_vr, n_keys - n, full, v_s.index(stage), BN, D)
+            i_kv += 1
+            # The next rows are fetched while these are at work, once two tiles of keys are on their way.
+            if ahead & (j == gl.minimum(1, n_tiles - 1)):
+                mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
+                next_tiles = _gather_rows(
+                    q, dout, table, room, r + 2 * BM, end, n_keys, buf, q_s, do_s, row_s, count_s, D, BM, BN,
+                )  # fmt: skip
+        if ahead:
+            publish(q_full.index(buf))
+        n_tiles = next_tiles
+        i += 1
+
+
+@gluon.jit
+def _step(
+    s, dp, b_dq, b_lse, b_delta, limit, n, scale_log2, i_kv, q_t, do_t, k_s, v_s, kv_full, kv_empty,
+    MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    MMA: gl.constexpr, MMA_Q: gl.constexpr,
+):  # fmt: skip
+    """The tile of keys at ``n``, whose products are there: its part of dQ, while the next tile's are computed."""
+    if not LAST:
+        stage = (i_kv + 1) % STAGES
+        mbarrier.wait(kv_full.index(stage), (i_kv + 1) // STAGES % 2)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)
+        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        next_dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])
+    if MASKED:
+        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+        b_ds = gl.where(o_n[None, :] < limit[:, None], b_ds, 0.0)
+    b_ds = gl.convert_layout(b_ds.to(q_t.dtype), gl.DotOperandLayout(0, MMA_Q, 2))
+    b_dq = warpgroup_mma(b_ds, k_s.index(i_kv % STAGES), b_dq, is_async=True)
+    if LAST:
+        b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_dq, b_ds])
+    else:
+        s, dp, b_dq, b_ds = warpgroup_mma_wait(0, deps=[next_s, next_dp, b_dq, b_ds])
+    mbarrier.arrive(kv_empty.index(i_kv % STAGES), count=1)
+    return s, dp, b_dq
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, part, table, stats, room, begin, end, n_keys, scale_log2, q_s, do_s, k_s, v_s, count_s,
+    q_full, q_empty, kv_full, kv_empty,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
+    i = 0
+    i_kv = 0
+    for r in range(begin, end, 2 * BM):
+        buf = i % 2
+        o_v = r + half * BM + gl.arange(0, BM, layout=ROWS)
+        limit = gl.load(table + 2 * room + o_v, mask=o_v < end, other=0)
+        b_lse, b_delta = unpack(gl.load(stats + o_v, mask=o_v < end, other=0))
+        mbarrier.wait(q_full.index(buf), i // 2 % 2)
+        n_tiles = gl.max(count_s.index(2 * buf).load(FLAT), 0)
+        whole = gl.max(count_s.index(2 * buf + 1).load(FLAT), 0)
+        n_whole = gl.minimum(whole, n_tiles - 1)
+        limit = gl.minimum(limit, n_keys)
+        q_t = q_s.index(2 * buf + half)
+        do_t = do_s.index(2 * buf + half)
+
+        stage = i_kv % STAGES
+        mbarrier.wait(kv_full.index(stage), i_kv // STAGES % 2)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)
+        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+        b_dq = gl.zeros([BM, D], gl.float32, MMA_Q)
+        for j in range(0, n_whole):
+            s, dp, b_dq = _step(
+                s, dp, b_dq, b_lse, b_delta, limit, j * BN, scale_log2, i_kv, q_t, do_t, k_s, v_s, kv_full, kv_empty,
+                False, False, BM, BN, STAGES, MMA, MMA_Q,
+            )  # fmt: skip
+            i_kv += 1
+        for j in range(n_whole, n_tiles - 1):
+            s, dp, b_dq = _step(
+                s, dp, b_dq, b_lse, b_delta, limit, j * BN, scale_log2, i_kv, q_t, do_t, k_s, v_s, kv_full, kv_empty,
+                True, False, BM, BN, STAGES, MMA, MMA_Q,
+            )  # fmt: skip
+            i_kv += 1
+        if whole == n_tiles:
+            s, dp, b_dq = _step(
+                s, dp, b_dq, b_lse, b_delta, limit, (n_tiles - 1) * BN, scale_log2, i_kv, q_t, do_t, k_s, v_s,
+                kv_full, kv_empty, False, True, BM, BN, STAGES, MMA, MMA_Q,
+            )  # fmt: skip
+        else:
+            s, dp, b_dq = _step(
+                s, dp, b_dq, b_lse, b_delta, limit, (n_tiles - 1) * BN, scale_log2, i_kv, q_t, do_t, k_s, v_s,
+                kv_full, kv_empty, True, True, BM, BN, STAGES, MMA, MMA_Q,
+            )  # fmt: skip
+        i_kv += 1
+
+        # The rows of Q are done with: dQ passes through their place, to leave in whole lines.
+        q_t.store(b_dq.to(q_t.dtype))
+        gl.thread_barrier()
+        o_v = r + half * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
+        place = gl.load(table + room + o_v, mask=o_v < end, other=0)
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+        p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
+        gl.store(p_dq, q_t.load(WIDE), mask=(o_v < end)[:, None])
+        gl.thread_barrier()
+        mbarrier.arrive(q_empty.index(buf), count=1)
+        i += 1
+
+
+@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"])
+def query_kernel(
+    q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start, page_row, page_head, length,
+    scale, room, places, task_rows, first_list, n_lists, n_blocks,
+    s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
+    first = gl.load(list_start)
+    if i_list < 0:
+        return
+    begin -= first
+    end -= first
+    i_h = i_list // n_blocks
+    i_b = i_list % n_blocks
+    n_keys = gl.load(length + i_b)
+    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
+    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
+
+    dtype: gl.constexpr = k_desc.dtype
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ONE: gl.constexpr = mbarrier.MBarrierLayout()
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
+    q_s = gl.allocate_shared_memory(dtype, [4, BM, D], Q_LAYOUT)
+    do_s = gl.allocate_shared_memory(dtype, [4, BM, D], Q_LAYOUT)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    row_s = gl.allocate_shared_memory(gl.int32, [2 * BM], ROWS)
+    count_s = gl.allocate_shared_memory(gl.int32, [4, 1], ROWS)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+    kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(kv_full.index(i), count=2)
+        mbarrier.init(kv_empty.index(i), count=2)
+    fence_async_shared()
+    scale_log2 = scale * LOG2E
+    gl.warp_specialize(
+        [
+            (_consume, (
+                gl.constexpr(0), part, table, stats, room, begin, end, n_keys, scale_log2,
+                q_s, do_s, k_s, v_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+            )),
+            (_consume, (
+                gl.constexpr(1), part, table, stats, room, begin, end, n_keys, scale_log2,
+                q_s, do_s, k_s, v_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+            )),
+            (_produce, (
+                q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, page * s_kh, page * s_vh,
+                s_kr, s_vr, q_s, do_s, k_s, v_s, row_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+            )),
+        ],
+        [4, 4],
+        [252 - REGISTERS // 2, REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""What the kernels of this folder share: barriers between groups of warps, tasks, statistics of visits."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+
+from ..routing import read_task as _read_task
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+read_task = gluon.jit(_read_task.fn)
+
+
+@gluon.jit
+def publish(full):
+    """What this group copied by cp.async, or stored, is now visible to the others' matrix instructions."""
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def unpack(stats):
+    """Log-sum-exp (base 2) and delta, as the backward's table has them."""
+    lse = (stats & 0xFFFFFFFF).to(gl.int32).to(gl.float32, bitcast=True)
+    return lse, (stats >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def load_block(desc, x, first_key, column, s_row, n_keys, full, x_s, ROWS: gl.constexpr, D: gl.constexpr):
+    """Fetches ROWS rows of K or V, as far as the block goes; one arrival at ``full``, and perhaps bytes to come."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    if n_keys >= ROWS:
+        mbarrier.expect(full, ROWS * D * 2)
+        tma.async_copy_global_to_shared(desc, [first_key, column], full, x_s)
+    else:
+        # What follows the block may be another document's NaN, and 0 * NaN is NaN: zeros instead.
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+        for n in gl.static_range(0, ROWS, 16):
+            o_n = n + gl.arange(0, 16, layout=gl.SliceLayout(1, WIDE))
+            p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]
+            x_s.slice(n, 16).store(gl.load(p_x, mask=(o_n < n_keys)[:, None], other=0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(full, count=1)
