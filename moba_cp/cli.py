@@ -19,6 +19,7 @@ COMMANDS = {
     "bench cluster": ("moba_cp.bench.cluster.command", "measure attention and training over several ranks"),
     "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
     "bench full": ("moba_cp.bench.full", "measure what one rank computes of full attention across ranks"),
+    "bench peer": ("moba_cp.bench.peer", "try which layouts and batches ours and PyTorch's context_parallel serve"),
     "experiment switch": ("moba_cp.experiments.switch", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 

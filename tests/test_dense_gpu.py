@@ -1,5 +1,7 @@
 """The fused kernels on a GPU against float64, by the rule of tests: as good as the same maths in plain PyTorch."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,15 @@ def test_backends_are_as_good_as_plain_torch(lengths, heads, dim, dtype):
             assert error <= factor * allowed + 1e-5, f"{name} {what}: {error} against {allowed}"
     assert {"flash", "plain"} <= set(tried)
     assert "cudnn" in tried or dim > 128 or min(lengths) < 64 or torch.cuda.get_device_capability() < (9, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_flash_attn_4_serves_where_it_is_installed(dim, dtype):
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        pytest.skip("flash-attn-4 is not installed")
+    q = torch.empty(256, 4, dim, device="cuda", dtype=dtype)
+    assert dense.BACKENDS["fa4"].refusal(q, False) is None
 
 
 def test_the_choice_of_kernels():

@@ -23,10 +23,11 @@ from .. import CPContext, dense, full_attention
 from ..cp.comm import Communicator
 from ..cp.layout import LAYOUTS
 from .environment import environment
-from .peer import ROTATE_METHODS, torch_context_parallel
 from .timing import Candidate, time_once
+from .torch_cp import ROTATE_METHODS, torch_context_parallel
 
 CHECKED_ROWS = 32
+HEAT_MS = 300.0
 
 
 @dataclass
@@ -125,8 +126,6 @@ def main(args: argparse.Namespace) -> int:
                 print(f"{candidate.name}: {error}; nothing is published")
                 return 1
         with _instant_group(rank, args.ranks):
-            if not rows:
-                _try_documents(q, args)
             rows += _timed(candidates + _context_parallel(q, k, v, dout, rank, args), args)
     _print(rows, args)
     if args.json:
@@ -141,23 +140,26 @@ def _backends(q: Tensor) -> list[str]:
 
 
 def _timed(candidates: list[Candidate], args) -> list[Row]:
-    """Rows of the candidates, the first of which is the dense one; all in turn, so that clocks change for all alike."""
+    """Rows of the candidates, the first of which is the dense one.
+
+    All in turn, and each right after work of its own kind: under a power limit clocks follow the load of the last
+    tenths of a second, so that whoever came after lighter kernels would run faster.
+    """
     times = {(c.name, backward): [] for c in candidates for backward in (False, True)}
     failed = set()
-    for repeat in range(args.repeats + 1):
-        for candidate in candidates:
+    for repeat in range(args.repeats):
+        first = repeat % len(candidates)
+        for candidate in candidates[first:] + candidates[:first]:
             if candidate.name in failed:
                 continue
-            for backward in (False, True):
-                try:
-                    elapsed = time_once(candidate, backward)
-                except Exception as error:  # a peer that cannot run is a result too
-                    print(f"{candidate.name}: {type(error).__name__}: {error}")
-                    failed.add(candidate.name)
-                    break
-                # The first turn warms up: plans, compilation, memory.
-                if repeat:
-                    times[candidate.name, backward].append(elapsed)
+            try:
+                # The first time this also plans, compiles and takes memory.
+                _heat(candidate)
+                for backward in (False, True):
+                    times[candidate.name, backward].append(time_once(candidate, backward))
+            except Exception as error:  # a peer that cannot run is a result too
+                print(f"{candidate.name}: {type(error).__name__}: {error}")
+                failed.add(candidate.name)
     rows = []
     for candidate in candidates:
         if candidate.name in failed:
@@ -170,6 +172,13 @@ def _timed(candidates: list[Candidate], args) -> list[Row]:
             row.share_backward = row.forward_backward * args.ranks / rows[0].forward_backward
         rows.append(row)
     return rows
+
+
+def _heat(candidate: Candidate) -> None:
+    """Run the candidate for ``HEAT_MS``, untimed."""
+    spent = 0.0
+    while spent < HEAT_MS:
+        spent += time_once(candidate, True)
 
 
 def _dense(q, k, v, dout) -> Candidate:
@@ -316,18 +325,6 @@ def _instant_transfers(size: int):
     finally:
         for name, function in before.items():
             setattr(collectives, name, function)
-
-
-def _try_documents(q: Tensor, args) -> None:
-    """Say what PyTorch's context_parallel makes of packed documents, which only a mask can tell it."""
-    x = q[:256].transpose(0, 1)[None]
-    mask = torch.ones(1, 1, 256, 256, dtype=torch.bool, device=q.device).tril()
-    try:
-        with _torch_ring(args, "allgather"):
-            F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
-        print("torch context_parallel, packed documents by a mask: accepted")
-    except Exception as error:
-        print(f"torch context_parallel, packed documents by a mask: {type(error).__name__}: {error}")
 
 
 def _print(rows: list[Row], args) -> None:

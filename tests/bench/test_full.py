@@ -1,5 +1,7 @@
 """The parts of ``bench full`` that need no GPU: the ring with instant transfers, and the check before the timing."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -54,6 +56,24 @@ def test_the_check_passes_what_is_right_and_nothing_else(case):
     assert check(out * 1.05, dq).startswith("out is off by")
     assert check(out, dq.roll(1, 0)).startswith("dq is off by")
     assert check(out * torch.nan, dq).startswith("out is off by nan")
+
+
+def test_candidates_take_turns_each_after_work_of_its_own(monkeypatch):
+    ran = []
+
+    def time_once(candidate, backward):
+        ran.append((candidate.name, backward))
+        if candidate.name == "fails":
+            raise RuntimeError
+        return {"dense": 100.0, "ring": 30.0}[candidate.name] * (3 if backward else 1)
+
+    monkeypatch.setattr(bench, "_time_once", time_once)
+    candidates = [bench.Candidate(name, None, None, []) for name in ("dense", "fails", "ring")]
+    rows = bench._timed(candidates, argparse.Namespace(repeats=3, ranks=4))
+    assert [(row.name, row.forward, row.forward_backward) for row in rows] == [("dense", 100, 300), ("ring", 30, 90)]
+    assert rows[0].share is None and (rows[1].share, rows[1].share_backward) == (1.2, 1.2)
+    dense, ring = [("dense", b) for b in (True, False, True)], [("ring", b) for b in (True,) * 4 + (False, True)]
+    assert ran == dense + [("fails", True)] + ring + ring + dense + ring + dense
 
 
 def test_the_environment_is_complete():

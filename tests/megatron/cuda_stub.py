@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 _TYPES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}
@@ -30,6 +31,11 @@ class _OnCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _to_host(x, as_numpy=False, record_stream=False):
+    """What Megatron makes of a CUDA tensor there; a tensor of the CPU it leaves as it is."""
+    return x.numpy() if as_numpy and isinstance(x, torch.Tensor) else x
+
+
 class _Nothing:
     """A stream or an event that has nothing to wait for."""
 
@@ -38,6 +44,9 @@ class _Nothing:
 
     def __getattr__(self, name):
         return lambda *_, **__: None
+
+    def record_event(self, *_):
+        return self
 
     def __enter__(self):
         return self
@@ -76,5 +85,8 @@ def cuda_on_cpu():
             ("_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         ):
             stack.enter_context(mock.patch.object(megatron_random, name, stub))
+        stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _to_host))
+        # Compiling would find one stand-in under several of torch's names, and fail.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_OnCPU())
         yield

@@ -24,6 +24,8 @@ ON_TWO = {
     "tp2 sequence parallel, norms of queries and keys": Run(tp=2, config={**SP, **QK_NORM}),
     "pp2": Run(pp=2),
     "cp2 packed": Run(cp=2, packed=True),
+    "ep2": Run(ep=2, experts=True),
+    "cp2, experts": Run(cp=2, experts=True),
 }
 MORE_ON_TWO = {
     "tp2 sequence parallel": Run(tp=2, config=SP),
@@ -49,6 +51,10 @@ ON_FOUR = {
     "tp4, fewer heads of keys than ranks": Run(tp=4),
     "pp2 cp2 packed": Run(pp=2, cp=2, packed=True),
     "tp2 cp2 packed": Run(tp=2, cp=2, packed=True),
+    "ep2 cp2": Run(ep=2, cp=2, experts=True),
+    "ep4 cp2": Run(ep=4, cp=2, experts=True),
+    "tp2 ep2 sequence parallel": Run(tp=2, ep=2, experts=True, config=SP),
+    "pp2 ep2": Run(pp=2, ep=2, experts=True),
 }
 
 
@@ -63,10 +69,10 @@ def one():
     known = {}
 
     def results(run: Run):
-        key = run.packed, run.attention, run.config.get("qk_layernorm", False)
+        key = run.packed, run.attention, run.experts, run.config.get("qk_layernorm", False)
         if key not in known:
-            config = QK_NORM if key[2] else {}
-            known[key] = train(Run(packed=run.packed, attention=run.attention, config=config))
+            config = QK_NORM if key[-1] else {}
+            known[key] = train(Run(packed=run.packed, attention=run.attention, experts=run.experts, config=config))
         return known[key]
 
     return results
@@ -130,6 +136,17 @@ def test_gradients_equal_those_of_one(name, two, one):
             whole = expected[parameter]
             part = whole if grad.shape == whole.shape else local_part(whole, parameter, _Split(parameter), size, rank)
             assert (grad - part).abs().max() <= 2e-5 * whole.abs().max(), parameter
+
+
+@pytest.mark.parametrize("name", ["ep2", "cp2, experts"])
+def test_gradients_of_experts_equal_those_of_one(name, two, one):
+    expected, size = one(ON_TWO[name])["grads"], ON_TWO[name].ep
+    experts = [{x for x in results[name]["grads"] if ".local_experts." in x} for results in two]
+    assert len(experts[0]) == len(experts[1]) == 16 // size and len(experts[0] | experts[1]) == 16
+    for results, mine in zip(two, experts):
+        for parameter in mine:
+            whole = expected[parameter]
+            assert (results[name]["grads"][parameter] - whole).abs().max() <= 2e-5 * whole.abs().max(), parameter
 
 
 def test_sparsity_is_felt(one):

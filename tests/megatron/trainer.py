@@ -1,8 +1,11 @@
 """Three steps of training in Megatron's own way: its parallel state, schedules, DDP and optimizer, with our spec."""
 
+import contextlib
 import hashlib
+import re
 from dataclasses import dataclass, field
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import CPContext
@@ -29,6 +33,17 @@ HYBRID = AttentionConfig(block_size=16, top_k=3, full_layers="last 1")
 PADDED, REAL = (0, 52, 56, 140, T), (0, 50, 53, 137, 183)
 
 
+# Every other layer has experts; no token is dropped, and no loss but that of the tokens is made.
+EXPERTS = dict(
+    num_moe_experts=4,
+    moe_layer_freq=[0, 1, 0, 1],
+    moe_ffn_hidden_size=48,
+    moe_router_topk=2,
+    moe_router_load_balancing_type="none",
+    moe_token_dispatcher_type="alltoall",
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """One way to spread the training over ranks."""
@@ -37,6 +52,8 @@ class Run:
     cp: int = 1
     pp: int = 1
     vpp: int | None = None
+    ep: int = 1
+    experts: bool = False
     packed: bool = False
     attention: AttentionConfig = HYBRID
     exchange: ExchangeOptions | None = None
@@ -73,10 +90,13 @@ def model_config(run: Run) -> TransformerConfig:
         # Otherwise two stages would have several messages under way between them in one batch, and mix them up.
         overlap_p2p_comm=run.vpp is not None,
         batch_p2p_comm=run.vpp is None,
+        expert_model_parallel_size=run.ep,
+        # Split experts would gather uneven numbers of tokens, which gloo cannot.
+        expert_tensor_parallel_size=1,
         cp_comm_type="p2p",
         use_cpu_initialization=True,
     )
-    return TransformerConfig(**{**fields, **run.config})
+    return TransformerConfig(**{**fields, **(EXPERTS if run.experts else {}), **run.config})
 
 
 def build(run: Run) -> list[GPTModel]:
@@ -105,10 +125,15 @@ def build(run: Run) -> list[GPTModel]:
 
 
 def global_name(model: GPTModel, name: str) -> str:
-    """A parameter's name with the number of its layer in the whole model."""
+    """A parameter's name with the numbers of its layer and its expert in the whole model."""
     if not name.startswith("decoder.layers."):
         return name
     _, _, index, rest = name.split(".", 3)
+    if ".local_experts." in rest:
+        before, expert, after = re.fullmatch(r"(.*\.local_experts)\.(\d+)\.(.*)", rest).groups()
+        first = parallel_state.get_expert_model_parallel_rank() * model.config.num_moe_experts
+        first //= parallel_state.get_expert_model_parallel_world_size()
+        rest = f"{before}.{first + int(expert)}.{after}"
     return f"decoder.layers.{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
 
 
@@ -127,11 +152,12 @@ def set_weights(model: GPTModel, run: Run) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in model.named_parameters():
         name, shape = global_name(model, name), list(parameter.shape)
-        if run.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
-            shape[parameter.partition_dim] *= run.tp
+        size = 1 if ".local_experts." in name else run.tp
+        if size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= size
         generator = torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
         full = torch.randn(shape, generator=generator) * 0.2 + (1.0 if len(shape) == 1 else 0.0)
-        parameter.copy_(local_part(full, name, parameter, run.tp, rank))
+        parameter.copy_(local_part(full, name, parameter, size, rank))
 
 
 def batches(run: Run):
@@ -174,9 +200,20 @@ def forward_step(data, model):
 
 def train(run: Run) -> dict:
     """losses [STEPS], norms [STEPS] of the gradients, and the gradients of the first step on this rank."""
-    parallel_state.initialize_model_parallel(run.tp, run.pp, run.vpp, context_parallel_size=run.cp)
+    parallel_state.initialize_model_parallel(
+        run.tp,
+        run.pp,
+        run.vpp,
+        context_parallel_size=run.cp,
+        expert_model_parallel_size=run.ep,
+        expert_tensor_parallel_size=1,
+    )
     try:
-        with cuda_on_cpu():
+        # megatron-core 0.16 names this function of TransformerEngine in its router without having imported it.
+        missing = contextlib.nullcontext()
+        if not hasattr(moe_utils, "te_general_gemm"):
+            missing = mock.patch.object(moe_utils, "te_general_gemm", None, create=True)
+        with missing, cuda_on_cpu():
             return _train(run)
     finally:
         parallel_state.destroy_model_parallel()

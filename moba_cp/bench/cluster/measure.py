@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ... import CPContext, full_attention, moba_attention
 from ...cp.options import ExchangeOptions
 from ..attention_check import BOUND
-from ..peer import ROTATE_METHODS, torch_context_parallel
 from ..timing import Candidate, time_once
+from ..torch_cp import ROTATE_METHODS, torch_context_parallel
 from .inputs import Shape, make_inputs
 from .ranks import Ranks
 from .replay import ReplayCommunicator
