@@ -2,9 +2,10 @@
 
 :mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
 :mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attend`
-launches the last four; :mod:`.tuned` has their tile shapes. :mod:`.choices` and :mod:`.pages` count, list and copy
-for the exchange between ranks. The functions below have the signatures of :mod:`moba_cp.eager` and :mod:`moba_cp.choices`; they serve float32,
-bfloat16 and float16 on a GPU, and on the CPU under ``TRITON_INTERPRET=1``. Kernels know no autograd.
+launches the last four; :mod:`.tuned` has their tile shapes. :mod:`.choices`, :mod:`.pages` and :mod:`.rows` count, list
+and copy what moves between ranks. The functions below have the signatures of :mod:`moba_cp.eager` and
+:mod:`moba_cp.choices`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU under ``TRITON_INTERPRET=1``.
+Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
 CAPITALS compile-time constants.
@@ -15,21 +16,10 @@ from .choices import count_choices, count_rows, list_rows
 from .means import block_means
 from .merge import add_rows, merge, merge_rows, row_sums
 from .pages import add_pages, copy_pages
+from .rows import gather_rows, row_ids
 from .select import select_blocks
 
 __all__ = [
-    "add_pages",
-    "add_rows",
-    "attend",
-    "attend_backward",
-    "block_means",
-    "copy_pages",
-    "count_choices",
-    "count_rows",
-    "index_size",
-    "list_rows",
-    "merge",
-    "merge_rows",
-    "row_sums",
-    "select_blocks",
-]
+    "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices", "count_rows",
+    "gather_rows", "index_size", "list_rows", "merge", "merge_rows", "row_ids", "row_sums", "select_blocks",
+]  # fmt: skip

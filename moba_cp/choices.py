@@ -76,3 +76,27 @@ def _first(block: Tensor, at: Tensor, fetch: Tensor) -> Tensor:
     for slot in range(1, at.shape[-1]):
         first[..., slot] &= ~((at[..., :slot] == at[..., slot : slot + 1]) & wants[..., :slot]).any(-1)
     return first
+
+
+def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+    """The blocks that each row sent wants from where it goes: those with the place of the slot that it is sent for.
+
+    Args:
+        chosen: [N, H, S] int32 block ids, -1 for none.
+        slots: [M] int32, places in [H, N, S] of chosen blocks.
+        place: [Hkv, n] int32, where a row goes that wants a block, -1 for nowhere.
+        number: [Hkv, n], what a (KV head, block) is called there.
+        dtype: of the result.
+
+    Returns:
+        [M, S] numbers, -1 for slots that want something else.
+    """
+    n_rows, n_heads, n_slots = chosen.shape
+    slot = slots.long()
+    row = slot // n_slots
+    token, head = row % n_rows, row // n_rows
+    block = chosen[token, head].long()
+    at = (head // (n_heads // place.shape[0]))[:, None], block.clamp(min=0)
+    goes = place[at]
+    wanted = (block >= 0) & (goes == goes.gather(1, (slot % n_slots)[:, None]))
+    return torch.where(wanted, number[at], -1).to(dtype)

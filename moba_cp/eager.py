@@ -290,6 +290,12 @@ def row_sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a.to(wide), b.to(wide))
 
 
+def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
+    """Rows of x [N, H, D] at slots [M] int32, places in [H, N, n_slots] -> [M, D] in ``dtype``."""
+    row = slots.long() // n_slots
+    return x[row % x.shape[0], row // x.shape[0]].to(dtype)
+
+
 def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
     """Join partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
 

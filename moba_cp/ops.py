@@ -65,6 +65,16 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
     return backend(outs[0]).merge(outs, lses)
 
 
+def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :func:`moba_cp.choices.row_ids`."""
+    return _counting(chosen).row_ids(chosen, slots, place, number, dtype)
+
+
+def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
+    """See :func:`moba_cp.eager.gather_rows`."""
+    return backend(x).gather_rows(x, slots, n_slots, dtype)
+
+
 def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
     """See :func:`moba_cp.eager.merge_rows`."""
     backend(out).merge_rows(out, lse, part, part_lse, index)

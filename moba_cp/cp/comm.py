@@ -7,6 +7,7 @@ point-to-point operations, which have been seen to hang NCCL, are never made.
 import atexit
 import collections
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -111,6 +112,21 @@ class Communicator:
         self._stream = None
         self._monitor: Monitor | None = None
         self._what = ""
+
+    def ranks_per_node(self) -> int | None:
+        """Ranks of this group on each node, from LOCAL_WORLD_SIZE as launchers set it.
+
+        None where that is not set, or where nodes do not hold equally many consecutive ranks of the group.
+        """
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        if self.group is None or not local:
+            return None
+        nodes = [rank // int(local) for rank in dist.get_process_group_ranks(self.group)]
+        count = nodes.count(nodes[0])
+        even = [i // count for i in range(self.size)]
+        starts = nodes[::count]
+        same = len(set(starts)) == len(starts) and all(node == starts[i] for node, i in zip(nodes, even))
+        return count if same and self.size % count == 0 else None
 
     def all_gather(self, x: Tensor, kind: str) -> Tensor:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""

@@ -1,7 +1,7 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -70,6 +70,8 @@ class CPContext:
             object.__setattr__(self, name, value)
 
         exchange = ExchangeOptions(mode=self.exchange) if isinstance(self.exchange, str) else self.exchange
+        if exchange.ranks_per_node is None:
+            exchange = replace(exchange, ranks_per_node=comm.ranks_per_node())
         per_node = exchange.ranks_per_node
         if per_node is not None and comm.size % per_node:
             raise ValueError(f"ranks_per_node={per_node} does not divide cp_size={comm.size}; nodes must be equal")

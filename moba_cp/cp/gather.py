@@ -28,8 +28,9 @@ class GatherStage:
             kept = self._pages
             return lambda: kept
         k, v = self.owned.k[:, self.heads], self.owned.v[:, self.heads]
-        padded = k.new_empty(self.geometry.widest, 2, *k.shape[1:])
-        torch.stack([k, v], 1, out=padded[: k.shape[0]])
+        # K beside V of each head, as the owner's gradients lie.
+        padded = k.new_empty(self.geometry.widest, k.shape[1], 2, k.shape[2])
+        torch.stack([k, v], 2, out=padded[: k.shape[0]])
         padded[k.shape[0] :] = 0
         wait = self.comm.all_gather_async(padded, "kv")
 
@@ -42,7 +43,7 @@ class GatherStage:
             row[self.heads] = torch.where(geometry.row < 0, place, -1)
             head = torch.zeros_like(row, dtype=torch.int32)
             head[self.heads] = torch.arange(k.shape[1], dtype=torch.int32, device=row.device)[:, None]
-            pages = [Pages(gathered[:, 0], gathered[:, 1], row, head, geometry.length, geometry.block_size)]
+            pages = [Pages(gathered[:, :, 0], gathered[:, :, 1], row, head, geometry.length, geometry.block_size)]
             if self.keep:
                 self._pages = pages
             return pages
@@ -54,16 +55,16 @@ class GatherStage:
         return storages
 
     def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Zeros [P * R, 2, heads, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        """Zeros [P * R, heads, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
         rows, heads, dim = pages.k.shape
-        grads = pages.k.new_zeros(rows, 2, heads, dim, dtype=wide_dtype(pages.k.dtype))
-        return grads, (grads[:, 0], grads[:, 1])
+        grads = pages.k.new_zeros(rows, heads, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        return grads, (grads[:, :, 0], grads[:, :, 1])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
         """Start sending gradients to the owners; see :meth:`moba_cp.cp.exchange.BlockStage.give_back`.
 
         Args:
-            grads: one [P * R, 2, heads, D] wide.
+            grads: one [P * R, heads, 2, D] wide.
         """
         wide = grads[0].dtype
         counts = [self.geometry.widest] * self.comm.size
@@ -73,6 +74,6 @@ class GatherStage:
             n = owned.shape[0]
             for rank, arrived in enumerate(wait().split(counts)):
                 if rank != self.comm.rank:
-                    owned[:, self.heads] += arrived[:n].to(wide).transpose(1, 2)
+                    owned[:, self.heads] += arrived[:n].to(wide)
 
         return finish

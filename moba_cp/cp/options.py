@@ -35,11 +35,11 @@ class ExchangeOptions:
 
     ranks_per_node: int | None = None
     """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.
-    None: every rank for itself."""
+    1: every rank for itself. None: by LOCAL_WORLD_SIZE, where a launcher has set it."""
 
     row_weight: float | None = None
     """In ``auto``, how much more a byte of rows counts than a byte of blocks: rows make work on both sides, which only
-    a slow network pays back. 1 moves the fewest bytes. None: 1 across nodes (``ranks_per_node``), 4 within one."""
+    a slow network pays back. 1 moves the fewest bytes. None: 4 if all ranks are known to share a node, else 1."""
 
     allgather_share: float = 0.98
     """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's."""
@@ -53,7 +53,7 @@ class ExchangeOptions:
             raise ValueError(f"exchange gradient_dtype={self.gradient_dtype!r} is not one of {', '.join(WIRE_DTYPES)}")
         if self.ranks_per_node is not None and (not _is_int(self.ranks_per_node) or self.ranks_per_node < 1):
             raise ValueError(
-                f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out for one node"
+                f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out, or use 1 for none"
             )
         weight = self.row_weight
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
@@ -70,7 +70,7 @@ class ExchangeOptions:
         """``row_weight``, or what it is by default for ``size`` ranks."""
         if self.row_weight is not None:
             return self.row_weight
-        return 4.0 if self.ranks_per_node is None or self.ranks_per_node >= size else 1.0
+        return 4.0 if self.ranks_per_node is not None and self.ranks_per_node >= size else 1.0
 
 
 def _is_number(value) -> bool:

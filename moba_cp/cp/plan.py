@@ -100,7 +100,7 @@ def build_wire_tables(
     size = len(geometry.owned)
     stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
     header = 8 * (stages + 1)
-    if ranks_per_node is None or ranks_per_node == 1:
+    if ranks_per_node in (None, 1) or ranks_per_node >= size:
         hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header)]
     else:
         between, within = node_hops(geometry, rank, ranks_per_node)

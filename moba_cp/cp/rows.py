@@ -38,12 +38,8 @@ class RowStage:
         self.receive, self.send = receive[stage], send[stage]
         begin = sum(map(sum, send[:stage]))
         self.n_slots = chosen.shape[2]
-        slot = lists.slots[begin : begin + sum(self.send)].long()
-        n_rows = chosen.shape[0]
-        self.slot = slot % self.n_slots
-        self.token = slot // self.n_slots % n_rows
-        self.head = slot // self.n_slots // n_rows
-        self.chosen, self.place, self.stage = chosen, lists.place, stage
+        self.slots = lists.slots[begin : begin + sum(self.send)]
+        self.chosen, self.place = chosen, lists.place
         self.geometry, self.comm, self.keep = geometry, comm, keep
         self.owned, self.heads = owned, heads
         self._received: tuple[Tensor, Tensor] | None = None
@@ -51,11 +47,10 @@ class RowStage:
 
     def send_forward(self, q: Tensor) -> Callable[[], None]:
         """Start sending rows of q [L, Hq, D] with the blocks they want; a collective call."""
-        wait = self.comm.all_to_all(_pack([q[self.token, self.head], self._ids()]), self.send, self.receive, "rows")
-        dim, dtype = q.shape[2], q.dtype
+        waits = self._there("rows", self._rows_of(q), self._ids())
 
         def arrive() -> None:
-            self._received = _unpack(wait(), [(dim, dtype), (self.n_slots, self._id_dtype)])
+            self._received = waits[0](), self._numbers(waits[1]())
 
         return arrive
 
@@ -67,32 +62,22 @@ class RowStage:
         """
         q, ids = self._received
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
-        out, lse = ops.attend(q[:, None], pages, ids.int()[:, None], None, None, scale, index=self._routing)
+        out, lse = ops.attend(q[:, None], pages, ids[:, None], None, None, scale, index=self._routing)
         if not self.keep:
             self._received = None
-        wait = self.comm.all_to_all(torch.cat([out[:, 0], lse], 1), self.receive, self.send, "partial_outputs")
-
-        def arrive() -> tuple[Tensor, Tensor]:
-            answer = wait()
-            return answer[:, :-1], answer[:, -1]
-
-        return arrive
+        waits = self._back("partial_outputs", out[:, 0], lse[:, 0])
+        return lambda: tuple(wait() for wait in waits)
 
     def send_backward(self, q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> Callable[[], None]:
         """Start sending what the gradients of the rows need; a collective call. lse, delta [L, Hq] are final."""
-        at = self.token, self.head
-        wide = torch.stack([lse[at], delta[at]], 1)
-        again = [] if self.keep else [q[at], self._ids()]
-        packed = _pack([dout[at].to(q.dtype), wide, *again])
-        wait = self.comm.all_to_all(packed, self.send, self.receive, "rows_backward")
-        layout = [(q.shape[2], q.dtype), (2, wide.dtype)]
-        if not self.keep:
-            layout += [(q.shape[2], q.dtype), (self.n_slots, self._id_dtype)]
+        sums = self._rows_of(torch.stack([lse, delta], 2))
+        again = () if self.keep else (self._rows_of(q), self._ids())
+        waits = self._there("rows_backward", self._rows_of(dout, q.dtype), sums, *again)
 
         def arrive() -> None:
-            self._gradients, self._sums, *again = _unpack(wait(), layout)
+            self._gradients, self._sums, *again = (wait() for wait in waits)
             if not self.keep:
-                self._received = tuple(again)
+                self._received = again[0], self._numbers(again[1])
 
         return arrive
 
@@ -111,36 +96,49 @@ class RowStage:
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
         dq = torch.zeros(q.shape[0], 1, q.shape[1], dtype=owned.dtype, device=q.device)
         ops.attend_backward(
-            q[:, None], pages, ids.int()[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
+            q[:, None], pages, ids[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
             index=self._routing, into=(dq, owned[:, :, 0], owned[:, :, 1]),
         )  # fmt: skip
         self._gradients = self._sums = None
         if not self.keep:
             self._received = None
-        wait = self.comm.all_to_all(dq[:, 0].to(dtype), self.receive, self.send, "row_gradients")
+        (wait,) = self._back("row_gradients", dq[:, 0].to(dtype))
         return lambda: wait().to(dq.dtype)
 
     def index(self) -> Tensor:
         """[L, heads, S] int32: which of the rows sent stands for this slot of the stage's heads, -1 for none."""
-        index = torch.full_like(self.chosen[:, self.heads], -1, memory_format=torch.contiguous_format)
-        rows = torch.arange(self.slot.numel(), dtype=index.dtype, device=index.device)
-        index[self.token, self.head - self.heads.start, self.slot] = rows
-        return index
+        n_rows, n_heads, n_slots = self.chosen.shape
+        index = torch.full((n_heads, n_rows, n_slots), -1, dtype=torch.int32, device=self.chosen.device)
+        index.view(-1)[self.slots.long()] = torch.arange(self.slots.numel(), dtype=torch.int32, device=index.device)
+        return index[self.heads].transpose(0, 1).contiguous()
 
-    @property
-    def _id_dtype(self) -> torch.dtype:
-        return id_dtype(self.geometry, self.place.shape[0])
+    def _rows_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[M, D] of x [L, Hq, D], for each row sent."""
+        return ops.gather_rows(x, self.slots, self.n_slots, dtype or x.dtype)
 
     def _ids(self) -> Tensor:
-        """[M, S]: for each row sent, the pairs its owner attends to, numbered by the owner; -1 for none."""
-        n_kv = self.place.shape[0]
-        chosen = self.chosen[self.token, self.head]
-        block = chosen.long().clamp(min=0)
-        kv_head = (self.head // (self.chosen.shape[1] // n_kv))[:, None]
-        target = self.geometry.owner[block].gather(1, self.slot[:, None])
-        wanted = (chosen >= 0) & (self.place[kv_head, block] == self.stage * self.comm.size + target)
-        pair = kv_head * self.geometry.owned_count[target] + self.geometry.place[block]
-        return torch.where(wanted, pair, -1).to(self._id_dtype)
+        """For each row sent, the pairs its owner attends to, numbered by the owner; -1 for none.
+
+        As bytes [M, ...], which every transport takes.
+        """
+        geometry, n_kv = self.geometry, self.place.shape[0]
+        count = geometry.owned_count[geometry.owner]
+        number = torch.arange(n_kv, device=count.device)[:, None] * count + geometry.place
+        ids = ops.row_ids(self.chosen, self.slots, self.place, number, id_dtype(geometry, n_kv))
+        return ids.view(-1).view(torch.uint8).view(ids.shape[0], self.n_slots * ids.itemsize)
+
+    def _numbers(self, ids: Tensor) -> Tensor:
+        """[M, S] int32 of what :meth:`_ids` made."""
+        dtype = id_dtype(self.geometry, self.place.shape[0])
+        return ids.view(-1).view(dtype).view(ids.shape[0], self.n_slots).int()
+
+    # Parts of a row go as messages of their own: side by side they would have to be packed, and unpacked again.
+
+    def _there(self, kind: str, *parts: Tensor) -> list[Callable[[], Tensor]]:
+        return [self.comm.all_to_all(x, self.send, self.receive, kind) for x in parts]
+
+    def _back(self, kind: str, *parts: Tensor) -> list[Callable[[], Tensor]]:
+        return [self.comm.all_to_all(x, self.receive, self.send, kind) for x in parts]
 
 
 def id_dtype(geometry: BlockGeometry, n_kv: int) -> torch.dtype:
@@ -160,19 +158,3 @@ def _single_head(owned: Pages, geometry: BlockGeometry, rank: int) -> Pages:
         owned.length[ids].repeat(n_kv),
         owned.block_size,
     )
-
-
-def _pack(parts: list[Tensor]) -> Tensor:
-    """Rows of several tensors [N, width] side by side as bytes: [N, bytes]."""
-    return torch.cat([_flat(x).view(torch.uint8).view(x.shape[0], x.shape[1] * x.itemsize) for x in parts], 1)
-
-
-def _unpack(packed: Tensor, layout: list[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """Inverse of :func:`_pack`: [N, width] of each dtype."""
-    parts = packed.split([width * dtype.itemsize for width, dtype in layout], 1)
-    return [_flat(x).view(dtype).view(packed.shape[0], width) for x, (width, dtype) in zip(parts, layout, strict=True)]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """A flat copy that starts where any dtype may: ``contiguous()`` leaves the strides of a single row as they are."""
-    return x.clone(memory_format=torch.contiguous_format).view(-1)

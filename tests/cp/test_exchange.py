@@ -54,6 +54,22 @@ def _on_gloo(rank: int, size: int, layout: str):
     return worst
 
 
+def _nodes(rank: int):
+    found = []
+    for ranks, local in (([0, 1, 2, 3], "2"), ([0, 1, 2, 3], "4"), ([0, 2], "2"), ([0, 1, 2], "2"), ([0, 1, 2, 3], "")):
+        group = dist.new_group(ranks)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", local)
+            if rank in ranks:
+                found.append(CPContext(group, "contiguous", 24).exchange.ranks_per_node)
+    return found
+
+
+def test_nodes_follow_from_the_launcher():
+    every = run_ranks(4, _nodes)
+    assert every[0] == [2, 4, 1, None, None] and every[3] == [2, 4, None]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_every_mode_on_gloo(layout):
     assert max(run_ranks(4, _on_gloo, 4, layout)) < 1e-10
@@ -106,7 +122,8 @@ def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
 
 def test_rows_count_more_within_a_node():
     """The heavier rows are, the fewer of them auto sends, and the more blocks come instead."""
-    assert ExchangeOptions().weight_of_rows(8) == ExchangeOptions(ranks_per_node=8).weight_of_rows(8) == 4
+    assert ExchangeOptions(ranks_per_node=8).weight_of_rows(8) == 4
+    assert ExchangeOptions().weight_of_rows(8) == ExchangeOptions(ranks_per_node=8).weight_of_rows(16) == 1
     assert ExchangeOptions(ranks_per_node=4).weight_of_rows(8) == 1
     case = random_case(9, multiple=8)
     sent = []

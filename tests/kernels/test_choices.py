@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moba_cp import choices, kernels
+from moba_cp import choices, eager, kernels
 from tests.kernels.inputs import DEVICE, poisoned
 
 # N, (Hq, Hkv), S, n, owners, stages, share of slots without a block
@@ -67,3 +67,26 @@ def test_nothing_chosen():
         assert not module.count_rows(chosen, place, fetch, 2).any()
         slots, counts = module.list_rows(chosen, place, fetch[0], 2)
         assert slots.numel() == 0 and not counts.any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_sent_and_what_they_want(case):
+    chosen, place, fetch, _, n_places = _case(*case)
+    place = torch.where(fetch[1], -1, place)
+    slots, counts = choices.list_rows(chosen, place, torch.zeros_like(fetch[1]), n_places)
+    slots = slots[: int(counts.sum())]
+    number = torch.arange(place.numel(), device=DEVICE).view(place.shape) * 3 % 1000
+    x = torch.randn(*chosen.shape[:2], 24, device=DEVICE)[..., :20]
+    with poisoned():
+        ids = kernels.row_ids(chosen, slots, place, number, torch.int16)
+        rows = kernels.gather_rows(x, slots, chosen.shape[2], torch.float32)
+    assert torch.equal(ids, choices.row_ids(chosen, slots, place, number, torch.int16))
+    assert torch.equal(rows, eager.gather_rows(x, slots, chosen.shape[2], torch.float32))
+    # By hand, for each row: the slots with the place that it is sent to.
+    n, _, n_slots = chosen.shape
+    group = chosen.shape[1] // place.shape[0]
+    for row, slot in enumerate(slots.tolist()):
+        h, t, s = slot // n_slots // n, slot // n_slots % n, slot % n_slots
+        goes = [int(place[h // group, b]) if b >= 0 else -1 for b in chosen[t, h].tolist()]
+        want = [int(number[h // group, b]) if g == goes[s] else -1 for b, g in zip(chosen[t, h].tolist(), goes)]
+        assert ids[row].tolist() == want and torch.equal(rows[row], x[t, h])

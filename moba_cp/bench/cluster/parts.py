@@ -14,7 +14,7 @@ from .profile import write_profile
 from .ranks import Ranks
 from .rows import Report, Row
 
-TRAINING_STEPS = 5
+TRAINING_STEPS = 7
 
 
 @dataclass

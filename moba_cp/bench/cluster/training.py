@@ -10,7 +10,7 @@ from .inputs import Shape
 from .ranks import Ranks
 from .rows import Row
 
-WARM_STEPS = 3
+WARM_STEPS = 4
 
 
 def missing() -> str | None:
