@@ -142,7 +142,7 @@ def attend_backward(
     specialized = hopper.serves(q, pages, scale) and q.dtype == torch.bfloat16
     key_tile = tuned.key_tile(*kind, specialized and not deterministic)
     query_tile = tuned.query_tile(*kind, specialized)
-    by_atomics = tuned.dq_by_atomics(*kind) and not deterministic and not specialized
+    by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     row_slices, head_slices, direct = _backward_slices(q, pages, n_slots, mode, key_tile, local_dtype, scratch_bytes)
     # The index of a slice of rows, and its tasks, serve all heads.
@@ -299,7 +299,7 @@ def _attend_slice(
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
-        if tile.specialized:
+        if tile.fetch_registers:
             hopper.launch_forward(part, tile, tasks, routing, visible, parts, parts_lse, scale * LOG2E)
         else:
             kernel[part.grid(tasks)](
@@ -343,7 +343,7 @@ def _backward_slice(
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
         sums = dk, dv, sum_k, sum_v, table, stats, own_end
-        if tile.specialized:
+        if tile.fetch_registers:
             hopper.launch_keys(part, tile, key_tasks, key_tiles, inputs[3], into, *sums, list_start, scale, first_head)
         else:
             _key_kernel[part.grid(key_tasks, key_tiles)](
@@ -360,7 +360,7 @@ def _backward_slice(
                 *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32, num_warps=4,
             )  # fmt: skip
         tile = query_tile
-        if mode == DQ_NONE.value and tile.specialized:
+        if mode == DQ_NONE.value and tile.fetch_registers:
             hopper.launch_queries(part, tile, query_tasks, inputs[3], into, table, stats, list_start, scale)
         elif mode == DQ_NONE.value:
             _query_kernel[part.grid(query_tasks)](

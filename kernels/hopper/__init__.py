@@ -12,9 +12,6 @@ from torch import Tensor
 from ..tuned import Tile, is_hopper
 
 VERSIONS = ("3.6", "3.7")
-# Registers per thread of the group that fetches; those that compute share the rest.
-REGISTERS = {"long": 56, "short": 56, "keys": 40, "queries": 40}
-
 AVAILABLE = triton.__version__.startswith(VERSIONS)
 if AVAILABLE:
     from triton.experimental.gluon import language as gl
@@ -69,7 +66,8 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
         routing.visits, tasks.table, routing.list_start[part.lists], visible, *part.pages,
         scale_log2, *counts, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
         **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=REGISTERS["short" if is_short else "long"], num_warps=4,
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -84,7 +82,8 @@ def launch_keys(
         scale, part.n_visits, *part.task_args(tasks), part.n_blocks, part.block_size, first_head,
         *part.strides[2:], *dk.stride()[:2], *part.page_strides,
         OWN=own_end is not None, D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
-        DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=REGISTERS["keys"], num_warps=4,
+        DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -94,7 +93,8 @@ def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start
         part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, table, stats,
         tasks.table, list_start, *part.pages,
         scale, part.n_visits, *part.task_args(tasks), part.n_blocks, *part.strides[2:], *part.page_strides,
-        D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=REGISTERS["queries"], num_warps=4,
+        D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -95,7 +95,11 @@ def _step(
         b_p = gl.where(o_n[:, None] < limit[None, :], b_p, 0.0)
     p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)
     b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=[dp])
+    if DQ:
+        # The exchange of dS needs the registers.
+        dp, b_dv, p = warpgroup_mma_wait(0, deps=[dp, b_dv, p])
+    else:
+        dp = warpgroup_mma_wait(1, deps=[dp])
     b_delta = delta_s.index(stage).load(COLUMNS)
     b_ds = (b_p * (dp - b_delta[None, :])).to(q_s.dtype)
     ds = gl.convert_layout(b_ds, PROBS)

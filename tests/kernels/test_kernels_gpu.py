@@ -16,6 +16,7 @@ KINDS = [
     ((4, 4), 128, 128, 8, BF16), ((8, 2), 128, 512, 8, BF16), ((4, 4), 64, 128, 8, BF16), ((4, 1), 64, 64, 3, FP16),
     ((2, 2), 32, 16, 5, BF16), ((4, 2), 256, 256, 4, BF16), ((2, 1), 72, 48, 4, FP16), ((6, 2), 96, 208, 3, BF16),
     ((2, 2), 128, 64, 2, FP32), ((4, 2), 40, 96, 16, FP32), ((2, 1), 128, 1024, 2, FP16), ((3, 3), 192, 80, 1, BF16),
+    ((4, 2), 64, 256, 4, BF16),
 ]  # fmt: skip
 
 
@@ -134,6 +135,20 @@ def test_a_cuda_graph_replays_with_new_inputs():
     graph.replay()
     replayed = [x.clone() for x in captured]
     assert all(torch.equal(x, y) for x, y in zip(replayed, step(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:3], KINDS[-1]], ids=str)
+def test_nan_stays_in_its_document(kind):
+    """Also where a tile of keys reaches past the end of a document's last block, into the next one."""
+    q, k, v, dout, _, config = batch(kind, 5, n_tokens=3_000)
+    end = 1_111
+    cu_seqlens = torch.tensor([0, end, 3_000], dtype=torch.int32, device="cuda")
+    run = lambda *x: gradients(lambda *y: moba_attention(*y, config, cu_seqlens=cu_seqlens), *x, dout)
+    clean = run(q, k, v)
+    for x in (k, v):
+        x[end:] = torch.nan
+    for x, y in zip(run(q, k, v), clean, strict=True):
+        torch.testing.assert_close(x[:end], y[:end], rtol=2e-2, atol=1e-3)
 
 
 def test_memory_at_131072_tokens():
