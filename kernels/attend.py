@@ -15,6 +15,7 @@ from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_d
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Routing, Tasks, build_routing, cut_tasks
+from .tuned import Tile
 
 # At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
 FORWARD_SCRATCH = 5 << 28
@@ -138,8 +139,7 @@ def attend_backward(
         if nothing:
             return into
     kind = dim, pages.block_size, q.dtype, q.device
-    # Partial dQ of those kernels are bfloat16; their dK, dV come in any order.
-    specialized = hopper.serves(q, pages, scale) and q.dtype == torch.bfloat16
+    specialized = hopper.serves(q, pages, scale, dout)
     key_tile = tuned.key_tile(*kind, specialized and not deterministic)
     query_tile = tuned.query_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
@@ -161,10 +161,9 @@ def attend_backward(
             sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
         elif local_dtype is not None:
             sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, kv_heads.start
-        tiles = key_tile, query_tile
         for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
             rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None, dq[rows], *sums
-            _backward_slice(q[rows], pages, *some, scale, *rest, mode, *tiles, *work, kv_heads)
+            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, kv_heads)
         if local_dtype is not None and not direct:
             dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
     return dq, dk, dv
@@ -224,7 +223,7 @@ def _slices(
 
 
 def _backward_slices(
-    q: Tensor, pages, n_slots: int, mode: int, key_tile: tuned.Tile, local_dtype: torch.dtype | None, scratch_bytes: int
+    q: Tensor, pages, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None, scratch_bytes: int
 ) -> tuple[list[slice], list[slice], bool]:
     """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
 
@@ -241,7 +240,7 @@ def _backward_slices(
     return *_slices(*shape, 0 if local_dtype is None else 8 * dim * pages.k.shape[0], scratch_bytes), False
 
 
-def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: tuned.Tile) -> int:
+def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
     """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
     return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
 
@@ -290,7 +289,7 @@ class _Slice:
 
 
 def _attend_slice(
-    q, pages, chosen, own, visible, scale, out, lse, join: bool, routing: Routing, tile: tuned.Tile, tasks: Tasks,
+    q, pages, chosen, own, visible, scale, out, lse, join: bool, routing: Routing, tile: Tile, tasks: Tasks,
     kv_heads: slice,
 ) -> None:
     part = _Slice(q, pages, chosen, own, kv_heads)
@@ -313,7 +312,7 @@ def _attend_slice(
 
 def _backward_slice(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, sum_k, sum_v,
-    first_head: int, mode: int, tile: tuned.Tile, query_tile: tuned.Tile, routing: Routing, key_tasks: Tasks,
+    first_head: int, mode: int, tile: Tile, query_tile: Tile, routing: Routing, key_tasks: Tasks,
     query_tasks: Tasks | None, kv_heads: slice,
 ) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
@@ -342,12 +341,12 @@ def _backward_slice(
             visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
-        sums = dk, dv, sum_k, sum_v, table, stats, own_end
+        rest = dk, dv, sum_k, sum_v, table, stats, own_end
         if tile.fetch_registers:
-            hopper.launch_keys(part, tile, key_tasks, key_tiles, inputs[3], into, *sums, list_start, scale, first_head)
+            hopper.launch_keys(part, tile, key_tasks, key_tiles, inputs[3], into, *rest, list_start, scale, first_head)
         else:
             _key_kernel[part.grid(key_tasks, key_tiles)](
-                *inputs, into, *sums, key_tasks.table, list_start, *part.pages, turn,
+                *inputs, into, *rest, key_tasks.table, list_start, *part.pages, turn,
                 scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
                 *strides, *dk.stride()[:2], *part.page_strides, **constants,
                 OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..tuned import Tile, is_hopper
 
-VERSIONS = ("3.6", "3.7")
-AVAILABLE = triton.__version__.startswith(VERSIONS)
-if AVAILABLE:
+# Of Triton; what runs on a GPU was seen with these.
+VERSIONS = ("3.6",)
+ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -22,11 +24,16 @@ if AVAILABLE:
     from .queries import query_kernel
     from .short_blocks import short_block_kernel
 
-    ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    AVAILABLE = triton.__version__.startswith(VERSIONS)
+except (ImportError, AttributeError):
+    AVAILABLE = False
 
 
-def serves(q: Tensor, pages, scale: float) -> bool:
-    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, and rows that TMA can fetch."""
+def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
+    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, and rows that TMA can fetch.
+
+    A backward's call gives ``dout`` too, and is of bfloat16: partial dQ are.
+    """
     dim = q.shape[2]
     return (
         AVAILABLE
@@ -36,20 +43,21 @@ def serves(q: Tensor, pages, scale: float) -> bool:
         and pages.block_size % 128 == 0
         and scale > 0
         and all(_is_regular(x, dim) for x in (q, pages.k, pages.v))
+        and (dout is None or q.dtype == torch.bfloat16 and _is_regular(dout, dim))
     )
 
 
 def _is_regular(x: Tensor, dim: int) -> bool:
     """Whether rows of x [T, H, D] begin at multiples of 16 bytes, with columns of all heads that fit 32 bits."""
     s_row, s_head, _ = x.stride()
-    aligned = x.data_ptr() % 16 == 0 and s_row % 8 == 0 and s_head % 8 == 0
+    aligned = x.data_ptr() % 16 == 0 and s_row % 16 == 0 and s_head % 16 == 0
     return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + dim < 2**31
 
 
 def _boxes(x: Tensor, rows: int):
     """TMA descriptor of boxes of ``rows`` rows of one head, in x [T, H, D] seen as [T, columns]."""
     n_rows, n_heads, dim = x.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], ELEMENTS[x.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], getattr(gl, ELEMENTS[x.dtype]))
     shape = [n_rows, (n_heads - 1) * x.stride(1) + dim]
     return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
 

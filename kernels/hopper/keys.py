@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward import _sum_place
-from .shared import LOG2E, load_block, read_task, unpack
+from .shared import LOG2E, barrier, load_block, read_task, unpack
 
 sum_place = gluon.jit(_sum_place.fn)
 
@@ -57,7 +57,7 @@ def _produce(
         limit_s.index(stage).store(limit)
         if DQ:
             place_s.index(stage).store(place)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(q_full.index(stage), count=1)
         ahead = r + BM
         row = gl.load(table + ahead + o_m, mask=ahead + o_m < end, other=0)
@@ -109,7 +109,7 @@ def _step(
         ds_t = ds_s.index(i % 2)
         ds_t.slice(half * BN, BN).store(b_ds)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
         SMALL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -120,11 +120,13 @@ def _step(
                 ds_t.permute((1, 0)), k_s.slice(half * 64, 64, dim=1), zero, use_acc=False, is_async=True
             )
         else:
-            b_dq = warpgroup_mma(ds_t.slice(half * 64, 64, dim=1).permute((1, 0)), k_s, zero, use_acc=False, is_async=True)
+            b_dq = warpgroup_mma(
+                ds_t.slice(half * 64, 64, dim=1).permute((1, 0)), k_s, zero, use_acc=False, is_async=True
+            )
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
         dq_t = dq_s.index(half)
         dq_t.store(b_dq.to(q_s.dtype))
-        gl.thread_barrier()
+        barrier()
         if D == 128:
             place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
             column = half * 64
@@ -134,7 +136,7 @@ def _step(
         o_d = column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
         p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
         gl.store(p_dq, dq_t.load(WIDE), mask=(place >= 0)[:, None])
-        gl.thread_barrier()
+        barrier()
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])
     mbarrier.arrive(q_empty.index(stage), count=1)
@@ -143,8 +145,9 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, dk, dv, begin, middle, end, key, page, n_keys, is_split, scale, s_dkr, s_dkh, first, sum_k, sum_v,
-    i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full,
+    half: gl.constexpr, part, dk, dv, begin, middle, end, key, page, n_keys, is_split, scale, s_dkr, s_dkh, first,
+    sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+    kv_full, q_full, q_empty, ds_full,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
     DIRECT: gl.constexpr,
 ):  # fmt: skip

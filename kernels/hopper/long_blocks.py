@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .shared import LN2, load_block, publish, read_task
+from .shared import LN2, barrier, load_block, publish, read_task
 
 
 @gluon.jit
@@ -46,7 +46,7 @@ def _gather_rows(
     limit_s.index(buf).store(limit)
     count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
     count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
-    gl.thread_barrier()
+    barrier()
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     for half in gl.static_range(2):
         offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
@@ -59,8 +59,7 @@ def _gather_rows(
 @gluon.jit
 def _produce(
     q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key, k_column, v_column,
-    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, count_s,
-    barriers,
+    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, count_s, barriers,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -199,12 +198,12 @@ def _consume(
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
         # The rows of Q are done with: the output passes through their place, to leave in whole lines.
         q_t.store(b_o.to(dtype))
-        gl.thread_barrier()
+        barrier()
         place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
         p_o = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
         gl.store(p_o, q_t.load(WIDE), mask=(place >= 0)[:, None])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(q_empty.index(buf), count=1)
         i += 1
 

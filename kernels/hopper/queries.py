@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .shared import LOG2E, load_block, publish, read_task, unpack
+from .shared import LOG2E, barrier, load_block, publish, read_task, unpack
 
 
 @gluon.jit
@@ -36,7 +36,7 @@ def _gather_rows(
     row_s.store(row)
     count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
     count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
-    gl.thread_barrier()
+    barrier()
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     for half in gl.static_range(2):
         row = row_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE)).to(gl.int64)
@@ -169,13 +169,13 @@ def _consume(
 
         # The rows of Q are done with: dQ passes through their place, to leave in whole lines.
         q_t.store(b_dq.to(q_t.dtype))
-        gl.thread_barrier()
+        barrier()
         o_v = r + half * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
         place = gl.load(table + room + o_v, mask=o_v < end, other=0)
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
         p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
         gl.store(p_dq, q_t.load(WIDE), mask=(o_v < end)[:, None])
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(q_empty.index(buf), count=1)
         i += 1
 

@@ -9,6 +9,9 @@ from ..routing import read_task as _read_task
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
+# Triton 3.7 has the name of the first.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 read_task = gluon.jit(_read_task.fn)
 
 
@@ -17,7 +20,7 @@ def publish(full):
     """What this group copied by cp.async, or stored, is now visible to the others' matrix instructions."""
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(full, count=1)
 
 
@@ -43,5 +46,5 @@ def load_block(desc, x, first_key, column, s_row, n_keys, full, x_s, ROWS: gl.co
             p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]
             x_s.slice(n, 16).store(gl.load(p_x, mask=(o_n < n_keys)[:, None], other=0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(full, count=1)

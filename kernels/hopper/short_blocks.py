@@ -16,14 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .shared import LN2, load_block, read_task
+from .shared import LN2, barrier, load_block, read_task
 
 
 @gluon.jit
 def _produce(
     q, k_desc, v_desc, k, v, visits, visible, tasks, list_start, page_row, page_head, length,
-    n_tasks, places, task_rows, first_list, n_lists, n_blocks, n_heads, s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n, q_s, k_s, v_s, place_s, limit_s,
-    q_full, q_empty, kv_full, kv_empty,
+    n_tasks, places, task_rows, first_list, n_lists, n_blocks, n_heads,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    q_s, k_s, v_s, place_s, limit_s, q_full, q_empty, kv_full, kv_empty,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -71,7 +72,7 @@ def _produce(
             async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
             place_s.index(stage).store(place)
             limit_s.index(stage).store(limit)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(q_full.index(stage), count=1)
             ahead = r + BM
             flat = gl.load(visits + ahead + o_f, mask=ahead + o_f < end, other=0)
@@ -83,8 +84,7 @@ def _produce(
 @gluon.jit
 def _consume(
     half: gl.constexpr, part, part_lse, tasks, list_start, n_tasks, places, task_rows, first_list, n_lists, scale_log2,
-    q_s, k_s, v_s, place_s, limit_s,
-    q_full, q_empty, kv_full, kv_empty,
+    q_s, k_s, v_s, place_s, limit_s, q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -129,11 +129,11 @@ def _consume(
             b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
             # The rows of Q are done with: the output passes through their place, to leave in whole lines.
             q_t.store(b_o.to(q_t.dtype))
-            gl.thread_barrier()
+            barrier()
             place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
             p_o = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
             gl.store(p_o, q_t.load(WIDE), mask=(place >= 0)[:, None])
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(q_empty.index(stage), count=1)
         if n_tiles > 0:
             mbarrier.arrive(kv_empty.index(i_kv % 2), count=1)
