@@ -69,6 +69,7 @@ class Layer:
 
     def moba(self, mode: str, name: str | None = None, **options) -> Candidate:
         """MoBA in one exchange mode; on one rank as on any single GPU."""
+        options = {"ranks_per_node": min(self.ranks.per_node, self.size)} | options
         cp = self.context(exchange_options(mode, **options)) if self.size > 1 else None
         forward = lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp)
         return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)

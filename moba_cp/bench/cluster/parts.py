@@ -99,7 +99,7 @@ def nodes(settings: Settings, ranks: Ranks, report: Report) -> None:
 
     def one(n_tokens: int) -> None:
         layer = Layer(settings.shape, n_tokens, size, ranks)
-        candidates = [layer.moba(mode, f"{MOBA} {mode} flat") for mode in settings.modes]
+        candidates = [layer.moba(mode, f"{MOBA} {mode} flat", ranks_per_node=1) for mode in settings.modes]
         candidates += [
             layer.moba(mode, f"{MOBA} {mode} by node", ranks_per_node=per_node)
             for mode in settings.modes
