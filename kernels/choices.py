@@ -2,7 +2,8 @@
 
 Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A
 *slot* is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner
-and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first slot that wants to.
+and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first
+slot that wants to.
 
 A program looks at BM rows of one query head; SP is S, padded.
 """

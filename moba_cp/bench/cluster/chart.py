@@ -59,8 +59,8 @@ def draw(path: str, report: Report) -> bool:
     s, e = report.settings, report.environment
     figure.suptitle(
         f"one layer, forward + backward: {s['heads']} query heads, {s['kv_heads']} KV heads, head dim {s['dim']}, "
-        f"block {s['block_size']}, top-k {s['top_k']}, {s['layout']}, {s['gate']} gate\n{e['gpu']}, PyTorch {e['torch']}, "
-        f"Triton {e['triton']}, NCCL {e['nccl']}, commit {e['commit']}",
+        f"block {s['block_size']}, top-k {s['top_k']}, {s['layout']}, {s['gate']} gate\n"
+        f"{e['gpu']}, PyTorch {e['torch']}, Triton {e['triton']}, NCCL {e['nccl']}, commit {e['commit']}",
         fontsize=9,
     )
     figure.tight_layout()
