@@ -1,8 +1,9 @@
 """Counting and listing the blocks that rows chose, for the exchange between ranks; nothing waits for the device.
 
-Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A *slot*
-is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner and stage
-(``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first slot that wants to.
+Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A
+*slot* is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner
+and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first
+slot that wants to.
 
 A program looks at BM rows of one query head; SP is S, padded.
 """
@@ -68,9 +69,7 @@ def _first_slots(
     o_s = tl.arange(0, SP)
     for s in range(S - 1):
         other_block, other = _column(chosen, place, s, n_rows, n_blocks, s_t, G, S, BM)
-        other_bits = tl.load(
-            fetched + tl.program_id(1) // G * n_blocks + other_block, mask=other_block >= 0, other=ALL
-        )
+        other_bits = tl.load(fetched + tl.program_id(1) // G * n_blocks + other_block, mask=other_block >= 0, other=ALL)
         same = (at == other[:, None]) & (other >= 0)[:, None] & (o_s > s)[None, :]
         wants = tl.where(same, wants & other_bits[:, None], wants)
     return at, wants

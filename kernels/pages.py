@@ -1,6 +1,7 @@
 """Copying blocks out of a storage, and adding gradients of blocks to where they lie, for the exchange between ranks.
 
-Legend: n blocks, B block size, D head dim, R rows of a message. A pair is (KV head, block), numbered ``head * n + block``.
+Legend: n blocks, B block size, D head dim, R rows of a message. A pair is (KV head, block), numbered
+``head * n + block``.
 """
 
 import torch
@@ -71,7 +72,9 @@ def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
         )  # fmt: skip
 
 
-def add_pages(dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int) -> None:
+def add_pages(
+    dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int
+) -> None:
     """See :func:`moba_cp.eager.add_pages`."""
     if not _launched(pages, pairs, arrived):
         return

@@ -1,8 +1,9 @@
 """Counting and listing the blocks that rows chose, for the exchange between ranks, in plain PyTorch.
 
-Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A *slot*
-is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner and stage
-(``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first slot that wants to.
+Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A
+*slot* is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner
+and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first
+slot that wants to.
 """
 
 import torch

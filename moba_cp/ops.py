@@ -90,7 +90,9 @@ def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
     backend(out).copy_pages(pages, pairs, offset, out)
 
 
-def add_pages(dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int) -> None:
+def add_pages(
+    dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int
+) -> None:
     """See :func:`moba_cp.eager.add_pages`."""
     backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 

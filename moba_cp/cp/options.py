@@ -53,7 +53,7 @@ class ExchangeOptions:
             raise ValueError(f"exchange gradient_dtype={self.gradient_dtype!r} is not one of {', '.join(WIRE_DTYPES)}")
         if self.ranks_per_node is not None and (not _is_int(self.ranks_per_node) or self.ranks_per_node < 1):
             raise ValueError(
-                f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out, or use 1 for none"
+                f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out, or use 1"
             )
         weight = self.row_weight
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):

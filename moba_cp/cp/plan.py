@@ -59,17 +59,34 @@ def node_hops(geometry: BlockGeometry, rank: int, ranks_per_node: int) -> tuple[
 
 
 @dataclass(frozen=True)
+class PairOrder:
+    """The pairs that one side of a hop can move, and the order in which a list has those that do.
+
+    Entry 0 stands for none, so that a running sum over the entries has a zero in front.
+    """
+
+    pairs: Tensor
+    """[1 + m] int64, by stage, rank, head, block."""
+    index: Tensor
+    """[1 + m] int64, where the flag of each is in the message."""
+    weight: Tensor
+    """[2, 1 + m] int64: 1 and the tokens of each, 0 in front."""
+    bounds: Tensor
+    """[stages * P + 1] int64, where each (stage, rank) ends among the entries, with a 0 in front."""
+
+
+@dataclass(frozen=True)
 class HopTables:
     """What is the same in every call of a hop: lists by rank, stage, head, block, and where they stand in a message."""
 
     want: Tensor
     """int64 pairs that this rank can ask for."""
-    source: Tensor
-    """int64 rank that serves each of them."""
+    want_order: PairOrder
+    """what becomes of them."""
     give: Tensor
     """int64 pairs that this rank can be asked for, once for every peer."""
-    taker: Tensor
-    """int64 rank that asks for each of them."""
+    give_order: PairOrder
+    """what becomes of them; ``index`` counts from the first of what is received."""
     send: list[int]
     """bytes of the request to each rank."""
     receive: list[int]
@@ -105,19 +122,16 @@ def build_wire_tables(
     else:
         between, within = node_hops(geometry, rank, ranks_per_node)
         hops = [(between, 0), (within, header)]
-    return WireTables(stage, stages, [_hop_tables(hop, geometry, stage, rank, width) for hop, width in hops])
+    return WireTables(stage, stages, [_hop_tables(hop, geometry, stage, stages, rank, width) for hop, width in hops])
 
 
-def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, rank: int, width: int) -> HopTables:
+def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, stages: int, rank: int, width: int) -> HopTables:
     n_kv, n = stage.shape
     device, size = stage.device, len(hop.peers)
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     pairs = [_pairs(ids, stage.flatten(), n_kv, n) for ids in hop.served]
     wants = [ids if peer else empty for ids, peer in zip(pairs, hop.peers, strict=True)]
     gives = [pairs[rank] if peer else empty for peer in hop.peers]
-
-    def ranks(lists: list[Tensor]) -> Tensor:
-        return torch.cat([torch.full_like(ids, p) for p, ids in enumerate(lists)])
 
     message, headers, asked, sent, read = [], [], [], 0, 0
     for p in range(size):
@@ -127,21 +141,42 @@ def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, rank: int, wid
         asked.append(read + width + torch.arange(gives[p].numel(), device=device))
         sent += wants[p].numel()
         read += width + gives[p].numel()
+    want, give, asked = torch.cat(wants), torch.cat(gives), torch.cat(asked)
     return HopTables(
-        want=torch.cat(wants),
-        source=ranks(wants),
-        give=torch.cat(gives),
-        taker=ranks(gives),
+        want=want,
+        want_order=_order(wants, torch.arange(want.numel(), device=device), geometry, stage, stages),
+        give=give,
+        give_order=_order(gives, asked, geometry, stage, stages),
         send=[width + ids.numel() for ids in wants],
         receive=[width + ids.numel() for ids in gives],
         message=torch.cat(message),
         headers=torch.stack(headers),
-        asked=torch.cat(asked),
+        asked=asked,
     )
 
 
+def _order(lists: list[Tensor], index: Tensor, geometry: BlockGeometry, stage: Tensor, stages: int) -> PairOrder:
+    """:class:`PairOrder` of the pairs of each rank, whose flags are at ``index``; ``stage`` [Hkv, n]."""
+    pairs, size = torch.cat(lists), len(lists)
+    rank = torch.cat([torch.full_like(ids, p) for p, ids in enumerate(lists)])
+    place = stage.flatten()[pairs] * size + rank
+    by_place = place.argsort(stable=True)
+    pairs = pairs[by_place]
+    tokens = geometry.length.long()[pairs % max(1, geometry.n_blocks)]
+    return PairOrder(
+        pairs=_behind_zero(pairs),
+        index=_behind_zero(index[by_place]),
+        weight=_behind_zero(torch.stack([torch.ones_like(tokens), tokens])),
+        bounds=_behind_zero(torch.bincount(place, minlength=stages * size).cumsum(0)),
+    )
+
+
+def _behind_zero(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (1, 0))
+
+
 def ask(
-    tables: HopTables, need: Tensor, geometry: BlockGeometry, wire: WireTables, comm: Communicator, header: Tensor
+    tables: HopTables, need: Tensor, wire: WireTables, comm: Communicator, header: Tensor
 ) -> tuple[PairLists, Tensor, Tensor]:
     """Send each peer the bitmap of what is needed from it; a collective call.
 
@@ -157,13 +192,11 @@ def ask(
     message = torch.cat([header.flatten(), wanted])[tables.message]
     arrived = comm.all_to_all(message, tables.send, tables.receive, "requests")()
     asked = arrived[tables.asked]
-    lists = [
-        _listed(flags, pairs, ranks, wire, geometry.length, n, comm.size)
-        for flags, pairs, ranks in ((wanted, tables.want, tables.source), (asked, tables.give, tables.taker))
-    ]
+    want, want_sizes = _listed(wanted, tables.want_order, wire.stages)
+    give, give_sizes = _listed(arrived, tables.give_order, wire.stages)
     union = torch.zeros(n_kv * n, dtype=torch.uint8, device=need.device).scatter_reduce_(0, tables.give, asked, "amax")
     return (
-        PairLists(lists[0][0], lists[1][0], torch.stack([lists[0][1], lists[1][1]])),
+        PairLists(want, give, torch.stack([want_sizes, give_sizes])),
         union.view(n_kv, n).bool(),
         arrived[tables.headers],
     )
@@ -175,14 +208,17 @@ def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
     return pairs[stage[pairs].argsort(stable=True)]
 
 
-def _listed(flags, pairs, ranks, wire: WireTables, length, n: int, size: int) -> tuple[Tensor, Tensor]:
-    """Flagged pairs by stage, then in the order given; and rows per (stage, rank), with pairs per stage behind them."""
-    place = torch.where(flags > 0, wire.stage.flatten()[pairs], wire.stages)
-    ordered = pairs[place.argsort(stable=True)]
-    sizes = torch.zeros(wire.stages + 1, size + 1, dtype=torch.int64, device=pairs.device)
-    sizes.view(-1).scatter_add_(0, place * (size + 1) + ranks, length.long()[pairs % max(1, n)])
-    sizes[:, size].scatter_add_(0, place, torch.ones_like(place))
-    return ordered, sizes[: wire.stages]
+def _listed(flags: Tensor, order: PairOrder, stages: int) -> tuple[Tensor, Tensor]:
+    """Flagged pairs by stage, rank, head, block; and rows per (stage, rank), with pairs per stage behind them."""
+    if order.pairs.numel() == 1:
+        sizes = torch.zeros(stages, (order.bounds.numel() - 1) // stages + 1, dtype=torch.int64, device=flags.device)
+        return order.pairs[1:], sizes
+    moved = flags[order.index] * order.weight
+    sums = moved.cumsum(1)
+    # Those that do not move all go to entry 0.
+    ordered = torch.empty_like(order.pairs).scatter_(0, sums[0] * moved[0], order.pairs)
+    pairs, rows = sums[:, order.bounds].diff().view(2, stages, -1)
+    return ordered[1:], torch.cat([rows, pairs.sum(1, keepdim=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -239,12 +275,12 @@ def negotiate(
     total = decision.cost.sum().expand(size, 1)
     header = torch.cat([row_counts.T, total], 1).contiguous().view(torch.uint8).view(size, -1)
 
-    inner, asked, headers = ask(wire.hops[-1], decision.fetch, geometry, wire, comm, header)
+    inner, asked, headers = ask(wire.hops[-1], decision.fetch, wire, comm, header)
     hops = [inner]
     if len(wire.hops) == 2:
         # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
         fetch = (asked | decision.fetch) & (geometry.row < 0)
-        outer, _, _ = ask(wire.hops[0], fetch, geometry, wire, comm, header[:, :0])
+        outer, _, _ = ask(wire.hops[0], fetch, wire, comm, header[:, :0])
         hops = [outer, inner]
 
     received = headers.contiguous().view(torch.int64).view(size, stages + 1)

@@ -4,13 +4,12 @@ import argparse
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from moba_cp import CPContext, MoBAConfig, ops
+from moba_cp import MoBAConfig, ops
 from moba_cp.bench.cluster import check, command, goals, profile
 from moba_cp.bench.cluster.inputs import Shape, make_inputs
 from moba_cp.bench.cluster.measure import Layer, Limits, measure, overlap
@@ -261,7 +260,12 @@ def test_rows_are_written_as_they_come(tmp_path, capsys):
 
 def test_a_profile_says_what_overlaps():
     ms = 1_000_000
-    kernels = [("work", 0, 10 * ms), ("ncclDevKernel", 5 * ms, 15 * ms), ("nccl:all", 0, 99 * ms), ("work", 20 * ms, 21 * ms)]
+    kernels = [
+        ("work", 0, 10 * ms),
+        ("ncclDevKernel", 5 * ms, 15 * ms),
+        ("nccl:all", 0, 99 * ms),
+        ("work", 20 * ms, 21 * ms),
+    ]
     lines = profile.summary(kernels)
     assert lines[0].split() == "11.000 ms computing, 10.000 ms NCCL, 5.000 ms of it alone, 5.000 ms nothing".split()
     assert [line.split()[-1] for line in lines[1:]] == ["work", "ncclDevKernel"]

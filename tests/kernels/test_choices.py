@@ -33,7 +33,9 @@ def test_counts_and_lists(case):
             ours = kernels.count_choices(chosen, place, unit)
         for actual, expected in zip(ours, choices.count_choices(chosen, place, unit), strict=True):
             assert torch.equal(actual, expected)
-    assert torch.equal(kernels.count_rows(chosen, place, fetch, n_owners), choices.count_rows(chosen, place, fetch, n_owners))
+    assert torch.equal(
+        kernels.count_rows(chosen, place, fetch, n_owners), choices.count_rows(chosen, place, fetch, n_owners)
+    )
     for one in fetch:
         with poisoned():
             slots, counts = kernels.list_rows(chosen, place, one, n_places)

@@ -11,7 +11,7 @@ BLOCK = 48
 
 
 def _storage(seed: int):
-    """Pages of 2 KV heads and 7 blocks, some short and some elsewhere, in odd places; and pairs to copy with offsets."""
+    """Pages of 2 KV heads and 7 blocks, some short, some elsewhere; pairs to copy, their offsets and rows."""
     g = torch.Generator().manual_seed(seed)
     length = torch.tensor([48, 48, 17, 48, 1, 48, 30], dtype=torch.int32)
     n, n_kv, dim = length.numel(), 2, 40

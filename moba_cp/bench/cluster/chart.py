@@ -42,7 +42,7 @@ def draw(path: str, report: Report) -> bool:
         if tokens not in shown[name]:
             continue
         sizes, shares = zip(*[(1, 1.0), *sorted(points)])
-        style = {"color": COLORS.get(name), "linestyle": LINES[shown[name][::-1].index(tokens)], "marker": "o"}
+        style = {"color": COLORS.get(name, "tab:brown"), "linestyle": LINES[shown[name][::-1].index(tokens)], "marker": "o"}
         label = f"{name}, {tokens // 1024}K tokens" if tokens >= 1024 else f"{name}, {tokens} tokens"
         axes[0].plot(sizes, [p * share for p, share in zip(sizes, shares)], label=label, **style)
         axes[1].plot(sizes, [100 * share for share in shares], **style)
@@ -55,12 +55,12 @@ def draw(path: str, report: Report) -> bool:
         axis.set_xlabel("ranks")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, handlelength=4)
     s, e = report.settings, report.environment
     figure.suptitle(
-        f"one layer, forward + backward: {s['heads']} query heads, {s['kv_heads']} KV heads, head dim {s['dim']}, block "
-        f"{s['block_size']}, top-k {s['top_k']}, {s['layout']}, {s['gate']} gate\n{e['gpu']}, PyTorch {e['torch']}, "
-        f"Triton {e['triton']}, NCCL {e['nccl']}, commit {e['commit']}",
+        f"one layer, forward + backward: {s['heads']} query heads, {s['kv_heads']} KV heads, head dim {s['dim']}, "
+        f"block {s['block_size']}, top-k {s['top_k']}, {s['layout']}, {s['gate']} gate\n"
+        f"{e['gpu']}, PyTorch {e['torch']}, Triton {e['triton']}, NCCL {e['nccl']}, commit {e['commit']}",
         fontsize=9,
     )
     figure.tight_layout()

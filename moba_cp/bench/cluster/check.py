@@ -54,7 +54,7 @@ def _compare(shape, n_tokens, inputs, exact, one_rank, chosen, name, mode, size,
     seen = []
     cp = CPContext(
         ranks.group(size), shape.layout, n_tokens, device=ranks.device,
-        exchange=exchange_options(mode) if name == "MoBA" else ExchangeOptions(),
+        exchange=exchange_options(mode, min(size, ranks.per_node)) if name == "MoBA" else ExchangeOptions(),
         observer=lambda layer, selection, n_kv, block_size: seen.append(selection),
     )  # fmt: skip
     local = [cp.shard(x) for x in inputs]

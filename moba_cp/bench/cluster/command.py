@@ -76,7 +76,9 @@ def _run(settings: Settings, ranks: Ranks, args: argparse.Namespace) -> int:
             print(f"{problem}; nothing is published", flush=True)
         return 1
     if ranks.first:
-        print(f"on {settings.sizes} ranks results equal one rank's at T={settings.check_tokens}\n{header()}", flush=True)
+        print(
+            f"on {settings.sizes} ranks results equal one rank's at T={settings.check_tokens}\n{header()}", flush=True
+        )
     for part in settings.parts:
         PARTS[part](settings, ranks, report)
     if ranks.first:
@@ -126,9 +128,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise ValueError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
     tokens = args.tokens or ("65536" if args.nodes > 1 else ",".join(map(str, TOKENS)))
     return Settings(
-        shape=Shape(
-            args.heads, kv_heads, args.dim, MoBAConfig(args.block_size, args.top_k), args.layout, args.gate
-        ),
+        shape=Shape(args.heads, kv_heads, args.dim, MoBAConfig(args.block_size, args.top_k), args.layout, args.gate),
         tokens=_numbers("tokens", tokens),
         training_tokens=_numbers("training-tokens", args.training_tokens),
         check_tokens=args.check_tokens,

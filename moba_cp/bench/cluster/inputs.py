@@ -39,7 +39,10 @@ class Shape:
 
 
 def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.device) -> list[Tensor]:
-    """q [L, Hq, D], k, v [L, Hkv, D], dout [L, Hq, D] of the tokens at ``positions`` [L]; bfloat16, on a CPU float32."""
+    """q, dout [L, Hq, D], k, v [L, Hkv, D] of the tokens at ``positions`` [L]; bfloat16, on a CPU float32.
+
+    Returned as q, k, v, dout.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     counts = shape.heads, shape.kv_heads, shape.kv_heads, shape.heads
     out = [torch.empty(positions.numel(), n, shape.dim, dtype=dtype, device=device) for n in counts]

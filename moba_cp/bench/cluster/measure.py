@@ -39,11 +39,11 @@ class Limits:
     """No more repeats of a candidate after so many ms, but at least two."""
 
 
-def exchange_options(mode: str, **others) -> ExchangeOptions:
+def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it: ``auto:2`` is ``auto`` with ``row_weight`` 2."""
     name, _, weight = mode.partition(":")
     try:
-        return ExchangeOptions(name, row_weight=float(weight) if weight else None, **others)
+        return ExchangeOptions(name, row_weight=float(weight) if weight else None, ranks_per_node=ranks_per_node)
     except ValueError as error:
         raise ValueError(f"modes: {mode!r}: {error}") from None
 
@@ -67,9 +67,10 @@ class Layer:
             self.comm, self.shape.layout, self.n_tokens, device=self.ranks.device, exchange=options, observer=observer
         )
 
-    def moba(self, mode: str, name: str | None = None, **options) -> Candidate:
-        """MoBA in one exchange mode; on one rank as on any single GPU."""
-        cp = self.context(exchange_options(mode, **options)) if self.size > 1 else None
+    def moba(self, mode: str, name: str | None = None, ranks_per_node: int | None = None) -> Candidate:
+        """MoBA in one exchange mode, with the nodes there are or others; on one rank as on any single GPU."""
+        per_node = ranks_per_node or min(self.size, self.ranks.per_node)
+        cp = self.context(exchange_options(mode, per_node)) if self.size > 1 else None
         forward = lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp)
         return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)
 
@@ -173,7 +174,9 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     return None
 
 
-def in_turn(layer: Layer, names: list[str], candidates: list[Candidate], limits: Limits) -> dict[str, list[list[float]]]:
+def in_turn(
+    layer: Layer, names: list[str], candidates: list[Candidate], limits: Limits
+) -> dict[str, list[list[float]]]:
     """Times [forward, forward + backward] of warm candidates, of the slowest rank each; all in turn, so that clocks
     change for all alike; collective over the layer's ranks."""
     ready = layer.ranks.ready(layer.size)

@@ -95,16 +95,11 @@ def _estimate(settings: Settings, ranks: Ranks, report: Report, n_tokens: int, s
 def nodes(settings: Settings, ranks: Ranks, report: Report) -> None:
     """MoBA with and without the hierarchy of nodes, over sockets: bytes are real, times are an emulation's."""
     size = ranks.sizes[-1]
-    per_node = size // settings.nodes
 
     def one(n_tokens: int) -> None:
         layer = Layer(settings.shape, n_tokens, size, ranks)
-        candidates = [layer.moba(mode, f"{MOBA} {mode} flat") for mode in settings.modes]
-        candidates += [
-            layer.moba(mode, f"{MOBA} {mode} by node", ranks_per_node=per_node)
-            for mode in settings.modes
-            if mode != "allgather"
-        ]
+        candidates = [layer.moba(mode, f"{MOBA} {mode} flat", ranks_per_node=1) for mode in settings.modes]
+        candidates += [layer.moba(mode, f"{MOBA} {mode} by node") for mode in settings.modes if mode != "allgather"]
         rows = measure(layer, "nodes", candidates, settings.limits, lambda name: 0.0)
         for row in rows:
             row.note = row.note or f"{settings.nodes} nodes emulated on one machine, over sockets"

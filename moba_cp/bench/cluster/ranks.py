@@ -41,7 +41,9 @@ class Ranks:
         self.sizes = [2**i for i in range(self.size.bit_length()) if 2**i <= self.size]
         """P of the measurements: powers of two."""
         self._groups = {
-            size: dist.new_group(list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend_of(self.device))
+            size: dist.new_group(
+                list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend_of(self.device)
+            )
             for size in self.sizes
         }
 

@@ -70,9 +70,7 @@ def _trainer(shape: Shape, kind: str, n_tokens: int, size: int, ranks: Ranks):
         model=ModelConfig(
             n_layers=4, hidden_size=heads * shape.dim, n_heads=heads, n_kv_heads=kv_heads, head_dim=shape.dim
         ),
-        attention=AttentionConfig(
-            default=kind, block_size=moba.block_size, top_k=moba.top_k, layout=shape.layout
-        ),
+        attention=AttentionConfig(default=kind, block_size=moba.block_size, top_k=moba.top_k, layout=shape.layout),
         data=DataConfig(seq_len=n_tokens, validation_share=0.0),
         run=replace(RunConfig(), steps=1000, dtype="bfloat16" if ranks.on_gpu else "float32"),
     )
