@@ -67,7 +67,7 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
     is_short = part.block_size <= tile.bn
     kernel = short_block_kernel if is_short else long_block_kernel
     (n_tasks,) = part.grid(tasks)
-    grid = min(n_tasks, _n_processors(part.q.device)) if is_short else n_tasks
+    grid = min(n_tasks, n_processors(part.q.device)) if is_short else n_tasks
     counts = (n_tasks,) if is_short else ()
     kernel[(grid,)](
         part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
@@ -106,5 +106,5 @@ def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start
     )  # fmt: skip
 
 
-def _n_processors(device: torch.device) -> int:
+def n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

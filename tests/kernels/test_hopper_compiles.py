@@ -1,0 +1,102 @@
+"""The kernels for Hopper, which no interpreter runs, compiled for it where there is no GPU.
+
+Calls go through :func:`moba_cp.kernels.attend` and its backward as on a GPU; instead of launching, kernels of Gluon are
+compiled, and the others do nothing.
+"""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from moba_cp import kernels  # noqa: E402
+from moba_cp.blocks import block_table, local_pages  # noqa: E402
+from moba_cp.kernels import hopper, tuned  # noqa: E402
+
+SHARED_BYTES = 227 << 10
+TILES = {
+    ("forward", 128, "short"): tuned.Tile(64, 128, 1024, 4, 5, 56),
+    ("forward", 128, "long"): tuned.Tile(64, 128, 1024, 4, 2, 56),
+    ("keys", 128, "short"): tuned.Tile(64, 128, 4096, 4, 3, 40),
+    ("keys", 128, "long"): tuned.Tile(64, 128, 4096, 4, 4, 40),
+    ("queries", 128, "long"): tuned.Tile(64, 64, 1024, 4, 3, 40),
+}
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def launcher_cls(self, *args):
+        return None
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiled kernels by name, as calls ask for them."""
+    done = {}
+
+    def compile_only(self, grid):
+        def launch(*args, **options):
+            if self.is_gluon():
+                done[self.fn.__name__] = self.run(*args, grid=grid, warmup=True, **options)
+
+        return launch
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    monkeypatch.setattr(hopper, "AVAILABLE", True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "n_processors", lambda device: 132)
+    monkeypatch.setattr(tuned, "SPECIALIZED", TILES)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return done
+
+
+@pytest.mark.parametrize(
+    "block_size, names", [(128, {"short_block", "key"}), (512, {"long_block", "key", "query"})], ids=["short", "long"]
+)
+def test_compiles_within_shared_memory(compiled, block_size, names):
+    n_tokens, dim = 2048, 128
+    q, k, v, dout = (torch.zeros(n_tokens, n_heads, dim, dtype=torch.bfloat16) for n_heads in (4, 2, 2, 4))
+    table = block_table(n_tokens, block_size, None, "cpu")
+    chosen = torch.zeros(n_tokens, 4, 2, dtype=torch.int32)
+    args = q, local_pages(k, v, table), chosen, table.own, table.offset + 1, dim**-0.5
+    _, lse = kernels.attend(*args, torch.bfloat16)
+    kernels.attend_backward(*args, dout, lse, lse.clone(), local_dtype=torch.bfloat16)
+    assert {name.removesuffix("_kernel") for name in compiled} == names
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= SHARED_BYTES, name
+        assert "wgmma.mma_async" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"], name
+
+
+def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(hopper, "AVAILABLE", True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+
+    def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, heads=2, dout=None):
+        n = 300
+        size = n * heads * dim
+        q, k, v = (torch.zeros(size + 8, dtype=dtype)[offset:][:size].view(n, heads, dim) for _ in "qkv")
+        return hopper.serves(q, local_pages(k, v, block_table(n, block_size, None, "cpu")), scale, dout)
+
+    assert serves() and serves(torch.float16) and serves(dim=64) and serves(offset=8) and serves(block_size=128)
+    assert not any([serves(torch.float32), serves(dim=72), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
+    assert not serves(offset=1), "rows that begin at odd places"
+    assert not serves(torch.float16, dout=torch.zeros(300, 2, 128, dtype=torch.float16)), "partial dQ could overflow"
+    assert not serves(dout=torch.zeros(300 * 256 + 8, dtype=torch.bfloat16)[1:][: 300 * 256].view(300, 2, 128))
