@@ -1,8 +1,15 @@
-"""Kernels for Hopper in which warps specialize, and their launches. They take the place of those of :mod:`..forward`
-and :mod:`..backward` where :func:`serves` says so, and mean the same.
+"""Kernels for Hopper in which warps specialize, and their launches.
 
-:mod:`.long_blocks` and :mod:`.short_blocks` forward; :mod:`.keys` and :mod:`.queries` gradients. They are written in
-Gluon, which comes with Triton and changes with it: versions not listed here use the others.
+They take the place of those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
+:mod:`..tuned` say so, and mean the same.
+
+:mod:`.long_blocks` is the forward, :mod:`.keys` and :mod:`.queries` are the gradients. A program is three groups of
+four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere, by cp.async. Two compute, each at its
+own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
+only (see :mod:`.shared`).
+
+The kernels are written in Gluon, which comes with Triton and changes with it. They ran on an H100 with Triton 3.6.0;
+3.7.1 compiles them, as the tests do.
 """
 
 import torch
@@ -11,8 +18,9 @@ from torch import Tensor
 
 from ..tuned import Tile, is_hopper
 
-# Of Triton; what runs on a GPU was seen with these.
-VERSIONS = ("3.6",)
+# Of Triton.
+VERSIONS = ("3.6.",)
+HEAD_DIM = 128
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 try:
@@ -22,36 +30,38 @@ try:
     from .keys import key_kernel
     from .long_blocks import long_block_kernel
     from .queries import query_kernel
-    from .short_blocks import short_block_kernel
 
-    AVAILABLE = triton.__version__.startswith(VERSIONS)
+    HAS_GLUON = True
 except (ImportError, AttributeError):
-    AVAILABLE = False
+    HAS_GLUON = False
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether GPU and Triton are such as these kernels ran with."""
+    return HAS_GLUON and triton.__version__.startswith(VERSIONS) and is_hopper(device)
 
 
 def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
-    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, and rows that TMA can fetch.
+    """Whether a call can run here: 16-bit inputs of D = 128, whole tiles of keys, and rows that TMA can fetch.
 
-    A backward's call gives ``dout`` too, and is of bfloat16: partial dQ are.
+    A backward's call gives ``dout`` [N, Hq, D] too, and is of bfloat16, in which partial dQ are.
     """
-    dim = q.shape[2]
     return (
-        AVAILABLE
-        and is_hopper(q.device)
+        runs_on(q.device)
         and q.dtype in ELEMENTS
-        and dim in (64, 128)
+        and q.shape[2] == HEAD_DIM
         and pages.block_size % 128 == 0
         and scale > 0
-        and all(_is_regular(x, dim) for x in (q, pages.k, pages.v))
-        and (dout is None or q.dtype == torch.bfloat16 and _is_regular(dout, dim))
+        and all(_is_regular(x) for x in (q, pages.k, pages.v))
+        and (dout is None or q.dtype == torch.bfloat16 and _is_regular(dout))
     )
 
 
-def _is_regular(x: Tensor, dim: int) -> bool:
+def _is_regular(x: Tensor) -> bool:
     """Whether rows of x [T, H, D] begin at multiples of 16 bytes, with columns of all heads that fit 32 bits."""
     s_row, s_head, _ = x.stride()
     aligned = x.data_ptr() % 16 == 0 and s_row % 16 == 0 and s_head % 16 == 0
-    return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + dim < 2**31
+    return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + HEAD_DIM < 2**31
 
 
 def _boxes(x: Tensor, rows: int):
@@ -63,19 +73,13 @@ def _boxes(x: Tensor, rows: int):
 
 
 def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, parts_lse: Tensor, scale_log2) -> None:
-    """Partial outputs and log-sum-exps of the visits of a slice (:class:`..attend._Slice`)."""
-    is_short = part.block_size <= tile.bn
-    kernel = short_block_kernel if is_short else long_block_kernel
-    (n_tasks,) = part.grid(tasks)
-    grid = min(n_tasks, n_processors(part.q.device)) if is_short else n_tasks
-    counts = (n_tasks,) if is_short else ()
-    kernel[(grid,)](
+    """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attend`)."""
+    long_block_kernel[part.grid(tasks)](
         part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
         routing.visits, tasks.table, routing.list_start[part.lists], visible, *part.pages,
-        scale_log2, *counts, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+        scale_log2, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
         **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
-        num_warps=tile.warps,
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -104,7 +108,3 @@ def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start
         D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
         num_warps=tile.warps,
     )  # fmt: skip
-
-
-def n_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,9 +1,19 @@
 """dK and dV: a program keeps a tile of keys while the rows of its task pass. Where that is the whole block, dQ too.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
-:mod:`..routing`). A tile is BM visits by 2 * BN keys: each of two groups of warps has BN keys with their dK and dV in
-registers, a third group gathers the rows. dQ sums over the keys of both, so they exchange what it is made of. What
-there is to know of a visit comes from the table that :mod:`..backward` lays out.
+:mod:`..routing`). A tile is BM visits by 2 * BN keys; what there is to know of a visit comes from the table that
+:mod:`..backward` lays out.
+
+The fetching group loads K and V once, then gathers Q, dout and statistics of one tile of rows after the other into a
+ring of STAGES places. Each computing group has BN of the keys, with their dK and dV [BN, D] in float32 registers.
+Scores are computed transposed, keys by rows, so that probabilities and dS come to lie as the left operand of the
+products that follow, in registers.
+
+Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
+``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
+the other's, and computes half of the columns. Two buffers are enough for dS, because a group that stores for tile i + 2
+has waited for the other's dS of tile i + 1, which that one stores after its last look at tile i. Groups take tiles in
+the same order, and the fetching group waits only for tiles that it has handed out, so nobody waits in a circle.
 """
 
 from triton.experimental import gluon
@@ -28,6 +38,7 @@ def _produce(
     k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
 ):  # fmt: skip
+    """The group that fetches. ``n_keys``, ``first_key`` count from the program's first key."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     load_block(k_desc, k, first_key, k_column, s_kr, n_keys, kv_full, k_s, 2 * BN, D)
@@ -105,35 +116,25 @@ def _step(
     ds = gl.convert_layout(b_ds, PROBS)
     b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)
     if DQ:
-        # dQ sums over the keys of both groups: each takes half of it, columns or rows.
+        # dQ sums over the keys of both groups: each takes half of its columns.
         ds_t = ds_s.index(i % 2)
         ds_t.slice(half * BN, BN).store(b_ds)
         fence_async_shared()
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
-        SMALL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        zero = gl.zeros([64, 64], gl.float32, SMALL)
-        if D == 128:
-            b_dq = warpgroup_mma(
-                ds_t.permute((1, 0)), k_s.slice(half * 64, 64, dim=1), zero, use_acc=False, is_async=True
-            )
-        else:
-            b_dq = warpgroup_mma(
-                ds_t.slice(half * 64, 64, dim=1).permute((1, 0)), k_s, zero, use_acc=False, is_async=True
-            )
+        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
+        zero = gl.zeros([BM, D // 2], gl.float32, HALF)
+        k_half = k_s.slice(half * (D // 2), D // 2, dim=1)
+        b_dq = warpgroup_mma(ds_t.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
         dq_t = dq_s.index(half)
         dq_t.store(b_dq.to(q_s.dtype))
         barrier()
-        if D == 128:
-            place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
-            column = half * 64
-        else:
-            place = place_s.index(stage).slice(half * 64, 64).load(gl.SliceLayout(1, WIDE))
-            column = 0
-        o_d = column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
+        # Through shared memory, to leave in whole lines.
+        place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
+        o_d = half * (D // 2) + gl.arange(0, D // 2, layout=gl.SliceLayout(0, WIDE))
         p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
         gl.store(p_dq, dq_t.load(WIDE), mask=(place >= 0)[:, None])
         barrier()
@@ -151,6 +152,7 @@ def _consume(
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
     DIRECT: gl.constexpr,
 ):  # fmt: skip
+    """A group that computes, with BN keys; up to row ``middle`` some rows do not see all of them."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
@@ -202,6 +204,7 @@ def key_kernel(
     OWN: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
     DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """Arguments as of :func:`..backward._key_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
     FLAT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     i = gl.program_id(0)
     first_n = i % KEY_TILES * 2 * BN
@@ -239,7 +242,7 @@ def key_kernel(
     ONE: gl.constexpr = mbarrier.MBarrierLayout()
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BN, BM], dtype)
-    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
+    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D // 2], dtype)
     k_s = gl.allocate_shared_memory(dtype, [2 * BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2 * BN, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES, BM, D], Q_LAYOUT)
@@ -256,7 +259,7 @@ def key_kernel(
     ds_full = q_full
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [2, 2 * BN, BM], DS_LAYOUT)
-        dq_s = gl.allocate_shared_memory(dtype, [2, 64, 64], DQ_LAYOUT)
+        dq_s = gl.allocate_shared_memory(dtype, [2, BM, D // 2], DQ_LAYOUT)
         place_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):

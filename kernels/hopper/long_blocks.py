@@ -1,8 +1,19 @@
 """The forward of blocks longer than a tile of keys: K and V are streamed past the rows of a tile.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
-(see :mod:`..routing`). A tile is 2 * BM visits by BN keys: each of two groups of warps computes BM visits against keys
-that a third one fetches, by TMA. The third also gathers the rows of the next tile meanwhile.
+(see :mod:`..routing`). A tile is 2 * BM visits by BN keys. A program has a task: rows of one list, one tile after the
+other, each against the whole block.
+
+The fetching group sends tiles of K and V round a ring of STAGES places, and gathers the rows of Q of the next tile
+while this one is at work (two buffers). Each computing group has BM of the rows. In one step it asks for the scores of
+the next tile of keys, computes the softmax of this one, and adds its product with V.
+
+Barriers, one of each per place: ``k_full``, ``v_full`` a tile of keys has come; ``k_empty``, ``v_empty`` both computing
+groups are done with it; ``q_full`` rows, their places, limits and counts have come; ``q_empty`` both groups have
+written their output, which passes through the place of Q. All groups take tiles in the same order. The fetching group
+waits for a place until both have read what it held a round before, which they can, since it handed that out before; it
+waits for ``q_empty`` of the tile before only when two tiles of keys of this one are on their way. So nobody waits in a
+circle.
 """
 
 from triton.experimental import gluon
@@ -23,7 +34,8 @@ def _gather_rows(
     q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, place_s, limit_s, count_s,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a tile's rows of Q; what else consumers need of the rows goes to shared memory."""
+    """Starts the copies of a tile's rows of Q, and tells the others their places, limits, and how many tiles of keys
+    there are in all, and how many that all rows see whole. Returns the former."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_r = r + gl.arange(0, 2 * BM, layout=FLAT)
@@ -63,6 +75,7 @@ def _produce(
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The group that fetches."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n_tiles = _gather_rows(
         q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s, count_s,
@@ -141,6 +154,7 @@ def _consume(
     half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, place_s, limit_s, count_s, barriers,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """A group that computes: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -216,6 +230,7 @@ def long_block_kernel(
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """Arguments as of :func:`..forward._long_block_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
     if i_list < 0:
         return

@@ -1,8 +1,12 @@
 """dQ along long blocks: K and V are streamed past the rows of a tile.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
-:mod:`..routing`). A tile is 2 * BM visits by BN keys, shared out as in :mod:`.long_blocks`; what there is to know of a
-visit comes from the table that :mod:`..backward` lays out.
+:mod:`..routing`). A tile is 2 * BM visits by BN keys; what there is to know of a visit comes from the table that
+:mod:`..backward` lays out.
+
+Groups, tiles and barriers are those of :mod:`.long_blocks`, with rows of dout beside those of Q, and one barrier for K
+and V of a tile: K is needed twice, for scores and for dQ, so both are kept until the tile's dQ is added. While dS of a
+tile is computed, the matrix units compute the next tile's scores; so a group holds two tiles of keys, and STAGES is 3.
 """
 
 from triton.experimental import gluon
@@ -23,7 +27,8 @@ def _gather_rows(
     q, dout, table, room, r, end, n_keys, buf, q_s, do_s, row_s, count_s,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a tile's rows of Q and dout; what else consumers need goes to shared memory."""
+    """Starts the copies of a tile's rows of Q and dout, and tells the others how many tiles of keys there are in all,
+    and how many that all rows see whole. Returns the former."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_v = r + gl.arange(0, 2 * BM, layout=FLAT)
@@ -53,9 +58,8 @@ def _produce(
     q_s, do_s, k_s, v_s, row_s, count_s, q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    n_tiles = _gather_rows(
-        q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, count_s, D, BM, BN,
-    )  # fmt: skip
+    """The group that fetches."""
+    n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, count_s, D, BM, BN)
     publish(q_full.index(0))
     i = 0
     i_kv = 0
@@ -116,6 +120,7 @@ def _consume(
     q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """A group that computes: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -187,6 +192,7 @@ def query_kernel(
     s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """Arguments as of :func:`..backward._query_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
     first = gl.load(list_start)
     if i_list < 0:

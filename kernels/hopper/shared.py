@@ -1,4 +1,13 @@
-"""What the kernels of this folder share: barriers between groups of warps, tasks, statistics of visits."""
+"""What the kernels of this folder share.
+
+Groups of warps hand places in shared memory to one another by barriers. Each place has two: *full* completes when the
+data has come, *empty* when all readers are done. A barrier counts rounds; ``wait(barrier, parity)`` waits for the end
+of the last round of that parity, and since nobody gets more than a round ahead of a place, the parity of the round is
+enough: ``use // STAGES % 2`` for full, the opposite for empty, where the first wait finds a round that never was.
+
+Copies by cp.async and stores go the ordinary way to shared memory, matrix units and TMA another: a fence orders the
+two.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,7 +18,7 @@ from ..routing import read_task as _read_task
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
-# Triton 3.7 has the name of the first.
+# The first name is that of Triton 3.7, the second that of 3.6.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 read_task = gluon.jit(_read_task.fn)

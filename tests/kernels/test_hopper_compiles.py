@@ -19,15 +19,6 @@ from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
 
 SHARED_BYTES = 227 << 10
-TILES = {
-    ("forward", 128, "short"): tuned.Tile(64, 128, 1024, 4, 5, 56),
-    ("forward", 128, "long"): tuned.Tile(64, 128, 1024, 4, 2, 56),
-    ("keys", 128, "short"): tuned.Tile(64, 128, 4096, 4, 3, 40),
-    ("keys", 128, "long"): tuned.Tile(64, 128, 4096, 4, 4, 40),
-    ("queries", 128, "long"): tuned.Tile(64, 64, 1024, 4, 3, 40),
-}
-
-
 class Hopper:
     """As much of a driver as compiling asks for."""
 
@@ -60,16 +51,13 @@ def compiled(monkeypatch):
         return launch
 
     monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
-    monkeypatch.setattr(hopper, "AVAILABLE", True)
-    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper, "n_processors", lambda device: 132)
-    monkeypatch.setattr(tuned, "SPECIALIZED", TILES)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(driver, "_active", Hopper())
     return done
 
 
 @pytest.mark.parametrize(
-    "block_size, names", [(128, {"short_block", "key"}), (512, {"long_block", "key", "query"})], ids=["short", "long"]
+    "block_size, names", [(128, {"key"}), (512, {"long_block", "key", "query"})], ids=["short", "long"]
 )
 def test_compiles_within_shared_memory(compiled, block_size, names):
     n_tokens, dim = 2048, 128
@@ -86,17 +74,38 @@ def test_compiles_within_shared_memory(compiled, block_size, names):
 
 
 def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(hopper, "AVAILABLE", True)
-    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
-
-    def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, heads=2, dout=None):
+    def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, dout=None):
         n = 300
-        size = n * heads * dim
-        q, k, v = (torch.zeros(size + 8, dtype=dtype)[offset:][:size].view(n, heads, dim) for _ in "qkv")
+        size = n * 2 * dim
+        q, k, v = (torch.zeros(size + 8, dtype=dtype)[offset:][:size].view(n, 2, dim) for _ in "qkv")
         return hopper.serves(q, local_pages(k, v, block_table(n, block_size, None, "cpu")), scale, dout)
 
-    assert serves() and serves(torch.float16) and serves(dim=64) and serves(offset=8) and serves(block_size=128)
-    assert not any([serves(torch.float32), serves(dim=72), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
+    assert not serves(), "without a GPU"
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    assert serves() and serves(torch.float16) and serves(offset=8) and serves(block_size=128)
+    assert not any([serves(torch.float32), serves(dim=64), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
     assert not serves(offset=1), "rows that begin at odd places"
     assert not serves(torch.float16, dout=torch.zeros(300, 2, 128, dtype=torch.float16)), "partial dQ could overflow"
     assert not serves(dout=torch.zeros(300 * 256 + 8, dtype=torch.bfloat16)[1:][: 300 * 256].view(300, 2, 128))
+
+
+def test_other_gpus_and_other_versions_of_triton_use_the_other_kernels(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    for version, known in (("3.6.0", True), ("3.60.0", False), ("3.5.1", False), ("4.0.0", False)):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert hopper.runs_on(device) == known
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: False)
+    assert not hopper.runs_on(device)
+
+
+def test_tiles_of_the_other_kernels_where_these_do_not_serve():
+    bf16, device = torch.bfloat16, torch.device("cpu")
+    for tile in (tuned.forward_tile, tuned.key_tile, tuned.query_tile):
+        assert tile(128, 512, bf16, device, specialized=True).fetch_registers
+        assert not tile(128, 512, bf16, device).fetch_registers
+        assert not tile(64, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
+    # Atomics and a kernel of its own would both write dQ.
+    assert tuned.dq_by_atomics(128, 512, bf16, device)
+    assert not tuned.dq_by_atomics(128, 512, bf16, device, specialized=True)
