@@ -74,16 +74,11 @@ def decide(
         mode: ``auto``, ``kv`` or ``query``.
         row_weight: how much more a byte of rows counts in ``auto``.
     """
-    size, remote = len(geometry.owned), geometry.row < 0
-    row = round(costs.row * row_weight)
-    place = stage_of(n_kv, geometry.n_blocks, stages, chosen.device) * size + geometry.owner
-    place = torch.where(remote, place, -1).int()
-    lies_in = torch.zeros(geometry.n_blocks, dtype=torch.bool, device=chosen.device)
-    lies_in[geometry.own.long()] = True
-    lies_in &= remote
-    always = lies_in.expand(n_kv, -1)
-    chose, share = ops.count_choices(chosen, torch.where(lies_in, -1, place), _SHARE if mode == "auto" else 0)
-    everything = (chose > 0) & remote | always
+    size, row = len(geometry.owned), round(costs.row * row_weight)
+    place, open_place = _places(geometry, n_kv, stages)
+    always = geometry.passing.expand(n_kv, -1)
+    chose, share = ops.count_choices(chosen, open_place, _SHARE if mode == "auto" else 0)
+    everything = (chose > 0) & geometry.elsewhere | always
 
     if mode == "kv":
         candidates = everything[None]
@@ -97,6 +92,16 @@ def decide(
     best, cost = (tokens + rows * row).argmin(0), tokens + rows * costs.row
     fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
     return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost.gather(0, best[None])[0])
+
+
+def _places(geometry: BlockGeometry, n_kv: int, stages: int) -> tuple[Tensor, Tensor]:
+    """``place`` of :class:`Decision`, and the same with -1 also for blocks that are fetched in any case; kept."""
+    key = "places", n_kv, stages
+    if key not in geometry.tables:
+        place = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device) * len(geometry.owned) + geometry.owner
+        place = torch.where(geometry.elsewhere, place, -1).int()
+        geometry.tables[key] = place, torch.where(geometry.passing, -1, place)
+    return geometry.tables[key]
 
 
 def _tokens(fetch: Tensor, geometry: BlockGeometry, size: int) -> Tensor:

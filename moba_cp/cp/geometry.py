@@ -8,6 +8,7 @@ Legend: T tokens, P ranks, L local tokens, n blocks of all documents, X extra ro
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,6 +68,28 @@ class BlockGeometry:
     @property
     def n_blocks(self) -> int:
         return self.length.numel()
+
+    @cached_property
+    def elsewhere(self) -> Tensor:
+        """[n] bool, blocks of other ranks."""
+        return self.row < 0
+
+    @cached_property
+    def passing(self) -> Tensor:
+        """[n] bool, blocks of other ranks in which local tokens lie."""
+        lies_in = torch.zeros_like(self.elsewhere)
+        lies_in[self.own.long()] = True
+        return lies_in & self.elsewhere
+
+    @cached_property
+    def n_candidates(self) -> Tensor:
+        """[] int64, blocks in ``remote_candidate``."""
+        return self.remote_candidate.sum()
+
+    @cached_property
+    def tables(self) -> dict:
+        """What others derive from this geometry and want to make once."""
+        return {}
 
 
 def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, block_size: int, device):

@@ -279,7 +279,7 @@ def negotiate(
     hops = [inner]
     if len(wire.hops) == 2:
         # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
-        fetch = (asked | decision.fetch) & (geometry.row < 0)
+        fetch = (asked | decision.fetch) & geometry.elsewhere
         outer, _, _ = ask(wire.hops[0], fetch, wire, comm, header[:, :0])
         hops = [outer, inner]
 
@@ -287,7 +287,7 @@ def negotiate(
     pad = torch.zeros(stages, 1, dtype=torch.int64, device=device)
     row_sizes = torch.stack([torch.cat([received[:, :-1].T, pad], 1), torch.cat([row_counts, pad], 1)])
     facts = torch.zeros_like(row_sizes)
-    remote = geometry.remote_candidate.sum() * n_kv
+    remote = geometry.n_candidates * n_kv
     # Every rank's header also went to itself, so that the sum is the same everywhere.
     mine = decision.needed, remote, decision.cost.sum(), decision.hottest
     facts.view(-1)[:5] = torch.stack([received[:, -1].sum(), *mine])
