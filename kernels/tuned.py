@@ -110,9 +110,9 @@ def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
     return SPECIALIZED.get((name, dim, "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"))
 
 
-# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the others in one run on an
-# H100 (Triton 3.6.0, bf16, 131,072 tokens, D = 128). Beside each: milliseconds of the other kernel, and of this one. For
-# dQ of B = 512 the other way is the key kernel with atomics: 7.85 ms for what keys and queries do in 6.37.
+# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the others in one run on
+# an H100 (Triton 3.6.0, bf16, 131,072 tokens, D = 128). Beside each: milliseconds of the other kernel, and of this one.
+# For dQ of B = 512 the other way is the key kernel with atomics: 7.85 ms for what keys and queries do in 6.37.
 SPECIALIZED = {
     ("forward", 128, "long"): Tile(64, 128, 1024, 4, 2, 56),  # 4 heads, B = 512, k = 8: 3.19, 2.21
     ("forward", 128, "longer"): Tile(64, 128, 512, 4, 2, 56),  # 1 head, B = 4096, k = 12: 5.49, 4.08

@@ -283,5 +283,6 @@ def long_block_kernel(
             )),
         ],
         [4, 4],
+        # A thread of 384 has 168 on average; what the fetching group leaves goes to the others.
         [252 - REGISTERS // 2, REGISTERS],
     )  # fmt: skip
