@@ -21,7 +21,8 @@ from .tuned import Tile
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
-MAX_VISITS = 2**31 - 1
+# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off.
+MAX_VISITS = 2**31 - 2**16
 # Of the backward's table, per visit.
 VISIT_BYTES = 20
 
@@ -49,7 +50,7 @@ def attend(
         scale: factor of the scores.
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
-        index: a list that receives the routing index of each slice of rows.
+        index: a list that receives the routing index, unless rows are cut: the backward would have to make it again.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
 
@@ -74,7 +75,7 @@ def attend(
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
         routing = build_routing(*args[2:], pages.row)
-        if index is not None:
+        if index is not None and len(row_slices) == 1:
             index.append(routing.flat)
         tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
         tasks = cut_tasks(routing, tile.task_rows)

@@ -90,6 +90,7 @@ def add_pages(
 def _launched(pages, pairs: Tensor, message: Tensor) -> bool:
     """Whether there is anything to do."""
     assert message.is_contiguous() and message.shape[1] == 2
+    assert pages.row.stride(1) == 1 and pages.length.is_contiguous() and pairs.is_contiguous()
     return pairs.numel() > 0 and message.shape[0] > 0 and pages.k.shape[0] > 0
 
 

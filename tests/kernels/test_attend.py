@@ -7,6 +7,7 @@ import torch
 
 from moba_cp import eager, kernels
 from moba_cp.kernels import tuned
+from moba_cp.kernels.attend import FORWARD_SCRATCH
 from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
 
 # lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
@@ -227,3 +228,20 @@ def test_head_dim_too_large_is_named():
     p = Problem([20], (1, 1), 264, 16, 2)
     with pytest.raises(ValueError, match="head_dim=264 is above 256"):
         kernels.attend(p.q, p.pages, *p.visits, p.scale)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+def test_rows_that_are_cut_leave_no_index(deterministic):
+    """An index that backward would have to make again is not kept; gradients of several slices add to what is there."""
+    p = Problem([150], (4, 2), 32, 48, 4)
+    out, lse, delta, grads = exact(p)
+    for scratch, n_indices in ((FORWARD_SCRATCH, 1), (1 << 14, 0)):
+        index, dq, both = [], torch.ones_like(p.q), torch.ones(150, 2, 2, 32, device=p.q.device)
+        close(kernels.attend(p.q, p.pages, *p.visits, p.scale, scratch_bytes=scratch, index=index)[0], out)
+        assert len(index) == n_indices
+        kernels.attend_backward(
+            p.q, p.pages, *p.visits, p.scale, p.dout, lse.float(), delta.float(), deterministic, scratch_bytes=scratch,
+            index=index, into=(dq, both[:, :, 0], both[:, :, 1]),
+        )  # fmt: skip
+        for actual, expected in zip((dq, both[:, :, 0], both[:, :, 1]), grads):
+            close(actual - 1, expected)

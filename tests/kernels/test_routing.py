@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from moba_cp.kernels import routing
+from moba_cp.kernels.attend import MAX_VISITS
 from tests.kernels.inputs import DEVICE, Problem, poisoned
 
 
@@ -90,3 +93,15 @@ def test_programs_find_the_tasks_of_their_lists(lists):
         for r in range(0, SIZES[i], 32)
     ]
     assert [row for row in out.T.tolist() if row[0] >= 0] == expected
+
+
+def test_as_many_visits_as_places_can_be_numbered():
+    """The last task of the longest index ends where its list does, although a whole task would end past 2^31."""
+    task_rows = 8192
+    starts = [0, MAX_VISITS - 5, MAX_VISITS]
+    list_start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    tasks = routing.cut_tasks(SimpleNamespace(list_start=list_start, flat=list_start, n_visits=MAX_VISITS), task_rows)
+    found = tasks.table[:, tasks.table[0] >= 0]
+    assert found.shape[1] == -(-starts[1] // task_rows) + 1
+    assert found[:, -1].tolist() == [1, *starts[1:]]
+    assert (found[2] - found[1]).sum() == MAX_VISITS and (found[2] > found[1]).all()
