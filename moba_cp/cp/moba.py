@@ -116,7 +116,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, chosen)
         ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.layer = stages, config, scale, cp, comm.layer
         ctx.routing = routing
-        # The blocks themselves are assembled again in backward; until then only the plan is kept.
+        # The blocks themselves are assembled again in backward; until then only the plan and the routing are kept.
         for stage in stages:
             _set_owned(stage, None)
         ctx.mark_non_differentiable(lse)

@@ -20,7 +20,8 @@ class ExchangeOptions:
 
     mode: str = "auto"
     """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
-    ``auto``: whichever moves fewer bytes, decided per (KV head, block); all-gather where nearly everything is needed.
+    ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
+    all-gather where nearly everything is needed.
     ``allgather``: all K and V go everywhere."""
 
     stages: int = 2

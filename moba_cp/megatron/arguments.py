@@ -28,7 +28,8 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "block whichever is fewer bytes (auto), or all (allgather); default: %(default)s.")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
                        help="Context-parallel ranks that share a node, so that a block several of them need crosses "
-                       "the network once (default: every rank for itself).")  # fmt: skip
+                       "the network once (default: by LOCAL_WORLD_SIZE, where a launcher has set it; 1: every rank for "
+                       "itself).")  # fmt: skip
     return parser
 
 

@@ -118,7 +118,7 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
     if per_node is not None and context % per_node:
         raise ValueError(
             f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; "
-            f"use one of {divisors(context)}, or null for one node"
+            f"use one of {divisors(context)}, or null to go by the launcher"
         )
     _check_length(config, context)
     return RunPlan(config, size, context, open_corpus(data))
