@@ -118,8 +118,11 @@ class Communicator:
 
         None where that is not set, or where nodes do not hold equally many consecutive ranks of the group.
         """
-        local = os.environ.get("LOCAL_WORLD_SIZE")
+        local, launchers = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE")
         if self.group is None or not local:
+            return None
+        if launchers and int(local) * int(launchers) != dist.get_world_size():
+            # A launch with unequal nodes: this node's size says nothing of the others, which would conclude otherwise.
             return None
         nodes = [rank // int(local) for rank in dist.get_process_group_ranks(self.group)]
         count = nodes.count(nodes[0])

@@ -1,6 +1,7 @@
 """The exchange in all its modes: equal to one rank, bytes as planned, never more than the cheapest way."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -56,6 +57,8 @@ def _on_gloo(rank: int, size: int, layout: str):
 
 def _nodes(rank: int):
     found = []
+    # Launchers that say how many nodes there are say so of all ranks; here the number changes from case to case.
+    os.environ.pop("GROUP_WORLD_SIZE", None)
     for ranks, local in (([0, 1, 2, 3], "2"), ([0, 1, 2, 3], "4"), ([0, 2], "2"), ([0, 1, 2], "2"), ([0, 1, 2, 3], "")):
         group = dist.new_group(ranks)
         with pytest.MonkeyPatch.context() as patch:
@@ -63,6 +66,17 @@ def _nodes(rank: int):
             if rank in ranks:
                 found.append(CPContext(group, "contiguous", 24).exchange.ranks_per_node)
     return found
+
+
+def _unequal_nodes(rank: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROUP_WORLD_SIZE", "2")
+        patch.setenv("LOCAL_WORLD_SIZE", "4" if rank < 4 else "2")
+        return CPContext(dist.group.WORLD, "contiguous", 24).exchange.ranks_per_node
+
+
+def test_unequal_nodes_count_as_unknown_on_every_rank():
+    assert run_ranks(6, _unequal_nodes) == [None] * 6
 
 
 def test_nodes_follow_from_the_launcher():
