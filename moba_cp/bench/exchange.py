@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-dtype", choices=WIRE_DTYPES, default=ExchangeOptions.gradient_dtype, help="default: %(default)s"
     )
     parser.add_argument(
-        "--row-weight", type=float, help="how much more a byte of rows counts in auto (1 across nodes, 4 within one)"
+        "--row-weight", type=float, help="how much more a byte of rows counts in auto (default: 4 within a node, 1 between nodes, where blocks are shared)"
     )
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
@@ -212,8 +212,8 @@ def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, ar
         total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
         return Asked(total, 0, fetch, 1.0)
     options = ExchangeOptions(mode, ranks_per_node=per_node, row_weight=args.row_weight)
-    weight = options.weight_of_rows(len(geometry.owned))
-    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weight)
+    weighing = options.weighing(len(geometry.owned))
+    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weighing, rank)
     elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)
     owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from .geometry import BlockGeometry
-from .options import WireCosts
+from .options import Weighing, WireCosts
 
 # A row's share in a block is counted in integers, so that the decision does not depend on the order of additions.
 _SHARE = 1 << 16
@@ -61,7 +61,8 @@ def decide(
     stages: int,
     costs: WireCosts,
     mode: str,
-    row_weight: float,
+    weighing: Weighing,
+    rank: int,
 ) -> Decision:
     """Choose between blocks and rows.
 
@@ -72,9 +73,12 @@ def decide(
     Args:
         chosen: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
-        row_weight: how much more a byte of rows counts in ``auto``.
+        weighing: how ``auto`` compares blocks and rows. A block that comes from another node counts by this rank's part
+            in it: with ``m`` ranks on the node and a share ``p`` of the blocks of other nodes needed here, it serves
+            ``1 + (m - 1) p`` ranks if the others choose as many and independently.
+        rank: this one.
     """
-    size, row = len(geometry.owned), round(costs.row * row_weight)
+    size = len(geometry.owned)
     place, open_place = _places(geometry, n_kv, stages)
     always = geometry.passing.expand(n_kv, -1)
     chose, share = ops.count_choices(chosen, open_place, _SHARE if mode == "auto" else 0)
@@ -85,13 +89,41 @@ def decide(
     elif mode == "query":
         candidates = always[None].contiguous()
     else:
-        worth = share * row >= geometry.length.long() * costs.kv_token * _SHARE
+        token_price, row_price = _prices(everything, geometry, costs, weighing, rank)
+        price = token_price[geometry.owner] * (geometry.length * float(_SHARE))
+        worth = share * row_price[geometry.owner] >= price
         candidates = torch.stack([everything, (everything & worth) | always, always])
-    tokens = _tokens(candidates, geometry, size) * costs.kv_token
+    tokens = _tokens(candidates, geometry, size)
     rows = ops.count_rows(chosen, place, candidates, size) if mode != "kv" else torch.zeros_like(tokens)
-    best, cost = (tokens + rows * row).argmin(0), tokens + rows * costs.row
-    fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
-    return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost.gather(0, best[None])[0])
+    cost = tokens * costs.kv_token + rows * costs.row
+    if mode == "auto":
+        best = (tokens * token_price + rows * row_price).argmin(0)
+        cost = cost.gather(0, best[None])
+        fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
+    else:
+        fetch = candidates[0]
+    return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost[0])
+
+
+def _prices(
+    everything: Tensor, geometry: BlockGeometry, costs: WireCosts, weighing: Weighing, rank: int
+) -> tuple[Tensor, Tensor]:
+    """[P] float64 each: what a token of a block, and a row, count by owner; ``everything`` [Hkv, n] is needed here.
+
+    float64 has room for any number of bytes: with weights of 1 the comparison is exact.
+    """
+    key = "prices", weighing, rank, costs
+    if key not in geometry.tables:
+        device, node = everything.device, rank // weighing.per_node
+        near = torch.arange(len(geometry.owned), device=device) // weighing.per_node == node
+        row_price = torch.where(near, costs.row * weighing.near, costs.row * weighing.far).double()
+        far_blocks = ~near[geometry.owner]
+        candidates = (geometry.remote_candidate & far_blocks).sum() * everything.shape[0]
+        geometry.tables[key] = near, row_price, far_blocks, candidates.clamp(min=1)
+    near, row_price, far_blocks, candidates = geometry.tables[key]
+    needed = ((everything & far_blocks).sum() / candidates.double()).clamp(max=1)
+    sharers = torch.where(near, 1.0, 1.0 + (weighing.sharing - 1) * needed)
+    return costs.kv_token / sharers.double(), row_price
 
 
 def _places(geometry: BlockGeometry, n_kv: int, stages: int) -> tuple[Tensor, Tensor]:

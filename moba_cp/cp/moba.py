@@ -223,8 +223,8 @@ def _plan(chosen: Tensor, owned, cp: CPContext):
     options, geometry = cp.exchange, cp.geometry(owned.block_size)
     n_kv, dim = owned.row.shape[0], owned.k.shape[2]
     costs = WireCosts.of(owned.k.dtype, dim, chosen.shape[2], options, id_dtype(geometry, n_kv))
-    weight = options.weight_of_rows(cp.size)
-    decision = decide(chosen, geometry, n_kv, options.stages, costs, options.mode, weight)
+    weighing = options.weighing(cp.size)
+    decision = decide(chosen, geometry, n_kv, options.stages, costs, options.mode, weighing, cp.rank)
     return decision, negotiate(decision, chosen, geometry, cp.wire(owned.block_size, n_kv), cp.comm)
 
 

@@ -40,7 +40,8 @@ class ExchangeOptions:
 
     row_weight: float | None = None
     """In ``auto``, how much more a byte of rows counts than a byte of blocks: rows make work on both sides, which only
-    a slow network pays back. 1 moves the fewest bytes. None: 4 if all ranks are known to share a node, else 1."""
+    a slow network pays back. 1 moves the fewest bytes. None: 4 within a node (``ranks_per_node``), 1 between nodes, and
+    there a block counts by the part that this rank has in it if its node's ranks need as much as it does."""
 
     allgather_share: float = 0.98
     """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's."""
@@ -67,11 +68,26 @@ class ExchangeOptions:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
         return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
 
-    def weight_of_rows(self, size: int) -> float:
-        """``row_weight``, or what it is by default for ``size`` ranks."""
+    def weighing(self, size: int) -> "Weighing":
+        """How ``auto`` compares blocks and rows on ``size`` ranks."""
+        per_node = min(self.ranks_per_node or 1, size)
         if self.row_weight is not None:
-            return self.row_weight
-        return 4.0 if self.ranks_per_node is not None and self.ranks_per_node >= size else 1.0
+            return Weighing(self.row_weight, self.row_weight, 1, per_node)
+        return Weighing(4.0, 1.0, per_node, per_node)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How ``auto`` compares a byte of rows with a byte of blocks."""
+
+    near: float
+    """weight of rows to and from ranks of the same node: they make work on both sides, and there the wire is fast."""
+    far: float
+    """weight of rows to and from other nodes, against blocks that come for this rank alone"""
+    sharing: int
+    """ranks that can share a block which comes from another node"""
+    per_node: int
+    """ranks of a node"""
 
 
 def _is_number(value) -> bool:

@@ -97,3 +97,16 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
 def test_bad_arguments_are_named(given, says):
     with pytest.raises(ValueError, match=says):
         exchange.main(_args(*given))
+
+
+@pytest.mark.parametrize("gate", ["uniform", "concentrated"])
+def test_auto_counts_a_block_that_its_node_shares_once(gate):
+    """Between nodes auto crosses with no more than the other ways do; every rank for itself, with no more in all."""
+    args = _args(
+        "--tokens", "32768", "--heads", "4", "--kv-heads", "2", "--dim", "32", "--block-size", "64", "--device", "cpu"
+    )
+    gate = SyntheticGate(gate, 4, 2, 64, 8)
+    for per_node, measure_of in ((4, "between_gb"), (1, "gb")):
+        args.ranks_per_node, args.nodes = per_node, 2
+        rows = {row.mode: getattr(row, measure_of) for row in exchange.measure(16, gate, list(MODES), args)}
+        assert rows["auto"] <= 1.02 * min(rows.values()), rows

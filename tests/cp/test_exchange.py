@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.layout import LAYOUTS
-from moba_cp.cp.options import MODES, ExchangeOptions, WireCosts
+from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
 from tests.cases import Case, random_case, relative_error, run_reference
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.distributed import run_ranks, run_threads
@@ -136,9 +136,10 @@ def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
 
 def test_rows_count_more_within_a_node():
     """The heavier rows are, the fewer of them auto sends, and the more blocks come instead."""
-    assert ExchangeOptions(ranks_per_node=8).weight_of_rows(8) == 4
-    assert ExchangeOptions().weight_of_rows(8) == ExchangeOptions(ranks_per_node=8).weight_of_rows(16) == 1
-    assert ExchangeOptions(ranks_per_node=4).weight_of_rows(8) == 1
+    assert ExchangeOptions(ranks_per_node=8).weighing(16) == Weighing(4, 1, 8, 8)
+    assert ExchangeOptions(ranks_per_node=8).weighing(4) == Weighing(4, 1, 4, 4)
+    assert ExchangeOptions().weighing(8) == Weighing(4, 1, 1, 1)
+    assert ExchangeOptions(row_weight=2).weighing(8) == Weighing(2, 2, 1, 1)
     case = random_case(9, multiple=8)
     sent = []
     for weight in (0.2, 1, 1e5):
