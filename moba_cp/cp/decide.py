@@ -90,7 +90,7 @@ def decide(
         candidates = always[None].contiguous()
     else:
         token_price, row_price = _prices(everything, geometry, costs, weighing, rank)
-        price = token_price[geometry.owner] * (geometry.length * float(_SHARE))
+        price = token_price[geometry.owner] * (geometry.length.double() * _SHARE)
         worth = share * row_price[geometry.owner] >= price
         candidates = torch.stack([everything, (everything & worth) | always, always])
     tokens = _tokens(candidates, geometry, size)
@@ -116,7 +116,8 @@ def _prices(
     if key not in geometry.tables:
         device, node = everything.device, rank // weighing.per_node
         near = torch.arange(len(geometry.owned), device=device) // weighing.per_node == node
-        row_price = torch.where(near, costs.row * weighing.near, costs.row * weighing.far).double()
+        # Not in the default dtype, which a model's builder may have set to bfloat16.
+        row_price = costs.row * (near.double() * weighing.near + (~near).double() * weighing.far)
         far_blocks = ~near[geometry.owner]
         candidates = (geometry.remote_candidate & far_blocks).sum() * everything.shape[0]
         geometry.tables[key] = near, row_price, far_blocks, candidates.clamp(min=1)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp.cp.decide import _prices
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -288,3 +289,16 @@ def test_costs():
 def test_bad_options_are_named(kwargs, says):
     with pytest.raises(ValueError, match=says):
         ExchangeOptions(**kwargs)
+
+
+def test_prices_are_exact_whatever_the_default_dtype():
+    geometry = CPContext(None, "contiguous", 64, device="cpu").geometry(16)
+    costs, weighing = WireCosts(kv_token=2048, row=1833), Weighing(4, 1, 1, 1)
+    everything = torch.zeros(1, geometry.n_blocks, dtype=torch.bool)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        token, row = _prices(everything, geometry, costs, weighing, 0)
+    finally:
+        torch.set_default_dtype(before)
+    assert token.tolist() == [2048] and row.tolist() == [4 * 1833] and row.dtype == token.dtype == torch.float64
