@@ -39,7 +39,7 @@ class Links:
     between_latency_us: float = 90.0
     """microseconds per collective between nodes"""
     tflops: float = 320.0
-    """TFLOP/s of a whole layer's attention, routing included, forward and backward (2.5 times the operations); an H100 at
+    """TFLOP/s of a layer's attention, routing included, forward and backward (2.5 times the operations): an H100 at
     131,072 tokens in blocks of 512"""
 
 
@@ -87,7 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-dtype", choices=WIRE_DTYPES, default=ExchangeOptions.gradient_dtype, help="default: %(default)s"
     )
     parser.add_argument(
-        "--row-weight", type=float, help="how much more a byte of rows counts in auto (default: 4 within a node, 1 between nodes, where blocks are shared)"
+        "--row-weight",
+        type=float,
+        help="how much more a byte of rows counts in auto (default: 4 within a node, 1 between nodes)",
     )
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument(

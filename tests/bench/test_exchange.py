@@ -73,7 +73,8 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents):
 
 def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     table, chart = tmp_path / "table.json", tmp_path / "chart.png"
-    shape = ["--row-weight", "1", "--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
+    shape = ["--row-weight", "1", "--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2"]
+    shape += ["--block-size", "128"]
     assert exchange.main(_args(*shape, "--json", str(table), "--plot", str(chart))) == 0
     rows = json.loads(table.read_text())["rows"]
     assert [(row["ranks"], row["mode"]) for row in rows] == [(p, mode) for p in (2, 4) for mode in MODES]

@@ -48,7 +48,9 @@ def poisoned():
 
     def empty(*size, dtype=torch.float32, device=None):
         size = tuple(size[0]) if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size
-        value = math.nan if dtype.is_floating_point else 77 if dtype == torch.uint8 else max(-(2**20), torch.iinfo(dtype).min)
+        value = math.nan
+        if not dtype.is_floating_point:
+            value = 77 if dtype == torch.uint8 else max(-(2**20), torch.iinfo(dtype).min)
         n = math.prod(size)
         buffer = torch.full((n + 2 * GUARD,), value, dtype=dtype, device=device)
         buffer[:GUARD] = buffer[n + GUARD :] = 77

@@ -42,7 +42,8 @@ def draw(path: str, report: Report) -> bool:
         if tokens not in shown[name]:
             continue
         sizes, shares = zip(*[(1, 1.0), *sorted(points)])
-        style = {"color": COLORS.get(name, "tab:brown"), "linestyle": LINES[shown[name][::-1].index(tokens)], "marker": "o"}
+        line = LINES[shown[name][::-1].index(tokens)]
+        style = {"color": COLORS.get(name, "tab:brown"), "linestyle": line, "marker": "o"}
         label = f"{name}, {tokens // 1024}K tokens" if tokens >= 1024 else f"{name}, {tokens} tokens"
         axes[0].plot(sizes, [p * share for p, share in zip(sizes, shares)], label=label, **style)
         axes[1].plot(sizes, [100 * share for share in shares], **style)
