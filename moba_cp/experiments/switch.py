@@ -1,8 +1,8 @@
 """``moba-cp experiment switch``: MoBA throughout, full throughout, and MoBA followed by full attention.
 
 The paper's training hybrid at small scale. Three runs of one config see the same data in the same order; only their
-attention differs. The picture shows their losses, and how they differ in the steps around the switch, where a spike would
-be.
+attention differs. The picture shows their losses, and how they differ in the steps around the switch, where a spike
+would be.
 """
 
 import argparse
