@@ -1,4 +1,4 @@
-"""Joining partial results: of a row's visits, and of several storages.
+"""Joining partial results: of a row's visits, with what other storages gave, and of single rows.
 
 Legend: N query rows, Hq query heads, D head dim, S' visits per row. All arithmetic in float32.
 """
@@ -144,56 +144,6 @@ def scale_rows(x: Tensor, out: Tensor, scale: float, add: bool) -> None:
         _scale_rows_kernel[(cdiv(n_rows * group, bm), n_kv)](
             x, out, n_rows, scale, out.stride(0), out.stride(1), G=group, D=dim, BD=block, BM=bm, ADD=add, num_warps=4
         )
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _merge_pair_kernel(
-    out_a, lse_a, out_b, lse_b, out, lse, n_rows, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_m = o_m < n_rows
-    m = m_m[:, None] & (o_d < D)[None, :]
-    b_lse_a = tl.load(lse_a + o_m, mask=m_m, other=float("-inf"))
-    b_lse_b = tl.load(lse_b + o_m, mask=m_m, other=float("-inf"))
-    b_max = tl.maximum(b_lse_a, b_lse_b)
-    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_a, b_b = tl.exp(b_lse_a - b_shift), tl.exp(b_lse_b - b_shift)
-    b_sum = b_a + b_b
-    b_norm = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
-    p = o_m[:, None] * D + o_d[None, :]
-    b_out_a = tl.load(out_a + p, mask=m, other=0.0).to(tl.float32)
-    b_out_b = tl.load(out_b + p, mask=m, other=0.0).to(tl.float32)
-    b_out = b_out_a * (b_a * b_norm)[:, None] + b_out_b * (b_b * b_norm)[:, None]
-    tl.store(out + p, b_out, mask=m)
-    tl.store(lse + o_m, b_max + tl.log(b_sum), mask=m_m)
-
-
-def merge(outs, lses) -> tuple[Tensor, Tensor]:
-    """Join partial results over disjoint sets of keys, in the order given.
-
-    Args:
-        outs: sequence of [..., D] float32; 0 where the lse is -inf.
-        lses: sequence of [...] float32, natural log.
-
-    Returns:
-        out [..., D] and lse [...] over all keys.
-    """
-    outs, lses = [x.contiguous() for x in outs], [x.contiguous() for x in lses]
-    out, lse = outs[0], lses[0]
-    dim = out.shape[-1]
-    block = padded_dim(dim)
-    bm = max(1, 4096 // block)
-    for i, (part, part_lse) in enumerate(zip(outs[1:], lses[1:])):
-        # The first join makes new tensors, later ones write over them: the caller's stay as they are.
-        into, into_lse = (torch.empty_like(out), torch.empty_like(lse)) if i == 0 else (out, lse)
-        if lse.numel():
-            with on_device(out):
-                _merge_pair_kernel[(cdiv(lse.numel(), bm),)](
-                    out, lse, part, part_lse, into, into_lse, lse.numel(), D=dim, BD=block, BM=bm, num_warps=4
-                )
-        out, lse = into, into_lse
-    return out, lse
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_heads"])

@@ -60,11 +60,6 @@ def list_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_places: int) -> tu
     return _counting(chosen).list_rows(chosen, place, fetch, n_places)
 
 
-def merge(outs, lses) -> tuple[Tensor, Tensor]:
-    """See :func:`moba_cp.eager.merge`."""
-    return backend(outs[0]).merge(outs, lses)
-
-
 def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`moba_cp.choices.row_ids`."""
     return _counting(chosen).row_ids(chosen, slots, place, number, dtype)

@@ -103,9 +103,8 @@ class HopTables:
 class WireTables:
     """Tables of one context for one block size and number of KV heads; building them waits for the device, once."""
 
-    stage: Tensor
-    """[Hkv, n] int64, see :func:`moba_cp.cp.decide.stage_of`."""
     stages: int
+    """parts of the remote work"""
     hops: list[HopTables]
     """one, or the hop between nodes and the one within."""
 
@@ -122,7 +121,7 @@ def build_wire_tables(
     else:
         between, within = node_hops(geometry, rank, ranks_per_node)
         hops = [(between, 0), (within, header)]
-    return WireTables(stage, stages, [_hop_tables(hop, geometry, stage, stages, rank, width) for hop, width in hops])
+    return WireTables(stages, [_hop_tables(hop, geometry, stage, stages, rank, width) for hop, width in hops])
 
 
 def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, stages: int, rank: int, width: int) -> HopTables:
@@ -265,7 +264,7 @@ def negotiate(
         decision: this rank's, see :func:`moba_cp.cp.decide.decide`.
         chosen: [L, Hq, S] int32.
     """
-    size, device, stages, n_kv = comm.size, chosen.device, wire.stages, wire.stage.shape[0]
+    size, device, stages, n_kv = comm.size, chosen.device, wire.stages, decision.fetch.shape[0]
     if decision.with_rows:
         slots, row_counts = ops.list_rows(chosen, decision.place, decision.fetch, stages * size)
         row_counts = row_counts.view(stages, size)
