@@ -72,12 +72,12 @@ def attend(
     )
     row_bytes, n_kv = _row_bytes(q, n_slots), pages.row.shape[0]
     row_slices, head_slices = _slices(n_rows, n_heads, n_kv, n_slots, row_bytes, 0, scratch_bytes)
+    tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
         routing = build_routing(*args[2:], pages.row)
         if index is not None and len(row_slices) == 1:
             index.append(routing.flat)
-        tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
         tasks = cut_tasks(routing, tile.task_rows)
         for kv_heads in head_slices:
             _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, tile, tasks, kv_heads)

@@ -209,7 +209,7 @@ def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, ar
     """What ``rank`` asks of the others for its selection ``chosen`` [L, Hq, S]; ``geometry`` is its own."""
     costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
     if mode == "allgather":
-        fetch = (geometry.row < 0).expand(args.kv_heads, -1)
+        fetch = geometry.elsewhere.expand(args.kv_heads, -1)
         # Every rank sends as many rows as the one that has most.
         total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
         return Asked(total, 0, fetch, 1.0)

@@ -39,8 +39,9 @@ class HopStage:
         """
         n_kv, n = sources[0].row.shape
         packed = sources[0].k.new_empty(sum(self.send), 2, sources[0].k.shape[2])
+        offset = self._offset(self.give)
         for source in sources:
-            ops.copy_pages(source, self.give, self._offset(self.give), packed)
+            ops.copy_pages(source, self.give, offset, packed)
         wait = self.comm.all_to_all(packed, self.send, self.receive, "kv")
         geometry = self.geometry
 

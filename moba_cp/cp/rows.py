@@ -107,10 +107,12 @@ class RowStage:
 
     def index(self) -> Tensor:
         """[L, heads, S] int32: which of the rows sent stands for this slot of the stage's heads, -1 for none."""
-        n_rows, n_heads, n_slots = self.chosen.shape
-        index = torch.full((n_heads, n_rows, n_slots), -1, dtype=torch.int32, device=self.chosen.device)
-        index.view(-1)[self.slots.long()] = torch.arange(self.slots.numel(), dtype=torch.int32, device=index.device)
-        return index[self.heads].transpose(0, 1).contiguous()
+        n_rows, _, n_slots = self.chosen.shape
+        shape = self.heads.stop - self.heads.start, n_rows, n_slots
+        index = torch.full(shape, -1, dtype=torch.int32, device=self.chosen.device)
+        at = self.slots.long() - self.heads.start * n_rows * n_slots
+        index.view(-1)[at] = torch.arange(at.numel(), dtype=torch.int32, device=index.device)
+        return index.transpose(0, 1).contiguous()
 
     def _rows_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[M, D] of x [L, Hq, D], for each row sent."""
@@ -122,9 +124,11 @@ class RowStage:
         As bytes [M, ...], which every transport takes.
         """
         geometry, n_kv = self.geometry, self.place.shape[0]
-        count = geometry.owned_count[geometry.owner]
-        number = torch.arange(n_kv, device=count.device)[:, None] * count + geometry.place
-        ids = ops.row_ids(self.chosen, self.slots, self.place, number, id_dtype(geometry, n_kv))
+        key = "numbers", n_kv
+        if key not in geometry.tables:
+            count = geometry.owned_count[geometry.owner]
+            geometry.tables[key] = torch.arange(n_kv, device=count.device)[:, None] * count + geometry.place
+        ids = ops.row_ids(self.chosen, self.slots, self.place, geometry.tables[key], id_dtype(geometry, n_kv))
         return ids.view(-1).view(torch.uint8).view(ids.shape[0], self.n_slots * ids.itemsize)
 
     def _numbers(self, ids: Tensor) -> Tensor:
