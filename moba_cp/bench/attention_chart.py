@@ -1,6 +1,10 @@
 """Time of attention against sequence length, as a PNG."""
 
-STYLES = {"cudnn": ("dense, cuDNN", "tab:red"), "flash": ("dense, FlashAttention-2", "tab:orange")}
+STYLES = {
+    "cudnn": ("dense, cuDNN", "tab:red"),
+    "flash": ("dense, FlashAttention-2", "tab:orange"),
+    "fa4": ("dense, flash-attn-4", "tab:green"),
+}
 
 
 def draw(path: str, rows, environment: dict[str, str]) -> None:
