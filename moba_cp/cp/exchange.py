@@ -131,13 +131,13 @@ class BlockStage:
 
         Args:
             storages: as :meth:`fetch` gave them; grads: for each, [W, 2, D] wide.
-            owned: [L + X, Hkv, 2, D] wide, the owner's gradients, to which those that arrive are added.
+            owned: [2, L + X, Hkv, D] wide, the owner's gradients, to which those that arrive are added.
 
         Returns:
             A function that waits and adds.
         """
 
-        mine = self.owned, owned[:, :, 0], owned[:, :, 1]
+        mine = self.owned, *owned
         if len(self.hops) == 1:
             return self.hops[0].give_back(grads[0], [mine], dtype)
         outer, inner = grads

@@ -82,6 +82,11 @@ class BlockGeometry:
         return lies_in & self.elsewhere
 
     @cached_property
+    def somewhere(self) -> Tensor:
+        """[n] int64, zeros: a row number for every block, wherever it lies."""
+        return torch.zeros_like(self.row)
+
+    @cached_property
     def n_candidates(self) -> Tensor:
         """[] int64, blocks in ``remote_candidate``."""
         return self.remote_candidate.sum()
