@@ -40,10 +40,13 @@ def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Com
 
 def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
     """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
-    mine = geometry.owned[comm.rank]
+    if "owned" not in geometry.tables:
+        mine = geometry.owned[comm.rank]
+        geometry.tables["owned"] = geometry.row[mine], geometry.length[mine]
+    means = ops.block_means(k, *geometry.tables["owned"], geometry.block_size)
     widest = max(ids.numel() for ids in geometry.owned)
-    means = k.new_zeros(widest, *k.shape[1:])
-    means[: mine.numel()] = ops.block_means(k, geometry.row[mine], geometry.length[mine], geometry.block_size)
+    if means.shape[0] < widest:
+        means = torch.cat([means, means.new_zeros(widest - means.shape[0], *means.shape[1:])])
     return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
 
 
