@@ -53,5 +53,7 @@ def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tens
 def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:
     """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
     n_kv = k.shape[1]
-    head = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None].expand(-1, geometry.n_blocks)
+    if ("heads", n_kv) not in geometry.tables:
+        geometry.tables["heads", n_kv] = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None]
+    head = geometry.tables["heads", n_kv].expand(-1, geometry.n_blocks)
     return Pages(k, v, geometry.row.expand(n_kv, -1), head, geometry.length, geometry.block_size)
