@@ -82,13 +82,11 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
         out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
-        # One index for all blocks: those of another storage are passed over where that is not at hand.
+        # One index of all blocks, wherever they lie: a call passes over those that its storage has not.
         index = ops.routing_index(q, chosen, own, visible, geometry.somewhere.expand(k.shape[1], -1))
 
         def attend(pages: Pages, kv_heads: slice | None) -> None:
-            ops.attend(
-                q, pages, chosen, own, visible, scale, index=index, kv_heads=kv_heads, into=(out, lse)
-            )  # fmt: skip
+            ops.attend(q, pages, chosen, own, visible, scale, index=index, kv_heads=kv_heads, into=(out, lse))
 
         attend(owned, None)
         if is_planned:
