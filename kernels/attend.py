@@ -17,7 +17,8 @@ from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Routing, Tasks, build_routing, cut_tasks
 from .tuned import Tile
 
-# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
+# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
+# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
@@ -35,7 +36,7 @@ def attend(
     visible: Tensor | None,
     scale: float,
     out_dtype: torch.dtype = torch.float32,
-    scratch_bytes: int = FORWARD_SCRATCH,
+    scratch_bytes: int | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
@@ -50,7 +51,8 @@ def attend(
         visible: [N] int32, with ``own``.
         scale: factor of the scores.
         out_dtype: of the output.
-        scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
+        scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows; by default
+            FORWARD_SCRATCH, or the size of q if that is more.
         index: of :func:`routing_index`, made here for these ``pages`` if it is None.
         kv_heads: with ``index`` and ``into``: the KV heads to do; all if it is None.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
@@ -79,9 +81,8 @@ def attend(
     )
     n_kv = pages.row.shape[0]
     kv_heads = _whole(kv_heads, n_kv)
-    row_slices, head_slices = _slices(
-        n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch_bytes
-    )
+    scratch = scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
+    row_slices, head_slices = _slices(n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
@@ -107,7 +108,7 @@ def attend_backward(
     delta: Tensor,
     deterministic: bool = False,
     local_dtype: torch.dtype | None = None,
-    scratch_bytes: int = BACKWARD_SCRATCH,
+    scratch_bytes: int | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -121,7 +122,7 @@ def attend_backward(
         deterministic: bit-identical results from run to run.
         local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32
             sums of dk and dv then exist for a few heads at a time.
-        scratch_bytes: as in :func:`attend`.
+        scratch_bytes: as in :func:`attend`, by default BACKWARD_SCRATCH or the size of q.
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
@@ -164,7 +165,7 @@ def attend_backward(
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     kv_heads = _whole(kv_heads, pages.row.shape[0])
     row_slices, head_slices, direct = _backward_slices(
-        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, scratch_bytes
+        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     )
     # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
@@ -215,9 +216,8 @@ def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
     n_rows, n_heads, _ = q.shape
     if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0
-    rows, _ = _slices(
-        n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, FORWARD_SCRATCH
-    )
+    scratch = max(FORWARD_SCRATCH, q.nbytes)
+    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
     return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
 
 
