@@ -28,8 +28,8 @@ def _slots(
     chosen, table, n_rows, n_blocks, s_t,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Tile and query head of this program, the blocks of its slots [BM, SP] and what ``table`` [Hkv, n] holds for them, -1
-    where there is none."""
+    """Tile and query head of this program, the blocks of its slots [BM, SP] and what ``table`` [Hkv, n] holds for
+    them, -1 where there is none."""
     i_m = tl.program_id(0) // H
     i_q = tl.program_id(0) % H
     o_m = tl.arange(0, BM)
@@ -82,7 +82,7 @@ def _rows_kernel(
     R: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_q, block, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    _, i_q, block, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
     bits = tl.load(fetched + i_q // G * n_blocks + block, mask=at >= 0, other=-1)
     wants = _first(at, ~bits & ((1 << C) - 1), S, SP)
     owner = tl.where(wants > 0, at % n_owners, -1)
@@ -156,11 +156,10 @@ def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Ten
     if not n_tiles:
         return slots, torch.zeros(n_places, dtype=torch.int32, device=chosen.device)
     counts = torch.zeros(n_places, n_tiles, dtype=torch.int32, device=chosen.device)
+    assert counts.numel() < 2**31
     numbers = n_rows, n_blocks, n_tiles, s_t
     with on_device(chosen):
-        _list_kernel[(n_tiles,)](
-            chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, num_warps=4
-        )
+        _list_kernel[(n_tiles,)](chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, num_warps=4)
         ends = counts.flatten().cumsum(0, dtype=torch.int32)
         _list_kernel[(n_tiles,)](chosen, place, counts, ends, slots, *numbers, WRITE=True, **constants, num_warps=4)
     return slots, ends.view(n_places, n_tiles)[:, -1]

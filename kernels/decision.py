@@ -24,7 +24,7 @@ OWNERS = 16
 def _needed(
     counts, owners, elsewhere, always, n_pairs, n_blocks, UNIT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of a program's pairs: number, mask, block, owner, how many slots chose it, its share, and whether it is needed."""
+    """Of a program's pairs: number, mask, block, owner, slots that chose it, share, and whether it is needed."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_pairs
     block = o % n_blocks

@@ -53,16 +53,15 @@ def _request_kernel(
         tl.store(request + o, tl.load(need + at, mask=m, other=0) != 0, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_blocks", "n_peers"])
-def _relay_kernel(fetch, arrived, asked_at, elsewhere, need, n_pairs, n_blocks, n_peers, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_pairs", "n_peers"])
+def _relay_kernel(fetch, arrived, asked_at, need, n_pairs, n_peers, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_pairs
     wanted = tl.load(fetch + o, mask=m, other=0) != 0
     for peer in range(n_peers):
         at = tl.load(asked_at + peer * n_pairs + o, mask=m, other=-1)
         wanted |= tl.load(arrived + at, mask=at >= 0, other=0) != 0
-    is_elsewhere = tl.load(elsewhere + o % n_blocks, mask=m, other=0) != 0
-    tl.store(need + o, wanted & is_elsewhere, mask=m)
+    tl.store(need + o, wanted, mask=m)
 
 
 @triton.jit(do_not_specialize=["n_entries", "n_want"])
@@ -107,9 +106,9 @@ def _lists_kernel(
     tl.store(sizes + o, tl.where(is_last, moved // PAIR, moved % PAIR), mask=m)
 
 
-@triton.jit(do_not_specialize=["n_owners", "stages", "s_ends"])
+@triton.jit(do_not_specialize=["n_kv", "n_owners", "stages", "s_ends"])
 def _sum_up_kernel(
-    arrived, header_at, ends, costs, facts, candidates, out, n_owners, stages, s_ends, BLOCK: tl.constexpr
+    arrived, header_at, ends, costs, facts, candidates, out, n_kv, n_owners, stages, s_ends, BLOCK: tl.constexpr
 ):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n_sizes = 2 * stages * (n_owners + 1)
@@ -129,7 +128,7 @@ def _sum_up_kernel(
         total += _word(arrived, at + 8 * stages, o_p < n_owners)
     fact = tl.where(o == 0, tl.sum(total, 0), 0)
     fact = tl.where(o == 1, tl.load(facts), fact)
-    fact = tl.where(o == 2, tl.load(candidates), fact)
+    fact = tl.where(o == 2, tl.load(candidates) * n_kv, fact)
     fact = tl.where(o == 3, tl.load(costs + n_owners), fact)
     fact = tl.where(o == 4, tl.load(facts + 1), fact)
     tl.store(out + n_sizes + o, fact, mask=m)
@@ -150,16 +149,15 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
     return request
 
 
-def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor, elsewhere: Tensor) -> Tensor:
+def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     """See :func:`moba_cp.requests.relay_request`."""
     need = torch.empty(fetch.shape, dtype=torch.uint8, device=fetch.device)
     assert fetch.is_contiguous() and asked_at.is_contiguous()
     if need.numel():
         with on_device(fetch):
             _relay_kernel[(cdiv(need.numel(), BLOCK),)](
-                fetch, arrived, asked_at, elsewhere, need, need.numel(), elsewhere.numel(), asked_at.shape[0],
-                BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+                fetch, arrived, asked_at, need, need.numel(), asked_at.shape[0], BLOCK=BLOCK, num_warps=4
+            )
     return need.view(torch.bool)
 
 
@@ -183,12 +181,19 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
 
 
 def sum_up(
-    arrived: Tensor, header_at: Tensor, ends: Tensor, costs: Tensor, facts: Tensor, candidates: Tensor, out: Tensor
+    arrived: Tensor,
+    header_at: Tensor,
+    ends: Tensor,
+    costs: Tensor,
+    facts: Tensor,
+    candidates: Tensor,
+    n_kv: int,
+    out: Tensor,
 ) -> None:
     """See :func:`moba_cp.requests.sum_up`."""
     assert out.is_contiguous() and out[0].numel() >= 5
     with on_device(arrived):
         _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](
-            arrived, header_at, ends, costs, facts, candidates, out, header_at.numel(), out.shape[2], ends.stride(0),
-            BLOCK=BLOCK, num_warps=4,
+            arrived, header_at, ends, costs, facts, candidates, out,
+            n_kv, header_at.numel(), out.shape[2], ends.stride(0), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

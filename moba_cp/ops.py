@@ -37,7 +37,7 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 def _integers(x: Tensor, plain):
-    """The module that serves the exchange's plan: kernels, or ``plain``; its integers do not depend on the inputs' dtype."""
+    """The module that plans the exchange: kernels, or ``plain``. It sees integers, whatever the inputs' dtype is."""
     if _on_kernels(x):
         from . import kernels
 
@@ -75,9 +75,9 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
     return _integers(need, requests).write_request(need, source, ends, costs)
 
 
-def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor, elsewhere: Tensor) -> Tensor:
+def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     """See :func:`moba_cp.requests.relay_request`."""
-    return _integers(fetch, requests).relay_request(fetch, arrived, asked_at, elsewhere)
+    return _integers(fetch, requests).relay_request(fetch, arrived, asked_at)
 
 
 def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +86,17 @@ def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Te
 
 
 def sum_up(
-    arrived: Tensor, header_at: Tensor, ends: Tensor, costs: Tensor, facts: Tensor, candidates: Tensor, out: Tensor
+    arrived: Tensor,
+    header_at: Tensor,
+    ends: Tensor,
+    costs: Tensor,
+    facts: Tensor,
+    candidates: Tensor,
+    n_kv: int,
+    out: Tensor,
 ) -> None:
     """See :func:`moba_cp.requests.sum_up`."""
-    _integers(arrived, requests).sum_up(arrived, header_at, ends, costs, facts, candidates, out)
+    _integers(arrived, requests).sum_up(arrived, header_at, ends, costs, facts, candidates, n_kv, out)
 
 
 def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:

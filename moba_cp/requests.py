@@ -50,17 +50,16 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
     return torch.cat([header.contiguous().view(torch.uint8).flatten(), flags])[source]
 
 
-def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor, elsewhere: Tensor) -> Tensor:
-    """[Hkv, n] bool: what this rank fetches from other nodes, for itself or for its node.
+def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
+    """[Hkv, n] bool: what this rank fetches, for itself or for its node; blocks that lie here may be among it.
 
     Args:
         fetch: [Hkv, n] bool, what it needs itself.
         arrived: uint8, the requests of its node.
         asked_at: [peers, Hkv * n] int64, where the flag of each pair is in these, -1 for pairs not served.
-        elsewhere: [n] bool, blocks of other ranks.
     """
     asked = (asked_at >= 0) & (arrived[asked_at.clamp(min=0)] != 0)
-    return (fetch | asked.any(0).view(fetch.shape)) & elsewhere
+    return fetch | asked.any(0).view(fetch.shape)
 
 
 def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +86,14 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
 
 
 def sum_up(
-    arrived: Tensor, header_at: Tensor, ends: Tensor, costs: Tensor, facts: Tensor, candidates: Tensor, out: Tensor
+    arrived: Tensor,
+    header_at: Tensor,
+    ends: Tensor,
+    costs: Tensor,
+    facts: Tensor,
+    candidates: Tensor,
+    n_kv: int,
+    out: Tensor,
 ) -> None:
     """What the host has to know besides the sizes of lists of pairs.
 
@@ -96,9 +102,10 @@ def sum_up(
         header_at: [P] int64, where in it each header begins.
         ends, costs: as in :func:`write_request`.
         facts: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.decision.Weighed`.
-        candidates: [] int64, pairs of other ranks that could have been needed.
+        candidates: [] int64, blocks of other ranks that could have been needed, by each of the ``n_kv`` KV heads.
         out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then five
-            numbers: the bytes of all ranks' decisions, needed pairs, candidates, the bytes of this rank's, hottest rows.
+            numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this rank's
+            decision, rows of the hottest pair.
     """
     size, stages = header_at.numel(), out.shape[2]
     byte = torch.arange(8 * (stages + 1), device=arrived.device)
@@ -107,7 +114,7 @@ def sum_up(
     out[0, 0, :, :-1] = received[:, :-1].T
     out[0, 1, :, :-1] = _lengths(ends).view(stages, size)
     # Every rank's header also went to itself, so that the sum is the same everywhere.
-    out[1].view(-1)[:5] = torch.stack([received[:, -1].sum(), facts[0], candidates, costs[-1], facts[1]])
+    out[1].view(-1)[:5] = torch.stack([received[:, -1].sum(), facts[0], candidates * n_kv, costs[-1], facts[1]])
 
 
 def _lengths(ends: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Who sends what to whom: every rank's decision, told to the owners in one all-to-all of fixed size.
 
 Everybody knows who can serve which block, so a request is a flag for each and needs no lengths. From the flags both
-sides list the same pairs in the same order. All of it stays on the device; only the sizes of the messages come to the host,
-in one copy that is read when the first transfer starts.
+sides list the same pairs in the same order. All of it stays on the device; only the sizes of the messages come to the
+host, in one copy that is read when the first transfer starts.
 
 Legend: P ranks, n blocks, Hkv key/value heads, L local tokens, Hq query heads, S = k - 1 chosen blocks per row. A pair
 is (KV head, block), numbered ``head * n + block``. A stage is one of the parts in which remote work is done.
@@ -92,10 +92,11 @@ def negotiate(
     if n_hops == 2:
         # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
         outer = wire.hops[0]
-        need = ops.relay_request(decision.fetch, arrived, inner.asked_at, geometry.elsewhere)
+        need = ops.relay_request(decision.fetch, arrived, inner.asked_at)
         from_nodes = _ask(outer, ops.write_request(need, outer.source), comm)
         hops.insert(0, _lists(outer, need, from_nodes, numbers[0]))
-    ops.sum_up(arrived, inner.header_at, ends, decision.costs, decision.facts, wire.candidates, numbers[n_hops:])
+    facts, candidates, n_kv = decision.facts, geometry.n_candidates, decision.fetch.shape[0]
+    ops.sum_up(arrived, inner.header_at, ends, decision.costs, facts, candidates, n_kv, numbers[n_hops:])
     return Plan(hops, RowLists(slots, decision.place, numbers[n_hops]), HostCopy(numbers))
 
 

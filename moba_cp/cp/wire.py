@@ -1,7 +1,7 @@
 """Who can serve which blocks to whom, and where the flags of a request stand: tables made once per context.
 
-Legend: P ranks, n blocks, Hkv key/value heads. A pair is (KV head, block), numbered ``head * n + block``. A stage is one
-of the parts in which remote work is done.
+Legend: P ranks, n blocks, Hkv key/value heads. A pair is (KV head, block), numbered ``head * n + block``. A stage is
+one of the parts in which remote work is done.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,9 @@ class HopTables:
     """int64, for every byte sent its place in the headers of all ranks followed by a flag for each pair."""
     header_at: Tensor
     """[P] int64, where the headers begin in what is received."""
-    asked_at: Tensor
-    """[peers, Hkv * n] int64, where the flag of each pair is in what is received, -1 for pairs not served."""
+    asked_at: Tensor | None
+    """[peers, Hkv * n] int64, where the flag of each pair is in what is received, -1 for pairs not served; None unless
+    another hop brings what is asked for here."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,6 @@ class WireTables:
 
     stages: int
     """parts of the remote work"""
-    candidates: Tensor
-    """[] int64, pairs of other ranks that some local query can choose or lies in."""
     hops: list[HopTables]
     """one, or the hop between nodes and the one within."""
 
@@ -79,16 +78,19 @@ def build_wire_tables(
     stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
     header = 8 * (stages + 1)
     if ranks_per_node in (None, 1) or ranks_per_node >= size:
-        hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header)]
+        hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header, False)]
     else:
         between, within = node_hops(geometry, rank, ranks_per_node)
-        hops = [(between, 0), (within, header)]
-    tables = [_hop_tables(hop, geometry, stage, stages, rank, width) for hop, width in hops]
-    return WireTables(stages, geometry.n_candidates * n_kv, tables)
+        hops = [(between, 0, False), (within, header, True)]
+    tables = [_hop_tables(*hop, geometry, stage, stages, rank) for hop in hops]
+    return WireTables(stages, tables)
 
 
-def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, stages: int, rank: int, width: int) -> HopTables:
-    """:class:`HopTables` of one hop, whose headers have ``width`` bytes; ``stage`` [Hkv, n]."""
+def _hop_tables(
+    hop: Hop, width: int, relays: bool, geometry: BlockGeometry, stage: Tensor, stages: int, rank: int
+) -> HopTables:
+    """:class:`HopTables` of one hop, whose headers have ``width`` bytes; ``relays`` if another hop brings what is asked
+    for in it; ``stage`` [Hkv, n]."""
     n_kv, n = stage.shape
     device, size = stage.device, len(hop.peers)
     empty = torch.zeros(0, dtype=torch.int64, device=device)
@@ -103,7 +105,7 @@ def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, stages: int, r
         header_at.append(read)
         flag_at.append(read + width + torch.arange(gives[p].numel(), device=device))
         read += width + gives[p].numel()
-        if hop.peers[p]:
+        if relays and hop.peers[p]:
             asked_at.append(torch.full((n_kv * n,), -1, device=device).scatter_(0, gives[p], flag_at[p]))
     want = _by_place(wants, torch.cat(wants), stage, stages)
     give = _by_place(gives, torch.cat(flag_at), stage, stages)
@@ -123,7 +125,7 @@ def _hop_tables(hop: Hop, geometry: BlockGeometry, stage: Tensor, stages: int, r
         receive=[width + ids.numel() for ids in gives],
         source=torch.cat(source),
         header_at=torch.tensor(header_at, device=device),
-        asked_at=torch.stack(asked_at) if asked_at else empty.view(0, n_kv * n),
+        asked_at=torch.stack(asked_at) if relays else None,
     )
 
 

@@ -63,7 +63,7 @@ def _costs(rank, size):
 
 
 def _fetch(rank, case, n):
-    size, _, n_kv, *_, share = case
+    _, _, n_kv, *_, share = case
     return torch.rand(n_kv, n, generator=torch.Generator().manual_seed(50 + rank)) < share
 
 
@@ -90,11 +90,11 @@ def _rank(comm, case):
             found.append((inner, fetch, arrived))
             if len(wire.hops) == 2:
                 outer = wire.hops[0]
-                need = module.relay_request(fetch, arrived, inner.asked_at, geometry.elsewhere)
+                need = module.relay_request(fetch, arrived, inner.asked_at)
                 request = module.write_request(need, outer.source)
                 found.insert(0, (outer, need, comm.all_to_all(request, outer.send, outer.receive, "requests")()))
             lists = [module.list_pairs(f, a, t.pairs, numbers[i]) for i, (t, f, a) in enumerate(found)]
-            module.sum_up(arrived, inner.header_at, ends, costs, facts, wire.candidates, numbers[-2:])
+            module.sum_up(arrived, inner.header_at, ends, costs, facts, geometry.n_candidates, n_kv, numbers[-2:])
         for (want, give), of_hop, (all_want, all_give, sizes) in zip(lists, numbers, expected, strict=False):
             assert of_hop.tolist() == sizes
             assert want[: len(all_want)].tolist() == all_want and give[: len(all_give)].tolist() == all_give
