@@ -20,6 +20,7 @@ store rounded results in their place; ``_finish_kernel`` rounds the float32 sums
 import triton
 import triton.language as tl
 
+from .common import SLICED
 from .routing import read_task
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,7 +29,7 @@ DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(do_not_specialize=["n_visits", "n_blocks"], do_not_specialize_on_alignment=SLICED)
 def _visit_table_kernel(
     visits, list_start, own, visible, lse, delta, table, stats, own_end,
     n_visits, n_blocks, room, s_token, s_lt, s_dt,
@@ -108,7 +109,10 @@ def _key_tile(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "first_head", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _key_kernel(
     q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, own_end,
     tasks, list_start, page_row, page_head, length, turn,
@@ -202,7 +206,9 @@ def _key_kernel(
         tl.store(p_dv, b_dv, mask=m_kv)
 
 
-@triton.jit(do_not_specialize=["n_lists", "room"])
+@triton.jit(
+    do_not_specialize=["n_lists", "n_blocks", "room", "s_row", "s_head"], do_not_specialize_on_alignment=SLICED
+)
 def _finish_kernel(
     sum_k, sum_v, dk, dv, list_start, page_row, page_head, length,
     room, task_rows, n_lists, n_blocks, block_size, s_dkr, s_dkh, s_row, s_head, s_head_n,
@@ -230,7 +236,10 @@ def _finish_kernel(
     tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _query_kernel(
     q, k, v, dout, part, table, stats, tasks, list_start, page_row, page_head, length,
     scale, room, places, task_rows, first_list, n_lists, n_blocks,

@@ -33,7 +33,7 @@ def _word(arrived, at, m):
     return word
 
 
-@triton.jit(do_not_specialize=["n_bytes", "n_owners", "stages", "s_ends"])
+@triton.jit(do_not_specialize=["n_bytes", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
 def _request_kernel(
     need, source, ends, costs, request, n_bytes, n_owners, stages, s_ends, HEADERS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -106,7 +106,7 @@ def _lists_kernel(
     tl.store(sizes + o, tl.where(is_last, moved // PAIR, moved % PAIR), mask=m)
 
 
-@triton.jit(do_not_specialize=["n_kv", "n_owners", "stages", "s_ends"])
+@triton.jit(do_not_specialize=["n_kv", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
 def _sum_up_kernel(
     arrived, header_at, ends, costs, facts, candidates, out, n_kv, n_owners, stages, s_ends, BLOCK: tl.constexpr
 ):

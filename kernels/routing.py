@@ -10,7 +10,7 @@ order in every run. A *task* is up to R successive visits of a list, so a hot bl
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
 running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all
-heads is made once, serves forward and backward, and is cut into tasks for any range of heads.
+heads is made once, serves forward and backward and all storages, and is cut into tasks for any range of heads.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, on_device
+from .common import SLICED, cdiv, on_device
 
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
@@ -80,7 +80,7 @@ def visit_block(
     return tl.where(page >= 0, block, -1)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
     chosen, own, visible, page_row, counts,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -96,7 +96,7 @@ def _count_kernel(
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks"])
 def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
@@ -115,7 +115,7 @@ def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: 
         tl.store(sizes, 0)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _scatter_kernel(
     chosen, own, visible, page_row, counts, list_start, visits,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -144,8 +144,12 @@ def _scatter_kernel(
         block = next_block
 
 
-@triton.jit(do_not_specialize=["n_lists", "places", "steps"])
-def _task_kernel(list_start, table, n_lists, places, task_rows, steps, BLOCK: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["n_lists", "n_blocks", "places", "steps", "s_pages"], do_not_specialize_on_alignment=SLICED
+)
+def _task_kernel(
+    list_start, page_row, table, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
+):
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < places
     # The last list whose places begin at or before this one.
@@ -158,7 +162,10 @@ def _task_kernel(list_start, table, n_lists, places, task_rows, steps, BLOCK: tl
         high = tl.where(is_before, high, middle - 1)
     start, end = tl.load(list_start + low), tl.load(list_start + low + 1)
     begin = start + (o_p - start // task_rows - low) * task_rows
-    tl.store(table + o_p, tl.where(begin < end, low, -1), mask=m_p)
+    is_task = begin < end
+    if page_row is not None:
+        is_task &= tl.load(page_row + low // n_blocks * s_pages + low % n_blocks) >= 0
+    tl.store(table + o_p, tl.where(is_task, low, -1), mask=m_p)
     tl.store(table + places + o_p, begin, mask=m_p)
     tl.store(table + 2 * places + o_p, tl.minimum(begin + task_rows, end), mask=m_p)
 
@@ -213,13 +220,19 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int) -> Tasks:
-    """Tasks of up to ``task_rows`` visits from all lists of an index."""
+def cut_tasks(index: Routing, task_rows: int, page_row: Tensor | None = None) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from all lists of an index.
+
+    ``page_row`` [Hkv, n] int64, unit stride in n: of those lists only whose block is not -1 there, for an index that
+    serves several storages.
+    """
     n_lists = index.list_start.numel() - 1
     places = index.n_visits // task_rows + n_lists
     table = torch.empty(3, places, dtype=torch.int32, device=index.flat.device)
+    n_blocks, s_pages = (n_lists, 0) if page_row is None else (page_row.shape[1], page_row.stride(0))
     with on_device(index.flat):
         _task_kernel[(cdiv(places, 256),)](
-            index.list_start, table, n_lists, places, task_rows, (n_lists - 1).bit_length(), BLOCK=256, num_warps=4
-        )
+            index.list_start, page_row, table, n_lists, n_blocks, places, task_rows, (n_lists - 1).bit_length(),
+            s_pages, BLOCK=256, num_warps=4,
+        )  # fmt: skip
     return Tasks(table, task_rows)

@@ -104,8 +104,8 @@ def sum_up(
         facts: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.decision.Weighed`.
         candidates: [] int64, blocks of other ranks that could have been needed, by each of the ``n_kv`` KV heads.
         out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then five
-            numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this rank's
-            decision, rows of the hottest pair.
+            numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this
+            rank's decision, rows of the hottest pair.
     """
     size, stages = header_at.numel(), out.shape[2]
     byte = torch.arange(8 * (stages + 1), device=arrived.device)

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward import _sum_place
+from ..common import SLICED
 from .shared import LOG2E, barrier, load_block, read_task, unpack
 
 sum_place = gluon.jit(_sum_place.fn)
@@ -195,7 +196,10 @@ def _consume(
         gl.store(dv + o_dk, b_dv + gl.load(dv + o_dk, mask=m_n, other=0.0), mask=m_n)
 
 
-@gluon.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
+@gluon.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "first_head", "n_blocks", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def key_kernel(
     q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, own_end,
     tasks, list_start, page_row, page_head, length,
