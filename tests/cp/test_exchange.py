@@ -294,11 +294,11 @@ def test_bad_options_are_named(kwargs, says):
 def test_prices_are_exact_whatever_the_default_dtype():
     geometry = CPContext(None, "contiguous", 64, device="cpu").geometry(16)
     costs, weighing = WireCosts(kv_token=2048, row=1833), Weighing(4, 1, 1, 1)
-    everything = torch.zeros(1, geometry.n_blocks, dtype=torch.bool)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        token, row = _prices(everything, geometry, costs, weighing, 0)
+        prices = _prices(geometry, 1, costs, weighing, 0)
     finally:
         torch.set_default_dtype(before)
-    assert token.tolist() == [2048] and row.tolist() == [4 * 1833] and row.dtype == token.dtype == torch.float64
+    assert prices.token.tolist() == [2048] and prices.row.tolist() == [4 * 1833]
+    assert prices.row.dtype == prices.token.dtype == torch.float64
