@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decision import CANDIDATES, BlockTables, Prices, Weighed
+from ..decision import ALL_FOR_LESS, CANDIDATES, BlockTables, Prices, Weighed
 from .common import cdiv, on_device
 
 BLOCK = 128
@@ -99,7 +99,7 @@ def _weigh_kernel(
 @triton.jit
 def _cheapest(
     tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, owner, m, n_owners,
-    SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    LESS: tl.constexpr, SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Candidate, and bytes, at the lowest price for each ``owner`` [BLOCK], the first of equal ones."""
     best = tl.zeros([BLOCK], tl.int32)
@@ -117,6 +117,8 @@ def _cheapest(
         is_lower = price < lowest
         if c == 0:
             is_lower = m
+            if C > 1:
+                price = price * tl.full([BLOCK], LESS, tl.float64)
         best = tl.where(is_lower, c, best)
         cost = tl.where(is_lower, n_tokens * kv_token + n_rows * row_bytes, cost)
         lowest = tl.where(is_lower, price, lowest)
@@ -127,14 +129,14 @@ def _cheapest(
 def _pick_kernel(
     fetched, facts, tokens, rows, place, owners, token, row, far, far_candidates, fetch, sent_place, costs,
     n_pairs, n_blocks, n_owners, kv_token, row_bytes,
-    SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    LESS: tl.constexpr, SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_pairs
     owner = tl.load(owners + o % n_blocks, mask=m, other=0).to(tl.int32)
     best, b_cost = _cheapest(
         tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, owner, m, n_owners,
-        SHARING, C, R, BLOCK,
+        LESS, SHARING, C, R, BLOCK,
     )  # fmt: skip
     comes = (tl.load(fetched + o, mask=m, other=0) >> best) & 1
     tl.store(fetch + o, comes, mask=m)
@@ -145,7 +147,7 @@ def _pick_kernel(
             o_p = p + tl.arange(0, BLOCK)
             best, b_cost = _cheapest(
                 tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, o_p, o_p < n_owners,
-                n_owners, SHARING, C, R, BLOCK,
+                n_owners, LESS, SHARING, C, R, BLOCK,
             )  # fmt: skip
             tl.store(costs + o_p, b_cost, mask=o_p < n_owners)
             total += b_cost
@@ -193,6 +195,7 @@ def pick_cheapest(
             *weighed, weighed.tokens if rows is None else rows, place, tables.owner, prices.token, prices.row,
             prices.far, prices.far_candidates, fetch, sent_place, costs,
             n_pairs, max(1, n_blocks), n_owners, prices.kv_token, prices.row_bytes,
-            SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+            LESS=ALL_FOR_LESS, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return fetch.view(torch.bool), sent_place, costs

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..requests import PAIR, PairTables
+from ..requests import PAIR, TOTALS, Pairs, PairTables
 from .common import cdiv, on_device
 
 BLOCK = 512
@@ -35,18 +35,21 @@ def _word(arrived, at, m):
 
 @triton.jit(do_not_specialize=["n_bytes", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
 def _request_kernel(
-    need, source, ends, costs, request, n_bytes, n_owners, stages, s_ends, HEADERS: tl.constexpr, BLOCK: tl.constexpr
-):
+    need, source, ends, costs, request, n_bytes, n_owners, stages, s_ends,
+    HEADERS: tl.constexpr, TOTALS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_bytes
     at = tl.load(source + o, mask=m, other=0).to(tl.int32)
     if HEADERS:
-        width = 8 * (stages + 1)
+        width = 8 * (stages + TOTALS)
         n_headers = n_owners * width
         m_header = m & (at < n_headers)
         stage = at % width // 8
         rows = _rows_to(ends, s_ends, stage * n_owners + at // width, m_header & (stage < stages))
-        value = tl.where(stage < stages, rows, tl.load(costs + n_owners)) >> (at % 8 * 8).to(tl.int64)
+        value = tl.where(stage == stages, tl.load(costs + n_owners), rows)
+        value = tl.where(stage > stages, tl.load(ends + (stages * n_owners - 1) * s_ends).to(tl.int64), value)
+        value = value >> (at % 8 * 8).to(tl.int64)
         flag = tl.load(need + at - n_headers, mask=m & (at >= n_headers), other=0)
         tl.store(request + o, tl.where(m_header, value & 255, (flag != 0).to(tl.int64)), mask=m)
     else:
@@ -83,16 +86,19 @@ def _before(sums, entry, m):
 
 @triton.jit(do_not_specialize=["n_entries", "n_want", "n_owners", "stages"])
 def _lists_kernel(
-    sums, pairs, bounds, lists, sizes, n_entries, n_want, n_owners, stages, PAIR: tl.constexpr, BLOCK: tl.constexpr
-):
+    sums, pairs, bounds, lists, offsets, sizes, n_entries, n_want, n_owners, stages,
+    PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_entries
     before = _before(sums, o, m)
     moves = tl.load(sums + o, mask=m, other=0) != before
     # What is given is counted behind what is wanted, and listed behind what could have been.
-    n_wanted = tl.load(sums + n_want - 1, mask=n_want > 0, other=0) // PAIR
-    place = before // PAIR + tl.where(o < n_want, 0, n_want - n_wanted)
+    wanted = tl.load(sums + n_want - 1, mask=n_want > 0, other=0)
+    is_want = o < n_want
+    place = before // PAIR + tl.where(is_want, 0, n_want - wanted // PAIR)
     tl.store(lists + place, tl.load(pairs + o, mask=m, other=0), mask=m & moves)
+    tl.store(offsets + place, before % PAIR - tl.where(is_want, 0, wanted % PAIR), mask=m & moves)
 
     m = o < 2 * stages * (n_owners + 1)
     owner = o % (n_owners + 1)
@@ -122,11 +128,14 @@ def _sum_up_kernel(
     tl.store(out + o, _word(arrived, at + 8 * stage, m_received) + sent, mask=m)
 
     total = tl.zeros([BLOCK], tl.int64)
+    rows = tl.zeros([BLOCK], tl.int64)
     for p in range(0, n_owners, BLOCK):
         o_p = p + tl.arange(0, BLOCK)
         at = tl.load(header_at + o_p, mask=o_p < n_owners, other=0)
         total += _word(arrived, at + 8 * stages, o_p < n_owners)
+        rows += _word(arrived, at + 8 * stages + 8, o_p < n_owners)
     fact = tl.where(o == 0, tl.sum(total, 0), 0)
+    fact = tl.where(o == 5, tl.sum(rows, 0), fact)
     fact = tl.where(o == 1, tl.load(facts), fact)
     fact = tl.where(o == 2, tl.load(candidates) * n_kv, fact)
     fact = tl.where(o == 3, tl.load(costs + n_owners), fact)
@@ -144,7 +153,7 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
         with on_device(need):
             _request_kernel[(cdiv(source.numel(), BLOCK),)](
                 need, source, ends, costs, request, source.numel(), n_owners, stages, s_ends,
-                HEADERS=ends is not None, BLOCK=BLOCK, num_warps=4,
+                HEADERS=ends is not None, TOTALS=TOTALS, BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return request
 
@@ -161,11 +170,11 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     return need.view(torch.bool)
 
 
-def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Pairs, Pairs]:
     """See :func:`moba_cp.requests.list_pairs`."""
     n_entries, (_, stages, columns) = tables.pairs.numel(), sizes.shape
     moved = torch.empty(n_entries, dtype=torch.int64, device=need.device)
-    lists = torch.empty(n_entries, dtype=torch.int64, device=need.device)
+    lists, offsets = torch.empty(2, n_entries, dtype=torch.int64, device=need.device)
     assert need.is_contiguous() and sizes.is_contiguous() and n_entries < 2**31
     numbers = n_entries, tables.n_want
     with on_device(need):
@@ -174,10 +183,10 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
                 need, arrived, tables.flag_at, tables.weight, moved, *numbers, BLOCK=BLOCK, num_warps=4
             )
         _lists_kernel[(cdiv(max(n_entries, sizes.numel()), BLOCK),)](
-            moved.cumsum(0), tables.pairs, tables.bounds, lists, sizes, *numbers, columns - 1, stages,
+            moved.cumsum(0), tables.pairs, tables.bounds, lists, offsets, sizes, *numbers, columns - 1, stages,
             PAIR=PAIR, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    return lists[: tables.n_want], lists[tables.n_want :]
+    return tuple(Pairs(lists[side], offsets[side]) for side in (slice(0, tables.n_want), slice(tables.n_want, None)))
 
 
 def sum_up(
@@ -191,7 +200,7 @@ def sum_up(
     out: Tensor,
 ) -> None:
     """See :func:`moba_cp.requests.sum_up`."""
-    assert out.is_contiguous() and out[0].numel() >= 5
+    assert out.is_contiguous() and out[0].numel() >= 6
     with on_device(arrived):
         _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](
             arrived, header_at, ends, costs, facts, candidates, out,

@@ -80,7 +80,7 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     return _integers(fetch, requests).relay_request(fetch, arrived, asked_at)
 
 
-def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[requests.Pairs, requests.Pairs]:
     """See :func:`moba_cp.requests.list_pairs`."""
     return _integers(need, requests).list_pairs(need, arrived, tables, sizes)
 

@@ -1,8 +1,9 @@
 """Requests between ranks and the lists that follow from them, in plain PyTorch.
 
-A request is bytes: to each rank a header of int64 (how many rows it gets in each stage, and the bytes of this rank's
-whole decision), then a byte for each pair that it serves, 1 if that is wanted. A pair is (KV head, block), numbered
-``head * n + block``. The tables, the same in every call, are made by :mod:`moba_cp.cp.wire`.
+A request is bytes: to each rank a header of int64 (how many rows it gets in each stage, then the bytes of this rank's
+whole decision, and how many rows it sends in all), then a byte for each pair that it serves, 1 if that is wanted. A
+pair is (KV head, block), numbered ``head * n + block``. The tables, the same in every call, are made by
+:mod:`moba_cp.cp.wire`.
 
 Legend: P ranks, n blocks, Hkv key/value heads. *Sizes* are [2, stages, P + 1] int64: rows received from (0) and sent to
 (1) each rank, and in the last column pairs.
@@ -12,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+TOTALS = 2
+"""Numbers in a header behind those of the stages."""
 
 PAIR = 1 << 40
 """A running sum counts pairs in units of this, and their tokens below it."""
@@ -46,7 +50,8 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
     if ends is None:
         return flags[source]
     size = costs.numel() - 1
-    header = torch.cat([_lengths(ends).view(-1, size).T, costs[-1:].expand(size, 1)], 1)
+    totals = [x.long().expand(size, 1) for x in (costs[-1:], ends[-1:])]
+    header = torch.cat([_lengths(ends).view(-1, size).T, *totals], 1)
     return torch.cat([header.contiguous().view(torch.uint8).flatten(), flags])[source]
 
 
@@ -62,8 +67,17 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     return fetch | asked.any(0).view(fetch.shape)
 
 
-def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs that move, by stage, rank, head, block.
+class Pairs(NamedTuple):
+    """Pairs that move to or from a rank, by stage, rank, head, block; entries past the counts mean nothing."""
+
+    ids: Tensor
+    """int64, the pairs."""
+    before: Tensor
+    """int64, tokens of those before each, over all stages."""
+
+
+def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Pairs, Pairs]:
+    """The pairs that move.
 
     Args:
         need: [Hkv, n] bool, what this rank asked for.
@@ -71,7 +85,7 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
         sizes: [2, stages, P + 1] int64, written.
 
     Returns:
-        int64 pairs received, and pairs sent; entries past the counts mean nothing.
+        the pairs received, and those sent.
     """
     n_want = tables.n_want
     flags = torch.cat([need.flatten()[tables.flag_at[:n_want]], arrived[tables.flag_at[n_want:]] != 0])
@@ -80,9 +94,12 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
     parts = before[tables.bounds].diff().view(2, sizes.shape[1], -1)
     sizes[..., :-1] = parts % PAIR
     sizes[..., -1] = (parts // PAIR).sum(-1)
-    want, give = flags[:n_want], flags[n_want:]
-    order = [side.logical_not().byte().argsort(stable=True) for side in (want, give)]
-    return tables.pairs[:n_want][order[0]], tables.pairs[n_want:][order[1]]
+    tokens = before % PAIR
+    sides = []
+    for side in (slice(0, n_want), slice(n_want, None)):
+        order = flags[side].logical_not().byte().argsort(stable=True)
+        sides.append(Pairs(tables.pairs[side][order], (tokens[:-1] - tokens[side.start])[side][order]))
+    return tuple(sides)
 
 
 def sum_up(
@@ -103,18 +120,19 @@ def sum_up(
         ends, costs: as in :func:`write_request`.
         facts: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.decision.Weighed`.
         candidates: [] int64, blocks of other ranks that could have been needed, by each of the ``n_kv`` KV heads.
-        out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then five
+        out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then six
             numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this
-            rank's decision, rows of the hottest pair.
+            rank's decision, rows of the hottest pair, rows that all ranks send.
     """
     size, stages = header_at.numel(), out.shape[2]
-    byte = torch.arange(8 * (stages + 1), device=arrived.device)
+    byte = torch.arange(8 * (stages + TOTALS), device=arrived.device)
     received = arrived[header_at[:, None] + byte].view(torch.int64)
     out.zero_()
-    out[0, 0, :, :-1] = received[:, :-1].T
+    out[0, 0, :, :-1] = received[:, :stages].T
     out[0, 1, :, :-1] = _lengths(ends).view(stages, size)
-    # Every rank's header also went to itself, so that the sum is the same everywhere.
-    out[1].view(-1)[:5] = torch.stack([received[:, -1].sum(), facts[0], candidates * n_kv, costs[-1], facts[1]])
+    # Every rank's header also went to itself, so that these sums are the same everywhere.
+    cost, rows = received[:, stages:].sum(0)
+    out[1].view(-1)[:6] = torch.stack([cost, facts[0], candidates * n_kv, costs[-1], facts[1], rows])
 
 
 def _lengths(ends: Tensor) -> Tensor:

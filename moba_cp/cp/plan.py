@@ -9,11 +9,13 @@ is (KV head, block), numbered ``head * n + block``. A stage is one of the parts 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..requests import Pairs
 from .comm import Communicator, HostCopy
 from .decide import Decision
 from .geometry import BlockGeometry
@@ -22,12 +24,12 @@ from .wire import HopTables, WireTables
 
 @dataclass(frozen=True)
 class PairLists:
-    """Pairs that move in one hop, and how many rows each rank gets; lists run by stage, rank, head, block."""
+    """Pairs that move in one hop, and how many rows each rank gets."""
 
-    want: Tensor
-    """int64 pairs received; entries past the counts are meaningless."""
-    give: Tensor
-    """int64 pairs sent; entries past the counts are meaningless."""
+    want: Pairs
+    """pairs received"""
+    give: Pairs
+    """pairs sent"""
     sizes: Tensor
     """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank, and in the last column pairs."""
 
@@ -45,6 +47,23 @@ class RowLists:
     """[2, stages, P + 1] int64: rows received from (0) and sent to (1) each rank; the last column is unused."""
 
 
+class Facts(NamedTuple):
+    """Numbers of a plan. Bytes are those of forward and backward, between requester and owner, headers not counted."""
+
+    total_bytes: int
+    """of all ranks' decisions"""
+    needed: int
+    """pairs of other ranks that this rank needs in one way or the other"""
+    candidates: int
+    """pairs of other ranks that it could have needed"""
+    bytes: int
+    """of this rank's decision"""
+    hottest: int
+    """local rows of the pair that most of them chose"""
+    total_rows: int
+    """that all ranks send"""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that moves for one call on one rank."""
@@ -59,12 +78,9 @@ class Plan:
         """Sizes of a hop, or of the rows (``part = -1``), as nested lists [2][stages][P + 1]."""
         return self.numbers.get()[: len(self.hops) + 1][part].tolist()
 
-    def facts(self) -> tuple[int, int, int, int, int]:
-        """Of all ranks: bytes moved. Of this one: needed pairs, candidates elsewhere, bytes, rows of the hottest pair.
-
-        Bytes are those of forward and backward, between requester and owner; headers not counted.
-        """
-        return tuple(self.numbers.get()[-1].flatten()[:5].tolist())
+    def facts(self) -> Facts:
+        """What :func:`moba_cp.requests.sum_up` found."""
+        return Facts(*self.numbers.get()[-1].flatten()[: len(Facts._fields)].tolist())
 
 
 def negotiate(

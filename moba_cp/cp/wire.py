@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..requests import PAIR, PairTables
+from ..requests import PAIR, TOTALS, PairTables
 from .decide import stage_of
 from .geometry import BlockGeometry
 
@@ -76,7 +76,7 @@ def build_wire_tables(
     """:class:`WireTables` of one rank."""
     size = len(geometry.owned)
     stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
-    header = 8 * (stages + 1)
+    header = 8 * (stages + TOTALS)
     if ranks_per_node in (None, 1) or ranks_per_node >= size:
         hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header, False)]
     else:

@@ -150,6 +150,8 @@ def test_rows_count_more_within_a_node():
         sent.append(kinds)
     rows, blocks = zip(*sent)
     assert rows[0] > rows[1] > rows[2] == 0 and blocks[0] < blocks[1] < blocks[2]
+    # Where there are no rows nobody meets to send none; with the last weight nor to send results back.
+    assert not any(kind.startswith(("sent_rows", "sent_partial")) for c in counters for kind in c)
 
 
 def test_auto_mixes_fetched_blocks_and_sent_rows():

@@ -92,6 +92,23 @@ def test_equal_prices_take_the_first():
         assert fetch.item() and costs.tolist() == [2, 2]
 
 
+def test_everything_where_that_costs_hardly_more():
+    """One kind of transfer is better than two at almost the same price."""
+    tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype, device=DEVICE)
+    one, no = tensor([True] * 2, torch.bool), tensor([False] * 2, torch.bool)
+    price = tensor([1.0], torch.float64)
+    prices = Prices(1, 1, price, price, UNIT, 1, no[:1], tensor(1))
+    counts = tensor([[[[2000, 1]]], [[[2000 * UNIT, UNIT]]]])
+    rows = tensor([[[0], [1], [2001]]], torch.int32)
+    for module in (decision, kernels):
+        for lengths, comes in (([990, 10], True), ([980, 20], False)):
+            tables = BlockTables(tensor([0, 0]), tensor(lengths, torch.int32), one, no)
+            weighed = module.weigh_blocks(counts, tables, prices, "auto")
+            assert weighed.fetched.tolist() == [[3, 1]]
+            place = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+            assert module.pick_cheapest(weighed, rows, place, tables, prices)[0].tolist() == [[True, comes]]
+
+
 def test_large_numbers():
     """2^31 - 1 visits at a full share, and bytes beyond 32 bits."""
     tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype, device=DEVICE)

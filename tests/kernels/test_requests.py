@@ -97,15 +97,19 @@ def _rank(comm, case):
             module.sum_up(arrived, inner.header_at, ends, costs, facts, geometry.n_candidates, n_kv, numbers[-2:])
         for (want, give), of_hop, (all_want, all_give, sizes) in zip(lists, numbers, expected, strict=False):
             assert of_hop.tolist() == sizes
-            assert want[: len(all_want)].tolist() == all_want and give[: len(all_give)].tolist() == all_give
+            for side, pairs in ((want, all_want), (give, all_give)):
+                assert side.ids[: len(pairs)].tolist() == pairs
+                tokens = geometry.length.long()[side.ids[: len(pairs)] % n]
+                assert torch.equal(side.before[: len(pairs)], tokens.cumsum(0) - tokens)
         counts = [_ends(p, stages, size).diff(prepend=ends.new_zeros(1)).view(stages, size) for p in range(size)]
         received = [[of[s, comm.rank].item() for of in counts] + [0] for s in range(stages)]
         sent = [[*row, 0] for row in counts[comm.rank].tolist()]
         assert numbers[-2].tolist() == [received, sent]
         total = sum(_costs(p, size)[-1].item() for p in range(size))
         candidates = int(geometry.remote_candidate.sum()) * n_kv
-        facts_out = [total, 5, candidates, costs[-1].item(), 6]
-        assert numbers[-1].flatten().tolist() == facts_out + [0] * (numbers[-1].numel() - 5)
+        all_rows = sum(int(of.sum()) for of in counts)
+        facts_out = [total, 5, candidates, costs[-1].item(), 6, all_rows]
+        assert numbers[-1].flatten().tolist() == facts_out + [0] * (numbers[-1].numel() - 6)
     return sum(len(want) + len(give) for want, give, _ in expected)
 
 
