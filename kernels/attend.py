@@ -112,6 +112,7 @@ def attend_backward(
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -126,6 +127,7 @@ def attend_backward(
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
+        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
@@ -136,7 +138,7 @@ def attend_backward(
         at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
-        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]))
+        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]), fresh=fresh)
         return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
@@ -156,7 +158,7 @@ def attend_backward(
     else:
         dq, dk, dv = into
         if nothing:
-            return into
+            return (dq, dk.zero_(), dv.zero_()) if fresh else into
     kind = dim, pages.block_size, q.dtype, q.device
     specialized = hopper.serves(q, pages, scale, dout)
     key_tile = tuned.key_tile(*kind, specialized and not deterministic)
@@ -164,9 +166,12 @@ def attend_backward(
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     kv_heads = _whole(kv_heads, pages.row.shape[0])
+    scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_slices, head_slices, direct = _backward_slices(
-        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
+        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
     )
+    if fresh and not direct:
+        dk.zero_(), dv.zero_()
     # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
     if index is not None and len(row_slices) == 1:
@@ -279,17 +284,17 @@ def _slices(
 
 def _backward_slices(
     q: Tensor, pages, kv_heads: slice, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None,
-    scratch_bytes: int,
+    fresh: bool, scratch_bytes: int,
 ) -> tuple[list[slice], list[slice], bool]:  # fmt: skip
     """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
 
-    That takes that all rows come in one slice.
+    That takes that nothing is to be added to, and that all rows come in one slice.
     """
     n_rows, n_heads, dim = q.shape
     group = n_heads // pages.row.shape[0]
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
     shape = n_rows, group, kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
-    if local_dtype is not None:
+    if local_dtype is not None or fresh:
         n_sums = _sum_places(n_rows, group * n_slots, pages, 1, key_tile)
         row_slices, head_slices = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
         if len(row_slices) == 1:
@@ -393,10 +398,10 @@ def _backward_slice(
     inputs = part.q, part.k, part.v, dout[:, part.heads]
     strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
-        visits_per_head = n_rows * group * part.n_slots
-        _visit_table_kernel[(cdiv(visits_per_head, 512), part.row.shape[0])](
-            routing.visits, list_start, own, visible, lse, delta, table, stats, own_end,
-            visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
+        _visit_table_kernel[part.grid(key_tasks)](
+            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, own_end,
+            n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
+            q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
         rest = dk, dv, sum_k, sum_v, table, stats, own_end

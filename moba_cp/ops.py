@@ -204,14 +204,17 @@ def attend(
 
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    kv_heads=None, into=None,
+    kv_heads=None, into=None, fresh=False,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
-    ``index`` and ``kv_heads``: as in :func:`attend`."""
+    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
+    are written, others may be left as they are."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
-        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into)
+        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into, fresh=fresh)
+    if fresh:
+        into[1].zero_(), into[2].zero_()
     if kv_heads is not None:
         at = _query_heads(kv_heads, q, pages)
         rows = dout[:, at], lse[:, at], delta[:, at]

@@ -128,10 +128,17 @@ class BlockStage:
             Pages(p.k, p.v, torch.where(self.fetch_mask, p.row, -1), p.head, p.length, p.block_size) for p in storages
         ]
 
+    @property
+    def writes_all(self) -> bool:
+        """Whether every row of the storages belongs to a block that this rank attends to."""
+        return len(self.hops) == 1
+
     def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Zeros [W, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        """[W, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie; zeros where not all are
+        written."""
         rows, _, dim = pages.k.shape
-        grads = pages.k.new_zeros(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        new = pages.k.new_empty if self.writes_all else pages.k.new_zeros
+        grads = new(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
         return grads, (grads[:, :1], grads[:, 1:])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:

@@ -133,10 +133,10 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         for stage in ctx.stages:
             _set_owned(stage, owned)
 
-        def attend_backward(pages: Pages, kv_heads: slice, dk: Tensor, dv: Tensor) -> None:
+        def attend_backward(pages: Pages, kv_heads: slice, dk: Tensor, dv: Tensor, fresh: bool = False) -> None:
             ops.attend_backward(
                 q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic,
-                index=index, kv_heads=kv_heads, into=(dq, dk, dv),
+                index=index, kv_heads=kv_heads, into=(dq, dk, dv), fresh=fresh,
             )  # fmt: skip
 
         ready = comm.mark(q)
@@ -168,7 +168,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 storages, parts = waits[0](), []
                 for pages in stage.blocks.visible(storages):
                     part, of_kv = stage.blocks.new_gradients(pages)
-                    attend_backward(pages, stage.kv_heads, *of_kv)
+                    attend_backward(pages, stage.kv_heads, *of_kv, stage.blocks.writes_all)
                     parts.append(part)
                 finish = stage.blocks.give_back(storages, parts, grads, wire)
             return answer, finish
