@@ -20,7 +20,7 @@ from ..tuned import Tile, is_hopper
 
 # Of Triton.
 VERSIONS = ("3.6.",)
-HEAD_DIM = 128
+HEAD_DIMS = (64, 128)
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 try:
@@ -42,14 +42,14 @@ def runs_on(device: torch.device) -> bool:
 
 
 def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
-    """Whether a call can run here: 16-bit inputs of D = 128, whole tiles of keys, and rows that TMA can fetch.
+    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, rows that TMA can fetch.
 
     A backward's call gives ``dout`` [N, Hq, D] too, and is of bfloat16, in which partial dQ are.
     """
     return (
         runs_on(q.device)
         and q.dtype in ELEMENTS
-        and q.shape[2] == HEAD_DIM
+        and q.shape[2] in HEAD_DIMS
         and pages.block_size % 128 == 0
         and scale > 0
         and all(_is_regular(x) for x in (q, pages.k, pages.v))
@@ -61,7 +61,7 @@ def _is_regular(x: Tensor) -> bool:
     """Whether rows of x [T, H, D] begin at multiples of 16 bytes, with columns of all heads that fit 32 bits."""
     s_row, s_head, _ = x.stride()
     aligned = x.data_ptr() % 16 == 0 and s_row % 16 == 0 and s_head % 16 == 0
-    return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + HEAD_DIM < 2**31
+    return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + x.shape[2] < 2**31
 
 
 def _boxes(x: Tensor, rows: int):

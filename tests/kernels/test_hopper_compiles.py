@@ -57,10 +57,12 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "block_size, names", [(128, {"key"}), (512, {"long_block", "key", "query"})], ids=["short", "long"]
+    "dim, block_size, names",
+    [(128, 128, {"key"}), (128, 512, {"long_block", "key", "query"}), (64, 128, {"key"}), (64, 512, {"long_block", "key"})],
+    ids=["128-short", "128-long", "64-short", "64-long"],
 )
-def test_compiles_within_shared_memory(compiled, block_size, names):
-    n_tokens, dim = 2048, 128
+def test_compiles_within_shared_memory(compiled, dim, block_size, names):
+    n_tokens = 2048
     q, k, v, dout = (torch.zeros(n_tokens, n_heads, dim, dtype=torch.bfloat16) for n_heads in (4, 2, 2, 4))
     table = block_table(n_tokens, block_size, None, "cpu")
     chosen = torch.zeros(n_tokens, 4, 2, dtype=torch.int32)
@@ -82,8 +84,8 @@ def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
 
     assert not serves(), "without a GPU"
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    assert serves() and serves(torch.float16) and serves(offset=8) and serves(block_size=128)
-    assert not any([serves(torch.float32), serves(dim=64), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
+    assert serves() and serves(torch.float16) and serves(offset=8) and serves(block_size=128) and serves(dim=64)
+    assert not any([serves(torch.float32), serves(dim=32), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
     assert not serves(offset=1), "rows that begin at odd places"
     assert not serves(torch.float16, dout=torch.zeros(300, 2, 128, dtype=torch.float16)), "partial dQ could overflow"
     assert not serves(dout=torch.zeros(300 * 256 + 8, dtype=torch.bfloat16)[1:][: 300 * 256].view(300, 2, 128))
@@ -105,7 +107,7 @@ def test_tiles_of_the_other_kernels_where_these_do_not_serve():
     for tile in (tuned.forward_tile, tuned.key_tile, tuned.query_tile):
         assert tile(128, 512, bf16, device, specialized=True).fetch_registers
         assert not tile(128, 512, bf16, device).fetch_registers
-        assert not tile(64, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
+        assert not tile(96, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
     # Atomics and a kernel of its own would both write dQ.
     assert tuned.dq_by_atomics(128, 512, bf16, device)
     assert not tuned.dq_by_atomics(128, 512, bf16, device, specialized=True)
