@@ -63,9 +63,7 @@ def forward_tile(
     return Tile(64, 64, 64, 4, 2 if bd > 128 else 3)
 
 
-def key_tile(
-    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
-) -> Tile:
+def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds keys."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("keys", dim, block_size)):
@@ -83,9 +81,7 @@ def key_tile(
     return Tile(64, bn, rows, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
-def query_tile(
-    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
-) -> Tile:
+def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds queries."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("queries", dim, block_size)):

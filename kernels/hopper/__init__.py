@@ -6,7 +6,7 @@ They take the place of those of :mod:`..forward` and :mod:`..backward` where :fu
 :mod:`.long_blocks` is the forward, :mod:`.keys` and :mod:`.queries` are the gradients. A program is three groups of
 four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere, by cp.async. Two compute, each at its
 own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
-only (see :mod:`.shared`).
+only (see :mod:`.shared`). :mod:`.select` is another matter: there each thread has a row.
 
 The kernels are written in Gluon, which comes with Triton and changes with it. They ran on an H100 with Triton 3.6.0;
 3.7.1 compiles them, as the tests do.
@@ -16,11 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import cdiv
 from ..tuned import Tile, is_hopper
 
 # Of Triton.
 VERSIONS = ("3.6.",)
 HEAD_DIMS = (64, 128)
+# Blocks besides its own that a row may choose where threads keep them in registers.
+MAX_CHOSEN = 15
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 try:
@@ -30,6 +33,7 @@ try:
     from .keys import key_kernel
     from .long_blocks import long_block_kernel
     from .queries import query_kernel
+    from .select import WIDTH, select_kernel
 
     HAS_GLUON = True
 except (ImportError, AttributeError):
@@ -57,6 +61,11 @@ def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
     )
 
 
+def selects(q: Tensor, n_slots: int) -> bool:
+    """Whether the choice of ``n_slots`` blocks for each row of q [N, Hq, D] can run here."""
+    return runs_on(q.device) and q.dtype in ELEMENTS and q.shape[2] in HEAD_DIMS and n_slots <= MAX_CHOSEN
+
+
 def _is_regular(x: Tensor) -> bool:
     """Whether rows of x [T, H, D] begin at multiples of 16 bytes, with columns of all heads that fit 32 bits."""
     s_row, s_head, _ = x.stride()
@@ -70,6 +79,15 @@ def _boxes(x: Tensor, rows: int):
     layout = gl.NVMMASharedLayout.get_default_for([rows, dim], getattr(gl, ELEMENTS[x.dtype]))
     shape = [n_rows, (n_heads - 1) * x.stride(1) + dim]
     return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
+
+
+def launch_select(q: Tensor, means: Tensor, first: Tensor, own: Tensor, chosen: Tensor) -> None:
+    """See :func:`..select.select_blocks`."""
+    n_rows, n_heads, dim = q.shape
+    select_kernel[(cdiv(n_rows, WIDTH.value), n_heads)](
+        q, means, first, own, chosen, n_rows, *q.stride()[:2], *means.stride()[:2],
+        HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=chosen.shape[2], num_warps=1,
+    )  # fmt: skip
 
 
 def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, parts_lse: Tensor, scale_log2) -> None:

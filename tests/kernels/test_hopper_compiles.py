@@ -19,6 +19,8 @@ from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
 
 SHARED_BYTES = 227 << 10
+
+
 class Hopper:
     """As much of a driver as compiling asks for."""
 
@@ -58,7 +60,12 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize(
     "dim, block_size, names",
-    [(128, 128, {"key"}), (128, 512, {"long_block", "key", "query"}), (64, 128, {"key"}), (64, 512, {"long_block", "key"})],
+    [
+        (128, 128, {"key"}),
+        (128, 512, {"long_block", "key", "query"}),
+        (64, 128, {"key"}),
+        (64, 512, {"long_block", "key"}),
+    ],
     ids=["128-short", "128-long", "64-short", "64-long"],
 )
 def test_compiles_within_shared_memory(compiled, dim, block_size, names):
