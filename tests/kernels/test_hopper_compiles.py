@@ -82,6 +82,19 @@ def test_compiles_within_shared_memory(compiled, dim, block_size, names):
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"], name
 
 
+@pytest.mark.parametrize("dim, top_k", [(64, 8), (128, 16)])
+def test_selection_compiles_without_spilling(compiled, dim, top_k):
+    q, means = (torch.zeros(n, n_heads, dim, dtype=torch.bfloat16) for n, n_heads in ((100, 4), (9, 2)))
+    first, own = torch.zeros(2, 100, dtype=torch.int32)
+    kernels.select_blocks(q, means, first, own, top_k)
+    kernel = compiled.pop("select_kernel")
+    assert kernel.metadata.num_warps == 1 and ".local" not in kernel.asm["ptx"]
+    kernels.select_blocks(q, means, first, own, hopper.MAX_CHOSEN + 2)
+    kernels.select_blocks(q.float(), means.float(), first, own, top_k)
+    kernels.select_blocks(q[..., :48], means[..., :48], first, own, top_k)
+    assert not compiled, "more than registers hold, float32 and other head dims are the other kernel's"
+
+
 def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
     def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, dout=None):
         n = 300
