@@ -8,7 +8,7 @@ threads between (``barrier.sync 1`` in the PTX), and versions of racecheck take 
 line of a kernel's ``def`` or of ``gl.warp_specialize`` on both sides, and nothing that a kernel's own lines do.
 
 A control shows what the reports are worth: a group hands numbers to another as our kernels do, once rightly, and once
-to a reader that does not wait. Racecheck must say no more of the former than of our kernels, and must find the latter.
+telling it before they are stored. Racecheck must say no more of the former than of our kernels, and must find the latter.
 """
 
 import argparse
@@ -29,102 +29,91 @@ from moba_cp.kernels import hopper
 from moba_cp.kernels.hopper.shared import barrier
 
 # (Hq, Hkv), D, B, k, tokens, deterministic, and the kernels that this must run.
-CALLS = [
-    ((2, 1), 128, 256, 2, 600, False, {"forward", "keys", "queries"}),
-    ((2, 2), 128, 128, 3, 600, False, {"keys"}),
-    ((2, 2), 128, 256, 2, 600, True, {"forward", "queries"}),
-    ((1, 1), 128, 1152, 2, 2404, False, {"forward", "keys", "queries"}),
-    ((2, 1), 64, 256, 2, 600, False, {"forward", "keys"}),
-    ((2, 2), 64, 128, 3, 600, False, {"keys"}),
-]
-ROUNDS, STAGES, SIZE = 6, 2, 128
+CALLS = {
+    "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "keys", "queries"}),
+    "short": ((2, 2), 128, 128, 3, 600, False, {"select", "keys"}),
+    "deterministic": ((2, 2), 128, 256, 2, 600, True, {"select", "forward", "queries"}),
+    "longer": ((1, 1), 128, 1152, 2, 2404, False, {"select", "forward", "keys", "queries"}),
+    "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "keys"}),
+    "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "keys"}),
+}
+ROUNDS, STAGES, SIZE = gl.constexpr(6), gl.constexpr(2), gl.constexpr(128)
 # How the control hands numbers over: 64-bit ones by plain stores, 32-bit ones by stmatrix.
 CONTROLS = {
-    "right": (torch.int64, True), "right32": (torch.int32, True),
-    "wrong": (torch.int64, False), "wrong32": (torch.int32, False),
+    "right": (torch.int64, False), "right32": (torch.int32, False),
+    "wrong": (torch.int64, True), "wrong32": (torch.int32, True),
 }  # fmt: skip
 HAND_OVER = ("def ", "gl.warp_specialize(")
 ACCESS = re.compile(r"(Read|Write) access at (\w+)\+0x\w+ in (\w+\.py):(\d+)")
 
 
 @gluon.jit
-def _give(
-    x, first, places, full, empty, ROUNDS: gl.constexpr, STAGES: gl.constexpr, SIZE: gl.constexpr, WAIT: gl.constexpr
-):
+def _give(x, first, places, full, empty, EARLY: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for i in range(ROUNDS):
         stage = i % STAGES
+        value = gl.load(x + first + i * SIZE + gl.arange(0, SIZE, layout=LAYOUT))
         mbarrier.wait(empty.index(stage), i // STAGES % 2 ^ 1)
-        places.index(stage).store(gl.load(x + first + i * SIZE + gl.arange(0, SIZE, layout=LAYOUT)))
+        if EARLY:
+            mbarrier.arrive(full.index(stage), count=1)
+        places.index(stage).store(value)
         barrier()
-        mbarrier.arrive(full.index(stage), count=1)
+        if not EARLY:
+            mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
-def _take(
-    out, first, places, full, empty, ROUNDS: gl.constexpr, STAGES: gl.constexpr, SIZE: gl.constexpr, WAIT: gl.constexpr
-):
+def _take(out, first, places, full, empty):
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     for i in range(ROUNDS):
         stage = i % STAGES
-        if WAIT:
-            mbarrier.wait(full.index(stage), i // STAGES % 2)
+        mbarrier.wait(full.index(stage), i // STAGES % 2)
         value = places.index(stage).load(LAYOUT)
         mbarrier.arrive(empty.index(stage), count=1)
         gl.store(out + first + i * SIZE + gl.arange(0, SIZE, layout=LAYOUT), value)
 
 
 @gluon.jit
-def control_kernel(
-    x, out, start, ROUNDS: gl.constexpr, STAGES: gl.constexpr, SIZE: gl.constexpr, WAIT: gl.constexpr, DTYPE: gl.constexpr
-):  # fmt: skip
+def control_kernel(x, out, start, EARLY: gl.constexpr):
     """out = x, [start + ROUNDS * SIZE] from ``start`` on, through STAGES places in shared memory."""
     first = gl.load(start)
     ONE: gl.constexpr = mbarrier.MBarrierLayout()
-    places = gl.allocate_shared_memory(DTYPE, [STAGES, SIZE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    places = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, SIZE], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     gl.warp_specialize(
-        [
-            (_take, (out, first, places, full, empty, ROUNDS, STAGES, SIZE, WAIT)),
-            (_give, (x, first, places, full, empty, ROUNDS, STAGES, SIZE, WAIT)),
-        ],
-        [4],
-        [64],
+        [(_take, (out, first, places, full, empty)), (_give, (x, first, places, full, empty, EARLY))], [4], [64]
     )
 
 
 def run_control(name: str) -> None:
-    dtype, wait = CONTROLS[name]
-    x = torch.arange(ROUNDS * SIZE, dtype=dtype, device="cuda")
-    out = torch.full_like(x, -1)
-    start = torch.zeros(1, dtype=torch.int32, device="cuda")
-    size = gl.int64 if dtype == torch.int64 else gl.int32
-    control_kernel[(1,)](x, out, start, ROUNDS=ROUNDS, STAGES=STAGES, SIZE=SIZE, WAIT=wait, DTYPE=size, num_warps=4)
+    dtype, early = CONTROLS[name]
+    x = torch.arange(ROUNDS.value * SIZE.value, device="cuda").to(dtype)
+    out, start = torch.full_like(x, -1), torch.zeros_like(x[:1])
+    control_kernel[(1,)](x, out, start, EARLY=early, num_warps=4)
     torch.cuda.synchronize()
-    assert not wait or torch.equal(x, out)
+    assert early or torch.equal(x, out)
 
 
-def run_calls() -> None:
+def run_call(name: str) -> None:
+    heads, dim, block_size, top_k, n_tokens, deterministic, expected = CALLS[name]
     ran = set()
-    for name in ("forward", "keys", "queries"):
-        _note(name, getattr(hopper, f"launch_{name}"), ran)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for heads, dim, block_size, top_k, n_tokens, deterministic, expected in CALLS:
-        q, k, v, dout = (
-            torch.randn(n_tokens, h, dim, device="cuda", dtype=torch.bfloat16, generator=generator)
-            for h in (heads[0], heads[1], heads[1], heads[0])
-        )
-        cu_seqlens = torch.tensor([0, 37, n_tokens], dtype=torch.int32, device="cuda")
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        config = MoBAConfig(block_size, top_k, deterministic)
-        moba_attention(*leaves, config, cu_seqlens=cu_seqlens).backward(dout)
-        torch.cuda.synchronize()
-        assert ran == expected, f"D={dim}, B={block_size}: {ran} ran"
-        ran.clear()
+    for kernel in ("select", "forward", "keys", "queries"):
+        _note(kernel, getattr(hopper, f"launch_{kernel}"), ran)
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(n_tokens, h, dim, device="cuda", dtype=torch.bfloat16, generator=g)
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    )
+    cu_seqlens = torch.tensor([0, 37, n_tokens], dtype=torch.int32, device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    moba_attention(*leaves, MoBAConfig(block_size, top_k, deterministic), cu_seqlens=cu_seqlens).backward(dout)
+    torch.cuda.synchronize()
+    assert ran == expected, f"{name}: {ran} ran"
 
 
 def _note(name: str, launch, ran: set) -> None:
@@ -165,13 +154,14 @@ def sanitize(tool: str, case: str, options: list[str]) -> tuple[str, list[set[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=[*CONTROLS, "calls"], help="run this alone, under no tool")
+    parser.add_argument("--case", choices=[*CONTROLS, *CALLS], help="run this alone, under no tool")
     parser.add_argument("--log", type=Path, help="folder for the tools' whole output")
     args, options = parser.parse_known_args()
     if args.case:
-        return run_calls() if args.case == "calls" else run_control(args.case)
-    runs = [("memcheck", "calls"), ("racecheck", "calls"), *(("racecheck", case) for case in CONTROLS)]
-    with ThreadPoolExecutor(len(runs)) as pool:
+        return run_control(args.case) if args.case in CONTROLS else run_call(args.case)
+    runs = [("racecheck", case) for case in CONTROLS]
+    runs += [(tool, case) for tool in ("memcheck", "racecheck") for case in CALLS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda run: sanitize(*run, options), runs))
     failed = False
     for (tool, case), (summary, races, log) in zip(runs, results):
