@@ -12,15 +12,16 @@ Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, 
 CAPITALS compile-time constants.
 """
 
-from .attend import attend, attend_backward, index_size
+from .attend import attend, attend_backward, index_size, routing_index
 from .choices import count_choices, count_rows, list_rows
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
-from .pages import add_pages, copy_pages
+from .pages import add_pages, add_shares, copy_pages
 from .rows import gather_rows, row_ids
 from .select import select_blocks
 
 __all__ = [
-    "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices", "count_rows",
-    "gather_rows", "index_size", "list_rows", "merge_rows", "row_ids", "row_sums", "select_blocks",
+    "add_pages", "add_rows", "add_shares", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
+    "count_rows", "gather_rows", "index_size", "list_rows", "merge_rows", "row_ids", "row_sums", "routing_index",
+    "select_blocks",
 ]  # fmt: skip

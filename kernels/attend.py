@@ -36,7 +36,8 @@ def attend(
     scale: float,
     out_dtype: torch.dtype = torch.float32,
     scratch_bytes: int = FORWARD_SCRATCH,
-    index: list[Tensor] | None = None,
+    index: Tensor | None = None,
+    kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
@@ -50,7 +51,8 @@ def attend(
         scale: factor of the scores.
         out_dtype: of the output.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
-        index: a list that receives the routing index, unless rows are cut: the backward would have to make it again.
+        index: of :func:`routing_index`, made here for these ``pages`` if it is None.
+        kv_heads: with ``index`` and ``into``: the KV heads to do; all if it is None.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
 
@@ -58,6 +60,11 @@ def attend(
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
     """
     check_head_dim(q.shape[2])
+    if index is None and kv_heads is not None:
+        at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
+        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, out_dtype, scratch_bytes
+        attend(*some, into=tuple(x[:, at] for x in into))
+        return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
@@ -70,17 +77,21 @@ def attend(
         torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
         torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device),
     )
-    row_bytes, n_kv = _row_bytes(q, n_slots), pages.row.shape[0]
-    row_slices, head_slices = _slices(n_rows, n_heads, n_kv, n_slots, row_bytes, 0, scratch_bytes)
+    n_kv = pages.row.shape[0]
+    kv_heads = _whole(kv_heads, n_kv)
+    row_slices, head_slices = _slices(
+        n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch_bytes
+    )
     tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
-        routing = build_routing(*args[2:], pages.row)
         if index is not None and len(row_slices) == 1:
-            index.append(routing.flat)
-        tasks = cut_tasks(routing, tile.task_rows)
-        for kv_heads in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, tile, tasks, kv_heads)
+            routing = Routing(index, n_rows * n_heads * n_slots)
+        else:
+            routing = build_routing(*args[2:], pages.row)
+        tasks = cut_tasks(routing, tile.task_rows, pages.row)
+        for some in head_slices:
+            _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, tile, tasks, some)
     return out, lse
 
 
@@ -97,7 +108,8 @@ def attend_backward(
     deterministic: bool = False,
     local_dtype: torch.dtype | None = None,
     scratch_bytes: int = BACKWARD_SCRATCH,
-    index: list[Tensor] | None = None,
+    index: Tensor | None = None,
+    kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
@@ -110,8 +122,7 @@ def attend_backward(
         local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32
             sums of dk and dv then exist for a few heads at a time.
         scratch_bytes: as in :func:`attend`.
-        index: what :func:`attend` put there for the same visits. It is used where neither has to cut rows, else made
-            again.
+        index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
 
@@ -120,6 +131,12 @@ def attend_backward(
     """
     assert into is None or local_dtype is None and into[1].stride() == into[2].stride()
     check_head_dim(q.shape[2])
+    if index is None and kv_heads is not None:
+        at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
+        rows = dout[:, at], lse[:, at], delta[:, at]
+        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
+        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]))
+        return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
     if q.stride(0) != dout.stride(0):
@@ -145,38 +162,63 @@ def attend_backward(
     query_tile = tuned.query_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    row_slices, head_slices, direct = _backward_slices(q, pages, n_slots, mode, key_tile, local_dtype, scratch_bytes)
+    kv_heads = _whole(kv_heads, pages.row.shape[0])
+    row_slices, head_slices, direct = _backward_slices(
+        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, scratch_bytes
+    )
     # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
-    if index is not None and len(index) == len(row_slices) == 1:
-        routings = [Routing(index[0], n_rows * n_heads * n_slots)]
+    if index is not None and len(row_slices) == 1:
+        routings = [Routing(index, n_rows * n_heads * n_slots)]
     else:
         routings = [build_routing(*some, pages.row) for some in visits]
-    key_tasks = [cut_tasks(routing, key_tile.task_rows) for routing in routings]
-    query_tasks = [cut_tasks(routing, query_tile.task_rows) if mode == DQ_NONE.value else None for routing in routings]
-    for kv_heads in head_slices:
-        heads = kv_heads.stop - kv_heads.start
+    key_tasks = [cut_tasks(routing, key_tile.task_rows, pages.row) for routing in routings]
+    query_tasks = [
+        cut_tasks(routing, query_tile.task_rows, pages.row) if mode == DQ_NONE.value else None for routing in routings
+    ]
+    for some_heads in head_slices:
+        heads = some_heads.stop - some_heads.start
         sums = dk, dv, None, None, 0
         if direct:
             n_sums = _sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, key_tile)
             sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
         elif local_dtype is not None:
-            sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, kv_heads.start
+            sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, some_heads.start
         for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
             rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None, dq[rows], *sums
-            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, kv_heads)
+            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, some_heads)
         if local_dtype is not None and not direct:
-            dk[:, kv_heads], dv[:, kv_heads] = sums[:2]
+            dk[:, some_heads], dv[:, some_heads] = sums[:2]
     return dq, dk, dv
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, top_k: int) -> int:
-    """Elements of the one index that :func:`attend` makes for q [N, Hq, D] with own blocks; 0 if it makes several."""
+def routing_index(
+    q: Tensor, chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor
+) -> Tensor | None:
+    """What :func:`attend` and :func:`attend_backward` of the same rows share: which rows visit each block.
+
+    Args:
+        page_row: [Hkv, n] int64, -1 for blocks that nobody will attend to by this index. It may serve several storages,
+            each with some of the blocks.
+
+    Returns:
+        int32, see :class:`.routing.Routing`; None where rows have to be cut, and an index made for each slice.
+    """
+    n_kv, n_blocks = page_row.shape
+    if index_size(q, n_kv, n_blocks, chosen.shape[2] + (own is not None)) == 0:
+        return None
+    return build_routing(_whole_slots(chosen), own, visible, page_row).flat
+
+
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
+    """Elements of the index that :func:`routing_index` makes for q [N, Hq, D] and S' ``n_slots``; 0 if it is None."""
     n_rows, n_heads, _ = q.shape
-    if n_rows == 0:
+    if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0
-    rows, _ = _slices(n_rows, n_heads, n_kv, top_k, _row_bytes(q, top_k), 0, FORWARD_SCRATCH)
-    return n_rows * n_heads * top_k + n_kv * n_blocks + 1 if len(rows) == 1 else 0
+    rows, _ = _slices(
+        n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, FORWARD_SCRATCH
+    )
+    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
 
 
 def _row_bytes(q: Tensor, n_slots: int) -> int:
@@ -188,10 +230,22 @@ def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
     row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
     k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
     pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
-    n_slots = chosen.shape[2]
-    if chosen.stride(2) != 1 or chosen.stride(1) != n_slots:
-        chosen = chosen.contiguous()
-    return check_unit_stride(q), pages, chosen
+    return check_unit_stride(q), pages, _whole_slots(chosen)
+
+
+def _whole_slots(chosen: Tensor) -> Tensor:
+    """``chosen`` [N, Hq, S] with all slots of a row side by side."""
+    return chosen if chosen.stride(2) == 1 and chosen.stride(1) == chosen.shape[2] else chosen.contiguous()
+
+
+def query_heads(kv_heads: slice, n_heads: int, n_kv: int) -> slice:
+    """The query heads, of ``n_heads``, whose groups share some of ``n_kv`` KV heads."""
+    group = n_heads // n_kv
+    return slice(kv_heads.start * group, kv_heads.stop * group)
+
+
+def _whole(kv_heads: slice | None, n_kv: int) -> slice:
+    return slice(0, n_kv) if kv_heads is None else kv_heads
 
 
 def _row_major(x: Tensor) -> Tensor:
@@ -206,35 +260,37 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _slices(
-    n_rows: int, n_heads: int, n_kv: int, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
+    n_rows: int, group: int, kv_heads: slice, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
 ) -> tuple[list[slice], list[slice]]:
-    """Slices of rows and slices of KV heads for scratch of ``row_bytes`` per row and query head, and ``head_bytes`` per
-    KV head.
+    """Slices of rows and slices of KV heads, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
+    query head, and ``head_bytes`` per KV head.
 
     Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
     index would outgrow 32 bits.
     """
-    group = n_heads // n_kv
+    n_kv = kv_heads.stop - kv_heads.start
     kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
     row_step = min(
         max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
-        MAX_VISITS // (n_heads * n_slots),
+        MAX_VISITS // (n_kv * group * n_slots),
     )
-    return _cut(n_rows, max(1, row_step)), _cut(n_kv, kv_step)
+    return _cut(slice(0, n_rows), max(1, row_step)), _cut(kv_heads, kv_step)
 
 
 def _backward_slices(
-    q: Tensor, pages, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None, scratch_bytes: int
-) -> tuple[list[slice], list[slice], bool]:
+    q: Tensor, pages, kv_heads: slice, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None,
+    scratch_bytes: int,
+) -> tuple[list[slice], list[slice], bool]:  # fmt: skip
     """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
 
     That takes that all rows come in one slice.
     """
-    (n_rows, n_heads, dim), n_kv = q.shape, pages.row.shape[0]
+    n_rows, n_heads, dim = q.shape
+    group = n_heads // pages.row.shape[0]
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
-    shape = n_rows, n_heads, n_kv, n_slots, row_bytes + n_slots * VISIT_BYTES
+    shape = n_rows, group, kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
     if local_dtype is not None:
-        n_sums = _sum_places(n_rows, n_heads // n_kv * n_slots, pages, 1, key_tile)
+        n_sums = _sum_places(n_rows, group * n_slots, pages, 1, key_tile)
         row_slices, head_slices = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
         if len(row_slices) == 1:
             return row_slices, head_slices, True
@@ -246,10 +302,11 @@ def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Til
     return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
 
 
-def _cut(total: int, step: int) -> list[slice]:
+def _cut(whole: slice, step: int) -> list[slice]:
     """Even slices of at most ``step``: the last one should not be a sliver."""
+    total = whole.stop - whole.start
     step = cdiv(total, cdiv(total, step))
-    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
+    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
 
 
 def _part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,7 +322,7 @@ class _Slice:
         group = q.shape[1] // n_kv
         self.n_slots = chosen.shape[2] + (own is not None)
         self.block_size = pages.block_size
-        self.heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        self.heads = query_heads(kv_heads, q.shape[1], n_kv)
         self.n_heads = self.heads.stop - self.heads.start
         self.n_visits = q.shape[0] * self.n_heads * self.n_slots
         self.q, self.chosen = q[:, self.heads], chosen[:, self.heads]

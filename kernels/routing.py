@@ -10,7 +10,7 @@ order in every run. A *task* is up to R successive visits of a list, so a hot bl
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
 running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all
-heads is made once, serves forward and backward, and is cut into tasks for any range of heads.
+heads is made once, serves forward and backward and all storages, and is cut into tasks for any range of heads.
 """
 
 from typing import NamedTuple
@@ -145,7 +145,9 @@ def _scatter_kernel(
 
 
 @triton.jit(do_not_specialize=["n_lists", "places", "steps"])
-def _task_kernel(list_start, table, n_lists, places, task_rows, steps, BLOCK: tl.constexpr):
+def _task_kernel(
+    list_start, page_row, table, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
+):
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < places
     # The last list whose places begin at or before this one.
@@ -158,7 +160,10 @@ def _task_kernel(list_start, table, n_lists, places, task_rows, steps, BLOCK: tl
         high = tl.where(is_before, high, middle - 1)
     start, end = tl.load(list_start + low), tl.load(list_start + low + 1)
     begin = start + (o_p - start // task_rows - low) * task_rows
-    tl.store(table + o_p, tl.where(begin < end, low, -1), mask=m_p)
+    is_task = begin < end
+    if page_row is not None:
+        is_task &= tl.load(page_row + low // n_blocks * s_pages + low % n_blocks) >= 0
+    tl.store(table + o_p, tl.where(is_task, low, -1), mask=m_p)
     tl.store(table + places + o_p, begin, mask=m_p)
     tl.store(table + 2 * places + o_p, tl.minimum(begin + task_rows, end), mask=m_p)
 
@@ -213,13 +218,19 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int) -> Tasks:
-    """Tasks of up to ``task_rows`` visits from all lists of an index."""
+def cut_tasks(index: Routing, task_rows: int, page_row: Tensor | None = None) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from all lists of an index.
+
+    ``page_row`` [Hkv, n] int64, unit stride in n: of those lists only whose block is not -1 there, for an index that
+    serves several storages.
+    """
     n_lists = index.list_start.numel() - 1
     places = index.n_visits // task_rows + n_lists
     table = torch.empty(3, places, dtype=torch.int32, device=index.flat.device)
+    n_blocks, s_pages = (n_lists, 0) if page_row is None else (page_row.shape[1], page_row.stride(0))
     with on_device(index.flat):
         _task_kernel[(cdiv(places, 256),)](
-            index.list_start, table, n_lists, places, task_rows, (n_lists - 1).bit_length(), BLOCK=256, num_warps=4
-        )
+            index.list_start, page_row, table, n_lists, n_blocks, places, task_rows, (n_lists - 1).bit_length(),
+            s_pages, BLOCK=256, num_warps=4,
+        )  # fmt: skip
     return Tasks(table, task_rows)

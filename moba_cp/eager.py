@@ -360,6 +360,20 @@ def add_pages(
     dv[row, head] += arrived[at, 1].to(dv.dtype)
 
 
+def add_shares(dk: Tensor, dv: Tensor, shares: Tensor, skip: int) -> None:
+    """Add every rank's share of the gradients of this rank's first rows, in rank order.
+
+    Args:
+        dk, dv: [L, H, D] wide, with equal strides.
+        shares: [P, R, H, 2, D] contiguous, R >= L, any floating dtype.
+        skip: the rank whose share is there already.
+    """
+    for rank, share in enumerate(shares[:, : dk.shape[0]]):
+        if rank != skip:
+            dk += share[:, :, 0].to(dk.dtype)
+            dv += share[:, :, 1].to(dv.dtype)
+
+
 def _page_rows(pages: Pages, pairs: Tensor, offset: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
     """For the rows ``begin .. end`` of a message whose block lies in ``pages``: row of the message, row of the storage
     and its head, int64 each."""

@@ -50,10 +50,9 @@ def moba_attention_op(
     means = ops.block_means(k, table.start, table.length, block_size)
     chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
     pages = local_pages(k, v, table)
-    index: list[Tensor] = []
+    index = ops.routing_index(q, chosen, table.own, table.visible, pages.row)
     out, lse = ops.attend(q, pages, chosen, table.own, table.visible, scale, out_dtype=q.dtype, index=index)
-    # Under FakeTensor the index has a size that follows from the shapes, so there must be just one.
-    return out, lse, chosen, index[0] if len(index) == 1 else chosen.new_empty(0)
+    return out, lse, chosen, chosen.new_empty(0) if index is None else index
 
 
 @torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
@@ -76,7 +75,7 @@ def moba_attention_backward_op(
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
         q, local_pages(k, v, table), chosen, table.own, table.visible, scale, dout, lse, delta,
-        deterministic, local_dtype=q.dtype, index=[index] if index.numel() else None,
+        deterministic, local_dtype=q.dtype, index=index if index.numel() else None,
     )  # fmt: skip
 
 

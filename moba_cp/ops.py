@@ -92,6 +92,11 @@ def add_pages(
     backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 
 
+def add_shares(dk: Tensor, dv: Tensor, shares: Tensor, skip: int) -> None:
+    """See :func:`moba_cp.eager.add_shares`."""
+    backend(dk).add_shares(dk, dv, shares, skip)
+
+
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
     """See :func:`moba_cp.eager.row_sums`."""
     return backend(a).row_sums(a, b)
@@ -107,6 +112,26 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     return backend(q).select_blocks(q, means, first, own, top_k)
 
 
+def routing_index(
+    q: Tensor, chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor
+) -> Tensor | None:
+    """Which rows visit each block, for :func:`attend` and :func:`attend_backward` over any storages of these blocks.
+
+    Args:
+        q: [N, Hq, D]; chosen: [N, Hq, S] int32; own, visible: [N] int32 or None, as in :func:`moba_cp.eager.attend`.
+        page_row: [Hkv, n] int64, -1 for blocks that nobody will attend to by this index.
+
+    Returns:
+        int32; None where nothing is to be shared.
+    """
+    return None if backend(q) is eager else backend(q).routing_index(q, chosen, own, visible, page_row)
+
+
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
+    """Elements of what :func:`routing_index` returns for ``n_slots`` visits per row and head; 0 for None."""
+    return 0 if backend(q) is eager else backend(q).index_size(q, n_kv, n_blocks, n_slots)
+
+
 def attend(
     q: Tensor,
     pages,
@@ -115,33 +140,49 @@ def attend(
     visible: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
-    index: list[Tensor] | None = None,
+    index: Tensor | None = None,
+    kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
 ):
     """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
 
-    Kernels put what the backward of the same visits can use again into the list ``index``.
+    Args:
+        index: of :func:`routing_index`.
+        kv_heads: with ``into``: the KV heads to do; None for all.
     """
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
-        return backend(q).attend(*inputs, index=index, into=into)
+        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into)
+    if kv_heads is not None:
+        at = _query_heads(kv_heads, q, pages)
+        eager.attend(
+            q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, tuple(x[:, at] for x in into)
+        )
+        return into
     out, lse = eager.attend(q, pages, chosen, own, visible, scale, into)
     return out.to(out_dtype or out.dtype), lse
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, top_k: int) -> int:
-    """Elements of the one index that :func:`attend` leaves for rows that see their own block too; 0 if none or more."""
-    return 0 if backend(q) is eager else backend(q).index_size(q, n_kv, n_blocks, top_k)
-
-
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    into=None,
+    kv_heads=None, into=None,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
-    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``index``: as :func:`attend` left it. ``into``:
-    dq, dk and dv to add to."""
-    inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
+    :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
+    ``index`` and ``kv_heads``: as in :func:`attend`."""
     if backend(q) is not eager:
-        return backend(q).attend_backward(*inputs, local_dtype, index=index, into=into)
+        inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
+        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into)
+    if kv_heads is not None:
+        at = _query_heads(kv_heads, q, pages)
+        rows = dout[:, at], lse[:, at], delta[:, at]
+        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
+        eager.attend_backward(*some, into=(into[0][:, at], *into[1:]))
+        return into
+    inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
     return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs, into=into))
+
+
+def _query_heads(kv_heads: slice, q: Tensor, pages) -> slice:
+    group = q.shape[1] // pages.row.shape[0]
+    return slice(kv_heads.start * group, kv_heads.stop * group)

@@ -6,6 +6,7 @@ K and V of one row travel together. A pair is (KV head, block), numbered ``head 
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,9 +28,23 @@ class HopStage:
             ([row[:-1] for row in side], [row[-1] for row in side]) for side in sizes
         )
         self.receive, self.send = want_rows[stage], give_rows[stage]
+        self._rows: Tensor | None = None
         self.want = lists.want[sum(want[:stage]) : sum(want[: stage + 1])]
         self.give = lists.give[sum(give[:stage]) : sum(give[: stage + 1])]
         self.geometry, self.comm = geometry, comm
+
+    @cached_property
+    def give_offset(self) -> Tensor:
+        """[m] int64, row of the wire at which each pair sent begins; kept."""
+        return self._offset(self.give)
+
+    def rows(self, n_kv: int) -> Tensor:
+        """[Hkv, n] int64, row of the wire at which each pair received begins, -1 for the others; kept."""
+        if self._rows is None:
+            rows = torch.full((n_kv, self.geometry.n_blocks), -1, dtype=torch.int64, device=self.want.device)
+            rows.view(-1)[self.want] = self._offset(self.want)
+            self._rows = rows
+        return self._rows
 
     def fetch(self, sources: list[Pages]) -> Callable[[], Pages]:
         """Start sending pairs found in ``sources`` and receiving others; a collective call.
@@ -37,22 +52,17 @@ class HopStage:
         Returns:
             A function that waits and returns the pages received: one-head storages [W, 1, D].
         """
-        n_kv, n = sources[0].row.shape
         packed = sources[0].k.new_empty(sum(self.send), 2, sources[0].k.shape[2])
-        offset = self._offset(self.give)
         for source in sources:
-            ops.copy_pages(source, self.give, offset, packed)
+            ops.copy_pages(source, self.give, self.give_offset, packed)
+        # Made before the transfer starts: who waits for that finds both.
+        geometry, row = self.geometry, self.rows(sources[0].row.shape[0])
         wait = self.comm.all_to_all(packed, self.send, self.receive, "kv")
-        geometry = self.geometry
 
         def pages() -> Pages:
             received = wait()
-            row = torch.full((n_kv * n,), -1, dtype=torch.int64, device=received.device)
-            row[self.want] = self._offset(self.want)
-            head = torch.zeros(n_kv, n, dtype=torch.int32, device=received.device)
-            return Pages(
-                received[:, :1], received[:, 1:], row.view(n_kv, n), head, geometry.length, geometry.block_size
-            )
+            head = geometry.no_head.expand(*row.shape)
+            return Pages(received[:, :1], received[:, 1:], row, head, geometry.length, geometry.block_size)
 
         return pages
 
@@ -70,7 +80,8 @@ class HopStage:
         wait = self.comm.all_to_all(grads.to(dtype), self.receive, self.send, "kv_gradients")
 
         def finish() -> None:
-            arrived, begin, offset = wait(), 0, self._offset(self.give)
+            arrived, begin, offset = wait(), 0, self.give_offset
+            used_here(self.give, offset)
             for count in self.send:
                 for pages, dk, dv in targets if count else ():
                     ops.add_pages(dk, dv, pages, self.give, offset, arrived, begin, begin + count)
@@ -107,7 +118,7 @@ class BlockStage:
         def wait() -> list[Pages]:
             storages = [pages() for pages in waits]
             for pages in storages:
-                used_here(pages.k, pages.row, pages.head)
+                used_here(pages.k, pages.row)
             if self.keep:
                 self._pages = storages
             return storages
@@ -131,13 +142,13 @@ class BlockStage:
 
         Args:
             storages: as :meth:`fetch` gave them; grads: for each, [W, 2, D] wide.
-            owned: [L + X, Hkv, 2, D] wide, the owner's gradients, to which those that arrive are added.
+            owned: [2, L + X, Hkv, D] wide, the owner's gradients, to which those that arrive are added.
 
         Returns:
             A function that waits and adds.
         """
 
-        mine = self.owned, owned[:, :, 0], owned[:, :, 1]
+        mine = self.owned, *owned
         if len(self.hops) == 1:
             return self.hops[0].give_back(grads[0], [mine], dtype)
         outer, inner = grads

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..blocks import Pages
 from ..eager import wide_dtype
 from .comm import Communicator
@@ -66,14 +67,11 @@ class GatherStage:
         Args:
             grads: one [P * R, heads, 2, D] wide.
         """
-        wide = grads[0].dtype
         counts = [self.geometry.widest] * self.comm.size
         wait = self.comm.all_to_all(grads[0].to(dtype), counts, counts, "kv_gradients")
 
         def finish() -> None:
-            n = owned.shape[0]
-            for rank, arrived in enumerate(wait().split(counts)):
-                if rank != self.comm.rank:
-                    owned[:, self.heads] += arrived[:n].to(wide)
+            arrived = wait().unflatten(0, (self.comm.size, -1))
+            ops.add_shares(*owned[:, :, self.heads], arrived, self.comm.rank)
 
         return finish

@@ -82,6 +82,16 @@ class BlockGeometry:
         return lies_in & self.elsewhere
 
     @cached_property
+    def somewhere(self) -> Tensor:
+        """[n] int64, zeros: a row number for every block, wherever it lies."""
+        return torch.zeros_like(self.row)
+
+    @cached_property
+    def no_head(self) -> Tensor:
+        """[1, 1] int32, zero: the only head of a storage that has no others."""
+        return self.own.new_zeros(1, 1)
+
+    @cached_property
     def n_candidates(self) -> Tensor:
         """[] int64, blocks in ``remote_candidate``."""
         return self.remote_candidate.sum()

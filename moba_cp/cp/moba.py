@@ -51,8 +51,6 @@ class _Stage(NamedTuple):
     """The query heads of these."""
     blocks: BlockStage | GatherStage | None
     rows: RowStage | None
-    routing: list[list[Tensor]]
-    """What attending to each storage in forward left for backward."""
 
 
 class _MoBAAcrossRanks(torch.autograd.Function):
@@ -62,36 +60,38 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         comm.direction = ""
         own, visible = geometry.own, geometry.visible
         k_rows, v_rows = assemble(k, v, geometry, comm)
-        means = gather_means(k_rows, geometry, comm)
-        chosen = ops.select_blocks(q, means, geometry.first, own, config.top_k)
-        if cp.observer is not None:
-            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
         owned = owned_pages(k_rows, v_rows, geometry)
-
+        means = gather_means(k_rows, geometry, comm)
         ready = comm.mark(q)
-        with comm.beside(ready):
-            plan = _plan(chosen, owned, cp) if comm.size > 1 and cp.exchange.mode != "allgather" else None
-        out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
-        local = _local_parts(k.shape[1], comm.size)
-        routing: list[list[Tensor]] = [[] for _ in local]
-
-        def attend(pages: Pages, kv_heads: slice, index: list[Tensor]) -> None:
-            at = _query_heads(kv_heads, q.shape[1] // k.shape[1])
-            ops.attend(
-                q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, index=index,
-                into=(out[:, at], lse[:, at]),
-            )  # fmt: skip
-
-        # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
-        for kv_heads, index in zip(local, routing):
-            attend(owned, kv_heads, index)
-        with comm.beside(ready):
-            stages = _stages(plan, chosen, owned, config, cp)
 
         def begin(stage: _Stage):
             with comm.beside(ready):
                 return stage.blocks and stage.blocks.fetch(), stage.rows and stage.rows.send_forward(q)
+
+        # What goes to everybody need not wait for anybody's choice.
+        is_planned = comm.size > 1 and cp.exchange.mode != "allgather"
+        stages = [] if is_planned else _gather_stages(q, owned, cp)
+        waits = begin(stages[0]) if stages else None
+        chosen = ops.select_blocks(q, means, geometry.first, own, config.top_k)
+        if cp.observer is not None:
+            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
+        ready = comm.mark(q)
+        with comm.beside(ready):
+            plan = _plan(chosen, owned, cp) if is_planned else None
+
+        # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
+        out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
+        # One index of all blocks, wherever they lie: a call passes over those that its storage has not.
+        index = ops.routing_index(q, chosen, own, visible, geometry.somewhere.expand(k.shape[1], -1))
+
+        def attend(pages: Pages, kv_heads: slice | None) -> None:
+            ops.attend(q, pages, chosen, own, visible, scale, index=index, kv_heads=kv_heads, into=(out, lse))
+
+        attend(owned, None)
+        if is_planned:
+            with comm.beside(ready):
+                stages = _stages(plan, q, chosen, owned, cp)
 
         def compute(stage: _Stage, waits):
             answer = None
@@ -99,8 +99,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 waits[1]()
                 answer = stage.rows.answer_forward(scale)
             for pages in stage.blocks.visible(waits[0]()) if stage.blocks else ():
-                stage.routing.append([])
-                attend(pages, stage.kv_heads, stage.routing[-1])
+                attend(pages, stage.kv_heads)
             return answer
 
         def collect(stage: _Stage, answer):
@@ -109,14 +108,13 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 if part.shape[0]:
                     ops.merge_rows(out[:, stage.heads], lse[:, stage.heads], part, part_lse, stage.rows.index())
 
-        _pipeline(stages, begin, compute, collect)
+        _pipeline(stages, begin, compute, collect, waits)
         out = out.to(q.dtype)
         for counters in comm.books():
             counters.dense_ring += ring_bytes(k, comm.size)
-        ctx.save_for_backward(q, k, v, out, lse, chosen)
+        ctx.save_for_backward(q, k, v, out, lse, chosen, index)
         ctx.stages, ctx.config, ctx.scale, ctx.cp, ctx.layer = stages, config, scale, cp, comm.layer
-        ctx.routing = routing
-        # The blocks themselves are assembled again in backward; until then only the plan and the routing are kept.
+        # The blocks themselves are assembled again in backward; until then only the plan and the index are kept.
         for stage in stages:
             _set_owned(stage, None)
         ctx.mark_non_differentiable(lse)
@@ -124,7 +122,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, chosen = ctx.saved_tensors
+        q, k, v, out, lse, chosen, index = ctx.saved_tensors
         cp, config, scale = ctx.cp, ctx.config, ctx.scale
         geometry, comm = cp.geometry(config.block_size), cp.comm
         own, visible, deterministic = geometry.own, geometry.visible, config.deterministic
@@ -135,11 +133,10 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         for stage in ctx.stages:
             _set_owned(stage, owned)
 
-        def attend_backward(pages: Pages, kv_heads: slice, index: list[Tensor], dk: Tensor, dv: Tensor) -> None:
-            at = _query_heads(kv_heads, q.shape[1] // k.shape[1])
+        def attend_backward(pages: Pages, kv_heads: slice, dk: Tensor, dv: Tensor) -> None:
             ops.attend_backward(
-                q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, dout[:, at], lse[:, at],
-                delta[:, at], deterministic, index=index, into=(dq[:, at], dk, dv),
+                q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic,
+                index=index, kv_heads=kv_heads, into=(dq, dk, dv),
             )  # fmt: skip
 
         ready = comm.mark(q)
@@ -152,13 +149,13 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 )
 
         waits = begin(ctx.stages[0]) if ctx.stages else None
-        grads = torch.zeros(*k_rows.shape[:2], 2, k.shape[2], dtype=lse.dtype, device=k.device)
+        grads = torch.zeros(2, *k_rows.shape, dtype=lse.dtype, device=k.device)
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        local = list(zip(_local_parts(k.shape[1], comm.size), ctx.routing, strict=True))
+        local = _local_parts(k.shape[1], comm.size)
 
-        def attend_local(parts) -> None:
-            for kv_heads, index in parts:
-                attend_backward(owned, kv_heads, index, grads[:, :, 0], grads[:, :, 1])
+        def attend_local(parts: list[slice]) -> None:
+            for kv_heads in parts:
+                attend_backward(owned, kv_heads, *grads)
 
         attend_local(local[:1])
 
@@ -169,9 +166,9 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 answer = stage.rows.answer_backward(scale, grads, wire, deterministic)
             if stage.blocks:
                 storages, parts = waits[0](), []
-                for pages, index in zip(stage.blocks.visible(storages), stage.routing, strict=True):
+                for pages in stage.blocks.visible(storages):
                     part, of_kv = stage.blocks.new_gradients(pages)
-                    attend_backward(pages, stage.kv_heads, index, *of_kv)
+                    attend_backward(pages, stage.kv_heads, *of_kv)
                     parts.append(part)
                 finish = stage.blocks.give_back(storages, parts, grads, wire)
             return answer, finish
@@ -188,7 +185,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         _pipeline(ctx.stages, begin, compute, collect, waits, lambda: attend_local(local[1:]))
         for stage in ctx.stages:
             _set_owned(stage, None)
-        dk, dv = assemble_backward(grads[:, :, 0], grads[:, :, 1], geometry, comm)
+        dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
             counters.dense_ring += 2 * ring_bytes(k, comm.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
@@ -213,7 +210,7 @@ def _pipeline(stages, begin, compute, collect, waits=None, last=lambda: None) ->
 
 
 def _local_parts(n_kv: int, size: int) -> list[slice]:
-    """KV heads of the parts in which blocks that lie here are attended to."""
+    """KV heads of the parts in which blocks that lie here get their gradients."""
     half = (n_kv + 1) // 2
     return [slice(0, half), slice(half, n_kv)] if size > 1 and n_kv > 1 else [slice(0, n_kv)]
 
@@ -228,46 +225,57 @@ def _plan(chosen: Tensor, owned, cp: CPContext):
     return decision, negotiate(decision, chosen, geometry, cp.wire(owned.block_size, n_kv), cp.comm)
 
 
-def _stages(plan, chosen: Tensor, owned, config: MoBAConfig, cp: CPContext) -> list[_Stage]:
-    """The remote work, as planned, or as an all-gather; this is where the host waits for the plan's sizes."""
-    geometry, comm, options = cp.geometry(config.block_size), cp.comm, cp.exchange
-    if comm.size == 1:
-        return []
-    n_kv, count = owned.row.shape[0], options.stages
-    group = chosen.shape[1] // n_kv
-    costs = WireCosts.of(owned.k.dtype, owned.k.shape[2], chosen.shape[2], options, id_dtype(geometry, n_kv))
-    if plan is not None:
-        decision, plan = plan
-        total, needed, remote, planned, hottest = plan.facts()
-        for counters in comm.books():
-            counters.needed += needed
-            counters.remote += remote
-            counters.hottest = max(counters.hottest, hottest)
-    everything = (comm.size - 1) * geometry.widest * n_kv * costs.kv_token
-    gather = plan is None or options.mode == "auto" and total >= options.allgather_share * comm.size * everything
+def _stages(plan, q: Tensor, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage]:
+    """The remote work as planned; this is where the host waits for the plan's sizes."""
+    geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
+    n_kv = owned.row.shape[0]
+    decision, plan = plan
+    total, needed, remote, planned, hottest = plan.facts()
     for counters in comm.books():
-        counters.planned += everything if gather else planned
-    if gather:
-        cuts = [n_kv * s // min(count, n_kv) for s in range(min(count, n_kv) + 1)]
-        heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
-        return [
-            _Stage(h, _query_heads(h, group), GatherStage(h, owned, geometry, comm, options.keep), None, [])
-            for h in heads
-        ]
+        counters.needed += needed
+        counters.remote += remote
+        counters.hottest = max(counters.hottest, hottest)
+    if options.mode == "auto" and total >= options.allgather_share * comm.size * _gathered_bytes(owned, cp):
+        return _gather_stages(q, owned, cp)
+    for counters in comm.books():
+        counters.planned += planned
 
     hop_sizes = [plan.sizes(hop) for hop in range(len(plan.hops))]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles
     stages = []
-    for stage in range(count):
+    for stage in range(options.stages):
         hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
         blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
-        rows, kv_heads = None, heads_of_stage(n_kv, count, stage)
-        heads = _query_heads(kv_heads, group)
+        rows, kv_heads = None, heads_of_stage(n_kv, options.stages, stage)
+        heads = _query_heads(kv_heads, chosen.shape[1] // n_kv)
         if options.mode != "kv" and chosen.shape[2]:
             rows = RowStage(plan.rows, row_sizes, stage, heads, chosen, owned, geometry, comm, options.keep)
-        stages.append(_Stage(kv_heads, heads, blocks, rows, []))
+        stages.append(_Stage(kv_heads, heads, blocks, rows))
     return stages
+
+
+def _gather_stages(q: Tensor, owned: Pages, cp: CPContext) -> list[_Stage]:
+    """The remote work as an all-gather of some heads after the others."""
+    geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
+    if comm.size == 1:
+        return []
+    n_kv = owned.row.shape[0]
+    for counters in comm.books():
+        counters.planned += _gathered_bytes(owned, cp)
+    cuts = [n_kv * s // min(options.stages, n_kv) for s in range(min(options.stages, n_kv) + 1)]
+    heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [
+        _Stage(h, _query_heads(h, q.shape[1] // n_kv), GatherStage(h, owned, geometry, comm, options.keep), None)
+        for h in heads
+    ]
+
+
+def _gathered_bytes(owned: Pages, cp: CPContext) -> int:
+    """Bytes that an all-gather brings to a rank, and takes from it, in forward and backward."""
+    tokens = (cp.size - 1) * cp.geometry(owned.block_size).widest * owned.row.shape[0]
+    # What a row costs does not matter here.
+    return tokens * WireCosts.of(owned.k.dtype, owned.k.shape[2], 0, cp.exchange).kv_token
 
 
 def _query_heads(kv_heads: slice, group: int) -> slice:

@@ -43,7 +43,7 @@ class RowStage:
         self.geometry, self.comm, self.keep = geometry, comm, keep
         self.owned, self.heads = owned, heads
         self._received: tuple[Tensor, Tensor] | None = None
-        self._routing: list[Tensor] = []
+        self._index: Tensor | None = None
 
     def send_forward(self, q: Tensor) -> Callable[[], None]:
         """Start sending rows of q [L, Hq, D] with the blocks they want; a collective call."""
@@ -62,7 +62,9 @@ class RowStage:
         """
         q, ids = self._received
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
-        out, lse = ops.attend(q[:, None], pages, ids[:, None], None, None, scale, index=self._routing)
+        rows = q[:, None], ids[:, None], None, None
+        self._index = ops.routing_index(*rows, pages.row)
+        out, lse = ops.attend(q[:, None], pages, *rows[1:], scale, index=self._index)
         if not self.keep:
             self._received = None
         waits = self._back("partial_outputs", out[:, 0], lse[:, 0])
@@ -85,7 +87,7 @@ class RowStage:
         """Gradients for the rows received: dK and dV are added to ``owned``, dq goes back; a collective call.
 
         Args:
-            owned: [L + X, Hkv, 2, D] wide, the owner's gradients.
+            owned: [2, L + X, Hkv, D] wide, the owner's gradients of K and V.
             dtype: dtype of dq on the wire.
 
         Returns:
@@ -97,7 +99,7 @@ class RowStage:
         dq = torch.zeros(q.shape[0], 1, q.shape[1], dtype=owned.dtype, device=q.device)
         ops.attend_backward(
             q[:, None], pages, ids[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
-            index=self._routing, into=(dq, owned[:, :, 0], owned[:, :, 1]),
+            index=self._index, into=(dq, *owned),
         )  # fmt: skip
         self._gradients = self._sums = None
         if not self.keep:

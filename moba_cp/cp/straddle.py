@@ -40,15 +40,20 @@ def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Com
 
 def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
     """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
-    mine = geometry.owned[comm.rank]
+    if "owned" not in geometry.tables:
+        mine = geometry.owned[comm.rank]
+        geometry.tables["owned"] = geometry.row[mine], geometry.length[mine]
+    means = ops.block_means(k, *geometry.tables["owned"], geometry.block_size)
     widest = max(ids.numel() for ids in geometry.owned)
-    means = k.new_zeros(widest, *k.shape[1:])
-    means[: mine.numel()] = ops.block_means(k, geometry.row[mine], geometry.length[mine], geometry.block_size)
+    if means.shape[0] < widest:
+        means = torch.cat([means, means.new_zeros(widest - means.shape[0], *means.shape[1:])])
     return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
 
 
 def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:
     """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
     n_kv = k.shape[1]
-    head = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None].expand(-1, geometry.n_blocks)
+    if ("heads", n_kv) not in geometry.tables:
+        geometry.tables["heads", n_kv] = torch.arange(n_kv, device=k.device, dtype=torch.int32)[:, None]
+    head = geometry.tables["heads", n_kv].expand(-1, geometry.n_blocks)
     return Pages(k, v, geometry.row.expand(n_kv, -1), head, geometry.length, geometry.block_size)

@@ -129,8 +129,10 @@ def test_storages_of_any_layout_merge_to_the_whole():
 
 @pytest.mark.parametrize("block_size", [16, 48])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
-def test_results_join_what_is_there(block_size, deterministic):
-    """Two storages one after the other into the same tensors, some heads at a time, as the exchange does it."""
+@pytest.mark.parametrize("has_index", [True, False], ids=["index", "no index"])
+def test_results_join_what_is_there(block_size, deterministic, has_index):
+    """Two storages one after the other into the same tensors, some heads at a time and by one index of the visits to
+    both, as the exchange does it."""
     p = Problem([150], (4, 2), 32, block_size, 4)
     out, lse, delta, grads = exact(p)
     n_blocks = p.pages.row.shape[1]
@@ -141,16 +143,15 @@ def test_results_join_what_is_there(block_size, deterministic):
     both = torch.ones(150, 2, 2, 32, device=p.q.device)
     dq = torch.ones_like(p.q)
     rest = p.dout, lse.float(), delta.float()
+    index = kernels.routing_index(p.q, *p.visits, p.pages.row) if has_index else None
     for pages in storages:
         for kv_heads in (slice(0, 1), slice(1, 2)):
-            at, index = slice(2 * kv_heads.start, 2 * kv_heads.stop), []
-            visits = p.chosen[:, at], p.own, p.visible
-            inputs = p.q[:, at], pages.of_heads(kv_heads), *visits, p.scale
-            joined = kernels.attend(*inputs, index=index, into=tuple(x[:, at] for x in into))
-            assert all(a.data_ptr() == b[:, at].data_ptr() for a, b in zip(joined, into))
+            inputs = p.q, pages, *p.visits, p.scale
+            joined = kernels.attend(*inputs, index=index, kv_heads=kv_heads, into=into)
+            assert all(a is b for a, b in zip(joined, into))
             kernels.attend_backward(
-                *inputs, *(x[:, at] for x in rest), deterministic, index=index,
-                into=(dq[:, at], both[:, :, 0], both[:, :, 1]),
+                *inputs, *rest, deterministic, index=index, kv_heads=kv_heads,
+                into=(dq, both[:, :, 0], both[:, :, 1]),
             )  # fmt: skip
     for actual, expected in zip(into, (out, lse)):
         close(actual, expected)
@@ -234,14 +235,14 @@ def test_head_dim_too_large_is_named():
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
-def test_rows_that_are_cut_leave_no_index(deterministic):
-    """An index that backward would have to make again is not kept; gradients of several slices add to what is there."""
+def test_rows_that_are_cut_do_without_the_index(deterministic):
+    """Slices of rows have indices of their own; gradients of several slices add to what is there."""
     p = Problem([150], (4, 2), 32, 48, 4)
     out, lse, delta, grads = exact(p)
-    for scratch, n_indices in ((FORWARD_SCRATCH, 1), (1 << 14, 0)):
-        index, dq, both = [], torch.ones_like(p.q), torch.ones(150, 2, 2, 32, device=p.q.device)
+    index = kernels.routing_index(p.q, *p.visits, p.pages.row)
+    for scratch in (FORWARD_SCRATCH, 1 << 14):
+        dq, both = torch.ones_like(p.q), torch.ones(150, 2, 2, 32, device=p.q.device)
         close(kernels.attend(p.q, p.pages, *p.visits, p.scale, scratch_bytes=scratch, index=index)[0], out)
-        assert len(index) == n_indices
         kernels.attend_backward(
             p.q, p.pages, *p.visits, p.scale, p.dout, lse.float(), delta.float(), deterministic, scratch_bytes=scratch,
             index=index, into=(dq, both[:, :, 0], both[:, :, 1]),
