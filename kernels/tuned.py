@@ -33,7 +33,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows, blocks and warps of a tile of the selection. The same on every GPU, so that selections are too."""
+    """Rows, blocks and warps of a tile of the selection, the same on every GPU that :mod:`.select` serves."""
     if dtype == torch.float32:
         return 32, 32, 4
     return 64, 32, 4
