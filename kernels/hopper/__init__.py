@@ -12,6 +12,8 @@ The kernels are written in Gluon, which comes with Triton and changes with it. T
 3.7.1 compiles them, as the tests do.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
@@ -73,10 +75,15 @@ def _is_regular(x: Tensor) -> bool:
     return aligned and s_row > 0 and x.shape[0] < 2**31 and (x.shape[1] - 1) * s_head + x.shape[2] < 2**31
 
 
+@lru_cache
+def _box_layout(rows: int, dim: int, dtype: torch.dtype):
+    return gl.NVMMASharedLayout.get_default_for([rows, dim], getattr(gl, ELEMENTS[dtype]))
+
+
 def _boxes(x: Tensor, rows: int):
     """TMA descriptor of boxes of ``rows`` rows of one head, in x [T, H, D] seen as [T, columns]."""
     n_rows, n_heads, dim = x.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], getattr(gl, ELEMENTS[x.dtype]))
+    layout = _box_layout(rows, dim, x.dtype)
     shape = [n_rows, (n_heads - 1) * x.stride(1) + dim]
     return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
 
