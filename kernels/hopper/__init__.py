@@ -1,12 +1,12 @@
-"""Kernels for Hopper in which warps specialize, and their launches.
+"""Kernels for Hopper, and their launches.
 
 They take the place of those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
-:mod:`..tuned` say so, and mean the same.
+:mod:`..tuned` say so, and of :mod:`..select` where :func:`selects` does, and mean the same.
 
 :mod:`.long_blocks` is the forward, :mod:`.keys` and :mod:`.queries` are the gradients. A program is three groups of
 four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere, by cp.async. Two compute, each at its
 own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
-only (see :mod:`.shared`). :mod:`.select` is another matter: there each thread has a row.
+only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
 
 The kernels are written in Gluon, which comes with Triton and changes with it. They ran on an H100 with Triton 3.6.0;
 3.7.1 compiles them, as the tests do.
