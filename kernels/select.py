@@ -3,10 +3,11 @@
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
 
 A program holds a tile of rows and streams the block means from the newest candidate to the oldest. Scores become
-integers that sort like them (``-0.0`` like ``0.0``, NaN below every number). The best S of a row live in registers as
-64-bit keys, score above block id, in no order. While any row of the tile has a score above its S-th best, every row's
-best new score replaces its worst kept one; on long sequences most tiles need few such passes. Newest first and a strict
-comparison make the newer block win a tie.
+integers (see :mod:`.ranks`). The best S of a row live in registers as 64-bit keys, score above block id, in no order.
+While any row of the tile has a score above its S-th best, every row's best new score replaces its worst kept one; on
+long sequences most tiles need few such passes. Newest first and a strict comparison make the newer block win a tie.
+
+Where :func:`.hopper.selects` says so, :mod:`.hopper.select` does the same another way.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuned
+from . import hopper, tuned
 from .common import (
     cdiv,
     check_head_dim,
@@ -24,17 +25,7 @@ from .common import (
     on_device,
     padded_dim,
 )
-
-# Integer scores: no candidate, then NaN, then -inf (-2139095041) and all numbers.
-EMPTY = tl.constexpr(-(2**31))
-NAN = tl.constexpr(-(2**31) + 1)
-
-
-@triton.jit
-def _ordered(score):
-    """int32 that sorts as the float32 scores do."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(score != score, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+from .ranks import EMPTY, ordered
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -70,7 +61,7 @@ def _select_kernel(
         o_b = newest - behind - o_n
         p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
         b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)
-        rank = _ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
+        rank = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
         candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
         rank = tl.where(candidate, rank, EMPTY)
         best = tl.max(rank, 1)
@@ -112,11 +103,16 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
         return torch.full((n_rows, n_heads, n_slots), -1, dtype=torch.int32, device=q.device)
     q, means = check_unit_stride(q), check_unit_stride(means)
     chosen = torch.empty(n_rows, n_heads, n_slots, dtype=torch.int32, device=q.device)
-    # The tile shape must not follow N: a score is then summed in the same order on any number of ranks.
+    first, own = first.contiguous(), own.contiguous()
+    if hopper.selects(q, n_slots):
+        with on_device(q):
+            hopper.launch_select(q, means, first, own, chosen)
+        return chosen
+    # Kernel and tile must not follow N: a score is then summed in the same order on any number of ranks.
     bm, bn, warps = tuned.select_tile(dim, q.dtype)
     with on_device(q):
         _select_kernel[(cdiv(n_rows, bm), n_heads)](
-            q, means, first.contiguous(), own.contiguous(), chosen,
+            q, means, first, own, chosen,
             n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
             S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,

@@ -33,7 +33,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows, blocks and warps of a tile of the selection. The same on every GPU, so that selections are too."""
+    """Rows, blocks and warps of a tile of the selection, the same on every GPU that :mod:`.select` serves."""
     if dtype == torch.float32:
         return 32, 32, 4
     return 64, 32, 4
@@ -63,9 +63,7 @@ def forward_tile(
     return Tile(64, 64, 64, 4, 2 if bd > 128 else 3)
 
 
-def key_tile(
-    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
-) -> Tile:
+def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds keys."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("keys", dim, block_size)):
@@ -83,9 +81,7 @@ def key_tile(
     return Tile(64, bn, rows, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
-def query_tile(
-    dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
-) -> Tile:
+def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds queries."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("queries", dim, block_size)):
@@ -110,13 +106,21 @@ def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
     return SPECIALIZED.get((name, dim, "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"))
 
 
-# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the others in one run on
-# an H100 (Triton 3.6.0, bf16, 131,072 tokens, D = 128). Beside each: milliseconds of the other kernel, and of this one.
-# For dQ of B = 512 the other way is the key kernel with atomics: 7.85 ms for what keys and queries do in 6.37.
+# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the others in one run
+# (Triton 3.6.0, bf16, 131,072 tokens; 65,536 at D = 64 and B = 4096). Beside each: milliseconds of the other kernel,
+# and of this one, on an H100, or for D = 64 and the gradients of B = 4096 on an H200. Where two kernels come in the
+# place of one with atomics, the time of both against that of one: 7.85 and 6.37 at D = 128, 5.02 and 4.17 at D = 64.
 SPECIALIZED = {
     ("forward", 128, "long"): Tile(64, 128, 1024, 4, 2, 56),  # 4 heads, B = 512, k = 8: 3.19, 2.21
     ("forward", 128, "longer"): Tile(64, 128, 512, 4, 2, 56),  # 1 head, B = 4096, k = 12: 5.49, 4.08
     ("keys", 128, "short"): Tile(64, 128, 4096, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 2.02, 1.79
     ("keys", 128, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: 4.76, 3.24
+    ("keys", 128, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 1 head, B = 4096, k = 12: 11.8, 7.86
     ("queries", 128, "long"): Tile(64, 64, 1024, 4, 3, 40),  # 4 heads, B = 512, k = 8: 3.82, 3.13
+    ("queries", 128, "longer"): Tile(64, 64, 256, 4, 3, 40),  # 1 head, B = 4096, k = 12: 7.09, 5.38
+    ("forward", 64, "long"): Tile(64, 128, 1024, 4, 4, 56),  # 4 heads, B = 512, k = 8: 1.81, 1.64
+    ("forward", 64, "longer"): Tile(64, 128, 256, 4, 4, 56),  # 2 heads, B = 4096, k = 8: 1.97, 1.78
+    ("keys", 64, "short"): Tile(128, 128, 2048, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 1.33, 1.09
+    ("keys", 64, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: with dQ by _query_kernel
+    ("keys", 64, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 2 heads, B = 4096, k = 8: 5.05, 3.40
 }

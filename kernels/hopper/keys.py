@@ -11,7 +11,7 @@ products that follow, in registers.
 
 Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
 ``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
-the other's, and computes half of the columns. Two buffers are enough for dS, because a group that stores for tile i + 2
+the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a group that stores for tile i + 2
 has waited for the other's dS of tile i + 1, which that one stores after its last look at tile i. Groups take tiles in
 the same order, and the fetching group waits only for tiles that it has handed out, so nobody waits in a circle.
 """
@@ -117,25 +117,30 @@ def _step(
     ds = gl.convert_layout(b_ds, PROBS)
     b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)
     if DQ:
-        # dQ sums over the keys of both groups: each takes half of its columns.
         ds_t = ds_s.index(i % 2)
         ds_t.slice(half * BN, BN).store(b_ds)
         fence_async_shared()
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
-        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
-        zero = gl.zeros([BM, D // 2], gl.float32, HALF)
-        k_half = k_s.slice(half * (D // 2), D // 2, dim=1)
-        b_dq = warpgroup_mma(ds_t.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)
+        # dQ sums over the keys of both groups: each takes half of it, some columns of all rows or all of some rows.
+        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        ROWS: gl.constexpr = gl.SliceLayout(1, WIDE)
+        zero = gl.zeros([64, 64], gl.float32, HALF)
+        if D == 128:
+            ds_half, k_half, column = ds_t, k_s.slice(half * 64, 64, dim=1), half * 64
+            place = place_s.index(stage).load(ROWS)
+        else:
+            ds_half, k_half, column = ds_t.slice(half * 64, 64, dim=1), k_s, 0
+            place = place_s.index(stage).slice(half * 64, 64).load(ROWS)
+        b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
         dq_t = dq_s.index(half)
         dq_t.store(b_dq.to(q_s.dtype))
         barrier()
         # Through shared memory, to leave in whole lines.
-        place = place_s.index(stage).load(gl.SliceLayout(1, WIDE))
-        o_d = half * (D // 2) + gl.arange(0, D // 2, layout=gl.SliceLayout(0, WIDE))
+        o_d = column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
         p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
         gl.store(p_dq, dq_t.load(WIDE), mask=(place >= 0)[:, None])
         barrier()
@@ -246,7 +251,7 @@ def key_kernel(
     ONE: gl.constexpr = mbarrier.MBarrierLayout()
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BN, BM], dtype)
-    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D // 2], dtype)
+    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     k_s = gl.allocate_shared_memory(dtype, [2 * BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2 * BN, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES, BM, D], Q_LAYOUT)
@@ -263,7 +268,7 @@ def key_kernel(
     ds_full = q_full
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [2, 2 * BN, BM], DS_LAYOUT)
-        dq_s = gl.allocate_shared_memory(dtype, [2, BM, D // 2], DQ_LAYOUT)
+        dq_s = gl.allocate_shared_memory(dtype, [2, 64, 64], DQ_LAYOUT)
         place_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):

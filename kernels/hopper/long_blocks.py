@@ -9,7 +9,7 @@ while this one is at work (two buffers). Each computing group has BM of the rows
 the next tile of keys, computes the softmax of this one, and adds its product with V.
 
 Barriers, one of each per place: ``k_full``, ``v_full`` a tile of keys has come; ``k_empty``, ``v_empty`` both computing
-groups are done with it; ``q_full`` rows, their places, limits and counts have come; ``q_empty`` both groups have
+groups are done with it; ``q_full`` rows, their places and limits have come; ``q_empty`` both groups have
 written their output, which passes through the place of Q. All groups take tiles in the same order. The fetching group
 waits for a place until both have read what it held a round before, which they can, since it handed that out before; it
 waits for ``q_empty`` of the tile before only when two tiles of keys of this one are on their way. So nobody waits in a
@@ -27,16 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LN2, barrier, load_block, publish, read_task
+from .shared import LN2, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys
 
 
 @gluon.jit
 def _gather_rows(
-    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, place_s, limit_s, count_s,
+    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, place_s, limit_s,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a tile's rows of Q, and tells the others their places, limits, and how many tiles of keys
-    there are in all, and how many that all rows see whole. Returns the former."""
+    """Starts the copies of a tile's rows of Q, and tells the others their places and limits. Returns how many tiles of
+    keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_r = r + gl.arange(0, 2 * BM, layout=FLAT)
@@ -51,15 +51,11 @@ def _gather_rows(
         m_own = m_r & (slot == S)
         seen = gl.minimum(gl.load(visible + t, mask=m_own, other=0), n_keys)
         limit = gl.where(m_own, seen, limit)
-    most = gl.max(limit, 0)
-    least = gl.min(gl.where(m_r, limit, n_keys), 0)
-    n_tiles = gl.maximum((most + BN - 1) // BN, 1)
     offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
     place_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
     limit_s.index(buf).store(limit)
-    count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
-    count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
     barrier()
+    n_tiles, _ = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     for half in gl.static_range(2):
         offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
@@ -72,14 +68,14 @@ def _gather_rows(
 @gluon.jit
 def _produce(
     q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key, k_column, v_column,
-    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, count_s, barriers,
+    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, barriers,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group that fetches."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n_tiles = _gather_rows(
-        q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s, count_s,
+        q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s,
         G, S, SLOTS, D, BM, BN,
     )  # fmt: skip
     publish(q_full.index(0))
@@ -107,7 +103,7 @@ def _produce(
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
                     q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r + 2 * BM, end, buf,
-                    q_s, offset_s, place_s, limit_s, count_s, G, S, SLOTS, D, BM, BN,
+                    q_s, offset_s, place_s, limit_s, G, S, SLOTS, D, BM, BN,
                 )  # fmt: skip
         if ahead:
             publish(q_full.index(buf))
@@ -152,14 +148,13 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, place_s, limit_s, count_s, barriers,
+    half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, place_s, limit_s, barriers,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group that computes: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = q_s.dtype
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     i = 0
@@ -167,8 +162,7 @@ def _consume(
     for r in range(begin, end, 2 * BM):
         buf = i % 2
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
-        n_tiles = gl.max(count_s.index(2 * buf).load(FLAT), 0)
-        whole = gl.max(count_s.index(2 * buf + 1).load(FLAT), 0)
+        n_tiles, whole = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
         n_whole = gl.minimum(whole, n_tiles - 1)
         limit = limit_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
         q_t = q_s.index(2 * buf + half)
@@ -253,7 +247,6 @@ def long_block_kernel(
     offset_s = gl.allocate_shared_memory(gl.int64, [2 * BM], ROWS)
     place_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
     limit_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
-    count_s = gl.allocate_shared_memory(gl.int32, [4, 1], ROWS)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
@@ -274,16 +267,16 @@ def long_block_kernel(
         [
             (_consume, (
                 gl.constexpr(0), part, part_lse, begin, end, scale_log2,
-                q_s, k_s, v_s, place_s, limit_s, count_s, barriers, D, BM, BN, STAGES,
+                q_s, k_s, v_s, place_s, limit_s, barriers, D, BM, BN, STAGES,
             )),
             (_consume, (
                 gl.constexpr(1), part, part_lse, begin, end, scale_log2,
-                q_s, k_s, v_s, place_s, limit_s, count_s, barriers, D, BM, BN, STAGES,
+                q_s, k_s, v_s, place_s, limit_s, barriers, D, BM, BN, STAGES,
             )),
             (_produce, (
                 q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key,
                 page * s_kh, page * s_vh, s_qt, s_qh, s_kr, s_vr,
-                q_s, k_s, v_s, offset_s, place_s, limit_s, count_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
+                q_s, k_s, v_s, offset_s, place_s, limit_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
             )),
         ],
         [4, 4],

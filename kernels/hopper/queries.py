@@ -20,28 +20,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LOG2E, barrier, load_block, publish, read_task, unpack
+from .shared import LOG2E, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys, unpack
+
+
+@gluon.jit
+def _limits(table, room, r, end, n_keys, BM: gl.constexpr):
+    """Number of keys that each row of a tile sees, in every warp."""
+    o_v = r + gl.arange(0, 2 * BM, layout=in_each_warp(2 * BM))
+    return gl.minimum(gl.load(table + 2 * room + o_v, mask=o_v < end, other=0), n_keys)
 
 
 @gluon.jit
 def _gather_rows(
-    q, dout, table, room, r, end, n_keys, buf, q_s, do_s, row_s, count_s,
+    q, dout, table, room, r, end, n_keys, buf, q_s, do_s, row_s,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a tile's rows of Q and dout, and tells the others how many tiles of keys there are in all,
-    and how many that all rows see whole. Returns the former."""
+    """Starts the copies of a tile's rows of Q and dout. Returns how many tiles of keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_v = r + gl.arange(0, 2 * BM, layout=FLAT)
-    m_v = o_v < end
-    row = gl.load(table + o_v, mask=m_v, other=0)
-    limit = gl.minimum(gl.load(table + 2 * room + o_v, mask=m_v, other=0), n_keys)
-    most = gl.max(limit, 0)
-    least = gl.min(gl.where(m_v, limit, n_keys), 0)
-    n_tiles = gl.maximum((most + BN - 1) // BN, 1)
-    row_s.store(row)
-    count_s.index(2 * buf).store(gl.full([1], n_tiles, gl.int32, FLAT))
-    count_s.index(2 * buf + 1).store(gl.full([1], least // BN, gl.int32, FLAT))
+    row_s.store(gl.load(table + o_v, mask=o_v < end, other=0))
+    n_tiles, _ = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
     barrier()
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     for half in gl.static_range(2):
@@ -56,11 +55,11 @@ def _gather_rows(
 @gluon.jit
 def _produce(
     q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, k_column, v_column, s_kr, s_vr,
-    q_s, do_s, k_s, v_s, row_s, count_s, q_full, q_empty, kv_full, kv_empty,
+    q_s, do_s, k_s, v_s, row_s, q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group that fetches."""
-    n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, count_s, D, BM, BN)
+    n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, D, BM, BN)
     publish(q_full.index(0))
     i = 0
     i_kv = 0
@@ -80,7 +79,7 @@ def _produce(
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
-                    q, dout, table, room, r + 2 * BM, end, n_keys, buf, q_s, do_s, row_s, count_s, D, BM, BN,
+                    q, dout, table, room, r + 2 * BM, end, n_keys, buf, q_s, do_s, row_s, D, BM, BN,
                 )  # fmt: skip
         if ahead:
             publish(q_full.index(buf))
@@ -117,7 +116,7 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, table, stats, room, begin, end, n_keys, scale_log2, q_s, do_s, k_s, v_s, count_s,
+    half: gl.constexpr, part, table, stats, room, begin, end, n_keys, scale_log2, q_s, do_s, k_s, v_s,
     q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -125,7 +124,6 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     i = 0
     i_kv = 0
@@ -134,9 +132,8 @@ def _consume(
         o_v = r + half * BM + gl.arange(0, BM, layout=ROWS)
         limit = gl.load(table + 2 * room + o_v, mask=o_v < end, other=0)
         b_lse, b_delta = unpack(gl.load(stats + o_v, mask=o_v < end, other=0))
+        n_tiles, whole = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
-        n_tiles = gl.max(count_s.index(2 * buf).load(FLAT), 0)
-        whole = gl.max(count_s.index(2 * buf + 1).load(FLAT), 0)
         n_whole = gl.minimum(whole, n_tiles - 1)
         limit = gl.minimum(limit, n_keys)
         q_t = q_s.index(2 * buf + half)
@@ -218,7 +215,6 @@ def query_kernel(
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
     row_s = gl.allocate_shared_memory(gl.int32, [2 * BM], ROWS)
-    count_s = gl.allocate_shared_memory(gl.int32, [4, 1], ROWS)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     kv_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
@@ -235,15 +231,15 @@ def query_kernel(
         [
             (_consume, (
                 gl.constexpr(0), part, table, stats, room, begin, end, n_keys, scale_log2,
-                q_s, do_s, k_s, v_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
             )),
             (_consume, (
                 gl.constexpr(1), part, table, stats, room, begin, end, n_keys, scale_log2,
-                q_s, do_s, k_s, v_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
             )),
             (_produce, (
                 q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, page * s_kh, page * s_vh,
-                s_kr, s_vr, q_s, do_s, k_s, v_s, row_s, count_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
+                s_kr, s_vr, q_s, do_s, k_s, v_s, row_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
             )),
         ],
         [4, 4],

@@ -34,6 +34,23 @@ def publish(full):
 
 
 @gluon.jit
+def tiles_of_keys(limit, BN: gl.constexpr):
+    """How many tiles of keys rows with these limits see in all, at least 1, and how many all of them see whole.
+
+    Limit 0 is that of rows past the end. In a layout of :func:`in_each_warp` this takes no exchange between warps.
+    """
+    most = gl.max(limit, 0)
+    least = gl.min(gl.where(limit > 0, limit, 2147483647), 0)
+    return gl.maximum((most + BN - 1) // BN, 1), least // BN
+
+
+@gluon.constexpr_function
+def in_each_warp(n):
+    """Layout of ``n`` elements, a multiple of 32, all of which each of four warps holds."""
+    return gl.SliceLayout(1, gl.BlockedLayout([n // 32, 1], [32, 1], [1, 4], [0, 1]))
+
+
+@gluon.jit
 def unpack(stats):
     """Log-sum-exp (base 2) and delta, as the backward's table has them."""
     lse = (stats & 0xFFFFFFFF).to(gl.int32).to(gl.float32, bitcast=True)

@@ -19,6 +19,8 @@ from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
 
 SHARED_BYTES = 227 << 10
+
+
 class Hopper:
     """As much of a driver as compiling asks for."""
 
@@ -57,10 +59,17 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "block_size, names", [(128, {"key"}), (512, {"long_block", "key", "query"})], ids=["short", "long"]
+    "dim, block_size, names",
+    [
+        (128, 128, {"key"}),
+        (128, 512, {"long_block", "key", "query"}),
+        (64, 128, {"key"}),
+        (64, 512, {"long_block", "key"}),
+    ],
+    ids=["128-short", "128-long", "64-short", "64-long"],
 )
-def test_compiles_within_shared_memory(compiled, block_size, names):
-    n_tokens, dim = 2048, 128
+def test_compiles_within_shared_memory(compiled, dim, block_size, names):
+    n_tokens = 2048
     q, k, v, dout = (torch.zeros(n_tokens, n_heads, dim, dtype=torch.bfloat16) for n_heads in (4, 2, 2, 4))
     table = block_table(n_tokens, block_size, None, "cpu")
     chosen = torch.zeros(n_tokens, 4, 2, dtype=torch.int32)
@@ -73,6 +82,19 @@ def test_compiles_within_shared_memory(compiled, block_size, names):
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"], name
 
 
+@pytest.mark.parametrize("dim, top_k", [(64, 8), (128, 16)])
+def test_selection_compiles_without_spilling(compiled, dim, top_k):
+    q, means = (torch.zeros(n, n_heads, dim, dtype=torch.bfloat16) for n, n_heads in ((100, 4), (9, 2)))
+    first, own = torch.zeros(2, 100, dtype=torch.int32)
+    kernels.select_blocks(q, means, first, own, top_k)
+    kernel = compiled.pop("select_kernel")
+    assert kernel.metadata.num_warps == 1 and ".local" not in kernel.asm["ptx"]
+    kernels.select_blocks(q, means, first, own, hopper.MAX_CHOSEN + 2)
+    kernels.select_blocks(q.float(), means.float(), first, own, top_k)
+    kernels.select_blocks(q[..., :48], means[..., :48], first, own, top_k)
+    assert not compiled, "more than registers hold, float32 and other head dims are the other kernel's"
+
+
 def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
     def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, dout=None):
         n = 300
@@ -82,8 +104,8 @@ def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
 
     assert not serves(), "without a GPU"
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    assert serves() and serves(torch.float16) and serves(offset=8) and serves(block_size=128)
-    assert not any([serves(torch.float32), serves(dim=64), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
+    assert serves() and serves(torch.float16) and serves(offset=8) and serves(block_size=128) and serves(dim=64)
+    assert not any([serves(torch.float32), serves(dim=32), serves(dim=256), serves(block_size=192), serves(scale=-0.1)])
     assert not serves(offset=1), "rows that begin at odd places"
     assert not serves(torch.float16, dout=torch.zeros(300, 2, 128, dtype=torch.float16)), "partial dQ could overflow"
     assert not serves(dout=torch.zeros(300 * 256 + 8, dtype=torch.bfloat16)[1:][: 300 * 256].view(300, 2, 128))
@@ -105,7 +127,7 @@ def test_tiles_of_the_other_kernels_where_these_do_not_serve():
     for tile in (tuned.forward_tile, tuned.key_tile, tuned.query_tile):
         assert tile(128, 512, bf16, device, specialized=True).fetch_registers
         assert not tile(128, 512, bf16, device).fetch_registers
-        assert not tile(64, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
+        assert not tile(96, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
     # Atomics and a kernel of its own would both write dQ.
     assert tuned.dq_by_atomics(128, 512, bf16, device)
     assert not tuned.dq_by_atomics(128, 512, bf16, device, specialized=True)

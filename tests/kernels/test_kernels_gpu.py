@@ -110,6 +110,27 @@ def test_selection_does_not_depend_on_the_rows_beside():
     assert torch.equal(alone, whole[some])
 
 
+@pytest.mark.parametrize("top_k", [2, 8, 16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_threads_select_as_tiles_do(dim, top_k, monkeypatch):
+    if not kernels.hopper.runs_on(torch.device("cuda", 0)):
+        pytest.skip("needs Hopper and a version of Triton that its kernels ran with")
+    g = torch.Generator("cuda").manual_seed(top_k)
+    n, block_size = 7_001, 16
+    table = block_table(
+        n, block_size, torch.tensor([0, 1_000, 1_000, 1_005, n], dtype=torch.int32, device="cuda"), "cuda"
+    )
+    # Scores are small whole numbers, which all kernels get exactly and often equal, and NaN, infinities and zeros.
+    draw = lambda *shape: torch.randint(-1, 2, shape, device="cuda", generator=g).to(BF16)
+    q, means = draw(n, 6, dim), draw(table.start.numel(), 2, dim)
+    means[3::7], means[6::13] = torch.nan, -0.0
+    means[5::11, :, 3], means[9::17, :, 7] = torch.inf, -torch.inf
+    with poisoned():
+        ours = kernels.select_blocks(q, means, table.first, table.own, top_k)
+        monkeypatch.setattr(kernels.hopper, "selects", lambda *args: False)
+        assert torch.equal(ours, kernels.select_blocks(q, means, table.first, table.own, top_k))
+
+
 def test_a_cuda_graph_replays_with_new_inputs():
     q, k, v, dout, _, config = batch(KINDS[1], 4, n_tokens=4_000)
     leaves = [x.requires_grad_() for x in (q, k, v)]

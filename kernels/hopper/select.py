@@ -1,0 +1,151 @@
+"""Scores and top-k where a row's choice fits registers: every thread has a row.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
+
+A program is one warp with 32 rows, for which it streams 32 block means at a time, from the newest candidate to the
+oldest, as :mod:`..select` does and with the same result. The scores change hands so that each thread has all of its
+row. It compares them with its S-th best so far and makes a bit of each that may be better; the warp then takes these
+bits one by one, newest first, each thread its own. On long sequences there are two or three for the worst of 32 rows,
+and nothing passes between threads but the question whether any has one left. What a row keeps is sorted, so that a
+score goes behind its equals, which are newer.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from ..ranks import EMPTY, NAN
+from ..ranks import ordered as _ordered
+
+ordered = gluon.jit(_ordered.fn)
+
+# Of rows and of blocks: the threads of a warp, and the bits of a number.
+WIDTH = gl.constexpr(32)
+# Bits that are taken before the rest is compared with the new S-th best.
+PASSES = gl.constexpr(8)
+ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def _columns(x):
+    """Columns of x [WIDTH, WIDTH], whose rows are threads."""
+    parts = (x,)
+    for level in gl.static_range(5):
+        halves = ()
+        for i in gl.static_range(1 << level):
+            pairs = parts[i].reshape([WIDTH, 2, WIDTH >> level + 1]).permute((0, 2, 1))
+            halves = halves + gl.split(pairs)
+        parts = halves
+    columns = ()
+    for i in gl.static_range(WIDTH):
+        columns = columns + (gl.convert_layout(parts[i].reshape([WIDTH]), ROWS, assert_trivial=True),)
+    return columns
+
+
+@gluon.jit
+def _better(columns, worst):
+    """A bit for each column that is not at most ``worst``; NaN is not, and nothing is at most NaN."""
+    bits = gl.zeros([WIDTH], gl.int32, ROWS)
+    for i in gl.static_range(WIDTH):
+        bits |= gl.where(columns[i] <= worst, 0, 1 << i if i < 31 else -(1 << 31))
+    return bits
+
+
+@gluon.jit
+def _pick(columns, i):
+    """Element ``i`` [WIDTH] of each row."""
+    for level in gl.static_range(5):
+        is_odd = (i >> level & 1) != 0
+        halves = ()
+        for j in gl.static_range(WIDTH >> level + 1):
+            halves = halves + (gl.where(is_odd, columns[2 * j + 1], columns[2 * j]),)
+        columns = halves
+    return columns[0]
+
+
+@gluon.jit
+def _insert(ranks, blocks, rank, block, S: gl.constexpr):
+    """``ranks`` with ``rank`` in its place, behind its equals; the last falls out."""
+    was_ahead = rank > ranks[0]
+    new_ranks = (gl.where(was_ahead, rank, ranks[0]),)
+    new_blocks = (gl.where(was_ahead, block, blocks[0]),)
+    for s in gl.static_range(1, S):
+        is_ahead = rank > ranks[s]
+        new_ranks = new_ranks + (gl.where(was_ahead, ranks[s - 1], gl.where(is_ahead, rank, ranks[s])),)
+        new_blocks = new_blocks + (gl.where(was_ahead, blocks[s - 1], gl.where(is_ahead, block, blocks[s])),)
+        was_ahead = is_ahead
+    return new_ranks, new_blocks
+
+
+@gluon.jit
+def _score(rank):
+    """The score of a rank, NaN for none."""
+    score = (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
+    return gl.where(rank <= NAN, float("nan"), score)
+
+
+@gluon.jit(do_not_specialize=["n_rows"])
+def select_kernel(
+    q, means, first, own, chosen, n_rows, s_qt, s_qh, s_mb, s_mh,
+    HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """Arguments as of :func:`..select._select_kernel`."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    # A thread's elements of D lie together, as far as one load goes.
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32, 1], [1, 1], [1, 0])
+    # Late rows have the most candidates: they start first, so that the last programs to run are short.
+    begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * WIDTH
+    i_h = gl.program_id(1)
+    o_r = begin + gl.arange(0, WIDTH, layout=ROWS)
+    b_first = gl.load(first + o_r, mask=o_r < n_rows, other=2147483647)
+    b_own = gl.load(own + o_r, mask=o_r < n_rows, other=-1)
+    oldest = gl.maximum(gl.min(b_first, 0), 0)
+    newest = gl.max(b_own, 0) - 1
+
+    o_m = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LEFT))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT))
+    p_q = q + (o_m.to(gl.int64) * s_qt + i_h.to(gl.int64) * s_qh)[:, None] + o_d[None, :]
+    b_q = gl.load(p_q, mask=(o_m < n_rows)[:, None], other=0.0)
+    o_n = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, RIGHT))
+    p_means = means + (i_h // G).to(gl.int64) * s_mh + gl.arange(0, D, layout=gl.SliceLayout(1, RIGHT))[:, None]
+
+    ranks, blocks = (), ()
+    for _ in gl.static_range(S):
+        ranks = ranks + (gl.full([WIDTH], EMPTY, gl.int32, ROWS),)
+        blocks = blocks + (gl.full([WIDTH], -1, gl.int32, ROWS),)
+    worst = _score(ranks[S - 1])
+    for behind in range(0, newest - oldest + 1, WIDTH):
+        top = newest - behind
+        o_b = top - o_n
+        b_mean = gl.load(p_means + (o_b.to(gl.int64) * s_mb)[None, :], mask=(o_b >= oldest)[None, :], other=0.0)
+        score = mma_v2(b_q, b_mean, gl.zeros([WIDTH, WIDTH], gl.float32, MMA))
+        columns = _columns(gl.convert_layout(score, WHOLE))
+        # Column c is block top - c: candidates are those from ``low`` on, up to ``high``.
+        low = gl.maximum(top - b_own + 1, 0)
+        high = top - b_first
+        allowed = gl.where(low < WIDTH, -1 << gl.minimum(low, 31), 0)
+        allowed &= gl.where(high < 31, (2 << gl.maximum(gl.minimum(high, 30), 0)) - 1, -1)
+        bits = _better(columns, worst) & gl.where(high >= 0, allowed, 0)
+        left = gl.max((bits != 0).to(gl.int32), 0)
+        while left > 0:
+            passes = 0
+            while (left > 0) & (passes < PASSES):
+                lowest = bits & -bits
+                column = gl.inline_asm_elementwise(
+                    "bfind.u32 $0, $1;", "=r,r", [lowest], dtype=gl.int32, is_pure=True, pack=1
+                )
+                rank = gl.where(bits != 0, ordered(_pick(columns, column)), EMPTY)
+                ranks, blocks = _insert(ranks, blocks, rank, top - column, S)
+                bits ^= lowest
+                left = gl.max((bits != 0).to(gl.int32), 0)
+                passes += 1
+            worst = _score(ranks[S - 1])
+            if left > 0:
+                bits &= _better(columns, worst)
+                left = gl.max((bits != 0).to(gl.int32), 0)
+
+    p_chosen = chosen + (o_r.to(gl.int64) * HQ + i_h) * S
+    for s in gl.static_range(S):
+        gl.store(p_chosen + s, blocks[s], mask=o_r < n_rows)
