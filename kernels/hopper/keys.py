@@ -11,9 +11,10 @@ products that follow, in registers.
 
 Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
 ``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
-the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a group that stores for tile i + 2
-has waited for the other's dS of tile i + 1, which that one stores after its last look at tile i. Groups take tiles in
-the same order, and the fetching group waits only for tiles that it has handed out, so nobody waits in a circle.
+the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a
+group that stores for tile i + 2 has waited for the other's dS of tile i + 1, which that one stores after its last look
+at tile i. Groups take tiles in the same order, and the fetching group waits only for tiles that it has handed out, so
+nobody waits in a circle.
 """
 
 from triton.experimental import gluon
