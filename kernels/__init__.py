@@ -2,11 +2,11 @@
 
 :mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
 :mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attend`
-launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the
-work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead. :mod:`.choices`, :mod:`.pages` and :mod:`.rows` count, list
-and copy what moves between ranks. The functions below have the signatures of :mod:`moba_cp.eager` and
-:mod:`moba_cp.choices`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU under ``TRITON_INTERPRET=1``.
-Kernels know no autograd.
+launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the work
+of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead. :mod:`.choices`, :mod:`.pages` and :mod:`.rows` count,
+list and copy what moves between ranks. The functions below have the signatures of :mod:`moba_cp.eager` and
+:mod:`moba_cp.choices`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU under
+``TRITON_INTERPRET=1``. Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
 CAPITALS compile-time constants.
