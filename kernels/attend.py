@@ -17,7 +17,8 @@ from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Routing, Tasks, build_routing, cut_tasks
 from .tuned import Tile
 
-# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB.
+# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
+# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
@@ -35,7 +36,7 @@ def attend(
     visible: Tensor | None,
     scale: float,
     out_dtype: torch.dtype = torch.float32,
-    scratch_bytes: int = FORWARD_SCRATCH,
+    scratch_bytes: int | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
@@ -50,7 +51,8 @@ def attend(
         visible: [N] int32, with ``own``.
         scale: factor of the scores.
         out_dtype: of the output.
-        scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows.
+        scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows; by default
+            FORWARD_SCRATCH, or the size of q if that is more.
         index: of :func:`routing_index`, made here for these ``pages`` if it is None.
         kv_heads: with ``index`` and ``into``: the KV heads to do; all if it is None.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
@@ -79,9 +81,8 @@ def attend(
     )
     n_kv = pages.row.shape[0]
     kv_heads = _whole(kv_heads, n_kv)
-    row_slices, head_slices = _slices(
-        n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch_bytes
-    )
+    scratch = scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
+    row_slices, head_slices = _slices(n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
     for rows in row_slices:
         args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
@@ -107,10 +108,11 @@ def attend_backward(
     delta: Tensor,
     deterministic: bool = False,
     local_dtype: torch.dtype | None = None,
-    scratch_bytes: int = BACKWARD_SCRATCH,
+    scratch_bytes: int | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -121,10 +123,11 @@ def attend_backward(
         deterministic: bit-identical results from run to run.
         local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32
             sums of dk and dv then exist for a few heads at a time.
-        scratch_bytes: as in :func:`attend`.
+        scratch_bytes: as in :func:`attend`, by default BACKWARD_SCRATCH or the size of q.
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
+        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
@@ -135,7 +138,7 @@ def attend_backward(
         at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
-        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]))
+        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]), fresh=fresh)
         return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
@@ -155,7 +158,7 @@ def attend_backward(
     else:
         dq, dk, dv = into
         if nothing:
-            return into
+            return (dq, dk.zero_(), dv.zero_()) if fresh else into
     kind = dim, pages.block_size, q.dtype, q.device
     specialized = hopper.serves(q, pages, scale, dout)
     key_tile = tuned.key_tile(*kind, specialized and not deterministic)
@@ -163,9 +166,12 @@ def attend_backward(
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     kv_heads = _whole(kv_heads, pages.row.shape[0])
+    scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_slices, head_slices, direct = _backward_slices(
-        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, scratch_bytes
+        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
     )
+    if fresh and not direct:
+        dk.zero_(), dv.zero_()
     # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
     if index is not None and len(row_slices) == 1:
@@ -215,9 +221,8 @@ def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
     n_rows, n_heads, _ = q.shape
     if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0
-    rows, _ = _slices(
-        n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, FORWARD_SCRATCH
-    )
+    scratch = max(FORWARD_SCRATCH, q.nbytes)
+    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
     return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
 
 
@@ -279,17 +284,17 @@ def _slices(
 
 def _backward_slices(
     q: Tensor, pages, kv_heads: slice, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None,
-    scratch_bytes: int,
+    fresh: bool, scratch_bytes: int,
 ) -> tuple[list[slice], list[slice], bool]:  # fmt: skip
     """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
 
-    That takes that all rows come in one slice.
+    That takes that nothing is to be added to, and that all rows come in one slice.
     """
     n_rows, n_heads, dim = q.shape
     group = n_heads // pages.row.shape[0]
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
     shape = n_rows, group, kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
-    if local_dtype is not None:
+    if local_dtype is not None or fresh:
         n_sums = _sum_places(n_rows, group * n_slots, pages, 1, key_tile)
         row_slices, head_slices = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
         if len(row_slices) == 1:
@@ -393,10 +398,10 @@ def _backward_slice(
     inputs = part.q, part.k, part.v, dout[:, part.heads]
     strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
-        visits_per_head = n_rows * group * part.n_slots
-        _visit_table_kernel[(cdiv(visits_per_head, 512), part.row.shape[0])](
-            routing.visits, list_start, own, visible, lse, delta, table, stats, own_end,
-            visits_per_head, part.n_blocks, part.n_visits, q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
+        _visit_table_kernel[part.grid(key_tasks)](
+            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, own_end,
+            n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
+            q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
         )  # fmt: skip
         rest = dk, dv, sum_k, sum_v, table, stats, own_end

@@ -20,6 +20,7 @@ store rounded results in their place; ``_finish_kernel`` rounds the float32 sums
 import triton
 import triton.language as tl
 
+from .common import SLICED
 from .routing import read_task
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,37 +29,42 @@ DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(
+    do_not_specialize=["n_visits", "places", "first_list", "n_lists", "n_blocks"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _visit_table_kernel(
-    visits, list_start, own, visible, lse, delta, table, stats, own_end,
-    n_visits, n_blocks, room, s_token, s_lt, s_dt,
+    visits, tasks, list_start, visible, lse, delta, table, stats, own_end,
+    n_visits, places, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i_h = tl.program_id(1)
+    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
+    if i_list < 0:
+        return
     first = tl.load(list_start)
-    begin = tl.load(list_start + i_h * n_blocks)
-    end = tl.load(list_start + (i_h + 1) * n_blocks)
-    o_v = begin + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_v = o_v < end
-    visit = tl.load(visits + o_v, mask=m_v, other=0)
-    row = visit // SLOTS
-    t = row // G
-    head = i_h * G + row % G
-    limit = tl.full([BLOCK], 2147483647, tl.int32)
-    if SLOTS > S:
-        m_own = m_v & (visit % SLOTS == S)
-        limit = tl.load(visible + t, mask=m_own, other=2147483647)
-        block = tl.load(own + t, mask=m_own, other=0)
-        tl.atomic_max(own_end + i_h * n_blocks + block, o_v - first + 1, mask=m_own, sem="relaxed")
-    p_table = table + o_v - first
-    tl.store(p_table, t * s_token + head, mask=m_v)
-    tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
-    tl.store(p_table + 2 * room, limit, mask=m_v)
-    b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E
-    b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)
-    low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    tl.store(stats + o_v - first, high | low, mask=m_v)
+    i_h = i_list // n_blocks
+    for r in range(begin, end, BLOCK):
+        o_v = r + tl.arange(0, BLOCK)
+        m_v = o_v < end
+        visit = tl.load(visits + o_v, mask=m_v, other=0)
+        row = visit // SLOTS
+        t = row // G
+        head = i_h * G + row % G
+        limit = tl.full([BLOCK], 2147483647, tl.int32)
+        if SLOTS > S:
+            m_own = m_v & (visit % SLOTS == S)
+            limit = tl.load(visible + t, mask=m_own, other=2147483647)
+            last_own = tl.max(tl.where(m_own, o_v - first + 1, 0), 0)
+            tl.atomic_max(own_end + i_list, last_own, mask=last_own > 0, sem="relaxed")
+        p_table = table + o_v - first
+        tl.store(p_table, t * s_token + head, mask=m_v)
+        tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
+        tl.store(p_table + 2 * room, limit, mask=m_v)
+        b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E
+        b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)
+        low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(stats + o_v - first, high | low, mask=m_v)
 
 
 @triton.jit
@@ -108,7 +114,10 @@ def _key_tile(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "first_head", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _key_kernel(
     q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, own_end,
     tasks, list_start, page_row, page_head, length, turn,
@@ -202,7 +211,9 @@ def _key_kernel(
         tl.store(p_dv, b_dv, mask=m_kv)
 
 
-@triton.jit(do_not_specialize=["n_lists", "room"])
+@triton.jit(
+    do_not_specialize=["n_lists", "n_blocks", "room", "s_row", "s_head"], do_not_specialize_on_alignment=SLICED
+)
 def _finish_kernel(
     sum_k, sum_v, dk, dv, list_start, page_row, page_head, length,
     room, task_rows, n_lists, n_blocks, block_size, s_dkr, s_dkh, s_row, s_head, s_head_n,
@@ -217,20 +228,23 @@ def _finish_kernel(
         return
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
     o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    m = (o_n < tl.load(length + i_b))[:, None] & (o_d < D)[None, :]
+    key = tl.load(page_row + i_h * s_row + i_b) + o_n
+    m = ((key >= o_n) & (o_n < tl.load(length + i_b)))[:, None] & (o_d < D)[None, :]
     i_sum = _sum_place(i_list, start - first, n_lists, room, task_rows)
     o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
-    # A block that nobody visits has gradient zero.
+    # A block that nobody visits has gradient zero; one that is not in this storage has no place.
     b_dk = tl.load(sum_k + o_sum, mask=m & is_split, other=0.0)
     b_dv = tl.load(sum_v + o_sum, mask=m & is_split, other=0.0)
-    key = tl.load(page_row + i_h * s_row + i_b) + o_n
     page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
     o_dk = key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
     tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m)
     tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _query_kernel(
     q, k, v, dout, part, table, stats, tasks, list_start, page_row, page_head, length,
     scale, room, places, task_rows, first_list, n_lists, n_blocks,

@@ -12,6 +12,7 @@ order, tiles that see few keys stop early and the work on own blocks stays causa
 import triton
 import triton.language as tl
 
+from .common import SLICED
 from .routing import read_task
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -32,7 +33,10 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
     return t, head, slot, limit
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _short_block_kernel(
     q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
     scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
@@ -72,7 +76,10 @@ def _short_block_kernel(
         tl.store(p_o, b_o.to(part.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@triton.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _long_block_kernel(
     q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
     scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,

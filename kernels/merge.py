@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check_unit_stride, on_device, padded_dim
+from .common import SLICED, cdiv, check_unit_stride, on_device, padded_dim
 from .routing import visit_block
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_heads"], do_not_specialize_on_alignment=SLICED)
 def _merge_visits_kernel(
     part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, JOIN: tl.constexpr,
@@ -75,7 +75,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, join:
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _sum_visits_kernel(
     part, out, chosen, own, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -146,7 +146,7 @@ def scale_rows(x: Tensor, out: Tensor, scale: float, add: bool) -> None:
         )
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads"])
+@triton.jit(do_not_specialize=["n_rows", "n_heads"], do_not_specialize_on_alignment=SLICED)
 def _merge_rows_kernel(
     out, lse, part, part_lse, index, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh, s_part, s_part_lse,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -219,7 +219,7 @@ def _on_rows(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor | N
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_heads"])
 def _row_sums_kernel(
     a, b, sums, n_rows, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, on_device
+from .common import SLICED, cdiv, on_device
 
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
@@ -80,7 +80,7 @@ def visit_block(
     return tl.where(page >= 0, block, -1)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
     chosen, own, visible, page_row, counts,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -96,7 +96,7 @@ def _count_kernel(
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks"])
 def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
@@ -115,7 +115,7 @@ def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: 
         tl.store(sizes, 0)
 
 
-@triton.jit(do_not_specialize=["n_visits"])
+@triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _scatter_kernel(
     chosen, own, visible, page_row, counts, list_start, visits,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
@@ -144,7 +144,9 @@ def _scatter_kernel(
         block = next_block
 
 
-@triton.jit(do_not_specialize=["n_lists", "places", "steps"])
+@triton.jit(
+    do_not_specialize=["n_lists", "n_blocks", "places", "steps", "s_pages"], do_not_specialize_on_alignment=SLICED
+)
 def _task_kernel(
     list_start, page_row, table, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
 ):

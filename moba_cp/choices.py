@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
     """How many slots chose each block, and the shares of rows that would go to it.
 
     Args:
@@ -19,47 +19,54 @@ def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> tuple[Tensor
         unit: a row's share is ``unit`` over the number of its slots with the same place; 0 for no shares.
 
     Returns:
-        [Hkv, n] int64 each; the shares are 0 where ``open_place`` is -1.
+        [1 or 2, R, Hkv, n] int64, to be summed over R: numbers of slots, and if ``unit`` is not 0 the shares, which are
+        0 where ``open_place`` is -1.
     """
-    chose, share = (torch.zeros(open_place.shape, dtype=torch.int64, device=chosen.device) for _ in range(2))
+    counts = torch.zeros(2 if unit else 1, 1, *open_place.shape, dtype=torch.int64, device=chosen.device)
     for head, block, place in _by_head(chosen, open_place):
-        chose[head].scatter_add_(0, block.clamp(min=0).flatten(), (block >= 0).long().flatten())
+        at = block.clamp(min=0).flatten()
+        counts[0, 0, head].scatter_add_(0, at, (block >= 0).long().flatten())
         if unit:
             together = torch.zeros_like(place)
             for slot in range(place.shape[-1]):
                 together += (place == place[..., slot : slot + 1]) & (place >= 0)
             part = unit // together.clamp(min=1) * (place >= 0)
-            share[head].scatter_add_(0, block.clamp(min=0).flatten(), part.flatten())
-    return chose, share
+            counts[1, 0, head].scatter_add_(0, at, part.flatten())
+    return counts
 
 
-def count_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_owners: int) -> Tensor:
-    """[C, owners] int64, rows sent to each owner, if the blocks ``fetch`` [C, Hkv, n] bool come here instead.
+def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
+    """Rows sent to each owner, for several candidates of what is fetched instead.
 
     Args:
         chosen: [N, Hq, S] int32.
         place: [Hkv, n] int32.
+        fetched: [Hkv, n] int32, bit ``c`` says that candidate ``c`` fetches the block.
+
+    Returns:
+        [R, candidates, owners] int32, to be summed over R.
     """
-    rows = torch.zeros(fetch.shape[0], n_owners, dtype=torch.int64, device=chosen.device)
+    rows = torch.zeros(1, n_candidates, n_owners, dtype=torch.int32, device=chosen.device)
     for head, block, at in _by_head(chosen, place):
-        for candidate, counts in zip(fetch, rows, strict=True):
-            first = _first(block, at, candidate[head])
-            counts.scatter_add_(0, at.clamp(min=0).flatten() % n_owners, first.long().flatten())
+        for candidate, counts in enumerate(rows[0]):
+            fetch = (fetched[head] >> candidate & 1).bool()
+            first = _first(torch.where((block >= 0) & ~fetch[block.clamp(min=0)], at, -1))
+            counts.scatter_add_(0, at.clamp(min=0).flatten() % n_owners, first.int().flatten())
     return rows
 
 
-def list_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
-    """The slots whose rows are sent where the blocks ``fetch`` [Hkv, n] bool come here.
+def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+    """The slots whose rows are sent; ``place`` [Hkv, n] int32 is -1 also for blocks that are fetched.
 
     Returns:
         int32 indices into the flattened [Hq, N, S] slots, by place, head, token, slot, as many as there are slots at
-        all: those past the counts mean nothing; and [places] int64, how many go to each place.
+        all: those past the last end mean nothing; and [places] int32, where each place's part of the list ends.
     """
-    places = [torch.where(_first(block, at, fetch[head]), at, n_places) for head, block, at in _by_head(chosen, place)]
+    places = [torch.where(_first(at), at, n_places) for _, _, at in _by_head(chosen, place)]
     flat = torch.cat(places, 1).transpose(0, 1).flatten()
-    counts = torch.zeros(n_places + 1, dtype=torch.int64, device=chosen.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
-    return flat.argsort(stable=True).int(), counts[:-1]
+    counts = torch.zeros(n_places + 1, dtype=torch.int32, device=chosen.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return flat.argsort(stable=True).int(), counts[:-1].cumsum(0, dtype=torch.int32)
 
 
 def _by_head(chosen: Tensor, place: Tensor):
@@ -70,12 +77,11 @@ def _by_head(chosen: Tensor, place: Tensor):
         yield head, block, torch.where(block >= 0, table[block.clamp(min=0)], -1)
 
 
-def _first(block: Tensor, at: Tensor, fetch: Tensor) -> Tensor:
-    """[N, G, S] bool, slots for which their row is sent; fetch [n] bool."""
-    wants = (at >= 0) & ~fetch[block.clamp(min=0)]
-    first = wants.clone()
+def _first(at: Tensor) -> Tensor:
+    """[N, G, S] bool, slots for which their row is sent: the first of each place; ``at`` [N, G, S], -1 for none."""
+    first = at >= 0
     for slot in range(1, at.shape[-1]):
-        first[..., slot] &= ~((at[..., :slot] == at[..., slot : slot + 1]) & wants[..., :slot]).any(-1)
+        first[..., slot] &= ~(at[..., :slot] == at[..., slot : slot + 1]).any(-1)
     return first
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import choices, eager
+from . import choices, decision, eager, requests
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = range(1, 257)
@@ -36,33 +36,72 @@ def _on_kernels(x: Tensor) -> bool:
     return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
 
 
-def _counting(chosen: Tensor):
-    """The module that counts what was chosen; block ids are int32 whatever the inputs are."""
-    if _on_kernels(chosen):
+def _integers(x: Tensor, plain):
+    """The module that plans the exchange: kernels, or ``plain``. It sees integers, whatever the inputs' dtype is."""
+    if _on_kernels(x):
         from . import kernels
 
         return kernels
-    return choices
+    return plain
 
 
-def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
     """See :func:`moba_cp.choices.count_choices`."""
-    return _counting(chosen).count_choices(chosen, open_place, unit)
+    return _integers(chosen, choices).count_choices(chosen, open_place, unit)
 
 
-def count_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_owners: int) -> Tensor:
+def weigh_blocks(counts: Tensor, tables, prices, mode: str):
+    """See :func:`moba_cp.decision.weigh_blocks`."""
+    return _integers(counts, decision).weigh_blocks(counts, tables, prices, mode)
+
+
+def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
     """See :func:`moba_cp.choices.count_rows`."""
-    return _counting(chosen).count_rows(chosen, place, fetch, n_owners)
+    return _integers(chosen, choices).count_rows(chosen, place, fetched, n_candidates, n_owners)
 
 
-def list_rows(chosen: Tensor, place: Tensor, fetch: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+def pick_cheapest(weighed, rows: Tensor | None, place: Tensor, tables, prices) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moba_cp.decision.pick_cheapest`."""
+    return _integers(place, decision).pick_cheapest(weighed, rows, place, tables, prices)
+
+
+def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
     """See :func:`moba_cp.choices.list_rows`."""
-    return _counting(chosen).list_rows(chosen, place, fetch, n_places)
+    return _integers(chosen, choices).list_rows(chosen, place, n_places)
+
+
+def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
+    """See :func:`moba_cp.requests.write_request`."""
+    return _integers(need, requests).write_request(need, source, ends, costs)
+
+
+def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
+    """See :func:`moba_cp.requests.relay_request`."""
+    return _integers(fetch, requests).relay_request(fetch, arrived, asked_at)
+
+
+def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[requests.Pairs, requests.Pairs]:
+    """See :func:`moba_cp.requests.list_pairs`."""
+    return _integers(need, requests).list_pairs(need, arrived, tables, sizes)
+
+
+def sum_up(
+    arrived: Tensor,
+    header_at: Tensor,
+    ends: Tensor,
+    costs: Tensor,
+    facts: Tensor,
+    candidates: Tensor,
+    n_kv: int,
+    out: Tensor,
+) -> None:
+    """See :func:`moba_cp.requests.sum_up`."""
+    _integers(arrived, requests).sum_up(arrived, header_at, ends, costs, facts, candidates, n_kv, out)
 
 
 def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`moba_cp.choices.row_ids`."""
-    return _counting(chosen).row_ids(chosen, slots, place, number, dtype)
+    return _integers(chosen, choices).row_ids(chosen, slots, place, number, dtype)
 
 
 def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
@@ -165,14 +204,17 @@ def attend(
 
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    kv_heads=None, into=None,
+    kv_heads=None, into=None, fresh=False,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
-    ``index`` and ``kv_heads``: as in :func:`attend`."""
+    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
+    are written, others may be left as they are."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
-        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into)
+        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into, fresh=fresh)
+    if fresh:
+        into[1].zero_(), into[2].zero_()
     if kv_heads is not None:
         at = _query_heads(kv_heads, q, pages)
         rows = dout[:, at], lse[:, at], delta[:, at]

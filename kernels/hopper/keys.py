@@ -11,9 +11,10 @@ products that follow, in registers.
 
 Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
 ``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
-the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a group that stores for tile i + 2
-has waited for the other's dS of tile i + 1, which that one stores after its last look at tile i. Groups take tiles in
-the same order, and the fetching group waits only for tiles that it has handed out, so nobody waits in a circle.
+the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a
+group that stores for tile i + 2 has waited for the other's dS of tile i + 1, which that one stores after its last look
+at tile i. Groups take tiles in the same order, and the fetching group waits only for tiles that it has handed out, so
+nobody waits in a circle.
 """
 
 from triton.experimental import gluon
@@ -27,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward import _sum_place
+from ..common import SLICED
 from .shared import LOG2E, barrier, load_block, read_task, unpack
 
 sum_place = gluon.jit(_sum_place.fn)
@@ -200,7 +202,10 @@ def _consume(
         gl.store(dv + o_dk, b_dv + gl.load(dv + o_dk, mask=m_n, other=0.0), mask=m_n)
 
 
-@gluon.jit(do_not_specialize=["places", "first_list", "n_lists", "first_head"])
+@gluon.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "first_head", "n_blocks", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def key_kernel(
     q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, own_end,
     tasks, list_start, page_row, page_head, length,

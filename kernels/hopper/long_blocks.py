@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..common import SLICED
 from .shared import LN2, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys
 
 
@@ -216,7 +217,10 @@ def _consume(
         i += 1
 
 
-@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@gluon.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def long_block_kernel(
     q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
     scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,

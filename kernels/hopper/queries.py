@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..common import SLICED
 from .shared import LOG2E, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys, unpack
 
 
@@ -182,7 +183,10 @@ def _consume(
         i += 1
 
 
-@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"])
+@gluon.jit(
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def query_kernel(
     q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start, page_row, page_head, length,
     scale, room, places, task_rows, first_list, n_lists, n_blocks,

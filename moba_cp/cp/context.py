@@ -15,7 +15,7 @@ from .full_plan import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
-from .plan import WireTables, build_wire_tables
+from .wire import WireTables, build_wire_tables
 
 
 @dataclass(frozen=True, eq=False)

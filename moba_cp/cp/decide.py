@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..decision import CANDIDATES, BlockTables, Prices
 from .geometry import BlockGeometry
 from .options import Weighing, WireCosts
 
@@ -24,15 +25,23 @@ class Decision:
     fetch: Tensor
     """[Hkv, n] bool, blocks whose K and V come here. Rows go to the owners of the other blocks that they chose."""
     place: Tensor
-    """[Hkv, n] int32, ``stage * P + owner`` of blocks of other ranks, -1 for those that are here."""
+    """[Hkv, n] int32, ``stage * P + owner`` of the blocks to which rows go, -1 for those that are here or come here."""
     with_rows: bool
     """whether there can be rows to send."""
-    needed: Tensor
-    """[] int64, (KV head, block) pairs of other ranks that are needed here in one way or the other."""
-    hottest: Tensor
-    """[] int64, most local rows that chose one (KV head, block), wherever it lies."""
-    cost: Tensor
-    """[P] int64, bytes between this rank and each owner, forward and backward, at this decision."""
+    facts: Tensor
+    """int64, see :class:`moba_cp.decision.Weighed`."""
+    costs: Tensor
+    """[P + 1] int64, ``cost``, and the sum of it."""
+
+    @property
+    def needed(self) -> Tensor:
+        """[] int64, (KV head, block) pairs of other ranks that are needed here in one way or the other."""
+        return self.facts[0]
+
+    @property
+    def cost(self) -> Tensor:
+        """[P] int64, bytes between this rank and each owner, forward and backward, at this decision."""
+        return self.costs[:-1]
 
 
 def stage_of(n_kv: int, n_blocks: int, stages: int, device) -> Tensor:
@@ -78,68 +87,45 @@ def decide(
             ``1 + (m - 1) p`` ranks if the others choose as many and independently.
         rank: this one.
     """
-    size = len(geometry.owned)
-    place, open_place = _places(geometry, n_kv, stages)
-    always = geometry.passing.expand(n_kv, -1)
-    chose, share = ops.count_choices(chosen, open_place, _SHARE if mode == "auto" else 0)
-    everything = (chose > 0) & geometry.elsewhere | always
-
-    if mode == "kv":
-        candidates = everything[None]
-    elif mode == "query":
-        candidates = always[None].contiguous()
-    else:
-        token_price, row_price = _prices(everything, geometry, costs, weighing, rank)
-        price = token_price[geometry.owner] * (geometry.length.double() * _SHARE)
-        worth = share * row_price[geometry.owner] >= price
-        candidates = torch.stack([everything, (everything & worth) | always, always])
-    tokens = _tokens(candidates, geometry, size)
-    rows = ops.count_rows(chosen, place, candidates, size) if mode != "kv" else torch.zeros_like(tokens)
-    cost = tokens * costs.kv_token + rows * costs.row
-    if mode == "auto":
-        best = (tokens * token_price + rows * row_price).argmin(0)
-        cost = cost.gather(0, best[None])
-        fetch = candidates.gather(0, best[geometry.owner].expand(1, n_kv, -1))[0]
-    else:
-        fetch = candidates[0]
-    return Decision(fetch, place, mode != "kv", everything.sum(), chose.max(), cost[0])
+    size, n_candidates = len(geometry.owned), CANDIDATES[mode]
+    tables, place, open_place = _tables(geometry, n_kv, stages)
+    prices = _prices(geometry, n_kv, costs, weighing, rank)
+    counts = ops.count_choices(chosen, open_place, _SHARE if mode == "auto" else 0)
+    weighed = ops.weigh_blocks(counts, tables, prices, mode)
+    rows = ops.count_rows(chosen, place, weighed.fetched, n_candidates, size) if mode != "kv" else None
+    fetch, place, bytes_ = ops.pick_cheapest(weighed, rows, place, tables, prices)
+    return Decision(fetch, place, mode != "kv", weighed.facts, bytes_)
 
 
-def _prices(
-    everything: Tensor, geometry: BlockGeometry, costs: WireCosts, weighing: Weighing, rank: int
-) -> tuple[Tensor, Tensor]:
-    """[P] float64 each: what a token of a block, and a row, count by owner; ``everything`` [Hkv, n] is needed here.
-
-    float64 has room for any number of bytes: with weights of 1 the comparison is exact.
-    """
-    key = "prices", weighing, rank, costs
+def _prices(geometry: BlockGeometry, n_kv: int, costs: WireCosts, weighing: Weighing, rank: int) -> Prices:
+    """What tokens and rows count; made once."""
+    key = "prices", n_kv, costs, weighing, rank
     if key not in geometry.tables:
-        device, node = everything.device, rank // weighing.per_node
-        near = torch.arange(len(geometry.owned), device=device) // weighing.per_node == node
+        size, device = len(geometry.owned), geometry.owner.device
+        far = torch.arange(size, device=device) // weighing.per_node != rank // weighing.per_node
+        candidates = (geometry.remote_candidate & far[geometry.owner]).sum() * n_kv
         # Not in the default dtype, which a model's builder may have set to bfloat16.
-        row_price = costs.row * (near.double() * weighing.near + (~near).double() * weighing.far)
-        far_blocks = ~near[geometry.owner]
-        candidates = (geometry.remote_candidate & far_blocks).sum() * everything.shape[0]
-        geometry.tables[key] = near, row_price, far_blocks, candidates.clamp(min=1)
-    near, row_price, far_blocks, candidates = geometry.tables[key]
-    needed = ((everything & far_blocks).sum() / candidates.double()).clamp(max=1)
-    sharers = torch.where(near, 1.0, 1.0 + (weighing.sharing - 1) * needed)
-    return costs.kv_token / sharers.double(), row_price
+        weight = far.double() * weighing.far + (~far).double() * weighing.near
+        geometry.tables[key] = Prices(
+            kv_token=costs.kv_token,
+            row_bytes=costs.row,
+            token=torch.full_like(weight, costs.kv_token),
+            row=costs.row * weight,
+            unit=_SHARE,
+            sharing=weighing.sharing if weighing.per_node < size else 1,
+            far=far,
+            far_candidates=candidates.clamp(min=1),
+        )
+    return geometry.tables[key]
 
 
-def _places(geometry: BlockGeometry, n_kv: int, stages: int) -> tuple[Tensor, Tensor]:
-    """``place`` of :class:`Decision`, and the same with -1 also for blocks that are fetched in any case; kept."""
+def _tables(geometry: BlockGeometry, n_kv: int, stages: int) -> tuple[BlockTables, Tensor, Tensor]:
+    """The blocks; [Hkv, n] int32, ``stage * P + owner`` of those of other ranks, -1 for those that are here; and the
+    same with -1 also for blocks that are fetched in any case. Made once."""
     key = "places", n_kv, stages
     if key not in geometry.tables:
         place = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device) * len(geometry.owned) + geometry.owner
         place = torch.where(geometry.elsewhere, place, -1).int()
-        geometry.tables[key] = place, torch.where(geometry.passing, -1, place)
+        tables = BlockTables(geometry.owner, geometry.length, geometry.elsewhere, geometry.passing)
+        geometry.tables[key] = tables, place, torch.where(geometry.passing, -1, place)
     return geometry.tables[key]
-
-
-def _tokens(fetch: Tensor, geometry: BlockGeometry, size: int) -> Tensor:
-    """[C, P] int64, tokens of all KV heads that come from each owner; fetch [C, Hkv, n] bool."""
-    tokens = (fetch * geometry.length.long()).sum(1)
-    # torch.bincount would wait for the device.
-    zero = torch.zeros(fetch.shape[0], size, dtype=torch.int64, device=fetch.device)
-    return zero.scatter_add_(1, geometry.owner.expand(fetch.shape[0], -1), tokens)

@@ -6,7 +6,6 @@ K and V of one row travel together. A pair is (KV head, block), numbered ``head 
 """
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..blocks import Pages
 from ..eager import wide_dtype
+from ..requests import Pairs
 from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .plan import PairLists
@@ -29,20 +29,15 @@ class HopStage:
         )
         self.receive, self.send = want_rows[stage], give_rows[stage]
         self._rows: Tensor | None = None
-        self.want = lists.want[sum(want[:stage]) : sum(want[: stage + 1])]
-        self.give = lists.give[sum(give[:stage]) : sum(give[: stage + 1])]
+        self.want, self._want_offset = _of_stage(lists.want, want, want_rows, stage)
+        self.give, self.give_offset = _of_stage(lists.give, give, give_rows, stage)
         self.geometry, self.comm = geometry, comm
-
-    @cached_property
-    def give_offset(self) -> Tensor:
-        """[m] int64, row of the wire at which each pair sent begins; kept."""
-        return self._offset(self.give)
 
     def rows(self, n_kv: int) -> Tensor:
         """[Hkv, n] int64, row of the wire at which each pair received begins, -1 for the others; kept."""
         if self._rows is None:
             rows = torch.full((n_kv, self.geometry.n_blocks), -1, dtype=torch.int64, device=self.want.device)
-            rows.view(-1)[self.want] = self._offset(self.want)
+            rows.view(-1)[self.want] = self._want_offset
             self._rows = rows
         return self._rows
 
@@ -89,10 +84,12 @@ class HopStage:
 
         return finish
 
-    def _offset(self, pairs: Tensor) -> Tensor:
-        """[m] int64, row of the wire at which each of ``pairs`` begins."""
-        length = self.geometry.length.long()[pairs % self.geometry.n_blocks]
-        return length.cumsum(0) - length
+
+def _of_stage(pairs: Pairs, counts: list[int], rows: list[list[int]], stage: int) -> tuple[Tensor, Tensor]:
+    """[m] int64 each: the pairs that move in a stage, and the row of the wire at which each begins; ``counts`` and
+    ``rows`` (by rank) are those of all stages."""
+    part = slice(sum(counts[:stage]), sum(counts[: stage + 1]))
+    return pairs.ids[part], pairs.before[part] - sum(map(sum, rows[:stage]))
 
 
 class BlockStage:
@@ -131,10 +128,17 @@ class BlockStage:
             Pages(p.k, p.v, torch.where(self.fetch_mask, p.row, -1), p.head, p.length, p.block_size) for p in storages
         ]
 
+    @property
+    def writes_all(self) -> bool:
+        """Whether every row of the storages belongs to a block that this rank attends to."""
+        return len(self.hops) == 1
+
     def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Zeros [W, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        """[W, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie; zeros where not all are
+        written."""
         rows, _, dim = pages.k.shape
-        grads = pages.k.new_zeros(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        new = pages.k.new_empty if self.writes_all else pages.k.new_zeros
+        grads = new(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
         return grads, (grads[:, :1], grads[:, 1:])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:

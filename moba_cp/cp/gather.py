@@ -55,10 +55,17 @@ class GatherStage:
         """All of them."""
         return storages
 
+    @property
+    def writes_all(self) -> bool:
+        """Whether every row that another rank will add belongs to a block of that rank."""
+        return not self.geometry.straddles
+
     def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Zeros [P * R, heads, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie."""
+        """[P * R, heads, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie; zeros where not
+        all that matter are written."""
         rows, heads, dim = pages.k.shape
-        grads = pages.k.new_zeros(rows, heads, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        new = pages.k.new_empty if self.writes_all else pages.k.new_zeros
+        grads = new(rows, heads, 2, dim, dtype=wide_dtype(pages.k.dtype))
         return grads, (grads[:, :, 0], grads[:, :, 1])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:

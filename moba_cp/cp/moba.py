@@ -133,10 +133,10 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         for stage in ctx.stages:
             _set_owned(stage, owned)
 
-        def attend_backward(pages: Pages, kv_heads: slice, dk: Tensor, dv: Tensor) -> None:
+        def attend_backward(pages: Pages, kv_heads: slice, dk: Tensor, dv: Tensor, fresh: bool = False) -> None:
             ops.attend_backward(
                 q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic,
-                index=index, kv_heads=kv_heads, into=(dq, dk, dv),
+                index=index, kv_heads=kv_heads, into=(dq, dk, dv), fresh=fresh,
             )  # fmt: skip
 
         ready = comm.mark(q)
@@ -168,7 +168,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 storages, parts = waits[0](), []
                 for pages in stage.blocks.visible(storages):
                     part, of_kv = stage.blocks.new_gradients(pages)
-                    attend_backward(pages, stage.kv_heads, *of_kv)
+                    attend_backward(pages, stage.kv_heads, *of_kv, stage.blocks.writes_all)
                     parts.append(part)
                 finish = stage.blocks.give_back(storages, parts, grads, wire)
             return answer, finish
@@ -230,15 +230,15 @@ def _stages(plan, q: Tensor, chosen: Tensor, owned: Pages, cp: CPContext) -> lis
     geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
     n_kv = owned.row.shape[0]
     decision, plan = plan
-    total, needed, remote, planned, hottest = plan.facts()
+    facts = plan.facts()
     for counters in comm.books():
-        counters.needed += needed
-        counters.remote += remote
-        counters.hottest = max(counters.hottest, hottest)
-    if options.mode == "auto" and total >= options.allgather_share * comm.size * _gathered_bytes(owned, cp):
+        counters.needed += facts.needed
+        counters.remote += facts.candidates
+        counters.hottest = max(counters.hottest, facts.hottest)
+    if options.mode == "auto" and facts.total_bytes >= options.allgather_share * comm.size * _gathered_bytes(owned, cp):
         return _gather_stages(q, owned, cp)
     for counters in comm.books():
-        counters.planned += planned
+        counters.planned += facts.bytes
 
     hop_sizes = [plan.sizes(hop) for hop in range(len(plan.hops))]
     row_sizes = plan.sizes(-1)
@@ -249,7 +249,8 @@ def _stages(plan, q: Tensor, chosen: Tensor, owned: Pages, cp: CPContext) -> lis
         blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
         rows, kv_heads = None, heads_of_stage(n_kv, options.stages, stage)
         heads = _query_heads(kv_heads, chosen.shape[1] // n_kv)
-        if options.mode != "kv" and chosen.shape[2]:
+        # Where nobody sends any, nobody takes part in sending them.
+        if facts.total_rows:
             rows = RowStage(plan.rows, row_sizes, stage, heads, chosen, owned, geometry, comm, options.keep)
         stages.append(_Stage(kv_heads, heads, blocks, rows))
     return stages

@@ -150,6 +150,8 @@ def test_rows_count_more_within_a_node():
         sent.append(kinds)
     rows, blocks = zip(*sent)
     assert rows[0] > rows[1] > rows[2] == 0 and blocks[0] < blocks[1] < blocks[2]
+    # Where there are no rows nobody meets to send none; with the last weight nor to send results back.
+    assert not any(kind.startswith(("sent_rows", "sent_partial")) for c in counters for kind in c)
 
 
 def test_auto_mixes_fetched_blocks_and_sent_rows():
@@ -294,11 +296,11 @@ def test_bad_options_are_named(kwargs, says):
 def test_prices_are_exact_whatever_the_default_dtype():
     geometry = CPContext(None, "contiguous", 64, device="cpu").geometry(16)
     costs, weighing = WireCosts(kv_token=2048, row=1833), Weighing(4, 1, 1, 1)
-    everything = torch.zeros(1, geometry.n_blocks, dtype=torch.bool)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        token, row = _prices(everything, geometry, costs, weighing, 0)
+        prices = _prices(geometry, 1, costs, weighing, 0)
     finally:
         torch.set_default_dtype(before)
-    assert token.tolist() == [2048] and row.tolist() == [4 * 1833] and row.dtype == token.dtype == torch.float64
+    assert prices.token.tolist() == [2048] and prices.row.tolist() == [4 * 1833]
+    assert prices.row.dtype == prices.token.dtype == torch.float64

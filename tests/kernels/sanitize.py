@@ -8,7 +8,8 @@ threads between (``barrier.sync 1`` in the PTX), and versions of racecheck take 
 line of a kernel's ``def`` or of ``gl.warp_specialize`` on both sides, and nothing that a kernel's own lines do.
 
 A control shows what the reports are worth: a group hands numbers to another as our kernels do, once rightly, and once
-telling it before they are stored. Racecheck must say no more of the former than of our kernels, and must find the latter.
+telling it before they are stored. Racecheck must say no more of the former than of our kernels, and must find the
+latter.
 """
 
 import argparse

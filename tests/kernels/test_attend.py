@@ -234,6 +234,33 @@ def test_head_dim_too_large_is_named():
         kernels.attend(p.q, p.pages, *p.visits, p.scale)
 
 
+@pytest.mark.parametrize("scratch", [None, 1 << 14], ids=["whole", "cut"])
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+def test_fresh_gradients_need_no_zeros(block_size, deterministic, scratch):
+    """Storages whose gradients hold nothing yet, one of them with a block that nobody chose."""
+    p = Problem([150], (4, 2), 32, block_size, 4)
+    p.chosen = torch.where(p.chosen == 1, -1, p.chosen)
+    p.visible = torch.where(p.own == 1, 0, p.visible)
+    out, lse, delta, grads = exact(p)
+    n_blocks = p.pages.row.shape[1]
+    is_first = torch.arange(n_blocks, device=p.q.device) % 2 == 0
+    index = kernels.routing_index(p.q, *p.visits, p.pages.row)
+    dq = torch.zeros_like(p.q)
+    for first in (True, False):
+        pages = replace(p.pages, row=torch.where(is_first == first, p.pages.row, -1))
+        both = torch.full((2, 150, 2, 32), torch.nan, device=p.q.device)
+        kernels.attend_backward(
+            p.q, pages, *p.visits, p.scale, p.dout, lse.float(), delta.float(), deterministic,
+            scratch_bytes=scratch, index=index, into=(dq, *both), fresh=True,
+        )  # fmt: skip
+        here = (is_first == first)[p.own.long()]
+        for actual, expected in zip(both, grads[1:]):
+            close(actual[here], expected[here])
+            assert scratch or actual[~here].isnan().all()
+    close(dq, grads[0])
+
+
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
 def test_rows_that_are_cut_do_without_the_index(deterministic):
     """Slices of rows have indices of their own; gradients of several slices add to what is there."""

@@ -25,24 +25,51 @@ def _case(n, heads, n_slots, n_blocks, n_owners, stages, empty):
     return chosen.to(DEVICE), place.to(DEVICE), fetch.to(DEVICE), n_owners, n_owners * stages
 
 
+def _bits(fetch):
+    """[C, Hkv, n] bool -> [Hkv, n] int32."""
+    bit = 1 << torch.arange(len(fetch), dtype=torch.int32, device=fetch.device)
+    return (fetch * bit[:, None, None]).sum(0, dtype=torch.int32)
+
+
+def _count_rows(module, chosen, place, fetch, n_owners):
+    return module.count_rows(chosen, place, _bits(fetch), len(fetch), n_owners).sum(0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_counts_and_lists(case):
     chosen, place, fetch, n_owners, n_places = _case(*case)
     for unit in (0, 1 << 16):
         with poisoned():
             ours = kernels.count_choices(chosen, place, unit)
-        for actual, expected in zip(ours, choices.count_choices(chosen, place, unit), strict=True):
-            assert torch.equal(actual, expected)
-    assert torch.equal(
-        kernels.count_rows(chosen, place, fetch, n_owners), choices.count_rows(chosen, place, fetch, n_owners)
-    )
+        expected = choices.count_choices(chosen, place, unit)
+        assert ours.dtype == expected.dtype and torch.equal(ours.sum(1), expected.sum(1))
+    args = chosen, place, fetch, n_owners
+    assert torch.equal(_count_rows(kernels, *args), _count_rows(choices, *args))
     for one in fetch:
+        goes = torch.where(one, -1, place)
         with poisoned():
-            slots, counts = kernels.list_rows(chosen, place, one, n_places)
-        expected, expected_counts = choices.list_rows(chosen, place, one, n_places)
-        assert torch.equal(counts, expected_counts) and slots.dtype == expected.dtype
-        total = int(counts.sum())
-        assert torch.equal(slots[:total], expected[:total])
+            slots, ends = kernels.list_rows(chosen, goes, n_places)
+        expected, expected_ends = choices.list_rows(chosen, goes, n_places)
+        assert torch.equal(ends, expected_ends) and slots.dtype == expected.dtype and ends.dtype == torch.int32
+        assert torch.equal(slots[: ends[-1]], expected[: ends[-1]])
+
+
+def test_counters_have_copies(monkeypatch):
+    """Many tiles on few blocks use all copies; their number is bounded by memory too."""
+    monkeypatch.setattr(kernels.choices, "TILE_SLOTS", 32)
+    chosen, place, fetch, n_owners, n_places = _case(*CASES[0])
+    chosen = chosen[:40]
+    expected = choices.count_choices(chosen, place, 1 << 16)
+    for entries, copies in ((1 << 20, 32), (5 * place.numel(), 4), (place.numel() - 1, 1)):
+        monkeypatch.setattr(kernels.choices, "COUNT_ENTRIES", entries)
+        counts = kernels.count_choices(chosen, place, 1 << 16)
+        assert counts.shape[1] == copies and torch.equal(counts.sum(1), expected.sum(1))
+    assert counts[0].any() and _count_rows(kernels, chosen, place, fetch, n_owners).any()
+    assert torch.equal(
+        _count_rows(kernels, chosen, place, fetch, n_owners), _count_rows(choices, chosen, place, fetch, n_owners)
+    )
+    slots, ends = kernels.list_rows(chosen, place, n_places)
+    assert torch.equal(slots[: ends[-1]], choices.list_rows(chosen, place, n_places)[0][: ends[-1]])
 
 
 def test_a_row_goes_to_a_place_once():
@@ -50,33 +77,33 @@ def test_a_row_goes_to_a_place_once():
     place = torch.tensor([[5, 5, -1, 4]], dtype=torch.int32, device=DEVICE)
     fetch = torch.zeros(1, 1, 4, dtype=torch.bool, device=DEVICE)
     for module in (choices, kernels):
-        chose, share = module.count_choices(chosen, place, 12)
+        chose, share = module.count_choices(chosen, place, 12).sum(1)
         assert chose.tolist() == [[1, 1, 1, 1]] and share.tolist() == [[6, 6, 0, 12]]
-        assert module.count_rows(chosen, place, fetch, 3).tolist() == [[0, 1, 1]]
-        slots, counts = module.list_rows(chosen, place, fetch[0], 6)
-        assert counts.tolist() == [0, 0, 0, 0, 1, 1] and slots[:2].tolist() == [3, 0]
-        fetch[0, 0, 0] = True
-        assert module.list_rows(chosen, place, fetch[0], 6)[0][:2].tolist() == [3, 1]
-        fetch[0, 0, 0] = False
+        assert _count_rows(module, chosen, place, fetch, 3).tolist() == [[0, 1, 1]]
+        slots, ends = module.list_rows(chosen, place, 6)
+        assert ends.tolist() == [0, 0, 0, 0, 1, 2] and slots[:2].tolist() == [3, 0]
+        goes = torch.tensor([[-1, 5, -1, 4]], dtype=torch.int32, device=DEVICE)
+        assert module.list_rows(chosen, goes, 6)[0][:2].tolist() == [3, 1]
 
 
-def test_nothing_chosen():
-    chosen = torch.zeros(4, 2, 0, dtype=torch.int32, device=DEVICE)
+@pytest.mark.parametrize("shape", [(4, 2, 0), (0, 2, 3)], ids=str)
+def test_nothing_chosen(shape):
+    chosen = torch.zeros(shape, dtype=torch.int32, device=DEVICE)
     place = torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)
     fetch = torch.zeros(1, 1, 3, dtype=torch.bool, device=DEVICE)
     for module in (choices, kernels):
-        assert not any(x.any() for x in module.count_choices(chosen, place, 4))
-        assert not module.count_rows(chosen, place, fetch, 2).any()
-        slots, counts = module.list_rows(chosen, place, fetch[0], 2)
-        assert slots.numel() == 0 and not counts.any()
+        assert not module.count_choices(chosen, place, 4).any()
+        assert not _count_rows(module, chosen, place, fetch, 2).any()
+        slots, ends = module.list_rows(chosen, place, 2)
+        assert slots.numel() == 0 and ends.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_sent_and_what_they_want(case):
     chosen, place, fetch, _, n_places = _case(*case)
     place = torch.where(fetch[1], -1, place)
-    slots, counts = choices.list_rows(chosen, place, torch.zeros_like(fetch[1]), n_places)
-    slots = slots[: int(counts.sum())]
+    slots, ends = choices.list_rows(chosen, place, n_places)
+    slots = slots[: ends[-1]]
     number = torch.arange(place.numel(), device=DEVICE).view(place.shape) * 3 % 1000
     x = torch.randn(*chosen.shape[:2], 24, device=DEVICE)[..., :20]
     with poisoned():
