@@ -24,7 +24,9 @@ from ..tuned import Tile, is_hopper
 # Of Triton.
 VERSIONS = ("3.6.",)
 HEAD_DIMS = (64, 128)
-# Blocks besides its own that a row may choose where threads keep them in registers.
+# Blocks besides its own that a row may choose where threads keep them in registers. On an H100, 131,072 tokens of 16
+# heads, ms of the other kernel and of this one: D = 64, B = 128, k = 8: 3.44, 1.43; D = 128, B = 128, k = 8: 3.52,
+# 1.88; D = 128, B = 512, k = 8: 1.44, 0.94; D = 128, B = 4096, k = 12: 0.86, 0.94.
 MAX_CHOSEN = 15
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
