@@ -22,7 +22,8 @@ from .tuned import Tile
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
-# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off.
+# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. (The backward's
+# table has three times as many, and its scratch keeps a slice far below a third of this.)
 MAX_VISITS = 2**31 - 2**16
 # Of the backward's table, per visit.
 VISIT_BYTES = 20
@@ -54,7 +55,7 @@ def attend(
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows; by default
             FORWARD_SCRATCH, or the size of q if that is more.
         index: of :func:`routing_index`, made here for these ``pages`` if it is None.
-        kv_heads: with ``index`` and ``into``: the KV heads to do; all if it is None.
+        kv_heads: with ``into``: the KV heads to do; all if it is None.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
 
@@ -127,7 +128,8 @@ def attend_backward(
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
-        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left.
+        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left or
+            zeroed, so that one call has to serve the whole storage.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.

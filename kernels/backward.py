@@ -13,8 +13,9 @@ read it in one step: row of Q and dout, place of its dQ, number of keys it sees,
 
 A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
 the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
-for one that has started. Where gradients are wanted in the inputs' dtype and rows come in one slice, lists of one task
-store rounded results in their place; ``_finish_kernel`` rounds the float32 sums of the others.
+for one that has started. Where there is nothing to add to and rows come in one slice, lists of one task store their
+results in their place, rounded if gradients are wanted in the inputs' dtype; ``_finish_kernel`` does so with the
+float32 sums of the others.
 """
 
 import triton
@@ -227,12 +228,15 @@ def _finish_kernel(
     if (n_visits > 0) & (n_visits <= task_rows):
         return
     i_h, i_b = i_list // n_blocks, i_list % n_blocks
+    first_key = tl.load(page_row + i_h * s_row + i_b)
+    if first_key < 0:
+        return
     o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    key = tl.load(page_row + i_h * s_row + i_b) + o_n
-    m = ((key >= o_n) & (o_n < tl.load(length + i_b)))[:, None] & (o_d < D)[None, :]
+    key = first_key + o_n
+    m = (o_n < tl.load(length + i_b))[:, None] & (o_d < D)[None, :]
     i_sum = _sum_place(i_list, start - first, n_lists, room, task_rows)
     o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
-    # A block that nobody visits has gradient zero; one that is not in this storage has no place.
+    # A block that nobody visits has gradient zero.
     b_dk = tl.load(sum_k + o_sum, mask=m & is_split, other=0.0)
     b_dv = tl.load(sum_v + o_sum, mask=m & is_split, other=0.0)
     page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)

@@ -75,7 +75,7 @@ def _add_shares_kernel(
         if i != skip:
             b_dk += tl.load(p_share, mask=m, other=0.0).to(tl.float32)
             b_dv += tl.load(p_share + D, mask=m, other=0.0).to(tl.float32)
-        p_share += share_rows * 2 * D
+        p_share += tl.cast(share_rows, tl.int64) * (2 * D)
     tl.store(dk + at, b_dk, mask=m)
     tl.store(dv + at, b_dv, mask=m)
 

@@ -185,12 +185,12 @@ def read_task(tasks, places, task_rows, list_start, first_list, n_lists, i):
 
 
 def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
-    """Index of the visits of all rows to the blocks of one storage.
+    """Index of the visits of all rows to the blocks of one storage, or of several together.
 
     Args:
         chosen: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
         own, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its own block.
-        page_row: [Hkv, n] int64, -1 where a block is not in the storage; unit stride in n.
+        page_row: [Hkv, n] int64, -1 where a block is in none of them; unit stride in n.
     """
     n_rows, n_heads, n_chosen = chosen.shape
     n_kv, n_blocks = page_row.shape

@@ -17,7 +17,8 @@ CANDIDATES = {"auto": 3, "kv": 1, "query": 1}
 
 ALL_FOR_LESS = 0.985
 """Everything is fetched where that costs hardly more than the cheapest way: one kind of transfer takes less time than
-two. With this factor on its price a decision stays within 2 % of the least bytes."""
+two. With this factor on its price a decision stays within 2 % of the lowest price, with weights of 1 of the least
+bytes."""
 
 
 class BlockTables(NamedTuple):

@@ -209,7 +209,7 @@ def attend_backward(
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
     ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
-    are written, others may be left as they are."""
+    are written, others left or zeroed, so that one call has to serve the whole storage."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
         return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into, fresh=fresh)

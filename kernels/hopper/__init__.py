@@ -8,8 +8,8 @@ four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere,
 own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
 only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
 
-The kernels are written in Gluon, which comes with Triton and changes with it. They ran on an H100 with Triton 3.6.0;
-3.7.1 compiles them, as the tests do.
+The kernels are written in Gluon, which comes with Triton and changes with it. They ran on H100 and H200 with Triton
+3.6.0; 3.7.1 compiles them, as the tests do.
 """
 
 from functools import lru_cache

@@ -124,6 +124,7 @@ class BlockStage:
 
     def visible(self, storages: list[Pages]) -> list[Pages]:
         """The storages with only those blocks that this rank itself asked for."""
+        used_here(self.fetch_mask)
         return [
             Pages(p.k, p.v, torch.where(self.fetch_mask, p.row, -1), p.head, p.length, p.block_size) for p in storages
         ]
@@ -151,7 +152,6 @@ class BlockStage:
         Returns:
             A function that waits and adds.
         """
-
         mine = self.owned, *owned
         if len(self.hops) == 1:
             return self.hops[0].give_back(grads[0], [mine], dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..blocks import Pages
-from .comm import Communicator
+from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .plan import RowLists
 
@@ -111,6 +111,7 @@ class RowStage:
         """[L, heads, S] int32: which of the rows sent stands for this slot of the stage's heads, -1 for none."""
         n_rows, _, n_slots = self.chosen.shape
         shape = self.heads.stop - self.heads.start, n_rows, n_slots
+        used_here(self.slots)
         index = torch.full(shape, -1, dtype=torch.int32, device=self.chosen.device)
         at = self.slots.long() - self.heads.start * n_rows * n_slots
         index.view(-1)[at] = torch.arange(at.numel(), dtype=torch.int32, device=index.device)

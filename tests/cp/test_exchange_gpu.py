@@ -84,6 +84,38 @@ def test_bf16_with_kernels_on_nccl():
                 assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
 
 
+# What the kernels of moba_cp.kernels.hopper serve.
+WIDE_CASES = {
+    "long blocks": dict(seed=4, lengths=[4096], heads=(4, 2), dim=128, block_size=256, top_k=4),
+    "long blocks, packed": dict(seed=5, lengths=[2500, 1596], heads=(4, 4), dim=128, block_size=256, top_k=3),
+    "short blocks": dict(seed=6, lengths=[4096], heads=(8, 2), dim=64, block_size=128, top_k=5),
+}
+
+
+def _by_atomics(rank):
+    """[(label, errors across ranks, errors of one rank)], not deterministic."""
+    report = []
+    for name, args in WIDE_CASES.items():
+        case = _batch(**args)
+        exact = run_reference(case.to(torch.float64), chosen=_one_rank_selection(case).long())
+        one = _errors(
+            run(moba_attention, case, MoBAConfig(case.block_size, case.top_k), cu_seqlens=case.cu_seqlens), exact
+        )
+        for index, mode in enumerate(MODES):
+            options = ExchangeOptions(mode, stages=1 + index % 3, ranks_per_node=2 if index % 2 else None)
+            results, _ = across_ranks(dist.group.WORLD, case, "zigzag", False, options)
+            report.append((f"{name} {mode}", _errors(results, exact), one))
+    return report
+
+
+def test_bf16_with_wide_kernels_on_nccl():
+    for report in run_ranks(SIZE, _by_atomics, backend="nccl", timeout=400):
+        assert len(report) == len(WIDE_CASES) * len(MODES)
+        for label, errors, one in report:
+            for name, error, allowed in zip(NAMES, errors, one, strict=True):
+                assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+
+
 def _hundred_runs(rank):
     case = _batch(5, [2048], (8, 2), 64, 64, 4)
     options = ExchangeOptions("auto")
