@@ -7,12 +7,13 @@ Legend: P ranks (owners), Hkv key/value heads, n blocks, C candidates, R copies 
 the Hkv * n (KV head, block) pairs.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decision import ALL_FOR_LESS, CANDIDATES, BlockTables, Prices, Weighed
 from .common import cdiv, on_device
 
 BLOCK = 128
@@ -154,10 +155,18 @@ def _pick_kernel(
         tl.store(costs + n_owners, tl.sum(total, 0))
 
 
-def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str) -> Weighed:
+class Weighed(NamedTuple):
+    """As :class:`moba_cp.decision.Weighed`."""
+
+    fetched: Tensor
+    facts: Tensor
+    tokens: Tensor
+
+
+def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
     """See :func:`moba_cp.decision.weigh_blocks`."""
     with_shares, copies, n_kv, n_blocks = counts.shape
-    n_pairs, n_owners, n_candidates = n_kv * n_blocks, prices.token.numel(), CANDIDATES[mode]
+    n_pairs, n_owners, n_candidates = n_kv * n_blocks, prices.token.numel(), 3 if mode == "auto" else 1
     assert counts.is_contiguous() and counts.numel() < 2**31 and (with_shares == 2) == (mode == "auto")
     sums = torch.zeros(3 + n_candidates * n_owners, dtype=torch.int64, device=counts.device)
     weighed = Weighed(
@@ -181,7 +190,7 @@ def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str)
 
 
 def pick_cheapest(
-    weighed: Weighed, rows: Tensor | None, place: Tensor, tables: BlockTables, prices: Prices
+    weighed: Weighed, rows: Tensor | None, place: Tensor, tables, prices
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moba_cp.decision.pick_cheapest`."""
     n_pairs, n_blocks, (n_candidates, n_owners) = place.numel(), place.shape[1], weighed.tokens.shape
@@ -195,7 +204,7 @@ def pick_cheapest(
             *weighed, weighed.tokens if rows is None else rows, place, tables.owner, prices.token, prices.row,
             prices.far, prices.far_candidates, fetch, sent_place, costs,
             n_pairs, max(1, n_blocks), n_owners, prices.kv_token, prices.row_bytes,
-            LESS=ALL_FOR_LESS, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK, num_warps=4,
+            LESS=prices.all_for_less, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return fetch.view(torch.bool), sent_place, costs

@@ -6,15 +6,18 @@ that could move, in an order fixed beforehand. Programs look at BLOCK elements.
 Legend: P ranks, n blocks, Hkv key/value heads, m entries: pairs that can move.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..requests import PAIR, TOTALS, Pairs, PairTables
 from .common import cdiv, on_device
 
 BLOCK = 512
+# Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.requests`.
+TOTALS = 2
 
 
 @triton.jit
@@ -143,6 +146,13 @@ def _sum_up_kernel(
     tl.store(out + n_sizes + o, fact, mask=m)
 
 
+class Pairs(NamedTuple):
+    """As :class:`moba_cp.requests.Pairs`."""
+
+    ids: Tensor
+    before: Tensor
+
+
 def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
     """See :func:`moba_cp.requests.write_request`."""
     request = torch.empty(source.numel(), dtype=torch.uint8, device=need.device)
@@ -170,7 +180,7 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     return need.view(torch.bool)
 
 
-def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor) -> tuple[Pairs, Pairs]:
+def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Pairs, Pairs]:
     """See :func:`moba_cp.requests.list_pairs`."""
     n_entries, (_, stages, columns) = tables.pairs.numel(), sizes.shape
     moved = torch.empty(n_entries, dtype=torch.int64, device=need.device)
@@ -184,7 +194,7 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
             )
         _lists_kernel[(cdiv(max(n_entries, sizes.numel()), BLOCK),)](
             moved.cumsum(0), tables.pairs, tables.bounds, lists, offsets, sizes, *numbers, columns - 1, stages,
-            PAIR=PAIR, BLOCK=BLOCK, num_warps=4,
+            PAIR=tables.unit, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return tuple(Pairs(lists[side], offsets[side]) for side in (slice(0, tables.n_want), slice(tables.n_want, None)))
 

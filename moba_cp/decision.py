@@ -55,6 +55,8 @@ class Prices(NamedTuple):
     for them."""
     far_candidates: Tensor
     """[] int64, at least 1: (KV head, block) pairs of far owners that can be needed here."""
+    all_for_less: float = ALL_FOR_LESS
+    """factor of the price of fetching everything"""
 
 
 class Weighed(NamedTuple):
@@ -94,7 +96,7 @@ def pick_cheapest(
     weighed: Weighed, rows: Tensor | None, place: Tensor, tables: BlockTables, prices: Prices
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The candidate with the lowest price for each owner, the first of equal ones; with three of them the price of the
-    first, everything, counts ``ALL_FOR_LESS``.
+    first, everything, counts ``prices.all_for_less``.
 
     Args:
         rows: [R, C, P] int32, to be summed over R: rows sent for each candidate; None if there are none.
@@ -107,7 +109,7 @@ def pick_cheapest(
     rows = torch.zeros_like(tokens) if rows is None else rows.sum(0)
     price = tokens * _token_prices(prices, weighed.facts) + rows * prices.row
     if len(price) > 1:
-        price[0] *= ALL_FOR_LESS
+        price[0] *= prices.all_for_less
     best = price.argmin(0)
     fetch = (weighed.fetched >> best[tables.owner] & 1).bool()
     cost = (tokens * prices.kv_token + rows * prices.row_bytes).gather(0, best[None])[0]

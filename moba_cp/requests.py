@@ -35,6 +35,8 @@ class PairTables(NamedTuple):
     """[m] int64, ``PAIR`` plus the tokens of the pair."""
     bounds: Tensor
     """[2, stages * P + 1] int64, entries before each (stage, rank) of a side, and before the side's end."""
+    unit: int = PAIR
+    """what one pair counts in the running sum"""
 
 
 def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:

@@ -52,6 +52,13 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     assert names - metadata == set(sources()), "setup.cfg's packages or package_data miss something"
 
 
+def test_kernels_need_nothing_of_the_rest():
+    """In the checkout's root the folder is found as ``kernels``; libraries that look for one of that name import it."""
+    code = "import sys, kernels; assert not any(name.startswith('moba_cp') for name in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_console_script_runs_from_the_installed_wheel(wheel, tmp_path):
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
