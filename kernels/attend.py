@@ -64,7 +64,7 @@ def attend(
     """
     check_head_dim(q.shape[2])
     if index is None and kv_heads is not None:
-        at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
+        at = pages.query_heads(kv_heads, q.shape[1])
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, out_dtype, scratch_bytes
         attend(*some, into=tuple(x[:, at] for x in into))
         return into
@@ -137,7 +137,7 @@ def attend_backward(
     assert into is None or local_dtype is None and into[1].stride() == into[2].stride()
     check_head_dim(q.shape[2])
     if index is None and kv_heads is not None:
-        at = query_heads(kv_heads, q.shape[1], pages.row.shape[0])
+        at = pages.query_heads(kv_heads, q.shape[1])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
         attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]), fresh=fresh)
@@ -245,12 +245,6 @@ def _whole_slots(chosen: Tensor) -> Tensor:
     return chosen if chosen.stride(2) == 1 and chosen.stride(1) == chosen.shape[2] else chosen.contiguous()
 
 
-def query_heads(kv_heads: slice, n_heads: int, n_kv: int) -> slice:
-    """The query heads, of ``n_heads``, whose groups share some of ``n_kv`` KV heads."""
-    group = n_heads // n_kv
-    return slice(kv_heads.start * group, kv_heads.stop * group)
-
-
 def _whole(kv_heads: slice | None, n_kv: int) -> slice:
     return slice(0, n_kv) if kv_heads is None else kv_heads
 
@@ -329,7 +323,7 @@ class _Slice:
         group = q.shape[1] // n_kv
         self.n_slots = chosen.shape[2] + (own is not None)
         self.block_size = pages.block_size
-        self.heads = query_heads(kv_heads, q.shape[1], n_kv)
+        self.heads = pages.query_heads(kv_heads, q.shape[1])
         self.n_heads = self.heads.stop - self.heads.start
         self.n_visits = q.shape[0] * self.n_heads * self.n_slots
         self.q, self.chosen = q[:, self.heads], chosen[:, self.heads]

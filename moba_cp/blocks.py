@@ -81,6 +81,11 @@ class Pages:
         """The pages of some KV heads, in the same storage."""
         return replace(self, row=self.row[heads], head=self.head[heads])
 
+    def query_heads(self, heads: slice, n_heads: int) -> slice:
+        """The query heads, of ``n_heads`` in all, whose groups share some of the KV heads."""
+        group = n_heads // self.row.shape[0]
+        return slice(heads.start * group, heads.stop * group)
+
 
 def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:
     """Pages of a storage that holds all tokens of ``table`` in order: k, v [T, Hkv, D]."""

@@ -193,7 +193,7 @@ def attend(
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
         return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into)
     if kv_heads is not None:
-        at = _query_heads(kv_heads, q, pages)
+        at = pages.query_heads(kv_heads, q.shape[1])
         eager.attend(
             q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, tuple(x[:, at] for x in into)
         )
@@ -216,15 +216,10 @@ def attend_backward(
     if fresh:
         into[1].zero_(), into[2].zero_()
     if kv_heads is not None:
-        at = _query_heads(kv_heads, q, pages)
+        at = pages.query_heads(kv_heads, q.shape[1])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
         eager.attend_backward(*some, into=(into[0][:, at], *into[1:]))
         return into
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
     return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs, into=into))
-
-
-def _query_heads(kv_heads: slice, q: Tensor, pages) -> slice:
-    group = q.shape[1] // pages.row.shape[0]
-    return slice(kv_heads.start * group, kv_heads.stop * group)

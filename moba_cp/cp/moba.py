@@ -248,7 +248,7 @@ def _stages(plan, q: Tensor, chosen: Tensor, owned: Pages, cp: CPContext) -> lis
         hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
         blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
         rows, kv_heads = None, heads_of_stage(n_kv, options.stages, stage)
-        heads = _query_heads(kv_heads, chosen.shape[1] // n_kv)
+        heads = owned.query_heads(kv_heads, chosen.shape[1])
         # Where nobody sends any, nobody takes part in sending them.
         if facts.total_rows:
             rows = RowStage(plan.rows, row_sizes, stage, heads, chosen, owned, geometry, comm, options.keep)
@@ -267,7 +267,7 @@ def _gather_stages(q: Tensor, owned: Pages, cp: CPContext) -> list[_Stage]:
     cuts = [n_kv * s // min(options.stages, n_kv) for s in range(min(options.stages, n_kv) + 1)]
     heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
     return [
-        _Stage(h, _query_heads(h, q.shape[1] // n_kv), GatherStage(h, owned, geometry, comm, options.keep), None)
+        _Stage(h, owned.query_heads(h, q.shape[1]), GatherStage(h, owned, geometry, comm, options.keep), None)
         for h in heads
     ]
 
@@ -277,10 +277,6 @@ def _gathered_bytes(owned: Pages, cp: CPContext) -> int:
     tokens = (cp.size - 1) * cp.geometry(owned.block_size).widest * owned.row.shape[0]
     # What a row costs does not matter here.
     return tokens * WireCosts.of(owned.k.dtype, owned.k.shape[2], 0, cp.exchange).kv_token
-
-
-def _query_heads(kv_heads: slice, group: int) -> slice:
-    return slice(kv_heads.start * group, kv_heads.stop * group)
 
 
 def _set_owned(stage: _Stage, owned) -> None:
