@@ -4,6 +4,7 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 S' = S + 1 where rows also see their own block, else S.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,7 @@ def attend(
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -58,6 +60,7 @@ def attend(
         kv_heads: with ``into``: the KV heads to do; all if it is None.
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
+        whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
@@ -66,12 +69,16 @@ def attend(
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, out_dtype, scratch_bytes
-        attend(*some, into=tuple(x[:, at] for x in into))
+        attend(*some, into=tuple(x[:, at] for x in into), whole=whole)
         return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
+    kv_heads = _all_or(kv_heads, pages.row.shape[0])
     if n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0:
+        if into is not None and whole:
+            at = pages.query_heads(kv_heads, n_heads)
+            into[0][:, at], into[1][:, at] = 0, -torch.inf
         return into or (
             torch.zeros(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
             torch.full((n_rows, n_heads), -torch.inf, dtype=torch.float32, device=q.device),
@@ -81,7 +88,7 @@ def attend(
         torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device),
     )
     n_kv = pages.row.shape[0]
-    kv_heads = _whole(kv_heads, n_kv)
+    join = into is not None and not whole
     scratch = scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
     row_slices, head_slices = _slices(n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
@@ -93,7 +100,7 @@ def attend(
             routing = build_routing(*args[2:], pages.row)
         tasks = cut_tasks(routing, tile.task_rows, pages.row)
         for some in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], into is not None, routing, tile, tasks, some)
+            _attend_slice(*args, scale, out[rows], lse[rows], join, routing, tile, tasks, some)
     return out, lse
 
 
@@ -114,6 +121,8 @@ def attend_backward(
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
     fresh: bool = False,
+    whole: bool = False,
+    keys_done: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -130,6 +139,8 @@ def attend_backward(
             with ``local_dtype``.
         fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left or
             zeroed, so that one call has to serve the whole storage.
+        whole: no other storage has a part in dq: that of ``into`` holds nothing yet, and may have any dtype.
+        keys_done: called once all kernels that write dk and dv are launched; dQ may be computed after.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
@@ -140,7 +151,8 @@ def attend_backward(
         at = pages.query_heads(kv_heads, q.shape[1])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
-        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]), fresh=fresh)
+        rest = dict(fresh=fresh, whole=whole, keys_done=keys_done)
+        attend_backward(*some, scratch_bytes=scratch_bytes, into=(into[0][:, at], *into[1:]), **rest)
         return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
@@ -160,14 +172,20 @@ def attend_backward(
     else:
         dq, dk, dv = into
         if nothing:
-            return (dq, dk.zero_(), dv.zero_()) if fresh else into
+            if fresh:
+                dk.zero_(), dv.zero_()
+            if whole:
+                dq[:, pages.query_heads(_all_or(kv_heads, pages.row.shape[0]), n_heads)] = 0
+            if keys_done is not None:
+                keys_done()
+            return into
     kind = dim, pages.block_size, q.dtype, q.device
     specialized = hopper.serves(q, pages, scale, dout)
     key_tile = tuned.key_tile(*kind, specialized and not deterministic)
     query_tile = tuned.query_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    kv_heads = _whole(kv_heads, pages.row.shape[0])
+    kv_heads = _all_or(kv_heads, pages.row.shape[0])
     scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_slices, head_slices, direct = _backward_slices(
         q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
@@ -193,8 +211,9 @@ def attend_backward(
         elif local_dtype is not None:
             sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, some_heads.start
         for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
-            rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None, dq[rows], *sums
-            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, some_heads)
+            rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None and not whole, dq[rows], *sums
+            done = keys_done if some_heads is head_slices[-1] and rows is row_slices[-1] else None
+            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, some_heads, done)
         if local_dtype is not None and not direct:
             dk[:, some_heads], dv[:, some_heads] = sums[:2]
     return dq, dk, dv
@@ -245,7 +264,7 @@ def _whole_slots(chosen: Tensor) -> Tensor:
     return chosen if chosen.stride(2) == 1 and chosen.stride(1) == chosen.shape[2] else chosen.contiguous()
 
 
-def _whole(kv_heads: slice | None, n_kv: int) -> slice:
+def _all_or(kv_heads: slice | None, n_kv: int) -> slice:
     return slice(0, n_kv) if kv_heads is None else kv_heads
 
 
@@ -372,7 +391,7 @@ def _attend_slice(
 def _backward_slice(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, sum_k, sum_v,
     first_head: int, mode: int, tile: Tile, query_tile: Tile, routing: Routing, key_tasks: Tasks,
-    query_tasks: Tasks | None, kv_heads: slice,
+    query_tasks: Tasks | None, kv_heads: slice, keys_done: Callable[[], None] | None,
 ) -> None:  # fmt: skip
     part = _Slice(q, pages, chosen, own, kv_heads)
     key_tiles = cdiv(pages.block_size, tile.bn)
@@ -417,6 +436,8 @@ def _backward_slice(
                 part.n_visits, key_tasks.rows, part.row.numel(), part.n_blocks, pages.block_size,
                 *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32, num_warps=4,
             )  # fmt: skip
+        if keys_done is not None:
+            keys_done()
         tile = query_tile
         if mode == DQ_NONE.value and tile.fetch_registers:
             hopper.launch_queries(part, tile, query_tasks, inputs[3], into, table, stats, list_start, scale)
