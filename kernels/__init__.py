@@ -4,9 +4,10 @@
 :mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attend`
 launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the
 work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead. :mod:`.choices` counts, :mod:`.decision`
-decides and :mod:`.requests` tells what moves between ranks; :mod:`.pages` and :mod:`.rows` copy it. The functions below
-have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.choices`, :mod:`moba_cp.decision` and
-:mod:`moba_cp.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU under ``TRITON_INTERPRET=1``.
+decides and :mod:`.requests` tells what moves between ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs`
+where everything moves. The functions below have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.choices`,
+:mod:`moba_cp.decision` and :mod:`moba_cp.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
+under ``TRITON_INTERPRET=1``.
 Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
@@ -18,14 +19,15 @@ from .choices import count_choices, count_rows, list_rows
 from .decision import pick_cheapest, weigh_blocks
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
-from .pages import add_pages, add_shares, copy_pages
+from .pages import add_pages, copy_pages
 from .requests import list_pairs, relay_request, sum_up, write_request
 from .rows import gather_rows, row_ids
 from .select import select_blocks
+from .slabs import pack_slab, sum_shares
 
 __all__ = [
-    "add_pages", "add_rows", "add_shares", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pick_cheapest",
-    "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "sum_up", "weigh_blocks",
-    "write_request",
+    "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
+    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_slab",
+    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "sum_shares", "sum_up",
+    "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -59,27 +59,6 @@ def _add_kernel(
     tl.store(dv + at, tl.load(dv + at, mask=m, other=0.0) + b_v, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "share_rows", "skip"])
-def _add_shares_kernel(
-    dk, dv, shares, n_rows, n_heads, n_shares, share_rows, skip, s_dt, s_dh,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m = (o_m < n_rows * n_heads)[:, None] & (o_d < D)[None, :]
-    at = (o_m // n_heads * s_dt + o_m % n_heads * s_dh)[:, None] + o_d[None, :]
-    b_dk = tl.load(dk + at, mask=m, other=0.0)
-    b_dv = tl.load(dv + at, mask=m, other=0.0)
-    p_share = shares + o_m[:, None] * 2 * D + o_d[None, :]
-    for i in range(n_shares):
-        if i != skip:
-            b_dk += tl.load(p_share, mask=m, other=0.0).to(tl.float32)
-            b_dv += tl.load(p_share + D, mask=m, other=0.0).to(tl.float32)
-        p_share += tl.cast(share_rows, tl.int64) * (2 * D)
-    tl.store(dk + at, b_dk, mask=m)
-    tl.store(dv + at, b_dv, mask=m)
-
-
 def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
     """See :func:`moba_cp.eager.copy_pages`."""
     if not _launched(pages, pairs, out):
@@ -105,21 +84,6 @@ def add_pages(
         _add_kernel[grid](
             dk, dv, pages.row, pages.head, pages.length, pairs, offset, arrived, begin, end, pages.row.shape[1],
             *dk.stride()[:2], pages.row.stride(0), *pages.head.stride(), **constants, num_warps=4,
-        )  # fmt: skip
-
-
-def add_shares(dk: Tensor, dv: Tensor, shares: Tensor, skip: int) -> None:
-    """See :func:`moba_cp.eager.add_shares`."""
-    assert shares.is_contiguous() and dk.stride() == dv.stride() and dk.stride(2) == 1 and dk.dtype == torch.float32
-    n_rows, n_heads, dim = dk.shape
-    if dk.numel() == 0:
-        return
-    block = padded_dim(dim)
-    bm = max(1, 4096 // block)
-    with on_device(dk):
-        _add_shares_kernel[(cdiv(n_rows * n_heads, bm),)](
-            dk, dv, shares, n_rows, n_heads, shares.shape[0], shares.shape[1] * n_heads, skip, *dk.stride()[:2],
-            D=dim, BD=block, BM=bm, num_warps=4,
         )  # fmt: skip
 
 

@@ -360,18 +360,31 @@ def add_pages(
     dv[row, head] += arrived[at, 1].to(dv.dtype)
 
 
-def add_shares(dk: Tensor, dv: Tensor, shares: Tensor, skip: int) -> None:
-    """Add every rank's share of the gradients of this rank's first rows, in rank order.
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
+    """Lay K beside V, head by head.
 
     Args:
-        dk, dv: [L, H, D] wide, with equal strides.
-        shares: [P, R, H, 2, D] contiguous, R >= L, any floating dtype.
-        skip: the rank whose share is there already.
+        k, v: [R, H, D].
+        slab: [H, R', 2, D] contiguous, R' >= R; rows past R are left as they are.
     """
-    for rank, share in enumerate(shares[:, : dk.shape[0]]):
-        if rank != skip:
-            dk += share[:, :, 0].to(dk.dtype)
-            dv += share[:, :, 1].to(dv.dtype)
+    slab[:, : k.shape[0], 0], slab[:, : k.shape[0], 1] = k.transpose(0, 1), v.transpose(0, 1)
+
+
+def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+    """Write the sums of all ranks' shares of the gradients of some rows.
+
+    Args:
+        own: [H, R', 2, D] contiguous wide, the share of this rank, see :func:`pack_slab`.
+        shares: [S, H, R', 2, D], each contiguous, any floating dtype: those of others, in the order of summation.
+        dk, dv: [R, H, D] with R <= R' and equal strides, written in their dtype.
+        skip: a share that is passed over, -1 for none.
+    """
+    total = own[:, : dk.shape[0]]
+    for i, share in enumerate(shares):
+        if i != skip:
+            total = total + share[:, : dk.shape[0]].to(own.dtype)
+    dk.copy_(total[:, :, 0].transpose(0, 1))
+    dv.copy_(total[:, :, 1].transpose(0, 1))
 
 
 def _page_rows(pages: Pages, pairs: Tensor, offset: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,9 +131,14 @@ def add_pages(
     backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 
 
-def add_shares(dk: Tensor, dv: Tensor, shares: Tensor, skip: int) -> None:
-    """See :func:`moba_cp.eager.add_shares`."""
-    backend(dk).add_shares(dk, dv, shares, skip)
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
+    """See :func:`moba_cp.eager.pack_slab`."""
+    backend(slab).pack_slab(k, v, slab)
+
+
+def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+    """See :func:`moba_cp.eager.sum_shares`."""
+    backend(dk).sum_shares(own, shares, dk, dv, skip)
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -182,21 +187,26 @@ def attend(
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    whole: bool = False,
 ):
     """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
 
     Args:
         index: of :func:`routing_index`.
         kv_heads: with ``into``: the KV heads to do; None for all.
+        whole: with ``into``: there are no other keys; it holds nothing yet, and out may have any dtype.
     """
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
-        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into)
+        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into, whole=whole)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        eager.attend(
-            q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, tuple(x[:, at] for x in into)
-        )
+        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale
+        attend(*some, into=tuple(x[:, at] for x in into), whole=whole)
+        return into
+    if whole:
+        for target, result in zip(into, eager.attend(q, pages, chosen, own, visible, scale), strict=True):
+            target.copy_(result)
         return into
     out, lse = eager.attend(q, pages, chosen, own, visible, scale, into)
     return out.to(out_dtype or out.dtype), lse
@@ -204,22 +214,34 @@ def attend(
 
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    kv_heads=None, into=None, fresh=False,
+    kv_heads=None, into=None, fresh=False, whole=False, keys_done=None,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
     ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
-    are written, others left or zeroed, so that one call has to serve the whole storage."""
+    are written, others left or zeroed, so that one call has to serve the whole storage. ``whole``: nor does dq, which
+    no other storage has a part in and which may have any dtype. ``keys_done``: called once dk and dv are on their way
+    to be written; dq may follow."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
-        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into, fresh=fresh)
-    if fresh:
-        into[1].zero_(), into[2].zero_()
+        rest = dict(index=index, kv_heads=kv_heads, into=into, fresh=fresh, whole=whole, keys_done=keys_done)
+        return backend(q).attend_backward(*inputs, **rest)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
-        eager.attend_backward(*some, into=(into[0][:, at], *into[1:]))
+        rest = dict(into=(into[0][:, at], *into[1:]), fresh=fresh, whole=whole, keys_done=keys_done)
+        attend_backward(*some, **rest)
         return into
+    if fresh:
+        into[1].zero_(), into[2].zero_()
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
-    return tuple(x.to(local_dtype or x.dtype) for x in eager.attend_backward(*inputs, into=into))
+    if whole:
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        into[0].copy_(eager.attend_backward(*inputs, into=(dq, *into[1:]))[0])
+        grads = into
+    else:
+        grads = eager.attend_backward(*inputs, into=into)
+    if keys_done is not None:
+        keys_done()
+    return tuple(x.to(local_dtype or x.dtype) for x in grads)

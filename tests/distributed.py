@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moba_cp.cp.comm import Communicator
+from moba_cp.cp.peer import PeerMemory
 
 TIMEOUT_S = 120
 
@@ -91,6 +92,15 @@ class ThreadCommunicator(Communicator):
         super().__init__(None)
         self.rank, self.size = rank, size
         self._board, self._barrier, self._turn = board, barrier, turn
+        self._peers: PeerMemory | None = None
+
+    def peers(self):
+        return self._peers
+
+    def share_memory(self) -> "ThreadCommunicator":
+        """From now on ranks read one another's memory where the library can do that."""
+        self._peers = ThreadPeerMemory(self)
+        return self
 
     def _swap(self, mine):
         self._board[self.rank] = mine
@@ -117,6 +127,26 @@ class ThreadCommunicator(Communicator):
         assert [part.shape[0] for part in arrived] == receive, "the two sides disagree on what is sent"
         out = torch.cat(arrived)
         return lambda: out
+
+
+class ThreadPeerMemory(PeerMemory):
+    """Buffers of all ranks that are threads; they start as NaN."""
+
+    def __init__(self, comm: ThreadCommunicator):
+        super().__init__(comm.rank, comm.size)
+        self._comm = comm
+        self.meetings = 0
+
+    def meet(self):
+        self.meetings += 1
+        self._comm._meet()
+
+    def _allocate(self, name, nbytes):
+        # All bits set is NaN in every floating dtype.
+        return self._comm._swap(torch.full((nbytes,), 255, dtype=torch.uint8))
+
+    def _settle(self):
+        self._comm._meet()
 
 
 def run_threads(n: int, function, *args) -> list:

@@ -1,4 +1,4 @@
-"""The two collectives that context parallelism uses, over a torch.distributed group.
+"""What context parallelism moves over a torch.distributed group: two collectives, and copies within a node.
 
 All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and on NCCL, and large batches of
 point-to-point operations, which have been seen to hang NCCL, are never made.
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .peer import PeerMemory, peer_memory
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -159,6 +161,37 @@ class Communicator:
         self._count(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
         return self._guarded(f"{kind} all-to-all", lambda: self._all_to_all(x.contiguous(), send, receive))
 
+    def copied(
+        self, kind: str, sent: int, received: int, start: Callable[[], tuple[Tensor, torch.cuda.Event | None]]
+    ) -> Callable[[], Tensor]:
+        """Bytes that copy engines move between ranks.
+
+        Args:
+            start: starts the copies on the current stream; returns what holds them, and the event that follows.
+
+        Returns:
+            A function that lets the current stream wait for the copies and returns what holds them.
+        """
+        self._count(kind, sent, received)
+
+        def started() -> Callable[[], Tensor]:
+            what = self._what
+            out, event = start()
+
+            def wait() -> Tensor:
+                if event is not None:
+                    torch.cuda.current_stream().wait_event(event)
+                    self._watch(event, what)
+                return out
+
+            return wait
+
+        return self._guarded(f"{kind} copy", started)
+
+    def peers(self) -> PeerMemory | None:
+        """Memory that all ranks of the group read, where there is such; the first call is a collective one."""
+        return peer_memory(self.group)
+
     def mark(self, x: Tensor) -> torch.cuda.Event | None:
         """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
         return torch.cuda.current_stream().record_event() if x.is_cuda else None
@@ -224,10 +257,6 @@ class Communicator:
         return self._started(dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True), x, out)
 
     def _started(self, work: dist.Work, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
-        if x.is_cuda:
-            # On a GPU waiting returns at once and NCCL's own watchdog knows neither layer nor purpose.
-            if self._monitor is None:
-                self._monitor = Monitor(self.group, f"rank {self.rank} of {self.size}")
         what, sent = self._what, [x]
 
         def wait() -> Tensor:
@@ -236,10 +265,16 @@ class Communicator:
             used_here(*sent, out)
             sent.clear()
             if out.is_cuda:
-                self._monitor.watch(torch.cuda.current_stream().record_event(), what)
+                self._watch(torch.cuda.current_stream().record_event(), what)
             return out
 
         return wait
+
+    def _watch(self, event: torch.cuda.Event, what: str) -> None:
+        # On a GPU waiting returns at once, and NCCL's own watchdog knows neither layer nor purpose.
+        if self._monitor is None:
+            self._monitor = Monitor(self.group, f"rank {self.rank} of {self.size}")
+        self._monitor.watch(event, what)
 
 
 def used_here(*tensors: Tensor) -> None:

@@ -15,6 +15,7 @@ from .full_plan import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
+from .peer import PeerMemory
 from .wire import WireTables, build_wire_tables
 
 
@@ -122,6 +123,13 @@ class CPContext:
                 self.geometry(block_size), n_kv_heads, options.stages, options.ranks_per_node, self.rank
             )
         return self._wire[key]
+
+    @property
+    def peers(self) -> PeerMemory | None:
+        """Memory that all ranks read, where they have it and it is to be used; asking first is a collective call."""
+        options = self.exchange
+        one_node = options.ranks_per_node is None or options.ranks_per_node >= self.size
+        return self.comm.peers() if options.copy_engines and one_node else None
 
     @cached_property
     def gathered_positions(self) -> Tensor:

@@ -1,84 +1,351 @@
-"""All K and V to everybody, a few heads at a time: for when nearly everything is needed anyway.
+"""MoBA attention where all K and V come to every rank, some heads at a time: stages of whole heads.
 
-Legend: P ranks, L local tokens, X extra rows, R most rows (local and extra) of any rank, Hkv key/value heads, D head
-dim, n blocks.
+Where nearly everything is needed anyway, this needs no plan, and a stage has all blocks in one storage: outputs and dQ
+are written once, in their dtype, and so are dK and dV by the sums of all ranks' shares. While a stage is computed, the
+next one's K and V arrive, and the gradients of the one before return.
+
+Between GPUs that map each other's memory (:mod:`.peer`) copy engines move it all, and only what a rank's queries can
+see. Elsewhere it is an all-gather and an all-to-all.
+
+Legend: P ranks, L local tokens, X extra rows, W most rows (local and extra) of any rank, Hq query heads, Hkv key/value
+heads, H KV heads of a stage, D head dim, n blocks. A rank's *slab* of a stage is [H * W, 2, D], K beside V: first the
+rows before the geometry's cut, head by head, then the others. A *storage* is the slabs of all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..blocks import Pages
 from ..eager import wide_dtype
-from .comm import Communicator
-from .geometry import BlockGeometry
+from .comm import used_here
+from .context import CPContext
+from .queries import OutputGradient, Queries
+
+# What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
+STAGE_BYTES = 256 << 20
+# Of H100s and H200s with NVLink: bytes per second that copy engines bring, and what a forward pass takes for a row of
+# one head to visit one block, in seconds per element of D: for the row, and for each of the block's tokens.
+COPY_RATE = 3e11
+VISIT_SECONDS = 3.7e-12, 4.8e-15
 
 
-class GatherStage:
-    """All-gather of some heads; the same calls as :class:`moba_cp.cp.exchange.BlockStage`."""
+@dataclass(frozen=True)
+class Part:
+    """Rows of a slab: those before the cut, or the others."""
 
-    def __init__(self, heads: slice, owned: Pages, geometry: BlockGeometry, comm: Communicator, keep: bool):
-        self.heads, self.owned, self.geometry, self.comm, self.keep = heads, owned, geometry, comm, keep
-        self._pages: list[Pages] | None = None
+    half: int
+    rows: slice
+    """of the slab"""
+    of_rank: slice
+    """the same rows of one head, as the rank numbers them"""
 
-    def fetch(self) -> Callable[[], list[Pages]]:
-        """Start; returns a function that waits for the pages of all ranks' blocks: storage [P * R, heads, D]."""
-        if self._pages is not None:
-            kept = self._pages
-            return lambda: kept
-        k, v = self.owned.k[:, self.heads], self.owned.v[:, self.heads]
-        # K beside V of each head, as the owner's gradients lie.
-        padded = k.new_empty(self.geometry.widest, k.shape[1], 2, k.shape[2])
-        torch.stack([k, v], 2, out=padded[: k.shape[0]])
-        padded[k.shape[0] :] = 0
-        wait = self.comm.all_gather_async(padded, "kv")
 
-        def storages() -> list[Pages]:
-            gathered = wait().flatten(0, 1)
-            geometry, n_kv = self.geometry, self.owned.row.shape[0]
-            row = torch.full((n_kv, geometry.n_blocks), -1, dtype=torch.int64, device=gathered.device)
-            # This rank's own blocks are attended to in place, not here.
-            place = geometry.owner * geometry.widest + geometry.owner_row
-            row[self.heads] = torch.where(geometry.row < 0, place, -1)
-            head = torch.zeros_like(row, dtype=torch.int32)
-            head[self.heads] = torch.arange(k.shape[1], dtype=torch.int32, device=row.device)[:, None]
-            pages = [Pages(gathered[:, :, 0], gathered[:, :, 1], row, head, geometry.length, geometry.block_size)]
-            if self.keep:
-                self._pages = pages
-            return pages
+class Gathering:
+    """What the calls of one layer, forward and backward, have in common."""
 
-        return storages
+    def __init__(self, k: Tensor, cp: CPContext, block_size: int):
+        """``k`` [L, Hkv, D]."""
+        self.geometry, self.comm, self.options = cp.geometry(block_size), cp.comm, cp.exchange
+        self.n_kv, self.dim, self.dtype = k.shape[1], k.shape[2], k.dtype
+        self.memory = cp.peers
+        self.wire = self.options.wire_dtype(k.dtype)
+        arriving = (self.comm.size - 1) * self.geometry.widest * self._token_bytes
+        n_stages = min(self.n_kv, max(self.options.stages, -(-arriving // STAGE_BYTES)))
+        cuts = [self.n_kv * s // n_stages for s in range(n_stages + 1)]
+        self.heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+        self.kept: dict[int, Tensor] = {}
+        """Storages of stages that arrived in forward and serve backward too."""
 
-    def visible(self, storages: list[Pages]) -> list[Pages]:
-        """All of them."""
-        return storages
+    def parts(self, heads: slice) -> list[Part]:
+        """The parts that a slab of these heads has rows in."""
+        count, cut, widest = heads.stop - heads.start, self.geometry.cut, self.geometry.widest
+        ends = (0, count * cut, count * widest)
+        of_rank = slice(0, cut), slice(cut, widest)
+        return [Part(i, slice(ends[i], ends[i + 1]), of_rank[i]) for i in range(2) if ends[i] < ends[i + 1]]
+
+    def page_row(self, heads: slice, with_own: bool) -> Tensor:
+        """[Hkv, n] int64, row of a stage's storage at which each block begins that this rank can see."""
+        geometry = self.geometry
+        key = "gathered", self.n_kv, heads.start, heads.stop, with_own
+        if key not in geometry.tables:
+            device = geometry.owner.device
+            count, cut, widest = heads.stop - heads.start, geometry.cut, geometry.widest
+            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device)
+            half = (geometry.owner_row >= cut).long()
+            head = torch.arange(count, device=device)[:, None]
+            early = head * cut + geometry.owner_row
+            late = count * cut + head * (widest - cut) + geometry.owner_row - cut
+            row = geometry.owner * count * widest + torch.where(half == 0, early, late)
+            own = geometry.owner == self.comm.rank
+            visible = torch.where(own, with_own, sees[geometry.owner, half])
+            table = torch.full((self.n_kv, geometry.n_blocks), -1, dtype=torch.int64, device=device)
+            table[heads] = torch.where(visible, row, -1)
+            geometry.tables[key] = table
+        return geometry.tables[key]
+
+    def hides(self, q: Tensor, top_k: int) -> bool:
+        """Whether copy engines bring K and V in less time than a forward pass of q [L, Hq, D] takes.
+
+        Equal on all ranks.
+        """
+        if self.memory is None:
+            return False
+        arriving = (self.comm.size - 1) * self.geometry.widest * self._token_bytes
+        per_row, per_token = VISIT_SECONDS
+        visits = q.shape[0] * q.shape[1] * top_k
+        computing = visits * q.shape[2] * (per_row + per_token * self.geometry.block_size)
+        return arriving / COPY_RATE <= computing
+
+    def planned_bytes(self, rank: int) -> int:
+        """Bytes that reach ``rank``, forward and backward."""
+        geometry, size = self.geometry, self.comm.size
+        times = 1 if self.options.keep else 2
+        if self.memory is None:
+            arriving = leaving = (size - 1) * geometry.widest
+        else:
+            rows = np.array([min(geometry.cut, geometry.widest), max(geometry.widest - geometry.cut, 0)])
+            others = np.arange(size) != rank
+            arriving, leaving = (int((x[others] * rows).sum()) for x in (geometry.sees[rank], geometry.sees[:, rank]))
+        gradient_bytes = self._token_bytes // self.dtype.itemsize * self.wire.itemsize
+        return self._token_bytes * arriving * times + gradient_bytes * leaving
 
     @property
-    def writes_all(self) -> bool:
-        """Whether every row that another rank will add belongs to a block of that rank."""
-        return not self.geometry.straddles
+    def _token_bytes(self) -> int:
+        """K and V of a token, all heads."""
+        return self.n_kv * 2 * self.dim * self.dtype.itemsize
 
-    def new_gradients(self, pages: Pages) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[P * R, heads, 2, D] wide for :meth:`give_back`, and those of K and of V as the storages lie; zeros where not
-        all that matter are written."""
-        rows, heads, dim = pages.k.shape
-        new = pages.k.new_empty if self.writes_all else pages.k.new_zeros
-        grads = new(rows, heads, 2, dim, dtype=wide_dtype(pages.k.dtype))
-        return grads, (grads[:, :, 0], grads[:, :, 1])
-
-    def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:
-        """Start sending gradients to the owners; see :meth:`moba_cp.cp.exchange.BlockStage.give_back`.
+    def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool = False) -> Iterator["_Stage"]:
+        """The stages one after the other; the storages of each and the next travel while the one before is computed.
 
         Args:
-            grads: one [P * R, heads, 2, D] wide.
+            k_rows, v_rows: [L + X, Hkv, D].
+            backward: what was kept in forward does not travel again.
         """
-        counts = [self.geometry.widest] * self.comm.size
-        wait = self.comm.all_to_all(grads[0].to(dtype), counts, counts, "kv_gradients")
+        if self.memory is not None:
+            rows = self.comm.size * max(h.stop - h.start for h in self.heads) * self.geometry.widest
+            self.memory.reserve("kv", rows * 2 * self.dim * self.dtype.itemsize)
+            if backward:
+                self.memory.reserve("gradients", rows * 2 * self.dim * self.wire.itemsize)
+        kind = _CollectiveStage if self.memory is None else _PeerStage
+        ready = self.comm.mark(k_rows)
 
-        def finish() -> None:
-            arrived = wait().unflatten(0, (self.comm.size, -1))
-            ops.add_shares(*owned[:, :, self.heads], arrived, self.comm.rank)
+        def begin(number: int) -> _Stage:
+            stage = kind(self, self.heads[number])
+            stage.begin(k_rows, v_rows, ready, self.kept.get(number) if backward else None)
+            return stage
 
-        return finish
+        ahead = [begin(number) for number in range(min(2, len(self.heads)))]
+        return self._in_turn(ahead, begin, backward)
+
+    def _in_turn(self, ahead: list["_Stage"], begin: Callable[[int], "_Stage"], backward: bool) -> Iterator["_Stage"]:
+        for number in range(len(self.heads)):
+            stage = ahead.pop(0)
+            if self.options.keep and not backward:
+                self.kept[number] = stage.storage().clone()
+            yield stage
+            stage.finish()
+            if number + 2 < len(self.heads):
+                ahead.append(begin(number + 2))
+
+
+class _Stage:
+    """Some heads: their storage and its gradients."""
+
+    def __init__(self, call: Gathering, heads: slice):
+        self.call, self.heads = call, heads
+        self.count, self.rank, self.size = heads.stop - heads.start, call.comm.rank, call.comm.size
+        self.rows = self.count * call.geometry.widest
+        self.parts = call.parts(heads)
+        self._storage: Tensor | None = None
+        self._wait: Callable[[], Tensor]
+        self._returned: torch.cuda.Event | None = None
+
+    def begin(self, k_rows: Tensor, v_rows: Tensor, ready: torch.cuda.Event | None, kept: Tensor | None) -> None:
+        """Start moving this stage's slabs of K and V, once the device has passed ``ready``; a collective call."""
+        raise NotImplementedError
+
+    def storage(self) -> Tensor:
+        """[P * H * W, 2, D], once it has arrived; rows that nobody here can see hold anything."""
+        if self._storage is None:
+            self._storage = self._wait()
+        return self._storage
+
+    def pages(self, with_own: bool) -> Pages:
+        """The blocks of the storage that this rank can see, its own among them or not."""
+        storage, geometry = self.storage(), self.call.geometry
+        row = self.call.page_row(self.heads, with_own)
+        head = geometry.no_head.expand(*row.shape)
+        return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
+
+    def gradients(self) -> Tensor:
+        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage."""
+        raise NotImplementedError
+
+    def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> torch.cuda.Event | None:
+        """Start returning shares, and summing those of this rank's own rows; a collective call.
+
+        Args:
+            grads: of :meth:`gradients`, written by what the current stream does before this.
+            dk, dv: [L + X, Hkv, D], of which this stage's heads are written.
+
+        Returns:
+            The event that follows; None where it has happened.
+        """
+        raise NotImplementedError
+
+    def attend_backward(self, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Gradients of these heads; a collective call.
+
+        Args:
+            dq: [L, Hq, D], written in its dtype, and dk, dv: [L + X, Hkv, D], written once :meth:`wait` was called.
+        """
+        grads = self.gradients()
+
+        def keys_done() -> None:
+            self._returned = self.give_back(grads, dk, dv)
+
+        into = dq, grads[:, :1], grads[:, 1:]
+        how = dict(fresh=True, whole=True, keys_done=keys_done)
+        rows.attend_backward(self.pages(with_own=True), self.heads, into, output, **how)
+
+    def wait(self) -> None:
+        """Let the current stream wait for the gradients of this stage and those before."""
+        if self._returned is not None:
+            torch.cuda.current_stream().wait_event(self._returned)
+
+    def finish(self) -> None:
+        """All that needs the storage was issued."""
+
+    def _pack(self, k_rows: Tensor, v_rows: Tensor, slab: Tensor) -> None:
+        for part in self.parts:
+            k, v = (x[part.of_rank, self.heads] for x in (k_rows, v_rows))
+            ops.pack_slab(k, v, slab[part.rows].unflatten(0, (self.count, -1)))
+
+    def _sum(self, part: Part, grads: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+        """``shares`` [S, rows of the part, 2, D]."""
+        own = grads.unflatten(0, (self.size, -1))[self.rank, part.rows].unflatten(0, (self.count, -1))
+        sums = (x[part.of_rank, self.heads] for x in (dk, dv))
+        ops.sum_shares(own, shares.unflatten(1, (self.count, -1)), *sums, skip)
+
+
+class _CollectiveStage(_Stage):
+    def begin(self, k_rows, v_rows, ready, kept):
+        if kept is not None:
+            self._storage = kept
+            return
+        comm = self.call.comm
+        with comm.beside(ready):
+            slab = k_rows.new_empty(self.rows, 2, self.call.dim)
+            self._pack(k_rows, v_rows, slab)
+            wait = comm.all_gather_async(slab, "kv")
+        self._wait = lambda: wait().flatten(0, 1)
+
+    def gradients(self):
+        geometry = self.call.geometry
+        grads = self.storage().new_empty(self.size * self.rows, 2, self.call.dim, dtype=wide_dtype(self.call.dtype))
+        if geometry.straddles:
+            return grads.zero_()
+        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), geometry.sees[self.rank], strict=True):
+            for part in self.parts:
+                if not sees[part.half]:
+                    slab[part.rows] = 0
+        return grads
+
+    def give_back(self, grads, dk, dv):
+        comm, counts = self.call.comm, [self.rows] * self.size
+        with comm.beside(comm.mark(grads)):
+            wait = comm.all_to_all(grads.to(self.call.wire), counts, counts, "kv_gradients")
+            used_here(grads)
+            arrived = wait().unflatten(0, (self.size, -1))
+            for part in self.parts:
+                self._sum(part, grads, arrived[:, part.rows], dk, dv, skip=self.rank)
+            return comm.mark(grads)
+
+
+class _PeerStage(_Stage):
+    def begin(self, k_rows, v_rows, ready, kept):
+        call, memory = self.call, self.call.memory
+        self.slot = memory.next_slot()
+        with memory.beside(ready):
+            slabs = self._slabs("kv", self.rank, call.dtype)
+            if kept is None:
+                memory.claim("kv", self.slot)
+                self._pack(k_rows, v_rows, slabs[self.rank])
+            moves = [] if kept is not None else [(p, part) for p in self._others() for part in self._seen(self.rank, p)]
+
+            def start() -> tuple[Tensor, torch.cuda.Event | None]:
+                # Also where nothing moves: it says that what others gave in earlier stages has been read here.
+                memory.meet()
+                for p, part in moves:
+                    slabs[p, part.rows].copy_(self._slabs("kv", p, call.dtype)[p, part.rows], non_blocking=True)
+                return slabs.flatten(0, 1) if kept is None else kept, call.comm.mark(k_rows)
+
+            sent = [part for p in self._others() for part in self._seen(p, self.rank)] if kept is None else []
+            sizes = self._bytes(sent, call.dtype), self._bytes([part for _, part in moves], call.dtype)
+            self._wait = call.comm.copied("kv", *sizes, start)
+
+    def gradients(self):
+        call = self.call
+        wide = wide_dtype(call.dtype)
+        if call.wire == wide:
+            call.memory.claim("gradients", self.slot)
+            grads = self._slabs("gradients", self.rank, wide).flatten(0, 1)
+        else:
+            grads = self.storage().new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
+        return grads.zero_() if call.geometry.straddles else grads
+
+    def give_back(self, grads, dk, dv):
+        call, memory = self.call, self.call.memory
+        with memory.beside(call.comm.mark(grads)):
+            if call.wire != grads.dtype:
+                # Rows that nobody asks for hold anything.
+                self._slabs("gradients", self.rank, call.wire).flatten(0, 1).copy_(grads)
+                used_here(grads)
+            sees_me = call.geometry.sees[:, self.rank]
+            givers = [(part, [p for p in self._others() if sees_me[p, part.half]]) for part in self.parts]
+            moves = [(p, part) for part, ranks in givers for p in ranks]
+
+            def start() -> tuple[Tensor, torch.cuda.Event | None]:
+                memory.meet()
+                n_rows = sum(part.rows.stop - part.rows.start for _, part in moves)
+                arrived, begin = grads.new_empty(n_rows, 2, call.dim, dtype=call.wire), 0
+                for p, part in moves:
+                    share = self._slabs("gradients", p, call.wire)[self.rank, part.rows]
+                    arrived[begin : begin + len(share)].copy_(share, non_blocking=True)
+                    begin += len(share)
+                return arrived, call.comm.mark(grads)
+
+            sent = [part for p in self._others() for part in self._seen(self.rank, p)]
+            sizes = self._bytes(sent, call.wire), self._bytes([part for _, part in moves], call.wire)
+            arrived, begin = call.comm.copied("kv_gradients", *sizes, start)(), 0
+            for part, ranks in givers:
+                n_rows = part.rows.stop - part.rows.start
+                shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, call.dim)
+                self._sum(part, grads, shares, dk, dv)
+                begin += len(ranks) * n_rows
+            done = call.comm.mark(grads)
+            memory.release("gradients", self.slot, done)
+            return done
+
+    def finish(self):
+        self.call.memory.release("kv", self.slot, self.call.comm.mark(self.storage()))
+
+    def _slabs(self, name: str, rank: int, dtype: torch.dtype) -> Tensor:
+        """[P, H * W, 2, D]: what a rank has of this stage in a buffer."""
+        return self.call.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.call.dim), dtype)
+
+    def _others(self) -> list[int]:
+        """The other ranks, each rank's next one first, so that not all read from the same."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+    def _seen(self, viewer: int, owner: int) -> list[Part]:
+        return [part for part in self.parts if self.call.geometry.sees[viewer, owner, part.half]]
+
+    def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
+        return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.call.dim * dtype.itemsize
+

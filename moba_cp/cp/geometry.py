@@ -38,6 +38,10 @@ class BlockGeometry:
     """[n] int64, row of each block's first token on its owner."""
     widest: int
     """most rows, local and extra, that any rank has."""
+    cut: int
+    """rows of every rank are looked at in two parts, those before this row and the others; no block lies in both."""
+    sees: np.ndarray
+    """[P, P, 2] bool: whether rank i has a candidate, or lies in a block, in each part of the rows of rank j."""
     owned: list[Tensor]
     """per rank, [m_p] int64: the blocks it owns, ascending."""
     owned_count: Tensor
@@ -148,8 +152,19 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
 
     first, own, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
+    # Zigzag gives the first half of each rank's rows to later blocks of all ranks, the second half to those of some.
+    cut = int(n_local[0]) // 2
+    widest = int((n_local + n_extra).max())
+    if ((owner_row < cut) & (owner_row + length > cut)).any():
+        cut = widest
+    reachable = _reachable(piece, cu_blocks, size, n)
+    part = owner_row >= cut
+    sees = np.zeros((size, size, 2), bool)
+    for p in range(size):
+        for half in range(2):
+            sees[:, p, half] = reachable[:, (owner == p) & (part == half)].any(1)
     owned = [np.flatnonzero(owner == p) for p in range(size)]
-    widest = max(len(ids) for ids in owned)
+    most_owned = max(len(ids) for ids in owned)
     place = np.empty(n, np.int64)
     for ids in owned:
         place[ids] = np.arange(len(ids))
@@ -166,12 +181,14 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         row=tensor(np.where(mine, owner_row, -1), torch.int64),
         owner=tensor(owner, torch.int64),
         owner_row=tensor(owner_row, torch.int64),
-        widest=int((n_local + n_extra).max()),
+        widest=widest,
+        cut=cut,
+        sees=sees,
         owned=[tensor(ids, torch.int64) for ids in owned],
         owned_count=tensor([len(ids) for ids in owned], torch.int64),
         place=tensor(place, torch.int64),
-        gathered=tensor(owner * widest + place, torch.int64),
-        remote_candidate=tensor(_reachable(first, own, n) & ~mine, torch.bool),
+        gathered=tensor(owner * most_owned + place, torch.int64),
+        remote_candidate=tensor(reachable[rank] & ~mine, torch.bool),
         straddles=bool((~in_place).any()),
         n_extra=int(n_extra[rank]),
         copy_from=rows(copy, "local"),
@@ -221,9 +238,10 @@ def _local_blocks(segments: Segments, cu_seqlens: np.ndarray, cu_blocks: np.ndar
     return cu_blocks[doc], cu_blocks[doc] + in_doc // block_size, in_doc % block_size
 
 
-def _reachable(first: np.ndarray, own: np.ndarray, n: int) -> np.ndarray:
-    """[n] bool, blocks ``first[t] <= id <= own[t]`` for some t."""
-    step = np.zeros(n + 1, np.int64)
-    np.add.at(step, first, 1)
-    np.add.at(step, own + 1, -1)
-    return np.cumsum(step)[:n] > 0
+def _reachable(piece: dict[str, np.ndarray], cu_blocks: np.ndarray, size: int, n: int) -> np.ndarray:
+    """[P, n] bool, blocks that some token of each rank can choose or lies in: those of its document up to its own."""
+    doc_first = cu_blocks[np.searchsorted(cu_blocks, piece["block"], side="right") - 1]
+    step = np.zeros((size, n + 1), np.int64)
+    np.add.at(step, (piece["rank"], doc_first), 1)
+    np.add.at(step, (piece["rank"], piece["block"] + 1), -1)
+    return np.cumsum(step, 1)[:, :n] > 0

@@ -21,7 +21,7 @@ class ExchangeOptions:
     mode: str = "auto"
     """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
-    all-gather where nearly everything is needed.
+    all-gather where nearly everything is needed, or where it costs attention nothing (``copy_engines``).
     ``allgather``: all K and V go everywhere."""
 
     stages: int = 2
@@ -43,8 +43,13 @@ class ExchangeOptions:
     a slow network pays back. 1 moves the fewest bytes. None: 4 within a node (``ranks_per_node``), 1 between nodes, and
     there a block counts by the part that this rank has in it if its node's ranks need as much as it does."""
 
-    allgather_share: float = 0.98
-    """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's."""
+    allgather_share: float | None = None
+    """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's. None: 0.98,
+    or 0.6 where copy engines bring them, which leave the GPU to attention."""
+
+    copy_engines: bool = True
+    """Where the ranks' GPUs map each other's memory, all-gather by their copy engines; ``auto`` then does so at once
+    where that hides behind attention. Not where ``ranks_per_node`` says that ranks are on several nodes."""
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -61,12 +66,20 @@ class ExchangeOptions:
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
             raise ValueError(f"exchange row_weight={weight!r} is not a number in (0, 1e6); leave it out, or use 1 to 8")
         share = self.allgather_share
-        if not _is_number(share) or not 0 < share <= 1:
-            raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; use 0.98")
+        if share is not None and (not _is_number(share) or not 0 < share <= 1):
+            raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; leave it out, or use 0.98")
+        if not isinstance(self.copy_engines, bool):
+            raise ValueError(f"exchange copy_engines={self.copy_engines!r} is not true or false")
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
         return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
+
+    def share_to_gather(self, by_copy_engines: bool) -> float:
+        """``allgather_share``, or what stands for it."""
+        if self.allgather_share is not None:
+            return self.allgather_share
+        return 0.6 if by_copy_engines else 0.98
 
     def weighing(self, size: int) -> "Weighing":
         """How ``auto`` compares blocks and rows on ``size`` ranks."""

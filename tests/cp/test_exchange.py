@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.decide import _prices
+from moba_cp.cp.gather import Gathering
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -228,9 +229,11 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     for _ in range(2):
         out.backward(cp.shard(case.dout), retain_graph=True)
         gradients.append([x.grad.clone() for x in leaves])
-    parts = [part for stage in out.grad_fn.stages for part in (stage.blocks, stage.rows)]
-    held = [part for part in parts if part is not None and part.owned is not None]
-    return gradients, held
+    way = out.grad_fn.way
+    if isinstance(way, Gathering):
+        return gradients, list(way.kept) if not options.keep else []
+    parts = [part for stage in way.stages for part in (stage.blocks, stage.rows)]
+    return gradients, [part for part in parts if part is not None and part.owned is not None]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -56,18 +56,3 @@ def test_nothing_to_move():
         module.copy_pages(pages, pairs[:0], offset[:0], message)
         module.add_pages(into[:, :, 0], into[:, :, 1], pages, pairs[:0], offset[:0], message, 0, 0)
     assert not into.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("skip", [0, 2])
-def test_shares_of_all_ranks_are_added(dtype, skip):
-    g = torch.Generator().manual_seed(3)
-    shares = torch.randn(3, 50, 3, 2, 40, generator=g).to(DEVICE, dtype)
-    shares[skip] = torch.nan
-    shares[:, 44:] = torch.nan
-    both = torch.randn(2, 44, 5, 40, generator=g).to(DEVICE)
-    ours, expected = both.clone(), both.clone()
-    kernels.add_shares(*ours[:, :, 1:4], shares, skip)
-    eager.add_shares(*expected[:, :, 1:4], shares, skip)
-    assert torch.equal(ours, expected) and not torch.equal(ours, both)
-    assert torch.equal(ours[:, :, ::4], both[:, :, ::4])

@@ -1,0 +1,171 @@
+"""Memory of the other GPUs of a node: what one rank lays out, the others copy.
+
+The copies are made by the GPUs' copy engines. They leave multiprocessors to attention, which NCCL's kernels share with
+it, and nobody has to send.
+"""
+
+import contextlib
+import os
+import socket
+import warnings
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SLOTS = 2
+_ROUND = 1 << 21
+
+
+class PeerMemory:
+    """Buffers that all ranks of a group read, and the stream on which their contents move.
+
+    A buffer has SLOTS slots. Stages of work, counted through all calls, take them in turn. The ranks meet in every
+    stage, after each has copied what it wanted of the stages before. So one that has met for stage n knows that nobody
+    reads any more what it wrote in stage n - 2, whose slot comes next: no further meeting is needed.
+    """
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._stages = 0
+        self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that this rank has given; PyTorch's allocator does not count it."""
+        return sum(parts[self.rank].nbytes for parts in self._buffers.values())
+
+    def reserve(self, name: str, nbytes: int) -> None:
+        """Make slots of buffer ``name`` at least so large; a collective call, equal on all ranks."""
+        slot = -(-nbytes // _ROUND) * _ROUND
+        if name in self._buffers and self._buffers[name][self.rank].nbytes >= SLOTS * slot:
+            return
+        if name in self._buffers:
+            # Nobody may be reading what is freed now.
+            self._settle()
+            del self._buffers[name]
+        self._buffers[name] = self._allocate(name, SLOTS * slot)
+
+    def next_slot(self) -> int:
+        """The slot of the next stage."""
+        self._stages += 1
+        return self._stages % SLOTS
+
+    def at(self, name: str, slot: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor at the beginning of a slot of a rank's buffer."""
+        buffer = self._buffers[name][rank]
+        begin = slot * (buffer.numel() // SLOTS)
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return buffer[begin : begin + count].view(dtype).view(shape)
+
+    def beside(self, after: torch.cuda.Event | None):
+        """Context of the stream on which contents move, once it has passed ``after``; nothing where there are none."""
+        if after is None:
+            return contextlib.nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(priority=-1)
+        self._stream.wait_event(after)
+        return torch.cuda.stream(self._stream)
+
+    def release(self, name: str, slot: int, after: torch.cuda.Event | None) -> None:
+        """This rank needs its slot of buffer ``name`` no longer, once the device has passed ``after``."""
+        self._released[name, slot] = after
+
+    def claim(self, name: str, slot: int) -> None:
+        """Let the current stream wait until this rank needs the slot no longer."""
+        after = self._released.get((name, slot))
+        if after is not None:
+            torch.cuda.current_stream().wait_event(after)
+
+    def meet(self) -> None:
+        """What every rank wrote before on its current stream can be copied by all after this, on theirs."""
+        raise NotImplementedError
+
+    def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
+        """[nbytes] uint8 of every rank, as this rank reads it, in place of what had this name; a collective call."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Wait until all ranks have done what they issued."""
+        raise NotImplementedError
+
+
+class SymmetricMemory(PeerMemory):
+    """By PyTorch's symmetric memory: GPUs of one node that map each other's memory."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        self._group = group
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        timeout = group._get_backend(self._device).options._timeout
+        self._timeout_ms = int(timeout.total_seconds() * 1000)
+        # Views of a buffer do not keep it: this does.
+        self._owned: dict[str, tuple] = {}
+        self._rendezvous("meeting", _ROUND)
+
+    def meet(self) -> None:
+        # A rank that waits in vain ends its process with an error, as NCCL's watchdog does.
+        self._owned["meeting"][1].barrier(0, self._timeout_ms)
+
+    def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
+        self._owned.pop(name, None)
+        handle = self._rendezvous(name, nbytes)
+        return [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)]
+
+    def _rendezvous(self, name: str, nbytes: int):
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+        handle = symmetric_memory.rendezvous(buffer, self._group)
+        self._owned[name] = buffer, handle
+        return handle
+
+    def _settle(self) -> None:
+        torch.cuda.synchronize()
+        dist.barrier(self._group, device_ids=[self._device.index])
+
+
+_memories: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None]" = weakref.WeakKeyDictionary()
+
+
+def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
+    """The group's peer memory; None unless its ranks have different GPUs of one node that map each other's memory.
+
+    A collective call; what the first one finds is kept.
+    """
+    if group is None or dist.get_world_size(group) == 1 or dist.get_backend(group) != "nccl":
+        return None
+    if group not in _memories:
+        _memories[group] = _mapped(group)
+    return _memories[group]
+
+
+def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    everybody: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, (_host(), str(properties.uuid)), group)
+    if len({host for host, _ in everybody}) > 1 or len({gpu for _, gpu in everybody}) < len(everybody):
+        return None
+    memory, error = None, ""
+    try:
+        memory = SymmetricMemory(group)
+    except (RuntimeError, ImportError, AttributeError) as failure:
+        error = str(failure).strip().split("\n")[0] or type(failure).__name__
+    errors: list = [None] * len(everybody)
+    dist.all_gather_object(errors, error, group)
+    if not any(errors):
+        return memory
+    if dist.get_rank(group) == 0:
+        why = next(filter(None, errors))
+        warnings.warn(f"these GPUs do not map each other's memory, NCCL serves instead: {why}", stacklevel=2)
+    return None
+
+
+def _host() -> str:
+    """What all processes of one machine, or one container, have in common."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else os.uname().version}"

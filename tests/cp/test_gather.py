@@ -1,0 +1,157 @@
+"""All K and V to every rank, by collectives and by copies between memories that ranks read of one another."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moba_cp import CPContext, MoBAConfig, moba_attention
+from moba_cp.cp import gather
+from moba_cp.cp.layout import LAYOUTS
+from moba_cp.cp.options import ExchangeOptions
+from tests.cases import Case, random_case, relative_error, run_reference
+from tests.cp.test_moba import NAMES, across_ranks, fits
+from tests.distributed import run_threads
+
+OPTIONS = [
+    ExchangeOptions("allgather"),
+    ExchangeOptions("allgather", stages=3, keep=True),
+    ExchangeOptions("allgather", stages=64),
+    ExchangeOptions("auto", allgather_share=0.01, gradient_dtype="input"),
+]
+
+
+def _run(comm, shared: bool, case: Case, layout: str, options: ExchangeOptions, deterministic=False):
+    comm = comm.share_memory() if shared else comm
+    results, counters = across_ranks(comm, case, layout, False, options, deterministic)
+    return results, counters, comm.peers()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_equals_one_rank(size, layout, shared):
+    seen = 0
+    for seed in range(4):
+        case = random_case(500 * size + seed, multiple=2 * size)
+        if not fits(layout, case, size):
+            continue
+        expected, options = run_reference(case), OPTIONS[seed]
+        for results, counters, peers in run_threads(size, _run, shared, case, layout, options):
+            seen += 1
+            for name, actual, want in zip(NAMES, results, expected, strict=True):
+                assert relative_error(actual, want) < 1e-9, f"seed {seed} {options} {name}"
+            arrived = [counters.get(f"received_{kind}_bytes", 0) for kind in ("kv", "kv_gradients")]
+            assert sum(arrived) == counters["planned_bytes"]
+            assert peers is None or peers.meetings > 0 and peers.nbytes > 0
+    assert seen >= 2 * size
+
+
+def _aligned(n_kv: int = 4) -> Case:
+    """One document of 32 blocks; nothing straddles on 2 and 4 ranks."""
+    g = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(512, 4, 16, generator=g, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(512, n_kv, 16, generator=g, dtype=torch.float64) for _ in range(2))
+    return Case(q, k, v, dout, torch.tensor([0, 512], dtype=torch.int32), 16, 3)
+
+
+def test_copies_bring_only_what_queries_can_see():
+    """Zigzag on two ranks: rank 0 sees all of rank 1, and rank 1 the first half of rank 0."""
+    options = ExchangeOptions("allgather")
+    first, second = (c for _, c, _ in run_threads(2, _run, True, _aligned(), "zigzag", options))
+    half = 128 * 4 * 2 * 16 * 8
+    assert first["received_kv_bytes"] == second["sent_kv_bytes"] == 2 * 2 * half
+    assert second["received_kv_bytes"] == first["sent_kv_bytes"] == 2 * half
+    assert first["received_kv_gradients_bytes"] == second["sent_kv_gradients_bytes"] == half
+    assert second["received_kv_gradients_bytes"] == 2 * half
+    everything = [c for _, c, _ in run_threads(2, _run, False, _aligned(), "zigzag", options)]
+    assert all(c["received_kv_bytes"] == 4 * half for c in everything)
+
+
+def test_heads_travel_in_stages_of_limited_size(monkeypatch):
+    whole = 3 * 128 * 4 * 2 * 16 * 8
+    for limit, stages in ((1 << 30, 2), (whole // 2, 2), (whole // 3, 3), (1, 4)):
+        monkeypatch.setattr(gather, "STAGE_BYTES", limit)
+        results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather"))
+        # In backward the ranks meet a second time in each stage, to return gradients.
+        assert all(peers.meetings == 3 * stages for *_, peers in results), limit
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
+def test_deterministic_from_run_to_run(shared):
+    case = _aligned().to(torch.float32)
+    runs = [run_threads(4, _run, shared, case, "zigzag", ExchangeOptions("allgather"), True) for _ in range(3)]
+    for run in runs[1:]:
+        for (first, *_), (again, *_) in zip(runs[0], run, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def _two_sequences(comm):
+    """A short sequence, a longer one, the short one again: buffers grow, and slots go on in turn."""
+    comm.share_memory()
+    results = []
+    for case in (_aligned(1), _aligned(4), _aligned(1)):
+        config = MoBAConfig(case.block_size, case.top_k)
+        cp = CPContext(comm, "zigzag", case.q.shape[0], exchange=ExchangeOptions("allgather"))
+        leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+        out = moba_attention(*leaves, config, cp=cp)
+        with torch.no_grad():
+            assert torch.equal(moba_attention(*leaves, config, cp=cp), out)
+        out.backward(cp.shard(case.dout))
+        results.append([cp.unshard(x) for x in (out, *(x.grad for x in leaves))])
+    return results
+
+
+def test_sequences_of_different_sizes_share_the_memory():
+    expected = [run_reference(_aligned(n_kv))[:4] for n_kv in (1, 4, 1)]
+    for results in run_threads(2, _two_sequences):
+        for actual, want in zip(results, expected, strict=True):
+            assert all(relative_error(a, e) < 1e-9 for a, e in zip(actual, want, strict=True))
+
+
+def _ways(comm, options: ExchangeOptions, shared: bool):
+    cp = CPContext(comm.share_memory() if shared else comm, "zigzag", 512, exchange=options)
+    case = _aligned()
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+    way = out.grad_fn.way
+    return type(way).__name__, getattr(way, "memory", None) is not None
+
+
+@pytest.mark.parametrize(
+    "options, rate, expected",
+    [
+        ({}, 3e11, ("Planned", False)),
+        ({}, 1e20, ("Gathering", True)),
+        ({"ranks_per_node": 4}, 1e20, ("Gathering", True)),
+        ({"ranks_per_node": 2}, 1e20, ("Planned", False)),
+        ({"copy_engines": False}, 1e20, ("Planned", False)),
+        ({"mode": "kv"}, 1e20, ("Planned", False)),
+        ({"mode": "allgather", "ranks_per_node": 2}, 3e11, ("Gathering", False)),
+        ({"allgather_share": 0.01}, 3e11, ("Gathering", True)),
+    ],
+)
+def test_auto_gathers_where_copies_hide(options, rate, expected, monkeypatch):
+    """A sequence so short that copies take longer than attention, unless they are very fast."""
+    monkeypatch.setattr(gather, "COPY_RATE", rate)
+    assert run_threads(4, _ways, ExchangeOptions(**options), True) == [expected] * 4
+
+
+def test_auto_plans_where_nobody_reads_anothers_memory(monkeypatch):
+    monkeypatch.setattr(gather, "COPY_RATE", 1e20)
+    assert run_threads(2, _ways, ExchangeOptions(), False) == [("Planned", False)] * 2
+
+
+def test_what_hides_grows_with_the_work_per_block():
+    """The estimate is that of one H200 within a few tens of percent."""
+    cp = dataclasses.replace(CPContext(None, "contiguous", 1024), exchange=ExchangeOptions())
+    per_row, per_token = gather.VISIT_SECONDS
+    for tokens, heads, dim, block, top_k, measured in (
+        (131072, 16, 128, 128, 8, 9.4e-3),
+        (131072, 16, 128, 512, 8, 12.8e-3),
+        (131072, 16, 64, 128, 8, 6.05e-3),
+        (131072, 16, 128, 4096, 12, 76.2e-3),
+    ):
+        estimate = tokens * heads * top_k * dim * (per_row + per_token * block)
+        assert 0.7 < estimate / measured < 1.4
+    assert cp.peers is None
