@@ -291,12 +291,13 @@ class _PeerStage(_Stage):
 
     def gradients(self):
         call = self.call
-        wide = wide_dtype(call.dtype)
+        # Once this has arrived, others have read what was in the slot.
+        storage, wide = self.storage(), wide_dtype(call.dtype)
         if call.wire == wide:
             call.memory.claim("gradients", self.slot)
             grads = self._slabs("gradients", self.rank, wide).flatten(0, 1)
         else:
-            grads = self.storage().new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
+            grads = storage.new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
         return grads.zero_() if call.geometry.straddles else grads
 
     def give_back(self, grads, dk, dv):
