@@ -29,8 +29,9 @@ def free_port() -> int:
 
 
 def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str = "gloo", gpus: int = 1) -> list:
-    """``function(rank, *args)`` on ``n`` ranks, of gloo or of NCCL on one GPU, or on ``gpus`` = n; returns their results
-    in rank order.
+    """``function(rank, *args)`` on ``n`` ranks; returns their results in rank order.
+
+    Ranks of NCCL share one GPU, or have one each where ``gpus`` is ``n``.
 
     ``function`` must be importable by the spawned processes. Any rank's exception, or silence for ``timeout`` seconds,
     kills all ranks and fails with every traceback.

@@ -15,6 +15,7 @@ from tests.distributed import run_ranks
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
+
 def _needs(n: int):
     return pytest.param(n, marks=pytest.mark.skipif(GPUS < n, reason=f"needs {n} GPUs, there are {GPUS}"))
 
