@@ -137,7 +137,8 @@ def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
 
     A collective call; what the first one finds is kept.
     """
-    if group is None or dist.get_world_size(group) == 1 or dist.get_backend(group) != "nccl":
+    # The trainer's groups have a backend for the CPU too.
+    if group is None or dist.get_world_size(group) == 1 or "cuda:nccl" not in dist.get_backend_config(group):
         return None
     if group not in _memories:
         _memories[group] = _mapped(group)

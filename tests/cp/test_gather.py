@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, moba_attention
-from moba_cp.cp import gather
+from moba_cp.cp import gather, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -155,3 +155,19 @@ def test_what_hides_grows_with_the_work_per_block():
         estimate = tokens * heads * top_k * dim * (per_row + per_token * block)
         assert 0.7 < estimate / measured < 1.4
     assert cp.peers is None
+
+
+@pytest.mark.parametrize(
+    "backends, expected",
+    [("cuda:nccl", "mapped"), ("cpu:gloo,cuda:nccl", "mapped"), ("cpu:gloo,cuda:gloo", None)],
+)
+def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, monkeypatch):
+    """The trainer's are such; a group's backend then has no single name."""
+
+    class Group:
+        pass
+
+    monkeypatch.setattr(peer.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peer.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(peer, "_mapped", lambda group: "mapped")
+    assert peer.peer_memory(Group()) == expected
