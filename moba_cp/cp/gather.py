@@ -314,4 +314,3 @@ class _PeerStage(_Stage):
 
     def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
         return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.call.dim * dtype.itemsize
-

@@ -35,6 +35,11 @@ class PeerMemory:
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
+    def stages(self) -> int:
+        """Stages of work that used it so far."""
+        return self._stages
+
+    @property
     def nbytes(self) -> int:
         """Memory that this rank has given; PyTorch's allocator does not count it."""
         return sum(parts[self.rank].nbytes for parts in self._buffers.values())
