@@ -1,7 +1,9 @@
 """``moba-cp bench exchange``: bytes per rank of each exchange mode, for any number of ranks, on one machine.
 
-The decisions are those of training (:mod:`moba_cp.cp.decide`), made for one rank after another on selections from a
-gate; nothing is sent. Time per layer is predicted from these bytes, the links' speeds and the kernels' speed.
+The decisions are those of training (:mod:`moba_cp.cp.decide`, :mod:`moba_cp.cp.gather_costs`), made for one rank after
+another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes, the links' speeds and
+the kernels' speed: what travels and what is computed meanwhile are taken not to slow each other, which is true of copy
+engines, while NCCL's kernels take a part of the GPU.
 
 Legend: T tokens, P ranks, L = T / P, Hq query heads, Hkv key/value heads, D head dim, B block size, k top-k,
 e bytes per element.
@@ -17,6 +19,7 @@ import torch
 
 from ..config import MoBAConfig
 from ..cp.decide import decide
+from ..cp.gather_costs import COPY_RATE, GatherCosts
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
@@ -32,6 +35,8 @@ class Links:
 
     within_gbps: float = 370.0
     """GB/s per GPU and direction within a node"""
+    copy_gbps: float = COPY_RATE / 1e9
+    """GB/s that copy engines bring a GPU from the others of its node"""
     between_gbps: float = 48.0
     """GB/s per GPU and direction between nodes"""
     within_latency_us: float = 30.0
@@ -92,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much more a byte of rows counts in auto (default: 4 within a node, 1 between nodes)",
     )
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--no-copy-engines",
+        dest="copy_engines",
+        action="store_false",
+        help="GPUs of a node do not map each other's memory, or are not to use it",
+    )
     parser.add_argument(
         "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"
     )
@@ -157,28 +168,35 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
     count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
     # From both ends, so that the early and the late ranks of a contiguous layout count alike.
     nodes = sorted({round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)})
-    sums = {mode: _Sums() for mode in modes}
+    sums = {mode: _Sums() for mode in _counted(modes)}
     for node in nodes:
-        asked: dict[str, list[Asked]] = {mode: [] for mode in modes}
+        asked: dict[str, list[Asked]] = {mode: [] for mode in sums}
         geometry = None
         for rank in range(node * per_node, min(size, (node + 1) * per_node)):
             geometry = build_geometry(segments, rank, bounds, args.block_size, device)
             chosen = gate(positions_of(segments[rank])).to(device)
-            for mode in modes:
+            for mode in sums:
                 asked[mode].append(ask(rank, chosen, geometry, mode, per_node, args))
-        for mode in modes:
+        for mode in sums:
             sums[mode].add_node(asked[mode], geometry, node, per_node, _costs(geometry, args))
-    return [_row(size, mode, sums[mode], geometry, n_nodes, args) for mode in modes]
+    return [_row(size, mode, sums, geometry, n_nodes, args) for mode in modes]
 
 
 def predict(size: int, mode: str, asked: list[Asked], geometry: BlockGeometry, args: argparse.Namespace) -> Row:
     """The row of ``mode`` from what each of all ``size`` ranks asks; ``geometry`` is that of any of them."""
     per_node = min(args.ranks_per_node, size)
-    sums = _Sums()
+    sums = {mode: _Sums() for mode in _counted([mode])}
     for first in range(0, size, per_node):
-        node = asked[first : first + per_node]
-        sums.add_node(node, geometry, first // per_node, per_node, _costs(geometry, args))
+        ranks = range(first, min(size, first + per_node))
+        for name in sums:
+            node = [asked[p] if name == mode else ask(p, None, geometry, name, per_node, args) for p in ranks]
+            sums[name].add_node(node, geometry, first // per_node, per_node, _costs(geometry, args))
     return _row(size, mode, sums, geometry, -(-size // per_node), args)
+
+
+def _counted(modes: list[str]) -> list[str]:
+    """The modes of which bytes must be known: ``auto`` may end in all-gather."""
+    return list(dict.fromkeys([*modes, "allgather"] if "auto" in modes else modes))
 
 
 class _Sums:
@@ -187,9 +205,7 @@ class _Sums:
     def __init__(self):
         self.ranks, self.total, self.between, self.needed, self.busiest = 0, 0, 0, 0.0, 0
 
-    def add_node(
-        self, asked: list[Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts
-    ) -> None:
+    def add_node(self, asked: list[Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts) -> None:
         """``geometry`` is that of any rank of the node."""
         self.ranks += len(asked)
         self.total += sum(a.total for a in asked)
@@ -205,14 +221,27 @@ def _costs(geometry: BlockGeometry, args) -> WireCosts:
     return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
 
 
-def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, args) -> Asked:
-    """What ``rank`` asks of the others for its selection ``chosen`` [L, Hq, S]; ``geometry`` is its own."""
-    costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
+def _gather_costs(geometry: BlockGeometry, mode: str, per_node: int, args) -> GatherCosts:
+    options = ExchangeOptions(
+        mode,
+        keep=args.keep,
+        gradient_dtype=args.gradient_dtype,
+        ranks_per_node=per_node,
+        copy_engines=args.copy_engines,
+    )
+    by_copies = options.may_copy(len(geometry.owned))
+    return GatherCosts(geometry, args.kv_heads, args.dim, DTYPES[args.dtype], options, by_copies)
+
+
+def ask(rank: int, chosen: torch.Tensor | None, geometry: BlockGeometry, mode: str, per_node: int, args) -> Asked:
+    """What ``rank`` asks of the others for its selection ``chosen`` [L, Hq, S]; ``geometry`` is its own.
+
+    For ``allgather`` nothing need be chosen, and any rank's geometry serves.
+    """
     if mode == "allgather":
-        fetch = geometry.elsewhere.expand(args.kv_heads, -1)
-        # Every rank sends as many rows as the one that has most.
-        total = (len(geometry.owned) - 1) * geometry.widest * args.kv_heads * costs.kv_token
-        return Asked(total, 0, fetch, 1.0)
+        total = _gather_costs(geometry, mode, per_node, args).bytes_of(rank)
+        return Asked(total, 0, (geometry.owner != rank).expand(args.kv_heads, -1), 1.0)
+    costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
     options = ExchangeOptions(mode, ranks_per_node=per_node, row_weight=args.row_weight)
     weighing = options.weighing(len(geometry.owned))
     decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weighing, rank)
@@ -223,18 +252,27 @@ def ask(rank: int, chosen, geometry: BlockGeometry, mode: str, per_node: int, ar
     return Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
 
 
-def _row(size: int, mode: str, sums: _Sums, geometry: BlockGeometry, n_nodes: int, args) -> Row:
+def _row(
+    size: int, mode: str, all_sums: dict[str, _Sums], geometry: BlockGeometry, n_nodes: int, args: argparse.Namespace
+) -> Row:
     e, links = DTYPES[args.dtype].itemsize, Links(**{f.name: getattr(args, f.name) for f in fields(Links)})
     others, local = (size - 1) / size, args.tokens // size
+    sums = plan = all_sums[mode]
+    everything = _gather_costs(geometry, mode, min(args.ranks_per_node, size), args)
+    at_once = everything.at_once(local * args.heads, args.top_k)
+    if mode == "auto" and (at_once or everything.instead_of(plan.total / plan.ranks * size)):
+        sums = all_sums["allgather"]
     # Means are padded to the most blocks that any rank owns; requests have a byte for each (KV head, block).
     most = max(ids.numel() for ids in geometry.owned)
     means = (size - 1) * most * args.kv_heads * args.dim * e
-    overhead = means + others * geometry.n_blocks * args.kv_heads * (mode != "allgather")
+    overhead = means + others * geometry.n_blocks * args.kv_heads * (not at_once)
     per_rank = sums.total / sums.ranks + overhead
     between = sums.between / sums.ranks + (overhead if n_nodes > 1 else 0)
     ring = 3 * (size - 1) * local * 2 * args.kv_heads * args.dim * e
     compute = _compute_ms(local, args, links)
-    wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / links.within_gbps / 1e6
+    by_copies = everything.by_copies and sums is all_sums.get("allgather")
+    within_gbps = links.copy_gbps if by_copies else links.within_gbps
+    wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / within_gbps / 1e6
     latency = (links.between_latency_us if n_nodes > 1 else links.within_latency_us) / 1e3
     # Means and requests come before anything can overlap; the first messages of either direction too.
     exposed = max(0.0, wire - compute) + 4 * latency if size > 1 else 0.0
@@ -245,7 +283,7 @@ def _row(size: int, mode: str, sums: _Sums, geometry: BlockGeometry, n_nodes: in
         gb=per_rank / 1e9,
         between_gb=between / 1e9,
         of_ring=per_rank / ring if ring else 0.0,
-        needed=sums.needed / sums.ranks,
+        needed=plan.needed / plan.ranks,
         busiest=busiest,
         layer_ms=compute + exposed,
         exposed_ms=exposed,

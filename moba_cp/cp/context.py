@@ -127,9 +127,7 @@ class CPContext:
     @property
     def peers(self) -> PeerMemory | None:
         """Memory that all ranks read, where they have it and it is to be used; asking first is a collective call."""
-        options = self.exchange
-        one_node = options.ranks_per_node is None or options.ranks_per_node >= self.size
-        return self.comm.peers() if options.copy_engines and one_node else None
+        return self.comm.peers() if self.exchange.may_copy(self.size) else None
 
     @cached_property
     def gathered_positions(self) -> Tensor:

@@ -15,7 +15,6 @@ rows before the geometry's cut, head by head, then the others. A *storage* is th
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +23,11 @@ from ..blocks import Pages
 from ..eager import wide_dtype
 from .comm import used_here
 from .context import CPContext
+from .gather_costs import GatherCosts
 from .queries import OutputGradient, Queries
 
 # What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
 STAGE_BYTES = 256 << 20
-# Of H100s and H200s with NVLink: bytes per second that copy engines bring, and what a forward pass takes for a row of
-# one head to visit one block, in seconds per element of D: for the row, and for each of the block's tokens.
-COPY_RATE = 3e11
-VISIT_SECONDS = 3.7e-12, 4.8e-15
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,9 @@ class Gathering:
         self.n_kv, self.dim, self.dtype = k.shape[1], k.shape[2], k.dtype
         self.memory = cp.peers
         self.wire = self.options.wire_dtype(k.dtype)
-        arriving = (self.comm.size - 1) * self.geometry.widest * self._token_bytes
-        n_stages = min(self.n_kv, max(self.options.stages, -(-arriving // STAGE_BYTES)))
+        by_copies = self.memory is not None
+        self.costs = GatherCosts(self.geometry, self.n_kv, self.dim, self.dtype, self.options, by_copies)
+        n_stages = min(self.n_kv, max(self.options.stages, -(-self.costs.arriving_bytes // STAGE_BYTES)))
         cuts = [self.n_kv * s // n_stages for s in range(n_stages + 1)]
         self.heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
         self.kept: dict[int, Tensor] = {}
@@ -87,37 +84,6 @@ class Gathering:
             table[heads] = torch.where(visible, row, -1)
             geometry.tables[key] = table
         return geometry.tables[key]
-
-    def hides(self, q: Tensor, top_k: int) -> bool:
-        """Whether copy engines bring K and V in less time than a forward pass of q [L, Hq, D] takes.
-
-        Equal on all ranks.
-        """
-        if self.memory is None:
-            return False
-        arriving = (self.comm.size - 1) * self.geometry.widest * self._token_bytes
-        per_row, per_token = VISIT_SECONDS
-        visits = q.shape[0] * q.shape[1] * top_k
-        computing = visits * q.shape[2] * (per_row + per_token * self.geometry.block_size)
-        return arriving / COPY_RATE <= computing
-
-    def planned_bytes(self, rank: int) -> int:
-        """Bytes that reach ``rank``, forward and backward."""
-        geometry, size = self.geometry, self.comm.size
-        times = 1 if self.options.keep else 2
-        if self.memory is None:
-            arriving = leaving = (size - 1) * geometry.widest
-        else:
-            rows = np.array([min(geometry.cut, geometry.widest), max(geometry.widest - geometry.cut, 0)])
-            others = np.arange(size) != rank
-            arriving, leaving = (int((x[others] * rows).sum()) for x in (geometry.sees[rank], geometry.sees[:, rank]))
-        gradient_bytes = self._token_bytes // self.dtype.itemsize * self.wire.itemsize
-        return self._token_bytes * arriving * times + gradient_bytes * leaving
-
-    @property
-    def _token_bytes(self) -> int:
-        """K and V of a token, all heads."""
-        return self.n_kv * 2 * self.dim * self.dtype.itemsize
 
     def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool = False) -> Iterator["_Stage"]:
         """The stages one after the other; the storages of each and the next travel while the one before is computed.
@@ -349,4 +315,3 @@ class _PeerStage(_Stage):
 
     def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
         return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.call.dim * dtype.itemsize
-

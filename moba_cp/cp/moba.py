@@ -41,7 +41,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         comm.direction = ""
         k_rows, v_rows = assemble(k, v, geometry, comm)
         gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in ("auto", "allgather") else None
-        at_once = gathering is not None and (mode == "allgather" or gathering.hides(q, config.top_k))
+        at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
         # What goes to everybody need not wait for anybody's choice.
         stages = gathering.stages(k_rows, v_rows) if at_once else None
 
@@ -56,7 +56,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         if way is None:
             way = gathering
             for counters in comm.books():
-                counters.planned += gathering.planned_bytes(comm.rank)
+                counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
                 out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
             for stage in stages or gathering.stages(k_rows, v_rows):

@@ -81,6 +81,10 @@ class ExchangeOptions:
             return self.allgather_share
         return 0.6 if by_copy_engines else 0.98
 
+    def may_copy(self, size: int) -> bool:
+        """Whether copy engines may serve a group of ``size`` ranks: none of them is said to be on another node."""
+        return self.copy_engines and (self.ranks_per_node is None or self.ranks_per_node >= size)
+
     def weighing(self, size: int) -> "Weighing":
         """How ``auto`` compares blocks and rows on ``size`` ranks."""
         per_node = min(self.ranks_per_node or 1, size)

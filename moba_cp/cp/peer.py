@@ -35,6 +35,11 @@ class PeerMemory:
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
+    def stages(self) -> int:
+        """Stages of work that used it so far."""
+        return self._stages
+
+    @property
     def nbytes(self) -> int:
         """Memory that this rank has given; PyTorch's allocator does not count it."""
         return sum(parts[self.rank].nbytes for parts in self._buffers.values())
@@ -138,7 +143,8 @@ def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
 
     A collective call; what the first one finds is kept.
     """
-    if group is None or dist.get_world_size(group) == 1 or dist.get_backend(group) != "nccl":
+    # The trainer's groups have a backend for the CPU too.
+    if group is None or dist.get_world_size(group) == 1 or "cuda:nccl" not in dist.get_backend_config(group):
         return None
     if group not in _memories:
         _memories[group] = _mapped(group)

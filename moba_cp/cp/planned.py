@@ -19,7 +19,7 @@ from ..eager import wide_dtype
 from .context import CPContext
 from .decide import decide, heads_of_stage
 from .exchange import BlockStage, HopStage
-from .gather import Gathering
+from .gather_costs import GatherCosts
 from .options import WireCosts
 from .plan import negotiate
 from .queries import OutputGradient, Queries
@@ -204,9 +204,8 @@ def _stages(plan, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage] |
         counters.remote += facts.candidates
         counters.hottest = max(counters.hottest, facts.hottest)
     if options.mode == "auto":
-        gathering = Gathering(owned.k, cp, owned.block_size)
-        everything = sum(map(gathering.planned_bytes, range(comm.size)))
-        if facts.total_bytes >= options.share_to_gather(gathering.memory is not None) * everything:
+        everything = GatherCosts(geometry, n_kv, owned.k.shape[2], owned.k.dtype, options, cp.peers is not None)
+        if everything.instead_of(facts.total_bytes):
             return None
     for counters in comm.books():
         counters.planned += facts.bytes

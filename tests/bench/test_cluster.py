@@ -12,14 +12,14 @@ import torch
 from moba_cp import MoBAConfig, ops
 from moba_cp.bench.cluster import check, command, goals, profile
 from moba_cp.bench.cluster.inputs import Shape, make_inputs
-from moba_cp.bench.cluster.measure import Layer, Limits, measure, overlap
+from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, exchange_options, measure, overlap
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
 from moba_cp.bench.cluster.rows import COLUMNS, Report, Row, header
 from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import positions_of, rank_segments
-from moba_cp.cp.options import MODES
+from moba_cp.cp.options import MODES, ExchangeOptions
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_the_whole_command(two_ranks):
     assert whole[0] == other[0] == 0 and other[1] == "", "all ranks succeed and one speaks"
     report = json.loads((folder / "two.json").read_text())
     rows = {(row["part"], row["tokens"], row["ranks"], row["name"]): row for row in report["rows"]}
-    moba = [f"moba {mode}" for mode in MODES]
+    moba = [f"moba {mode}" for mode in DEFAULT_MODES]
     expected = {("attention", 512, 1, name) for name in ("moba", "full")}
     expected |= {("attention", 512, 2, name) for name in (*moba, "full")}
     expected |= {("overlap", 512, 2, name) for name in moba}
@@ -222,6 +222,13 @@ def test_the_check_finds_a_wrong_selection(one_rank, monkeypatch):
     assert "MoBA on one rank: out is wrong by" in check.check(shape(), 256, ["auto"], (1,), one_rank)
 
 
+def test_names_of_modes():
+    assert exchange_options("allgather") == ExchangeOptions("allgather")
+    assert exchange_options("allgather-nccl", 4) == ExchangeOptions("allgather", ranks_per_node=4, copy_engines=False)
+    assert exchange_options("auto-nccl:1.5") == ExchangeOptions("auto", row_weight=1.5, copy_engines=False)
+    assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
+
+
 def _row(part, tokens, ranks, name, both, **rest):
     return Row(part, tokens, ranks, name, forward=both / 3, both=both, **rest)
 
@@ -235,7 +242,8 @@ def test_goals_are_judged_by_what_was_measured():
         _row("attention", 524288, 2, "moba auto", 130.0),
         _row("attention", 524288, 2, "moba allgather", 135.0),
         _row("attention", 524288, 4, "moba auto", 71.0),
-        _row("attention", 524288, 4, "moba allgather", 68.0),
+        _row("attention", 524288, 4, "moba allgather", 72.0),
+        _row("attention", 524288, 4, "moba allgather-nccl", 68.0),
         _row("overlap", 131072, 2, "moba auto", 130.0, off_both=90.0),
         _row("overlap", 524288, 2, "moba auto", 130.0, off_both=120.0),
         _row("overlap", 524288, 4, "moba kv", 130.0, off_both=20.0),
@@ -265,10 +273,12 @@ def test_a_profile_says_what_overlaps():
         ("ncclDevKernel", 5 * ms, 15 * ms),
         ("nccl:all", 0, 99 * ms),
         ("work", 20 * ms, 21 * ms),
+        ("Memcpy PtoP (Device -> Device)", 20 * ms, 23 * ms),
+        ("Memcpy DtoD (Device -> Device)", 23 * ms, 24 * ms),
     ]
     lines = profile.summary(kernels)
-    assert lines[0].split() == "11.000 ms computing, 10.000 ms NCCL, 5.000 ms of it alone, 5.000 ms nothing".split()
-    assert [line.split()[-1] for line in lines[1:]] == ["work", "ncclDevKernel"]
+    assert lines[0].split() == "12.000 ms computing, 13.000 ms moving, 7.000 ms of it alone, 5.000 ms nothing".split()
+    assert [line.split()[3] for line in lines[1:]] == ["work", "ncclDevKernel", "Memcpy", "Memcpy"]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +288,11 @@ def test_a_profile_says_what_overlaps():
         (["--tokens", "513"], "tokens: seq_len=513 is not divisible by"),
         (["--modes", "kv,all"], "modes: 'all': exchange mode='all' is not one of auto, kv, query, allgather"),
         (["--modes", "auto:0"], "modes: 'auto:0': exchange row_weight=0.0 is not a number in"),
+        (
+            ["--modes", "kv-nccl:2"],
+            "modes: 'kv-nccl:2': kv never uses copy engines; use kv, or -nccl behind auto or all",
+        ),
+        (["--modes", "all-nccl"], "modes: 'all-nccl': exchange mode='all' is not one of auto, kv, query, allgather"),
         (["--modes", "auto:x"], "modes: 'auto:x': could not convert string to float"),
         (["--parts", "attention,nodes"], "with nodes=1: the part nodes, and no other, goes with --nodes"),
         (["--nodes", "0"], "nodes=0 is not positive"),

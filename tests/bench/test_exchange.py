@@ -10,10 +10,11 @@ import torch
 from moba_cp import reference
 from moba_cp.bench import exchange
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
+from moba_cp.cp import gather_costs
 from moba_cp.cp.options import MODES, ExchangeOptions
 from tests.cases import Case
 from tests.cp.test_exchange import _moved
-from tests.cp.test_moba import across_ranks
+from tests.cp.test_gather import _run
 from tests.distributed import run_threads
 
 
@@ -49,10 +50,12 @@ def test_the_concentrated_gate_has_a_pool_per_segment_and_head():
     assert not torch.equal(chosen[:, :2].unique(), chosen[:, 2:].unique())
 
 
+@pytest.mark.parametrize("copies", ["none", "slow", "fast"])
 @pytest.mark.parametrize("documents", [[0, 256], [0, 24, 40, 256]], ids=["one document", "packed"])
-def test_bytes_are_those_that_training_moves(tmp_path, documents):
+def test_bytes_are_those_that_training_moves(tmp_path, documents, copies, monkeypatch):
     """The command's bytes for a recorded selection equal the counters of the same selection when it really runs."""
-    n, size = 256, 4
+    monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20 if copies == "fast" else 1e6)
+    n, size, per_node = 256, 4, "1" if copies == "none" else "4"
     q, dout = (torch.randn(n, 4, 32) for _ in range(2))
     k, v = (torch.randn(n, 2, 32) for _ in range(2))
     cu_seqlens = torch.tensor(documents, dtype=torch.int32)
@@ -60,21 +63,28 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents):
     path = tmp_path / "gate.pt"
     chosen = reference.select_blocks(q, k, 16, 4, cu_seqlens).int()
     torch.save({"layers": {"layer 1": chosen}, "block_size": 16, "n_kv_heads": 2, "cu_seqlens": cu_seqlens}, path)
-    args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", "1")
+    args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", per_node)
     args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
-    for row in exchange.measure(size, RecordedGate(path), list(MODES), args):
-        options = ExchangeOptions(row.mode, stages=1, ranks_per_node=1)
-        counters = [c for _, c in run_threads(size, across_ranks, case, "zigzag", False, options)]
+    n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
+    rows = {row.mode: row for row in exchange.measure(size, RecordedGate(path), list(MODES), args)}
+    for mode, row in rows.items():
+        options = ExchangeOptions(mode, stages=1, ranks_per_node=int(per_node))
+        counters = [c for _, c, _ in run_threads(size, _run, copies != "none", case, "zigzag", options)]
         means = sum(c["received_means_bytes"] for c in counters)
-        n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
-        requests = (size - 1) * n_blocks * 2 * (row.mode != "allgather")
-        assert row.gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), row.mode
+        asks = mode != "allgather" and (mode, copies) != ("auto", "fast")
+        assert all(("received_requests_bytes" in c) == asks for c in counters)
+        requests = (size - 1) * n_blocks * 2 * asks
+        assert row.gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), mode
+    # With copy engines a plan must save much; for packed documents it does, since they see little of one another.
+    gathers = copies == "fast" or (copies == "slow" and len(documents) == 2)
+    assert (rows["auto"].busiest == rows["allgather"].busiest) == gathers
 
 
 def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     table, chart = tmp_path / "table.json", tmp_path / "chart.png"
     shape = ["--row-weight", "1", "--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2"]
     shape += ["--block-size", "128"]
+    shape += ["--no-copy-engines"]
     assert exchange.main(_args(*shape, "--json", str(table), "--plot", str(chart))) == 0
     rows = json.loads(table.read_text())["rows"]
     assert [(row["ranks"], row["mode"]) for row in rows] == [(p, mode) for p in (2, 4) for mode in MODES]
@@ -82,6 +92,23 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
     for size in (2, 4):
         gb = {row["mode"]: row["gb"] for row in rows if row["ranks"] == size}
         assert gb["auto"] <= 1.02 * min(gb["kv"], gb["query"], gb["allgather"])
+
+
+def test_copy_engines_change_what_is_gathered_within_a_node():
+    """A quarter of what others have is never seen in the zigzag layout."""
+    shape = ["--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128", "--device", "cpu"]
+    gate = SyntheticGate("uniform", 4, 2, 128, 8)
+
+    def gigabytes(*given: str) -> dict[str, float]:
+        args = _args(*shape, *given)
+        return {row.mode: row.gb for row in exchange.measure(4, gate, ["auto", "kv", "allgather"], args)}
+
+    copied, collective = gigabytes(), gigabytes("--no-copy-engines")
+    assert copied["auto"] == pytest.approx(copied["allgather"], rel=0.01)
+    assert copied["allgather"] == pytest.approx(0.75 * collective["allgather"], rel=0.01)
+    assert copied["kv"] == collective["kv"]
+    # Ranks of several nodes copy nothing.
+    assert gigabytes("--ranks-per-node", "2") == gigabytes("--ranks-per-node", "2", "--no-copy-engines")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, moba_attention
-from moba_cp.cp import gather
+from moba_cp.cp import gather, gather_costs, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -133,19 +133,19 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
 )
 def test_auto_gathers_where_copies_hide(options, rate, expected, monkeypatch):
     """A sequence so short that copies take longer than attention, unless they are very fast."""
-    monkeypatch.setattr(gather, "COPY_RATE", rate)
+    monkeypatch.setattr(gather_costs, "COPY_RATE", rate)
     assert run_threads(4, _ways, ExchangeOptions(**options), True) == [expected] * 4
 
 
 def test_auto_plans_where_nobody_reads_anothers_memory(monkeypatch):
-    monkeypatch.setattr(gather, "COPY_RATE", 1e20)
+    monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
     assert run_threads(2, _ways, ExchangeOptions(), False) == [("Planned", False)] * 2
 
 
 def test_what_hides_grows_with_the_work_per_block():
     """The estimate is that of one H200 within a few tens of percent."""
     cp = dataclasses.replace(CPContext(None, "contiguous", 1024), exchange=ExchangeOptions())
-    per_row, per_token = gather.VISIT_SECONDS
+    per_row, per_token = gather_costs.VISIT_SECONDS
     for tokens, heads, dim, block, top_k, measured in (
         (131072, 16, 128, 128, 8, 9.4e-3),
         (131072, 16, 128, 512, 8, 12.8e-3),
@@ -155,3 +155,19 @@ def test_what_hides_grows_with_the_work_per_block():
         estimate = tokens * heads * top_k * dim * (per_row + per_token * block)
         assert 0.7 < estimate / measured < 1.4
     assert cp.peers is None
+
+
+@pytest.mark.parametrize(
+    "backends, expected",
+    [("cuda:nccl", "mapped"), ("cpu:gloo,cuda:nccl", "mapped"), ("cpu:gloo,cuda:gloo", None)],
+)
+def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, monkeypatch):
+    """The trainer's are such; a group's backend then has no single name."""
+
+    class Group:
+        pass
+
+    monkeypatch.setattr(peer.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peer.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(peer, "_mapped", lambda group: "mapped")
+    assert peer.peer_memory(Group()) == expected

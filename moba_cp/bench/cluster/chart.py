@@ -6,6 +6,7 @@ from .rows import Report
 
 COLORS = {
     "moba auto": "tab:blue", "moba kv": "tab:cyan", "moba query": "tab:purple", "moba allgather": "tab:green",
+    "moba auto-nccl": "navy", "moba allgather-nccl": "tab:olive",
     "full": "tab:orange", "torch allgather": "tab:red", "torch alltoall": "tab:pink",
 }  # fmt: skip
 LINES = ("-", "--", ":", "-.")

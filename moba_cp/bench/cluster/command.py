@@ -10,14 +10,13 @@ import torch
 
 from ...config import MoBAConfig
 from ...cp.layout import LAYOUTS, rank_segments
-from ...cp.options import MODES
 from ..environment import environment
 from ..gates import GATES
 from .chart import draw
 from .check import check
 from .goals import judge, lines
 from .inputs import Shape
-from .measure import Limits, exchange_options
+from .measure import DEFAULT_MODES, Limits, exchange_options
 from .parts import PARTS, Settings
 from .ranks import Ranks
 from .rows import Report, header
@@ -30,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--tokens", help="lengths T, by commas (default: 32768 to 1048576; with --nodes 65536)")
     parser.add_argument(
-        "--modes", default=",".join(MODES), help="of the exchange, by commas; auto:2 for a row_weight (%(default)s)"
+        "--modes",
+        default=",".join(DEFAULT_MODES),
+        help="of the exchange, by commas; auto:2 for a row_weight, auto-nccl for no copy engines (%(default)s)",
     )
     parser.add_argument("--parts", help=f"by commas, of {', '.join(PARTS)} (default: all but nodes; with --nodes: it)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")

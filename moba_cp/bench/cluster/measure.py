@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import CPContext, full_attention, moba_attention
-from ...cp.options import ExchangeOptions
+from ...cp.options import MODES, ExchangeOptions
+from ...cp.peer import PeerMemory
 from ..attention_check import BOUND
 from ..timing import Candidate, time_once
 from ..torch_cp import ROTATE_METHODS, torch_context_parallel
@@ -24,6 +25,11 @@ from .replay import ReplayCommunicator
 from .rows import Row
 
 MOBA, FULL, PEER = "moba", "full", "torch"
+WITHOUT_COPIES = "-nccl"
+"""What follows the name of a mode that is to leave copy engines alone."""
+COPYING_MODES = ("auto", "allgather")
+"""Exchange modes that use copy engines where they can."""
+DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_TFLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
 
@@ -40,12 +46,35 @@ class Limits:
 
 
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
-    """The options of a mode as the command names it: ``auto:2`` is ``auto`` with ``row_weight`` 2."""
+    """The options of a mode as the command names it.
+
+    ``auto:2`` is ``auto`` with ``row_weight`` 2; ``allgather-nccl`` and ``auto-nccl`` do without copy engines.
+    """
     name, _, weight = mode.partition(":")
+    copies = not name.endswith(WITHOUT_COPIES)
+    name = name.removesuffix(WITHOUT_COPIES)
+    if not copies and name in MODES and name not in COPYING_MODES:
+        raise ValueError(
+            f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "
+            f"{' or '.join(COPYING_MODES)}"
+        )
     try:
-        return ExchangeOptions(name, row_weight=float(weight) if weight else None, ranks_per_node=ranks_per_node)
+        weight = float(weight) if weight else None
+        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, copy_engines=copies)
     except ValueError as error:
         raise ValueError(f"modes: {mode!r}: {error}") from None
+
+
+class PeerUse:
+    """What has been given of the memory that other GPUs read, if anything uses it from now on."""
+
+    def __init__(self, memory: PeerMemory | None):
+        self._memory, self._begun = memory, memory.stages if memory is not None else 0
+
+    @property
+    def nbytes(self) -> int:
+        """It was allocated once, of the largest size that was needed so far; PyTorch's allocator does not count it."""
+        return self._memory.nbytes if self._memory is not None and self._memory.stages > self._begun else 0
 
 
 class Layer:
@@ -116,6 +145,10 @@ class Layer:
         error = self.ranks.most(_difference(theirs, mine), self.size)
         return None if error < BOUND else f"wrong: the output differs from ours by {error:.1e}"
 
+    def peer_use(self) -> PeerUse:
+        """Watches from now on; nodes, also emulated ones, share no memory."""
+        return PeerUse(self.comm.peers() if self.ranks.nodes == 1 else None)
+
     def row(self, part: str, name: str) -> Row:
         """An empty row."""
         return Row(part, self.n_tokens, self.size, name)
@@ -152,6 +185,7 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         x.grad = None
     comm.reset_counters()
     comm.between_bytes = 0
+    shared = layer.peer_use()
     if ranks.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -170,7 +204,8 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         if ranks.nodes > 1:
             row.between_gb = ranks.total(comm.between_bytes, layer.size) / layer.size / 1e9
     if ranks.on_gpu:
-        row.peak_gib = ranks.most((torch.cuda.max_memory_allocated() - before) / 2**30, layer.size)
+        peak = torch.cuda.max_memory_allocated() - before + shared.nbytes
+        row.peak_gib = ranks.most(peak / 2**30, layer.size)
     return None
 
 
@@ -229,12 +264,12 @@ def _record(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         return [out.detach(), *(x.grad for x in candidate.leaves)]
 
     if ranks.on_gpu:
-        # Everything a rank receives is kept, and its results twice.
+        # What collectives and copies hand out is kept, and results twice.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        comm.reset_counters()
+        comm.handed_bytes = 0
         results()
-        need = sum(comm.counters.received.values()) + 2 * sum(x.nbytes for x in (layer.dout, *layer.leaves))
+        need = comm.handed_bytes + 2 * sum(x.nbytes for x in (layer.dout, *layer.leaves))
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
         short = ranks.most(need - free, layer.size)
         if short > 0:
@@ -242,6 +277,8 @@ def _record(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     try:
         with comm.recording():
             wanted = results()
+        # A replay meets nobody before it writes what others may still be reading.
+        ranks.settle(layer.size)
         with comm.replaying():
             errors = [_difference(a, b) for a, b in zip(results(), wanted, strict=True)]
         row.off_error = max(errors)

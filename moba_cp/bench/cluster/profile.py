@@ -10,6 +10,8 @@ from ..timing import Candidate, time_once
 from .measure import Layer
 
 ROWS = 24
+TRANSFERS = ("nccl", "Memcpy PtoP")
+"""How the names of what moves data between GPUs begin: NCCL's kernels, and copies from another GPU's memory."""
 
 
 def write_profile(path: Path, layer: Layer, candidates: list[Candidate]) -> None:
@@ -34,12 +36,12 @@ def summary(kernels: list[tuple[str, int, int]]) -> list[str]:
     """Lines on kernels (name, begin and end in ns): what overlaps, and the longest of them."""
     # Beside the kernels there are ranges named after them.
     kernels = [kernel for kernel in kernels if not kernel[0].startswith("nccl:")]
-    transfers = [(begin, end) for name, begin, end in kernels if name.startswith("nccl")]
-    work = [(begin, end) for name, begin, end in kernels if not name.startswith("nccl")]
-    both, busy = _covered(transfers + work), _covered(work)
+    transfers = [(begin, end) for name, begin, end in kernels if name.startswith(TRANSFERS)]
+    work = [(begin, end) for name, begin, end in kernels if not name.startswith(TRANSFERS)]
+    both, busy, moving = _covered(transfers + work), _covered(work), _covered(transfers)
     span = max((end for _, _, end in kernels), default=0) - min((begin for _, begin, _ in kernels), default=0)
     lines = [
-        f"{busy / 1e6:9.3f} ms computing, {_covered(transfers) / 1e6:.3f} ms NCCL, {(both - busy) / 1e6:.3f} ms of it "
+        f"{busy / 1e6:9.3f} ms computing, {moving / 1e6:.3f} ms moving, {(both - busy) / 1e6:.3f} ms of it "
         f"alone, {(span - both) / 1e6:.3f} ms nothing"
     ]
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -63,14 +63,18 @@ class Ranks:
         """Wait for all ranks, on the host."""
         dist.all_reduce(torch.zeros(1))
 
+    def settle(self, size: int) -> None:
+        """Wait until the first ``size`` ranks have done all that they issued; collective over these."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.most(0.0, size)
+
     def ready(self, size: int) -> Callable[[], None]:
         """A function after which the first ``size`` ranks start at once; collective over these."""
         flag = torch.zeros(1, device=self.device)
 
         def wait() -> None:
-            if self.on_gpu:
-                torch.cuda.synchronize()
-            self.most(0.0, size)
+            self.settle(size)
             if self.on_gpu and size > 1:
                 # What follows is issued behind it, and so begins on all GPUs at the same time.
                 dist.all_reduce(flag, group=self.group(size))

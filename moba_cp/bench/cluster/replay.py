@@ -25,6 +25,10 @@ class ReplayCommunicator(Communicator):
     """A :class:`Communicator` that within :meth:`recording` keeps what one pass receives, and within :meth:`replaying`
     gives it back at once, so that a pass computes what it did when messages were really sent.
 
+    What copy engines bring is kept and given back likewise: a replayed pass neither meets the other ranks nor reads
+    their memory. But it writes its own, which they read: all of them must have done what they issued when a replay
+    begins, and when the next pass begins after it.
+
     It also counts what crosses nodes.
     """
 
@@ -36,6 +40,8 @@ class ReplayCommunicator(Communicator):
         self._elsewhere = [p // (ranks_per_node or self.size) != node for p in range(self.size)]
         self.between_bytes = 0
         """Bytes received from ranks of other nodes."""
+        self.handed_bytes = 0
+        """Memory that a recording of the passes since this was 0 would have taken."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,22 +88,33 @@ class ReplayCommunicator(Communicator):
         self.between_bytes += row * sum(n for n, far in zip(receive, self._elsewhere, strict=True) if far)
         return super().all_to_all(x, send, receive, kind)
 
+    def copied(self, kind: str, sent: int, received: int, start: Callable) -> Callable[[], Tensor]:
+        """See :meth:`Communicator.copied`."""
+        assert not any(self._elsewhere), f"copy engines are to bring {kind} from other nodes"
+        return super().copied(kind, sent, received, start)
+
     def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         if self._mode == "replay":
             message = self._messages[self._next]
             self._next += 1
             assert message.what == what, f"the pass asks for {what} where {message.what} was recorded"
             return lambda: message.given
-        wait = super()._guarded(what, start)
+        wait, copies = super()._guarded(what, start), 1 + what.startswith(_CHANGED)
         if self._mode == "live":
-            return wait
+
+            def counted() -> Tensor:
+                out = wait()
+                self.handed_bytes += copies * out.nbytes
+                return out
+
+            return counted
         place = len(self._messages)
         self._messages.append(None)
 
         def recorded() -> Tensor:
             out = wait()
             kept = out.clone()
-            given = kept.clone() if what.startswith(_CHANGED) else kept
+            given = kept.clone() if copies > 1 else kept
             self._messages[place] = _Message(what, kept, given)
             return out
 

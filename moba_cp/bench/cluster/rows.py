@@ -27,7 +27,8 @@ class Row:
     between_gb: float | None = None
     """The part of it that came from other nodes."""
     peak_gib: float | None = None
-    """Most memory of forward and backward above the inputs, of the rank that needs most."""
+    """Most memory of forward and backward above the inputs, of the rank that needs most; what it has given for others
+    to read included."""
     predicted_gb: float | None = None
     """What ``bench exchange`` counts for the same selection."""
     predicted_ms: float | None = None

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from .inputs import Shape
+from .measure import PeerUse
 from .ranks import Ranks
 from .rows import Row
 
@@ -28,6 +29,7 @@ def measure_step(shape: Shape, kind: str, n_tokens: int, size: int, steps: int, 
     problem = None
     try:
         trainer = _trainer(shape, kind, n_tokens, size, ranks)
+        shared = PeerUse(trainer.batches.comm.peers())
         records = [trainer.train_step() for _ in range(WARM_STEPS)]
         if ranks.on_gpu:
             torch.cuda.synchronize()
@@ -45,7 +47,7 @@ def measure_step(shape: Shape, kind: str, n_tokens: int, size: int, steps: int, 
         row.both, row.both_spread, row.repeats = statistics.median(times), max(times) - min(times), steps
         row.received_gb = records[-1]["exchange"]["received_bytes"] / size / 1e9
         if ranks.on_gpu:
-            row.peak_gib = ranks.most(torch.cuda.max_memory_allocated() / 2**30, size)
+            row.peak_gib = ranks.most((torch.cuda.max_memory_allocated() + shared.nbytes) / 2**30, size)
     trainer = None
     if ranks.on_gpu:
         torch.cuda.empty_cache()
