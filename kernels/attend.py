@@ -98,7 +98,7 @@ def attend(
             routing = Routing(index, n_rows * n_heads * n_slots)
         else:
             routing = build_routing(*args[2:], pages.row)
-        tasks = cut_tasks(routing, tile.task_rows, pages.row)
+        tasks = cut_tasks(routing, tile.task_rows, pages.row, kv_heads)
         for some in head_slices:
             _attend_slice(*args, scale, out[rows], lse[rows], join, routing, tile, tasks, some)
     return out, lse
@@ -198,9 +198,10 @@ def attend_backward(
         routings = [Routing(index, n_rows * n_heads * n_slots)]
     else:
         routings = [build_routing(*some, pages.row) for some in visits]
-    key_tasks = [cut_tasks(routing, key_tile.task_rows, pages.row) for routing in routings]
+    heads = pages.row, kv_heads
+    key_tasks = [cut_tasks(routing, key_tile.task_rows, *heads) for routing in routings]
     query_tasks = [
-        cut_tasks(routing, query_tile.task_rows, pages.row) if mode == DQ_NONE.value else None for routing in routings
+        cut_tasks(routing, query_tile.task_rows, *heads) if mode == DQ_NONE.value else None for routing in routings
     ]
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start

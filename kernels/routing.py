@@ -166,15 +166,17 @@ def _scatter_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_lists", "n_blocks", "places", "steps", "s_pages"], do_not_specialize_on_alignment=SLICED
+    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "steps", "s_pages"],
+    do_not_specialize_on_alignment=SLICED,
 )
 def _task_kernel(
-    list_start, page_row, table, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
+    list_start, page_row, table, first_list, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
 ):
-    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first_place = tl.load(list_start + first_list) // task_rows + first_list
+    o_p = first_place + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < places
     # The last list whose places begin at or before this one.
-    low = tl.zeros([BLOCK], tl.int32)
+    low = tl.zeros([BLOCK], tl.int32) + first_list
     high = low + n_lists - 1
     for _ in range(0, steps):
         middle = (low + high + 1) // 2
@@ -241,19 +243,33 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int, page_row: Tensor | None = None) -> Tasks:
+def cut_tasks(
+    index: Routing, task_rows: int, page_row: Tensor | None = None, kv_heads: slice | None = None
+) -> Tasks:
     """Tasks of up to ``task_rows`` visits from all lists of an index.
 
-    ``page_row`` [Hkv, n] int64, unit stride in n: of those lists only whose block is not -1 there, for an index that
-    serves several storages.
+    Args:
+        page_row: [Hkv, n] int64, unit stride in n: of those lists only whose block is not -1 there, for an index that
+            serves several storages.
+        kv_heads: with ``page_row``: of lists of these KV heads only; nobody may ask for those of others.
     """
     n_lists = index.list_start.numel() - 1
-    places = index.n_visits // task_rows + n_lists
-    table = torch.empty(3, places, dtype=torch.int32, device=index.flat.device)
-    n_blocks, s_pages = (n_lists, 0) if page_row is None else (page_row.shape[1], page_row.stride(0))
+    tasks = Tasks(
+        torch.empty(3, index.n_visits // task_rows + n_lists, dtype=torch.int32, device=index.flat.device), task_rows
+    )
+    places, first, some, n_blocks, s_pages = tasks.table.shape[1], 0, n_lists, n_lists, 0
+    programs = places
+    if page_row is not None:
+        n_kv, n_blocks = page_row.shape
+        s_pages = page_row.stride(0)
+        if kv_heads is not None:
+            n_heads = kv_heads.stop - kv_heads.start
+            first, some = kv_heads.start * n_blocks, n_heads * n_blocks
+            # One more than a slice of these heads may ask for, wherever in a task its lists begin.
+            programs = min(places, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
-        _task_kernel[(cdiv(places, 256),)](
-            index.list_start, page_row, table, n_lists, n_blocks, places, task_rows, (n_lists - 1).bit_length(),
-            s_pages, BLOCK=256, num_warps=4,
+        _task_kernel[(cdiv(programs, 256),)](
+            index.list_start, page_row, tasks.table, first, some, n_blocks, places, task_rows,
+            (some - 1).bit_length(), s_pages, BLOCK=256, num_warps=4,
         )  # fmt: skip
-    return Tasks(table, task_rows)
+    return tasks

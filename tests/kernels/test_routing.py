@@ -96,6 +96,31 @@ def test_programs_find_the_tasks_of_their_lists(lists):
     assert [row for row in out.T.tolist() if row[0] >= 0] == expected
 
 
+@pytest.mark.parametrize("heads, part", [((0, 1), (0, 1)), ((1, 3), (1, 3)), ((1, 4), (2, 3)), ((2, 4), (3, 4))])
+def test_tasks_of_some_heads_serve_these_and_parts_of_them(heads, part):
+    """4 heads of 3 blocks, of which one is elsewhere."""
+    starts = [0, *torch.tensor(SIZES).cumsum(0).tolist()]
+    n_visits = 4 * max(sum(SIZES[3 * h : 3 * h + 3]) for h in range(4))
+    flat = [0] * n_visits + starts
+    index = routing.Routing(torch.tensor(flat, dtype=torch.int32, device=DEVICE), n_visits)
+    page_row = torch.zeros(4, 3, dtype=torch.int64, device=DEVICE)
+    page_row[3, 0] = -1
+    with poisoned():
+        tasks = routing.cut_tasks(index, 32, page_row, slice(*heads))
+    first, last = 3 * part[0], 3 * part[1]
+    count = tasks.count(n_visits // 4 * (part[1] - part[0]), last - first)
+    out = torch.full((3, count), -7, dtype=torch.int32, device=DEVICE)
+    list_start = index.list_start[first : last + 1]
+    _read_kernel[(count,)](tasks.table, list_start, out, tasks.table.shape[1], 32, first, last - first, n=count)
+    expected = [
+        [i - first, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
+        for i in range(first, last)
+        for r in range(0, SIZES[i], 32)
+        if i != 9
+    ]
+    assert [row for row in out.T.tolist() if row[0] >= 0] == expected
+
+
 def test_as_many_visits_as_places_can_be_numbered():
     """The last task of the longest index ends where its list does, although a whole task would end past 2^31."""
     task_rows = 8192
