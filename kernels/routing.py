@@ -9,8 +9,9 @@ the visits of one (KV head, block), ascending: rows of the own block first, gath
 order in every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
-running sum over tiles and over lists; a second walk over the tile writes each visit to its place. The index of all
-heads is made once, serves forward and backward and all storages, and is cut into tasks for any range of heads.
+running sum over tiles and, in the last program to be done with that, over lists; a second walk over the tile writes
+each visit to its place. The index of all heads is made once, serves forward and backward and all storages, and is cut
+into tasks for any range of heads.
 """
 
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from .common import SLICED, cdiv, on_device
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
 MIN_TILE_ROWS = 64
+# Of lists, summed up by the one program that is last.
+SIZES_AT_ONCE = 4096
 
 
 class Routing(NamedTuple):
@@ -82,22 +85,30 @@ def visit_block(
 
 @triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
-    chosen, own, visible, page_row, counts,
+    chosen, own, visible, page_row, counts, list_start,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
+    o_v = tl.arange(0, STEP)
+    if (i_t == 0) & (i_h == 0):
+        tl.store(list_start, 0)
+    for b in range(0, n_blocks, STEP):
+        tl.store(p_counts + b + o_v, 0, mask=b + o_v < n_blocks)
+    tl.debug_barrier()
     begin = i_t * tile_visits
     end = tl.minimum(begin + tile_visits, n_visits)
     for v in range(begin, end, STEP):
-        visit = v + tl.arange(0, STEP)
+        visit = v + o_v
         block = visit_block(visit, visit < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_blocks"])
-def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr):
+@triton.jit(do_not_specialize=["n_tiles", "n_blocks"], do_not_specialize_on_alignment=SLICED)
+def _running_sum_kernel(
+    counts, list_start, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr, SIZES: tl.constexpr
+):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
     o_t = tl.arange(0, BT)
@@ -110,9 +121,19 @@ def _running_sum_kernel(counts, sizes, n_tiles, n_blocks, BT: tl.constexpr, BB: 
         tl.store(p, total[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m)
         total += tl.sum(b_count, 0)
     # One place to the right, so that an inclusive sum over lists yields where each begins.
-    tl.store(sizes + 1 + i_h * n_blocks + o_b, total, mask=o_b < n_blocks)
-    if (i_b == 0) & (i_h == 0):
-        tl.store(sizes, 0)
+    tl.store(list_start + 1 + i_h * n_blocks + o_b, total, mask=o_b < n_blocks)
+    # The first place counts the programs that have come this far. The last one sums up, and leaves 0 there.
+    tl.debug_barrier()
+    if tl.atomic_add(list_start, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        n_lists = n_blocks * tl.num_programs(1)
+        o_l = tl.arange(0, SIZES)
+        start = 0
+        for i in range(0, n_lists, SIZES):
+            p = list_start + 1 + i + o_l
+            b_size = tl.load(p, mask=i + o_l < n_lists, other=0)
+            tl.store(p, start + tl.cumsum(b_size, 0), mask=i + o_l < n_lists)
+            start += tl.sum(b_size, 0)
+        tl.store(list_start, 0)
 
 
 @triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
@@ -202,8 +223,7 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     while cdiv(n_rows, tile_rows) * n_lists > COUNT_ENTRIES and tile_rows < n_rows:
         tile_rows *= 2
     n_tiles = cdiv(n_rows, tile_rows)
-    counts = torch.zeros(n_kv, n_tiles, n_blocks, dtype=torch.int32, device=device)
-    sizes = torch.empty(n_lists + 1, dtype=torch.int32, device=device)
+    counts = torch.empty(n_kv, n_tiles, n_blocks, dtype=torch.int32, device=device)
     index = Routing(torch.empty(n_kv * n_visits + n_lists + 1, dtype=torch.int32, device=device), n_kv * n_visits)
     list_start, visits = index.list_start, index.visits
 
@@ -211,9 +231,10 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
     constants = dict(G=group, S=n_chosen, SLOTS=slots)
     with on_device(chosen):
-        _count_kernel[(n_tiles, n_kv)](*inputs, counts, *numbers, **constants, STEP=128, num_warps=4)
-        _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](counts, sizes, n_tiles, n_blocks, BT=64, BB=32, num_warps=4)
-        torch.cumsum(sizes, 0, dtype=torch.int32, out=list_start)
+        _count_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, *numbers, **constants, STEP=128, num_warps=4)
+        _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
+            counts, list_start, n_tiles, n_blocks, BT=64, BB=32, SIZES=SIZES_AT_ONCE, num_warps=4
+        )
         _scatter_kernel[(n_tiles, n_kv)](
             *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2
         )

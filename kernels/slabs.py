@@ -7,20 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, check_unit_stride, on_device, padded_dim
+from .common import SLICED, cdiv, check_unit_stride, next_power_of_2, on_device, padded_dim
+
+# Programs that pack, each passing over many tiles: it runs beside attention, whose programs fill a multiprocessor each,
+# and most of these should stay with it. (Sums are waited for, and take all that they can get.)
+PACK_PROGRAMS = 32
+# Elements of K, or of V, that a program has on the way at a time.
+PACK_TILE, SUM_TILE = 1 << 14, 1 << 12
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab_rows"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["n_rows", "slab_rows", "tiles"], do_not_specialize_on_alignment=SLICED)
 def _pack_kernel(
-    k, v, slab, n_rows, slab_rows, s_kr, s_kh, s_vr, s_vh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+    k, v, slab, n_rows, slab_rows, tiles, s_kr, s_kh, s_vr, s_vh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):
-    i_h = tl.program_id(1).to(tl.int64)
-    o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_d = tl.arange(0, BD)
-    m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
-    p_slab = slab + ((i_h * slab_rows + o_m) * 2 * D)[:, None] + o_d[None, :]
-    tl.store(p_slab, tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m), mask=m)
-    tl.store(p_slab + D, tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m), mask=m)
+    tiles_per_head = (n_rows + BM - 1) // BM
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i_h = (i // tiles_per_head).to(tl.int64)
+        o_m = (i % tiles_per_head * BM + tl.arange(0, BM)).to(tl.int64)
+        m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
+        b_k = tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m)
+        b_v = tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m)
+        p_slab = slab + ((i_h * slab_rows + o_m) * 2 * D)[:, None] + o_d[None, :]
+        tl.store(p_slab, b_k, mask=m)
+        tl.store(p_slab + D, b_v, mask=m)
 
 
 @triton.jit(do_not_specialize=["n_rows", "slab_rows", "n_shares", "skip"], do_not_specialize_on_alignment=SLICED)
@@ -51,9 +61,13 @@ def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
     k, v = check_unit_stride(k), check_unit_stride(v)
     _check(k, slab)
     if k.numel():
-        grid, constants = _launch(k)
+        constants = _constants(k, PACK_TILE)
+        tiles = cdiv(k.shape[0], constants["BM"]) * k.shape[1]
+        strides = *k.stride()[:2], *v.stride()[:2]
         with on_device(k):
-            _pack_kernel[grid](k, v, slab, k.shape[0], slab.shape[1], *k.stride()[:2], *v.stride()[:2], **constants)
+            _pack_kernel[(min(tiles, PACK_PROGRAMS),)](
+                k, v, slab, k.shape[0], slab.shape[1], tiles, *strides, **constants, num_warps=8
+            )
 
 
 def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
@@ -62,11 +76,11 @@ def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = 
     assert shares.shape[1:] == own.shape and (len(shares) == 0 or shares[0].is_contiguous())
     assert dk.stride() == dv.stride() and dk.stride(2) == 1 and dk.dtype == dv.dtype
     if dk.numel():
-        grid, constants = _launch(dk)
+        constants = _constants(dk, SUM_TILE)
         with on_device(dk):
-            _sum_kernel[grid](
+            _sum_kernel[(cdiv(dk.shape[0], constants["BM"]), dk.shape[1])](
                 own, shares, dk, dv, dk.shape[0], own.shape[1], len(shares), skip, shares.stride(0),
-                *dk.stride()[:2], **constants,
+                *dk.stride()[:2], **constants, num_warps=4,
             )  # fmt: skip
 
 
@@ -76,8 +90,7 @@ def _check(rows: Tensor, slab: Tensor) -> None:
     assert n_rows <= slab.shape[1]
 
 
-def _launch(rows: Tensor):
-    n_rows, n_heads, dim = rows.shape
+def _constants(rows: Tensor, tile: int) -> dict[str, int]:
+    n_rows, _, dim = rows.shape
     block = padded_dim(dim)
-    bm = max(1, 4096 // block)
-    return (cdiv(n_rows, bm), n_heads), dict(D=dim, BD=block, BM=bm, num_warps=4)
+    return dict(D=dim, BD=block, BM=max(1, min(tile // block, next_power_of_2(n_rows))))

@@ -28,18 +28,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str = "gloo") -> list:
-    """``function(rank, *args)`` on ``n`` ranks, of gloo or of NCCL on one GPU; returns their results in rank order.
+def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str = "gloo", gpus: int = 1) -> list:
+    """``function(rank, *args)`` on ``n`` ranks; returns their results in rank order.
+
+    Ranks of NCCL share one GPU, or have one each where ``gpus`` is ``n``.
 
     ``function`` must be importable by the spawned processes. Any rank's exception, or silence for ``timeout`` seconds,
     kills all ranks and fails with every traceback.
     """
     ctx = mp.get_context("spawn")
     results, port = ctx.Queue(), free_port()
-    processes = [
-        ctx.Process(target=_rank_main, args=(rank, n, port, backend, results, function, args), daemon=True)
-        for rank in range(n)
-    ]
+    rest = n, port, backend, gpus, results, function, args
+    processes = [ctx.Process(target=_rank_main, args=(rank, *rest), daemon=True) for rank in range(n)]
     for process in processes:
         process.start()
     reports: dict[int, tuple[bool, object]] = {}
@@ -62,15 +62,16 @@ def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str 
     return [pickle.loads(reports[rank][1]) for rank in range(n)]
 
 
-def _rank_main(rank, n, port, backend, results, function, args):
+def _rank_main(rank, n, port, backend, gpus, results, function, args):
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank)
     )
-    if backend == "nccl":
+    if backend == "nccl" and gpus == 1:
         # NCCL refuses two ranks on one GPU unless they look like two hosts.
         os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1", LOCAL_RANK="0")
-        torch.cuda.set_device(0)
+    if backend == "nccl":
+        torch.cuda.set_device(rank % gpus)
     try:
         dist.init_process_group(backend, rank=rank, world_size=n)
         value = function(rank, *args)
@@ -147,6 +148,28 @@ class ThreadPeerMemory(PeerMemory):
 
     def _settle(self):
         self._comm._meet()
+
+
+class FilePeerMemory(PeerMemory):
+    """Buffers of all ranks that are processes: files in a folder, mapped by all; they start as NaN."""
+
+    def __init__(self, folder):
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        self._folder, self._files = folder, 0
+
+    def meet(self):
+        dist.barrier()
+
+    def _allocate(self, name, nbytes):
+        self._files += 1
+        paths = [f"{self._folder}/{self._files}_{rank}" for rank in range(self.size)]
+        with open(paths[self.rank], "wb") as file:
+            file.write(b"\xff" * nbytes)
+        dist.barrier()
+        return [torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8) for path in paths]
+
+    def _settle(self):
+        dist.barrier()
 
 
 def run_threads(n: int, function, *args) -> list:

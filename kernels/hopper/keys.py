@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backward import _sum_place
 from ..common import SLICED
-from .shared import LOG2E, barrier, load_block, read_task, unpack
+from .shared import LOG2E, barrier, load_block, read_task, store_rows, unpack
 
 sum_place = gluon.jit(_sum_place.fn)
 
@@ -84,7 +84,7 @@ def _produce(
 
 @gluon.jit
 def _step(
-    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
     q_full, q_empty, ds_full, o_n, n_keys, scale_log2,
     MASKED: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     DQ: gl.constexpr, MMA: gl.constexpr, MMA_D: gl.constexpr,
@@ -126,8 +126,7 @@ def _step(
         mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
         # dQ sums over the keys of both groups: each takes half of it, some columns of all rows or all of some rows.
         HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-        WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        ROWS: gl.constexpr = gl.SliceLayout(1, WIDE)
+        ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
         zero = gl.zeros([64, 64], gl.float32, HALF)
         if D == 128:
             ds_half, k_half, column = ds_t, k_s.slice(half * 64, 64, dim=1), half * 64
@@ -137,14 +136,7 @@ def _step(
             place = place_s.index(stage).slice(half * 64, 64).load(ROWS)
         b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
-        dq_t = dq_s.index(half)
-        dq_t.store(b_dq.to(q_s.dtype))
-        barrier()
-        # Through shared memory, to leave in whole lines.
-        o_d = column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
-        p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
-        gl.store(p_dq, dq_t.load(WIDE), mask=(place >= 0)[:, None])
-        barrier()
+        store_rows(part + column, place, b_dq, D)
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])
     mbarrier.arrive(q_empty.index(stage), count=1)
@@ -154,7 +146,7 @@ def _step(
 @gluon.jit
 def _consume(
     half: gl.constexpr, part, dk, dv, begin, middle, end, key, page, n_keys, is_split, scale, s_dkr, s_dkh, first,
-    sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+    sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
     kv_full, q_full, q_empty, ds_full,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
     DIRECT: gl.constexpr,
@@ -170,13 +162,13 @@ def _consume(
     i = 0
     for r in range(begin, middle, BM):
         b_dk, b_dv = _step(
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
     for r in range(middle, end, BM):
         b_dk, b_dv = _step(
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, dq_s, lse_s, delta_s, limit_s, place_s,
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
@@ -252,7 +244,6 @@ def key_kernel(
     ONE: gl.constexpr = mbarrier.MBarrierLayout()
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, D], dtype)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BN, BM], dtype)
-    DQ_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     k_s = gl.allocate_shared_memory(dtype, [2 * BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2 * BN, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES, BM, D], Q_LAYOUT)
@@ -264,12 +255,10 @@ def key_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     ds_s = k_s
-    dq_s = k_s
     place_s = limit_s
     ds_full = q_full
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [2, 2 * BN, BM], DS_LAYOUT)
-        dq_s = gl.allocate_shared_memory(dtype, [2, 64, 64], DQ_LAYOUT)
         place_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):
@@ -285,12 +274,12 @@ def key_kernel(
         [
             (_consume, (
                 gl.constexpr(0), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
-                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s,
                 lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_consume, (
                 gl.constexpr(1), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
-                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, dq_s,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s,
                 lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_produce, (

@@ -5,15 +5,15 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 other, each against the whole block.
 
 The fetching group sends tiles of K and V round a ring of STAGES places, and gathers the rows of Q of the next tile
-while this one is at work (two buffers). Each computing group has BM of the rows. In one step it asks for the scores of
-the next tile of keys, computes the softmax of this one, and adds its product with V.
+while this one is at work (two buffers). Each computing group has BM of the rows. In one step it computes the softmax of
+a tile of keys, and asks for its product with V and the scores of the next tile at once: the other group's softmax runs
+meanwhile. (Scores asked for earlier would come beside this tile's: slower, by the copies between registers.)
 
 Barriers, one of each per place: ``k_full``, ``v_full`` a tile of keys has come; ``k_empty``, ``v_empty`` both computing
-groups are done with it; ``q_full`` rows, their places and limits have come; ``q_empty`` both groups have
-written their output, which passes through the place of Q. All groups take tiles in the same order. The fetching group
-waits for a place until both have read what it held a round before, which they can, since it handed that out before; it
-waits for ``q_empty`` of the tile before only when two tiles of keys of this one are on their way. So nobody waits in a
-circle.
+groups are done with it; ``q_full`` rows, their places and limits have come; ``q_empty`` both groups are done with
+them. All groups take tiles in the same order. The fetching group waits for a place until both have read what it held a
+round before, which they can, since it handed that out before; it waits for ``q_empty`` of the tile before only when two
+tiles of keys of this one are on their way. So nobody waits in a circle.
 """
 
 from triton.experimental import gluon
@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LN2, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys
+from .shared import LN2, barrier, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys
 
 
 @gluon.jit
@@ -117,12 +117,7 @@ def _step(
     MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     MMA: gl.constexpr, MMA_O: gl.constexpr,
 ):  # fmt: skip
-    """The tile of keys at ``n``, whose scores are there: its softmax, while the next tile's scores are computed."""
-    if not LAST:
-        stage = (i_kv + 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (i_kv + 1) // STAGES % 2)
-        zero = gl.zeros([BM, BN], gl.float32, MMA)
-        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    """The tile of keys at ``n``, whose scores are there: softmax, product with V, and the next tile's scores."""
     if MASKED:
         o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
         s = gl.where(o_n[None, :] < limit[:, None], s, float("-inf"))
@@ -134,6 +129,11 @@ def _step(
     b_sum = b_sum * b_scale + gl.sum(b_p, 1)
     p = gl.convert_layout(b_p.to(q_t.dtype), gl.DotOperandLayout(0, MMA_O, 2))
     b_o = b_o * gl.convert_layout(b_scale, gl.SliceLayout(1, MMA_O))[:, None]
+    if not LAST:
+        stage = (i_kv + 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (i_kv + 1) // STAGES % 2)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)
+        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     before = i_kv % STAGES
     mbarrier.wait(v_full.index(before), i_kv // STAGES % 2)
     b_o = warpgroup_mma(p, v_s.index(before), b_o, is_async=True)
@@ -154,8 +154,6 @@ def _consume(
     """A group that computes: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_s.dtype
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     i = 0
     i_kv = 0
@@ -201,19 +199,12 @@ def _consume(
         i_kv += 1
 
         place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
+        mbarrier.arrive(q_empty.index(buf), count=1)
         b_shift = gl.where(b_max == float("-inf"), 0.0, b_max * scale_log2)
         gl.store(part_lse + place, (b_shift + gl.log2(b_sum)) * LN2, mask=place >= 0)
         b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
-        # The rows of Q are done with: the output passes through their place, to leave in whole lines.
-        q_t.store(b_o.to(dtype))
-        barrier()
-        place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
-        p_o = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
-        gl.store(p_o, q_t.load(WIDE), mask=(place >= 0)[:, None])
-        barrier()
-        mbarrier.arrive(q_empty.index(buf), count=1)
+        store_rows(part, place, b_o, D)
         i += 1
 
 

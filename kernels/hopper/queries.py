@@ -5,8 +5,8 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block s
 :mod:`..backward` lays out.
 
 Groups, tiles and barriers are those of :mod:`.long_blocks`, with rows of dout beside those of Q, and one barrier for K
-and V of a tile: K is needed twice, for scores and for dQ, so both are kept until the tile's dQ is added. While dS of a
-tile is computed, the matrix units compute the next tile's scores; so a group holds two tiles of keys, and STAGES is 3.
+and V of a tile: K is needed twice, for scores and for dQ, so both are kept until the tile's dQ is added. That is asked
+for together with the next tile's scores; so a group holds two tiles of keys, and STAGES is 3.
 """
 
 from triton.experimental import gluon
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LOG2E, barrier, in_each_warp, load_block, publish, read_task, tiles_of_keys, unpack
+from .shared import LOG2E, barrier, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys, unpack
 
 
 @gluon.jit
@@ -93,18 +93,18 @@ def _step(
     MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     MMA: gl.constexpr, MMA_Q: gl.constexpr,
 ):  # fmt: skip
-    """The tile of keys at ``n``, whose products are there: its part of dQ, while the next tile's are computed."""
+    """The tile of keys at ``n``, whose products are there: its part of dQ, and the next tile's products."""
+    b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])
+    if MASKED:
+        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+        b_ds = gl.where(o_n[None, :] < limit[:, None], b_ds, 0.0)
+    b_ds = gl.convert_layout(b_ds.to(q_t.dtype), gl.DotOperandLayout(0, MMA_Q, 2))
     if not LAST:
         stage = (i_kv + 1) % STAGES
         mbarrier.wait(kv_full.index(stage), (i_kv + 1) // STAGES % 2)
         zero = gl.zeros([BM, BN], gl.float32, MMA)
         next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         next_dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])
-    if MASKED:
-        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
-        b_ds = gl.where(o_n[None, :] < limit[:, None], b_ds, 0.0)
-    b_ds = gl.convert_layout(b_ds.to(q_t.dtype), gl.DotOperandLayout(0, MMA_Q, 2))
     b_dq = warpgroup_mma(b_ds, k_s.index(i_kv % STAGES), b_dq, is_async=True)
     if LAST:
         b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_dq, b_ds])
@@ -123,7 +123,6 @@ def _consume(
     """A group that computes: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     i = 0
     i_kv = 0
@@ -170,16 +169,8 @@ def _consume(
             )  # fmt: skip
         i_kv += 1
 
-        # The rows of Q are done with: dQ passes through their place, to leave in whole lines.
-        q_t.store(b_dq.to(q_t.dtype))
-        barrier()
-        o_v = r + half * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
-        place = gl.load(table + room + o_v, mask=o_v < end, other=0)
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
-        p_dq = part + place.to(gl.int64)[:, None] * D + o_d[None, :]
-        gl.store(p_dq, q_t.load(WIDE), mask=(o_v < end)[:, None])
-        barrier()
         mbarrier.arrive(q_empty.index(buf), count=1)
+        store_rows(part, gl.load(table + room + o_v, mask=o_v < end, other=-1), b_dq, D)
         i += 1
 
 

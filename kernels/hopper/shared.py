@@ -50,6 +50,36 @@ def in_each_warp(n):
     return gl.SliceLayout(1, gl.BlockedLayout([n // 32, 1], [32, 1], [1, 4], [0, 1]))
 
 
+@gluon.constexpr_function
+def _quads(dim, columns):
+    """Layout of an output [64, dim] whose rows lie as the matrix units give them: a quad of threads has the row.
+
+    The first steps in ``columns`` are those of a thread's registers, the next two count the threads of a quad.
+    """
+    *near, low, high = columns
+    far = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < dim and n not in columns]
+    return gl.DistributedLinearLayout(
+        [[0, n] for n in (*near, *far)] + [[8, 0]], [[0, low], [0, high], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]], [], [64, dim],
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_rows(out, place, x, D: gl.constexpr):
+    """Writes x [64, 64 or D] of the matrix units, rounded, to rows ``place`` [64] of out [., D]; none where that is -1.
+
+    The units give a thread 2 columns of every 8. Quads exchange them, so that a thread stores 8 side by side and a quad
+    64 bytes. One bit of threads changes place with one of columns at a time, which Triton does by shuffles; both at
+    once would pass through shared memory, for which the kernel of dQ has no room.
+    """
+    HALF: gl.constexpr = _quads(x.shape[1], (1, 2, 8, 4))
+    QUADS: gl.constexpr = _quads(x.shape[1], (1, 2, 4, 8, 16))
+    x = gl.convert_layout(gl.convert_layout(x.to(out.dtype.element_ty), HALF), QUADS)
+    place = gl.convert_layout(place, gl.SliceLayout(1, QUADS), assert_trivial=True)
+    o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))
+    gl.store(out + place.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(place >= 0)[:, None])
+
+
 @gluon.jit
 def unpack(stats):
     """Log-sum-exp (base 2) and delta, as the backward's table has them."""

@@ -13,32 +13,16 @@ rows before the geometry's cut, head by head, then the others. A *storage* is th
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..blocks import Pages
-from ..eager import wide_dtype
-from .comm import used_here
 from .context import CPContext
 from .gather_costs import GatherCosts
-from .queries import OutputGradient, Queries
+from .gather_stages import CollectiveStage, Part, PeerStage, Stage
 
 # What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
 STAGE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a slab: those before the cut, or the others."""
-
-    half: int
-    rows: slice
-    """of the slab"""
-    of_rank: slice
-    """the same rows of one head, as the rank numbers them"""
 
 
 class Gathering:
@@ -85,7 +69,7 @@ class Gathering:
             geometry.tables[key] = table
         return geometry.tables[key]
 
-    def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool = False) -> Iterator["_Stage"]:
+    def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool = False) -> Iterator[Stage]:
         """The stages one after the other; the storages of each and the next travel while the one before is computed.
 
         Args:
@@ -97,10 +81,10 @@ class Gathering:
             self.memory.reserve("kv", rows * 2 * self.dim * self.dtype.itemsize)
             if backward:
                 self.memory.reserve("gradients", rows * 2 * self.dim * self.wire.itemsize)
-        kind = _CollectiveStage if self.memory is None else _PeerStage
+        kind = CollectiveStage if self.memory is None else PeerStage
         ready = self.comm.mark(k_rows)
 
-        def begin(number: int) -> _Stage:
+        def begin(number: int) -> Stage:
             stage = kind(self, self.heads[number])
             stage.begin(k_rows, v_rows, ready, self.kept.get(number) if backward else None)
             return stage
@@ -108,7 +92,7 @@ class Gathering:
         ahead = [begin(number) for number in range(min(2, len(self.heads)))]
         return self._in_turn(ahead, begin, backward)
 
-    def _in_turn(self, ahead: list["_Stage"], begin: Callable[[int], "_Stage"], backward: bool) -> Iterator["_Stage"]:
+    def _in_turn(self, ahead: list[Stage], begin: Callable[[int], Stage], backward: bool) -> Iterator[Stage]:
         for number in range(len(self.heads)):
             stage = ahead.pop(0)
             if self.options.keep and not backward:
@@ -117,200 +101,3 @@ class Gathering:
             stage.finish()
             if number + 2 < len(self.heads):
                 ahead.append(begin(number + 2))
-
-
-class _Stage:
-    """Some heads: their storage and its gradients."""
-
-    def __init__(self, call: Gathering, heads: slice):
-        self.call, self.heads = call, heads
-        self.count, self.rank, self.size = heads.stop - heads.start, call.comm.rank, call.comm.size
-        self.rows = self.count * call.geometry.widest
-        self.parts = call.parts(heads)
-        self._storage: Tensor | None = None
-        self._wait: Callable[[], Tensor]
-        self._returned: torch.cuda.Event | None = None
-
-    def begin(self, k_rows: Tensor, v_rows: Tensor, ready: torch.cuda.Event | None, kept: Tensor | None) -> None:
-        """Start moving this stage's slabs of K and V, once the device has passed ``ready``; a collective call."""
-        raise NotImplementedError
-
-    def storage(self) -> Tensor:
-        """[P * H * W, 2, D], once it has arrived; rows that nobody here can see hold anything."""
-        if self._storage is None:
-            self._storage = self._wait()
-        return self._storage
-
-    def pages(self, with_own: bool) -> Pages:
-        """The blocks of the storage that this rank can see, its own among them or not."""
-        storage, geometry = self.storage(), self.call.geometry
-        row = self.call.page_row(self.heads, with_own)
-        head = geometry.no_head.expand(*row.shape)
-        return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
-
-    def gradients(self) -> Tensor:
-        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage."""
-        raise NotImplementedError
-
-    def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> torch.cuda.Event | None:
-        """Start returning shares, and summing those of this rank's own rows; a collective call.
-
-        Args:
-            grads: of :meth:`gradients`, written by what the current stream does before this.
-            dk, dv: [L + X, Hkv, D], of which this stage's heads are written.
-
-        Returns:
-            The event that follows; None where it has happened.
-        """
-        raise NotImplementedError
-
-    def attend_backward(self, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Gradients of these heads; a collective call.
-
-        Args:
-            dq: [L, Hq, D], written in its dtype, and dk, dv: [L + X, Hkv, D], written once :meth:`wait` was called.
-        """
-        grads = self.gradients()
-
-        def keys_done() -> None:
-            self._returned = self.give_back(grads, dk, dv)
-
-        into = dq, grads[:, :1], grads[:, 1:]
-        how = dict(fresh=True, whole=True, keys_done=keys_done)
-        rows.attend_backward(self.pages(with_own=True), self.heads, into, output, **how)
-
-    def wait(self) -> None:
-        """Let the current stream wait for the gradients of this stage and those before."""
-        if self._returned is not None:
-            torch.cuda.current_stream().wait_event(self._returned)
-
-    def finish(self) -> None:
-        """All that needs the storage was issued."""
-
-    def _pack(self, k_rows: Tensor, v_rows: Tensor, slab: Tensor) -> None:
-        for part in self.parts:
-            k, v = (x[part.of_rank, self.heads] for x in (k_rows, v_rows))
-            ops.pack_slab(k, v, slab[part.rows].unflatten(0, (self.count, -1)))
-
-    def _sum(self, part: Part, grads: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
-        """``shares`` [S, rows of the part, 2, D]."""
-        own = grads.unflatten(0, (self.size, -1))[self.rank, part.rows].unflatten(0, (self.count, -1))
-        sums = (x[part.of_rank, self.heads] for x in (dk, dv))
-        ops.sum_shares(own, shares.unflatten(1, (self.count, -1)), *sums, skip)
-
-
-class _CollectiveStage(_Stage):
-    def begin(self, k_rows, v_rows, ready, kept):
-        if kept is not None:
-            self._storage = kept
-            return
-        comm = self.call.comm
-        with comm.beside(ready):
-            slab = k_rows.new_empty(self.rows, 2, self.call.dim)
-            self._pack(k_rows, v_rows, slab)
-            wait = comm.all_gather_async(slab, "kv")
-        self._wait = lambda: wait().flatten(0, 1)
-
-    def gradients(self):
-        geometry = self.call.geometry
-        grads = self.storage().new_empty(self.size * self.rows, 2, self.call.dim, dtype=wide_dtype(self.call.dtype))
-        if geometry.straddles:
-            return grads.zero_()
-        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), geometry.sees[self.rank], strict=True):
-            for part in self.parts:
-                if not sees[part.half]:
-                    slab[part.rows] = 0
-        return grads
-
-    def give_back(self, grads, dk, dv):
-        comm, counts = self.call.comm, [self.rows] * self.size
-        with comm.beside(comm.mark(grads)):
-            wait = comm.all_to_all(grads.to(self.call.wire), counts, counts, "kv_gradients")
-            used_here(grads)
-            arrived = wait().unflatten(0, (self.size, -1))
-            for part in self.parts:
-                self._sum(part, grads, arrived[:, part.rows], dk, dv, skip=self.rank)
-            return comm.mark(grads)
-
-
-class _PeerStage(_Stage):
-    def begin(self, k_rows, v_rows, ready, kept):
-        call, memory = self.call, self.call.memory
-        self.slot = memory.next_slot()
-        with memory.beside(ready):
-            slabs = self._slabs("kv", self.rank, call.dtype)
-            if kept is None:
-                memory.claim("kv", self.slot)
-                self._pack(k_rows, v_rows, slabs[self.rank])
-            moves = [] if kept is not None else [(p, part) for p in self._others() for part in self._seen(self.rank, p)]
-
-            def start() -> tuple[Tensor, torch.cuda.Event | None]:
-                # Also where nothing moves: it says that what others gave in earlier stages has been read here.
-                memory.meet()
-                for p, part in moves:
-                    slabs[p, part.rows].copy_(self._slabs("kv", p, call.dtype)[p, part.rows], non_blocking=True)
-                return slabs.flatten(0, 1) if kept is None else kept, call.comm.mark(k_rows)
-
-            sent = [part for p in self._others() for part in self._seen(p, self.rank)] if kept is None else []
-            sizes = self._bytes(sent, call.dtype), self._bytes([part for _, part in moves], call.dtype)
-            self._wait = call.comm.copied("kv", *sizes, start)
-
-    def gradients(self):
-        call = self.call
-        wide = wide_dtype(call.dtype)
-        if call.wire == wide:
-            call.memory.claim("gradients", self.slot)
-            grads = self._slabs("gradients", self.rank, wide).flatten(0, 1)
-        else:
-            grads = self.storage().new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
-        return grads.zero_() if call.geometry.straddles else grads
-
-    def give_back(self, grads, dk, dv):
-        call, memory = self.call, self.call.memory
-        with memory.beside(call.comm.mark(grads)):
-            if call.wire != grads.dtype:
-                # Rows that nobody asks for hold anything.
-                self._slabs("gradients", self.rank, call.wire).flatten(0, 1).copy_(grads)
-                used_here(grads)
-            sees_me = call.geometry.sees[:, self.rank]
-            givers = [(part, [p for p in self._others() if sees_me[p, part.half]]) for part in self.parts]
-            moves = [(p, part) for part, ranks in givers for p in ranks]
-
-            def start() -> tuple[Tensor, torch.cuda.Event | None]:
-                memory.meet()
-                n_rows = sum(part.rows.stop - part.rows.start for _, part in moves)
-                arrived, begin = grads.new_empty(n_rows, 2, call.dim, dtype=call.wire), 0
-                for p, part in moves:
-                    share = self._slabs("gradients", p, call.wire)[self.rank, part.rows]
-                    arrived[begin : begin + len(share)].copy_(share, non_blocking=True)
-                    begin += len(share)
-                return arrived, call.comm.mark(grads)
-
-            sent = [part for p in self._others() for part in self._seen(self.rank, p)]
-            sizes = self._bytes(sent, call.wire), self._bytes([part for _, part in moves], call.wire)
-            arrived, begin = call.comm.copied("kv_gradients", *sizes, start)(), 0
-            for part, ranks in givers:
-                n_rows = part.rows.stop - part.rows.start
-                shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, call.dim)
-                self._sum(part, grads, shares, dk, dv)
-                begin += len(ranks) * n_rows
-            done = call.comm.mark(grads)
-            memory.release("gradients", self.slot, done)
-            return done
-
-    def finish(self):
-        self.call.memory.release("kv", self.slot, self.call.comm.mark(self.storage()))
-
-    def _slabs(self, name: str, rank: int, dtype: torch.dtype) -> Tensor:
-        """[P, H * W, 2, D]: what a rank has of this stage in a buffer."""
-        return self.call.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.call.dim), dtype)
-
-    def _others(self) -> list[int]:
-        """The other ranks, each rank's next one first, so that not all read from the same."""
-        return [(self.rank + i) % self.size for i in range(1, self.size)]
-
-    def _seen(self, viewer: int, owner: int) -> list[Part]:
-        return [part for part in self.parts if self.call.geometry.sees[viewer, owner, part.half]]
-
-    def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
-        return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.call.dim * dtype.itemsize

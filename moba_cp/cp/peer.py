@@ -104,7 +104,8 @@ class SymmetricMemory(PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        self._group = group
+        # The table of memories lets go of a group that nobody else has; its memory must not keep it.
+        self._group = weakref.ref(group)
         self._device = torch.device("cuda", torch.cuda.current_device())
         timeout = group._get_backend(self._device).options._timeout
         self._timeout_ms = int(timeout.total_seconds() * 1000)
@@ -125,13 +126,13 @@ class SymmetricMemory(PeerMemory):
         import torch.distributed._symmetric_memory as symmetric_memory
 
         buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
-        handle = symmetric_memory.rendezvous(buffer, self._group)
+        handle = symmetric_memory.rendezvous(buffer, self._group())
         self._owned[name] = buffer, handle
         return handle
 
     def _settle(self) -> None:
         torch.cuda.synchronize()
-        dist.barrier(self._group, device_ids=[self._device.index])
+        dist.barrier(self._group(), device_ids=[self._device.index])
 
 
 _memories: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None]" = weakref.WeakKeyDictionary()

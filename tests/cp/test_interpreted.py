@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import eager, ops
+from moba_cp.cp import comm
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, run_reference
 from tests.cp.test_moba import NAMES, across_ranks
-from tests.distributed import run_ranks
+from tests.distributed import FilePeerMemory, run_ranks
 
 SIZE = 4
 
@@ -33,28 +34,36 @@ def _aligned() -> Case:
     return Case(q, k, v, dout, torch.tensor([0, 256], dtype=torch.int32), 16, 2)
 
 
+# Batch, layout, options, and whether ranks read one another's memory.
 RUNS = [
-    (_straddling, "zigzag", ExchangeOptions("auto")),
-    (_straddling, "contiguous", ExchangeOptions("auto", stages=3, keep=True, row_weight=1)),
-    (_straddling, "zigzag", ExchangeOptions("kv", ranks_per_node=2)),
-    (_straddling, "contiguous", ExchangeOptions("query")),
-    (_straddling, "zigzag", ExchangeOptions("allgather")),
-    (_aligned, "contiguous", ExchangeOptions("kv")),
-    (_aligned, "contiguous", ExchangeOptions("kv", ranks_per_node=2)),
-    (_aligned, "zigzag", ExchangeOptions("allgather")),
+    (_straddling, "zigzag", ExchangeOptions("auto"), False),
+    (_straddling, "contiguous", ExchangeOptions("auto", stages=3, keep=True, row_weight=1), False),
+    (_straddling, "zigzag", ExchangeOptions("kv", ranks_per_node=2), False),
+    (_straddling, "contiguous", ExchangeOptions("query"), False),
+    (_straddling, "zigzag", ExchangeOptions("allgather"), False),
+    (_aligned, "contiguous", ExchangeOptions("kv"), False),
+    (_aligned, "contiguous", ExchangeOptions("kv", ranks_per_node=2), False),
+    (_aligned, "zigzag", ExchangeOptions("allgather"), False),
+    (_straddling, "zigzag", ExchangeOptions("allgather"), True),
+    (_aligned, "zigzag", ExchangeOptions("allgather", keep=True), True),
+    (_aligned, "contiguous", ExchangeOptions("auto", allgather_share=0.01), True),
 ]
 
 
-def _results(rank):
+def _results(rank, folder):
     new_empty, empty = torch.Tensor.new_empty, torch.empty
     torch.Tensor.new_empty = lambda *args, **kwargs: _poisoned(new_empty(*args, **kwargs))
     torch.empty = lambda *args, **kwargs: _poisoned(empty(*args, **kwargs))
     results = []
-    for number, (batch, layout, options) in enumerate(RUNS):
-        case = batch()
+    memory = FilePeerMemory(folder)
+    for number, (batch, layout, options, shared) in enumerate(RUNS):
+        case, used = batch(), memory.nbytes
+        comm.peer_memory = lambda group: memory if shared else None
         assert ops.backend(case.q) is not eager
         ours, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=number % 2 == 1)
+        assert shared or memory.nbytes == used
         results.append([x.tolist() for x in ours])
+    assert memory.nbytes > 0
     return results
 
 
@@ -63,11 +72,11 @@ def _poisoned(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.timeout(280)
-def test_equals_one_rank(monkeypatch):
+def test_equals_one_rank(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     exact = {batch: run_reference(batch().to(torch.float64)) for batch in (_straddling, _aligned)}
-    for report in run_ranks(SIZE, _results, timeout=250):
-        for (batch, layout, options), results in zip(RUNS, report, strict=True):
+    for report in run_ranks(SIZE, _results, tmp_path, timeout=250):
+        for (batch, layout, options, _), results in zip(RUNS, report, strict=True):
             for name, result, expected in zip(NAMES, results, exact[batch], strict=True):
                 error = (torch.tensor(result, dtype=torch.float64) - expected).abs().max()
                 assert error <= 2e-5 * expected.abs().max(), f"{batch.__name__} {layout} {options} {name}: {error}"

@@ -29,9 +29,10 @@ def expected_lists(chosen, own, visible, page_row):
 
 
 @pytest.mark.parametrize("with_own", [True, False], ids=["own", "chosen"])
-@pytest.mark.parametrize("count_entries", [1 << 23, 1], ids=["small tiles", "one tile"])
-def test_lists_are_sorted_and_complete(monkeypatch, with_own, count_entries):
+@pytest.mark.parametrize("count_entries, sizes", [(1 << 23, 4096), (1, 16)], ids=["small tiles", "one tile, long sums"])
+def test_lists_are_sorted_and_complete(monkeypatch, with_own, count_entries, sizes):
     monkeypatch.setattr(routing, "COUNT_ENTRIES", count_entries)
+    monkeypatch.setattr(routing, "SIZES_AT_ONCE", sizes)
     p = Problem([130, 0, 190], (4, 2), 16, 16, 4)
     own, visible = (p.own, p.visible.clone()) if with_own else (None, None)
     if with_own:

@@ -1,0 +1,93 @@
+"""Copies between the memories of several GPUs: equal to one rank, whoever is late."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_cp import CPContext, MoBAConfig, moba_attention
+from moba_cp.cp.layout import LAYOUTS
+from moba_cp.cp.options import ExchangeOptions
+from moba_cp.cp.peer import SymmetricMemory
+from tests.cases import run, run_reference
+from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _batch, _errors, _one_rank_selection
+from tests.cp.test_moba import NAMES, across_ranks
+from tests.distributed import run_ranks
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _needs(n: int):
+    return pytest.param(n, marks=pytest.mark.skipif(GPUS < n, reason=f"needs {n} GPUs, there are {GPUS}"))
+
+
+SIZES = [_needs(2), _needs(4)]
+pytestmark = pytest.mark.gpu
+
+OPTIONS = [
+    ExchangeOptions("allgather"),
+    ExchangeOptions("allgather", stages=8, keep=True),
+    ExchangeOptions("auto", allgather_share=0.01, stages=1),
+]
+
+
+def _equal_one_rank(rank):
+    """[(label, errors across ranks, errors of one rank, repeats)]."""
+    report = []
+    for name, args in (CASES | WIDE_CASES).items():
+        case = _batch(**args)
+        exact = run_reference(case.to(torch.float64), chosen=_one_rank_selection(case).long())
+        config = MoBAConfig(case.block_size, case.top_k)
+        one = _errors(run(moba_attention, case, config, cu_seqlens=case.cu_seqlens), exact)
+        for layout in LAYOUTS:
+            for options in OPTIONS:
+                runs = [
+                    across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True) for _ in range(2)
+                ]
+                repeats = all(torch.equal(a, b) for a, b in zip(*(results for results, _ in runs), strict=True))
+                moved = runs[0][1]["received_kv_bytes"]
+                report.append((f"{name} {layout} {options}", _errors(runs[0][0], exact), one, repeats, moved))
+    cp = CPContext(dist.group.WORLD, "zigzag", 4096)
+    assert isinstance(cp.peers, SymmetricMemory) and cp.peers.nbytes > 0
+    return report
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_one_rank(size):
+    moved = 0
+    for report in run_ranks(size, _equal_one_rank, backend="nccl", gpus=size, timeout=300):
+        assert len(report) == len(CASES | WIDE_CASES) * len(LAYOUTS) * len(OPTIONS)
+        for label, errors, one, repeats, bytes_ in report:
+            moved += bytes_
+            assert repeats, f"{label}: not deterministic"
+            for name, error, allowed in zip(NAMES, errors, one, strict=True):
+                assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+    assert moved > 0
+
+
+def _late(rank):
+    """How many of 60 passes, over two sequences in turn and with ranks late in turn, differ from the first two."""
+    size, options = dist.get_world_size(), ExchangeOptions("allgather", stages=8)
+    batches = [_batch(7, [8192], (8, 8), 128, 256, 4), _batch(8, [2048], (8, 4), 64, 128, 3)]
+    contexts = [CPContext(dist.group.WORLD, "zigzag", b.q.shape[0], exchange=options) for b in batches]
+    generator, first, different = torch.Generator().manual_seed(rank), {}, 0
+    for number in range(60):
+        case, cp = batches[number % 2], contexts[number % 2]
+        leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+
+        def linger() -> None:
+            if number % size == rank:
+                torch.cuda._sleep(int(torch.randint(1, 40_000_000, (), generator=generator)))
+
+        linger()
+        out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k, deterministic=True), cp=cp)
+        linger()
+        out.backward(cp.shard(case.dout))
+        results = [out.detach(), *(x.grad for x in leaves)]
+        expected = first.setdefault(number % 2, results)
+        different += not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    return different
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_whoever_is_late_results_are_the_same(size):
+    assert run_ranks(size, _late, backend="nccl", gpus=size, timeout=300) == [0] * size
