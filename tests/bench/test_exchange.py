@@ -94,6 +94,15 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         assert gb["auto"] <= 1.02 * min(gb["kv"], gb["query"], gb["allgather"])
 
 
+@pytest.mark.parametrize("kind, share", [("concentrated", 0.134), ("uniform", 0.488)])
+def test_of_a_dense_ring_at_a_million_tokens(kind, share):
+    """On 64 ranks, every rank for itself: what is promised is a fifth and a half."""
+    args = _args("--gate", kind, "--ranks-per-node", "1")
+    gate = SyntheticGate(kind, args.heads, args.kv_heads, args.block_size, args.top_k)
+    (row,) = exchange.measure(64, gate, ["auto"], args)
+    assert row.of_ring == pytest.approx(share, abs=5e-4)
+
+
 def test_copy_engines_change_what_is_gathered_within_a_node():
     """A quarter of what others have is never seen in the zigzag layout."""
     shape = ["--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128", "--device", "cpu"]
