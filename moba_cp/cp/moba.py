@@ -49,16 +49,19 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         chosen = ops.select_blocks(q, means, geometry.first, geometry.own, config.top_k)
         if cp.observer is not None:
             cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
-        ready = comm.mark(q)
-        rows, way = Queries.of(q, chosen, geometry, scale, k.shape[1]), None
+        ready, way = comm.mark(q), None
         if not at_once:
-            out, lse, way = planned.forward(rows, owned_pages(k_rows, v_rows, geometry), ready, cp)
+            owned = owned_pages(k_rows, v_rows, geometry)
+            plan = planned.make_plan(chosen, owned, ready, cp)
+        rows = Queries.of(q, chosen, geometry, scale, k.shape[1])
+        if not at_once:
+            out, lse, way = planned.forward(rows, owned, plan, ready, cp)
         if way is None:
             way = gathering
             for counters in comm.books():
                 counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
-                out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+                out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
             for stage in stages or gathering.stages(k_rows, v_rows):
                 rows.attend(stage.pages(with_own=at_once), stage.heads, (out, lse), whole=at_once)
         out = out.to(q.dtype)
@@ -84,7 +87,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         else:
             # Gradients of straddling blocks are sums yet to be completed.
             dtype = lse.dtype if geometry.straddles else k.dtype
-            dq, grads = torch.empty_like(q), torch.empty(2, *k_rows.shape, dtype=dtype, device=k.device)
+            dq, grads = q.new_empty(q.shape), k.new_empty(2, *k_rows.shape, dtype=dtype)
             for stage in stages:
                 stage.attend_backward(rows, output, dq, *grads)
             stage.wait()

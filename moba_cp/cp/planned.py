@@ -51,8 +51,31 @@ class Planned:
                     part.owned = owned
 
 
+def make_plan(chosen: Tensor, owned: Pages, ready: torch.cuda.Event | None, cp: CPContext):
+    """This rank's decision, told to the owners; a collective call that does not wait for the device.
+
+    Args:
+        chosen: [L, Hq, S] int32.
+        owned: the blocks that this rank has.
+        ready: the choice of blocks has been made.
+
+    Returns:
+        Decision and plan for :func:`forward`; None on one rank.
+    """
+    if cp.size == 1:
+        return None
+    options, geometry = cp.exchange, cp.geometry(owned.block_size)
+    n_kv, dim = owned.row.shape[0], owned.k.shape[2]
+    costs = WireCosts.of(owned.k.dtype, dim, chosen.shape[2], options, id_dtype(geometry, n_kv))
+    with cp.comm.beside(ready):
+        decision = decide(
+            chosen, geometry, n_kv, options.stages, costs, options.mode, options.weighing(cp.size), cp.rank
+        )
+        return decision, negotiate(decision, chosen, geometry, cp.wire(owned.block_size, n_kv), cp.comm)
+
+
 def forward(
-    rows: Queries, owned: Pages, ready: torch.cuda.Event | None, cp: CPContext
+    rows: Queries, owned: Pages, plan, ready: torch.cuda.Event | None, cp: CPContext
 ) -> tuple[Tensor, Tensor, Planned | None]:
     """Out [L, Hq, D] and lse [L, Hq], wide, and what backward needs; a collective call.
 
@@ -61,21 +84,18 @@ def forward(
     Args:
         rows: this rank's queries.
         owned: the blocks that it has.
+        plan: of :func:`make_plan`.
         ready: the choice of blocks has been made.
     """
-    q, chosen, comm = rows.q, rows.chosen, cp.comm
-    is_planned = comm.size > 1
-    with comm.beside(ready):
-        plan = _plan(chosen, owned, cp) if is_planned else None
-
+    q, comm = rows.q, cp.comm
     # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
     out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
     rows.attend(owned, None, (out, lse))
     stages = []
-    if is_planned:
+    if plan is not None:
         with comm.beside(ready):
-            stages = _stages(plan, chosen, owned, cp)
+            stages = _stages(plan, rows.chosen, owned, cp)
         if stages is None:
             return out, lse, None
 
@@ -181,16 +201,6 @@ def _local_parts(n_kv: int, size: int) -> list[slice]:
     """KV heads of the parts in which blocks that lie here get their gradients."""
     half = (n_kv + 1) // 2
     return [slice(0, half), slice(half, n_kv)] if size > 1 and n_kv > 1 else [slice(0, n_kv)]
-
-
-def _plan(chosen: Tensor, owned: Pages, cp: CPContext):
-    """This rank's decision, told to the owners; a collective call that does not wait for the device."""
-    options, geometry = cp.exchange, cp.geometry(owned.block_size)
-    n_kv, dim = owned.row.shape[0], owned.k.shape[2]
-    costs = WireCosts.of(owned.k.dtype, dim, chosen.shape[2], options, id_dtype(geometry, n_kv))
-    weighing = options.weighing(cp.size)
-    decision = decide(chosen, geometry, n_kv, options.stages, costs, options.mode, weighing, cp.rank)
-    return decision, negotiate(decision, chosen, geometry, cp.wire(owned.block_size, n_kv), cp.comm)
 
 
 def _stages(plan, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage] | None:
