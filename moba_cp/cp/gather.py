@@ -36,7 +36,9 @@ class Gathering:
         self.wire = self.options.wire_dtype(k.dtype)
         by_copies = self.memory is not None
         self.costs = GatherCosts(self.geometry, self.n_kv, self.dim, self.dtype, self.options, by_copies)
-        n_stages = min(self.n_kv, max(self.options.stages, -(-self.costs.arriving_bytes // STAGE_BYTES)))
+        n_stages = max(self.options.stages, -(-self.costs.arriving_bytes // STAGE_BYTES))
+        # More of them where that makes them more even.
+        n_stages = -(-self.n_kv // max(1, self.n_kv // n_stages))
         cuts = [self.n_kv * s // n_stages for s in range(n_stages + 1)]
         self.heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
         self.kept: dict[int, Tensor] = {}
