@@ -95,7 +95,7 @@ class ThreadCommunicator(Communicator):
         self._board, self._barrier, self._turn = board, barrier, turn
         self._peers: PeerMemory | None = None
 
-    def peers(self):
+    def peers(self, device=None):
         return self._peers
 
     def share_memory(self) -> "ThreadCommunicator":

@@ -188,9 +188,12 @@ class Communicator:
 
         return self._guarded(f"{kind} copy", started)
 
-    def peers(self) -> PeerMemory | None:
-        """Memory that all ranks of the group read, where there is such; the first call is a collective one."""
-        return peer_memory(self.group)
+    def peers(self, device: torch.device | None = None) -> PeerMemory | None:
+        """Memory that all ranks of the group read, where there is such; the first call is a collective one.
+
+        None for tensors on a ``device`` that is no GPU.
+        """
+        return peer_memory(self.group) if device is None or device.type == "cuda" else None
 
     def mark(self, x: Tensor) -> torch.cuda.Event | None:
         """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
@@ -233,6 +236,8 @@ class Communicator:
 
         try:
             wait = start()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise failed(error) from error
 
@@ -317,8 +322,13 @@ class Monitor:
     def _run(self) -> None:
         said = None
         while not self._over.wait(min(1.0, self.limit / 4)):
-            while self._flight and self._flight[0][0].query():
-                self._flight.popleft()
+            try:
+                while self._flight and self._flight[0][0].query():
+                    self._flight.popleft()
+            except RuntimeError as error:
+                # The device is lost; what was in flight says where.
+                print(f"{self.who}: {self._flight[0][1]} failed: {error}", file=self._stream, flush=True)
+                return
             if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:
                 said = self._flight[0]
                 print(

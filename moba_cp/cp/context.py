@@ -127,7 +127,7 @@ class CPContext:
     @property
     def peers(self) -> PeerMemory | None:
         """Memory that all ranks read, where they have it and it is to be used; asking first is a collective call."""
-        return self.comm.peers() if self.exchange.may_copy(self.size) else None
+        return self.comm.peers(self.device) if self.exchange.may_copy(self.size) else None
 
     @cached_property
     def gathered_positions(self) -> Tensor:

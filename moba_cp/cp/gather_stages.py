@@ -42,7 +42,6 @@ class Stage:
         self.parts = call.parts(heads)
         self._storage: Tensor | None = None
         self._wait: Callable[[], Tensor]
-        self._returned: torch.cuda.Event | None = None
 
     def begin(self, k_rows: Tensor, v_rows: Tensor, ready: torch.cuda.Event | None, kept: Tensor | None) -> None:
         """Start moving this stage's slabs of K and V, once the device has passed ``ready``; a collective call."""
@@ -57,23 +56,25 @@ class Stage:
     def pages(self, with_own: bool) -> Pages:
         """The blocks of the storage that this rank can see, its own among them or not."""
         storage, geometry = self.storage(), self.call.geometry
-        row = self.call.page_row(self.heads, with_own)
+        row = self.call.page_row(with_own)
         head = geometry.no_head.expand(*row.shape)
         return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
 
     def gradients(self) -> Tensor:
-        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage."""
+        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage; it holds anything."""
         raise NotImplementedError
 
-    def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> torch.cuda.Event | None:
-        """Start returning shares, and summing those of this rank's own rows; a collective call.
+    def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], torch.cuda.Event | None]:
+        """Start returning shares; a collective call.
 
         Args:
             grads: of :meth:`gradients`, written by what the current stream does before this.
             dk, dv: [L + X, Hkv, D], of which this stage's heads are written.
 
         Returns:
-            The event that follows; None where it has happened.
+            A function that issues the sums of what returns to this rank, and returns the event that follows them; None
+            where they are done. Better called late: where all streams share one queue of the GPU
+            (CUDA_DEVICE_MAX_CONNECTIONS=1), what waits there holds up what was issued after it.
         """
         raise NotImplementedError
 
@@ -81,21 +82,18 @@ class Stage:
         """Gradients of these heads; a collective call.
 
         Args:
-            dq: [L, Hq, D], written in its dtype, and dk, dv: [L + X, Hkv, D], written once :meth:`wait` was called.
+            dq: [L, Hq, D], written in its dtype.
+            dk, dv: [L + X, Hkv, D], written once :meth:`.gather.Gathering.wait` was called.
         """
         grads = self.gradients()
 
         def keys_done() -> None:
-            self._returned = self.give_back(grads, dk, dv)
+            self.call.sum_up()
+            self.call.returning = self.give_back(grads, dk, dv)
 
         into = dq, grads[:, :1], grads[:, 1:]
         how = dict(fresh=True, whole=True, keys_done=keys_done)
         rows.attend_backward(self.pages(with_own=True), self.heads, into, output, **how)
-
-    def wait(self) -> None:
-        """Let the current stream wait for the gradients of this stage and those before."""
-        if self._returned is not None:
-            torch.cuda.current_stream().wait_event(self._returned)
 
     def finish(self) -> None:
         """All that needs the storage was issued."""
@@ -106,7 +104,8 @@ class Stage:
             ops.pack_slab(k, v, slab[part.rows].unflatten(0, (self.count, -1)))
 
     def _sum(self, part: Part, grads: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
-        """``shares`` [S, rows of the part, 2, D]."""
+        """``shares`` [S, rows of the part, 2, D]. What nobody attends to, tails of others' blocks, becomes anything."""
+        used_here(dk, dv)
         own = grads.unflatten(0, (self.size, -1))[self.rank, part.rows].unflatten(0, (self.count, -1))
         sums = (x[part.of_rank, self.heads] for x in (dk, dv))
         ops.sum_shares(own, shares.unflatten(1, (self.count, -1)), *sums, skip)
@@ -125,11 +124,9 @@ class CollectiveStage(Stage):
         self._wait = lambda: wait().flatten(0, 1)
 
     def gradients(self):
-        geometry = self.call.geometry
         grads = self.storage().new_empty(self.size * self.rows, 2, self.call.dim, dtype=wide_dtype(self.call.dtype))
-        if geometry.straddles:
-            return grads.zero_()
-        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), geometry.sees[self.rank], strict=True):
+        # What this rank cannot see travels too.
+        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), self.call.geometry.sees[self.rank], strict=True):
             for part in self.parts:
                 if not sees[part.half]:
                     slab[part.rows] = 0
@@ -140,10 +137,16 @@ class CollectiveStage(Stage):
         with comm.beside(comm.mark(grads)):
             wait = comm.all_to_all(grads.to(self.call.wire), counts, counts, "kv_gradients")
             used_here(grads)
-            arrived = wait().unflatten(0, (self.size, -1))
-            for part in self.parts:
-                self._sum(part, grads, arrived[:, part.rows], dk, dv, skip=self.rank)
-            return comm.mark(grads)
+            issued = comm.mark(grads)
+
+        def finish() -> torch.cuda.Event | None:
+            with comm.beside(issued):
+                arrived = wait().unflatten(0, (self.size, -1))
+                for part in self.parts:
+                    self._sum(part, grads, arrived[:, part.rows], dk, dv, skip=self.rank)
+                return comm.mark(grads)
+
+        return finish
 
 
 class PeerStage(Stage):
@@ -172,12 +175,10 @@ class PeerStage(Stage):
         call = self.call
         # Once this has arrived, others have read what was in the slot.
         storage, wide = self.storage(), wide_dtype(call.dtype)
-        if call.wire == wide:
-            call.memory.claim("gradients", self.slot)
-            grads = self._slabs("gradients", self.rank, wide).flatten(0, 1)
-        else:
-            grads = storage.new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
-        return grads.zero_() if call.geometry.straddles else grads
+        if call.wire != wide:
+            return storage.new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
+        call.memory.claim("gradients", self.slot)
+        return self._slabs("gradients", self.rank, wide).flatten(0, 1)
 
     def give_back(self, grads, dk, dv):
         call, memory = self.call, self.call.memory
@@ -202,15 +203,22 @@ class PeerStage(Stage):
 
             sent = [part for p in self._others() for part in self._seen(self.rank, p)]
             sizes = self._bytes(sent, call.wire), self._bytes([part for _, part in moves], call.wire)
-            arrived, begin = call.comm.copied("kv_gradients", *sizes, start)(), 0
-            for part, ranks in givers:
-                n_rows = part.rows.stop - part.rows.start
-                shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, call.dim)
-                self._sum(part, grads, shares, dk, dv)
-                begin += len(ranks) * n_rows
-            done = call.comm.mark(grads)
+            wait = call.comm.copied("kv_gradients", *sizes, start)
+            issued = call.comm.mark(grads)
+
+        def finish() -> torch.cuda.Event | None:
+            with memory.beside(issued):
+                arrived, begin = wait(), 0
+                for part, ranks in givers:
+                    n_rows = part.rows.stop - part.rows.start
+                    shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, call.dim)
+                    self._sum(part, grads, shares, dk, dv)
+                    begin += len(ranks) * n_rows
+                done = call.comm.mark(grads)
             memory.release("gradients", self.slot, done)
             return done
+
+        return finish
 
     def finish(self):
         self.call.memory.release("kv", self.slot, self.call.comm.mark(self.storage()))

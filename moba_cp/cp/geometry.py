@@ -152,7 +152,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
 
     first, own, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
-    # Zigzag gives the first half of each rank's rows to later blocks of all ranks, the second half to those of some.
+    # In zigzag all ranks see the first half of each rank's rows, and only lower-numbered ranks the second.
     cut = int(n_local[0]) // 2
     widest = int((n_local + n_extra).max())
     if ((owner_row < cut) & (owner_row + length > cut)).any():

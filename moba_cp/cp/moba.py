@@ -43,7 +43,8 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in ("auto", "allgather") else None
         at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
         # What goes to everybody need not wait for anybody's choice.
-        stages = gathering.stages(k_rows, v_rows) if at_once else None
+        needed = any(ctx.needs_input_grad[:3])
+        stages = gathering.stages(k_rows, v_rows, False, needed) if at_once else None
 
         means = gather_means(k_rows, geometry, comm)
         chosen = ops.select_blocks(q, means, geometry.first, geometry.own, config.top_k)
@@ -62,7 +63,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-            for stage in stages or gathering.stages(k_rows, v_rows):
+            for stage in stages or gathering.stages(k_rows, v_rows, False, needed):
                 rows.attend(stage.pages(with_own=at_once), stage.heads, (out, lse), whole=at_once)
         out = out.to(q.dtype)
         for counters in comm.books():
@@ -80,7 +81,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         comm.layer, comm.direction = ctx.layer, BACKWARD
         rows = Queries(q, chosen, geometry, ctx.scale, index)
         k_rows, v_rows = assemble(k, v, geometry, comm)
-        stages = ctx.way.stages(k_rows, v_rows, backward=True) if isinstance(ctx.way, Gathering) else None
+        stages = ctx.way.stages(k_rows, v_rows, True) if isinstance(ctx.way, Gathering) else None
         output = OutputGradient(dout, lse, ops.row_sums(dout, out), config.deterministic)
         if stages is None:
             dq, grads = planned.backward(ctx.way, rows, output, owned_pages(k_rows, v_rows, geometry), cp)
@@ -90,7 +91,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             dq, grads = q.new_empty(q.shape), k.new_empty(2, *k_rows.shape, dtype=dtype)
             for stage in stages:
                 stage.attend_backward(rows, output, dq, *grads)
-            stage.wait()
+            ctx.way.wait()
         dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
             counters.dense_ring += 2 * ring_bytes(k, comm.size)

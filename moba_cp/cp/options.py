@@ -22,10 +22,11 @@ class ExchangeOptions:
     """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
     all-gather where nearly everything is needed, or where it costs attention nothing (``copy_engines``).
-    ``allgather``: all K and V go everywhere."""
+    ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see."""
 
     stages: int = 2
-    """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts."""
+    """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts.
+    All-gathering makes more of long sequences."""
 
     keep: bool = False
     """Keep what was received in forward for backward, instead of sending it again: fewer bytes, more memory."""

@@ -23,8 +23,9 @@ class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
     A buffer has SLOTS slots. Stages of work, counted through all calls, take them in turn. The ranks meet in every
-    stage, after each has copied what it wanted of the stages before. So one that has met for stage n knows that nobody
-    reads any more what it wrote in stage n - 2, whose slot comes next: no further meeting is needed.
+    stage n, after each has copied what it wanted of stages before. So whoever has met for stage n knows that nobody
+    reads any more what it gave of K and V in stage n - 1, whose slot comes next, nor of gradients in stage n - 2, whose
+    slot is written after this meeting: no further one is needed.
     """
 
     def __init__(self, rank: int, size: int):
@@ -32,6 +33,7 @@ class PeerMemory:
         self._buffers: dict[str, list[Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._stages = 0
+        self._pass_open = False
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
@@ -46,7 +48,9 @@ class PeerMemory:
 
     def reserve(self, name: str, nbytes: int) -> None:
         """Make slots of buffer ``name`` at least so large; a collective call, equal on all ranks."""
-        slot = -(-nbytes // _ROUND) * _ROUND
+        # Sizes differ with the batch: a step of an eighth now saves many small ones.
+        step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
+        slot = -(-nbytes // step) * step
         if name in self._buffers and self._buffers[name][self.rank].nbytes >= SLOTS * slot:
             return
         if name in self._buffers:
@@ -54,6 +58,21 @@ class PeerMemory:
             self._settle()
             del self._buffers[name]
         self._buffers[name] = self._allocate(name, SLOTS * slot)
+
+    def open_pass(self, what: str) -> None:
+        """The stages of one pass begin.
+
+        Raises:
+            RuntimeError: those of an earlier pass did not end, because something failed here; the ranks' slots may
+                differ by now.
+        """
+        if self._pass_open:
+            raise RuntimeError(f"{what}: an earlier pass failed on this rank; all ranks have to start again")
+        self._pass_open = True
+
+    def close_pass(self) -> None:
+        """All its stages were issued."""
+        self._pass_open = False
 
     def next_slot(self) -> int:
         """The slot of the next stage."""
@@ -65,6 +84,7 @@ class PeerMemory:
         buffer = self._buffers[name][rank]
         begin = slot * (buffer.numel() // SLOTS)
         count = torch.Size(shape).numel() * dtype.itemsize
+        assert count <= buffer.numel() // SLOTS, f"{count} bytes in a slot of {name}, {buffer.numel() // SLOTS}"
         return buffer[begin : begin + count].view(dtype).view(shape)
 
     def beside(self, after: torch.cuda.Event | None):
@@ -118,14 +138,23 @@ class SymmetricMemory(PeerMemory):
         self._owned["meeting"][1].barrier(0, self._timeout_ms)
 
     def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
-        self._owned.pop(name, None)
+        if self._owned.pop(name, None) is not None:
+            # Others still map what is to be freed.
+            self._settle()
+        torch.cuda.empty_cache()
         handle = self._rendezvous(name, nbytes)
         return [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)]
 
     def _rendezvous(self, name: str, nbytes: int):
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+        buffer, error = None, ""
+        try:
+            buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as failure:
+            error = str(failure).strip().split("\n")[0]
+        what = f"{nbytes >> 20} MiB for copies between GPUs; exchange copy_engines=False does without"
+        _agree(error, self._group(), what)
         handle = symmetric_memory.rendezvous(buffer, self._group())
         self._owned[name] = buffer, handle
         return handle
@@ -160,16 +189,24 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
     memory, error = None, ""
     try:
         memory = SymmetricMemory(group)
-    except (RuntimeError, ImportError, AttributeError) as failure:
+    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
         error = str(failure).strip().split("\n")[0] or type(failure).__name__
-    errors: list = [None] * len(everybody)
+    try:
+        _agree(error, group, "memory that all ranks read")
+    except RuntimeError as failure:
+        if dist.get_rank(group) == 0:
+            warnings.warn(f"no copies between GPUs, NCCL serves ({failure}); processes must see all GPUs", stacklevel=2)
+        return None
+    return memory
+
+
+def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
+    """Raise RuntimeError on all ranks if any of them has an error; a collective call."""
+    errors: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, error, group)
-    if not any(errors):
-        return memory
-    if dist.get_rank(group) == 0:
-        why = next(filter(None, errors))
-        warnings.warn(f"these GPUs do not map each other's memory, NCCL serves instead: {why}", stacklevel=2)
-    return None
+    for rank, why in enumerate(errors):
+        if why:
+            raise RuntimeError(f"rank {rank}: {why} ({what})")
 
 
 def _host() -> str:

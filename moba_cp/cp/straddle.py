@@ -32,7 +32,7 @@ def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Com
     grads = torch.stack([dk, dv], 1)
     local, extra = grads[:n_local], grads[n_local:]
     tails = comm.all_to_all(extra[geometry.tail_to], geometry.tail_receive, geometry.tail_send, "tail_gradients")()
-    # A row of a straddling block is nowhere else, so the gradient in its place is still zero.
+    # A row of a straddling block is nowhere else: the gradient in its place is nobody's.
     local[geometry.copy_from] = extra[geometry.copy_to]
     local[geometry.tail_from] = tails
     return local[:, 0], local[:, 1]

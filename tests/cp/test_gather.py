@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moba_cp import CPContext, MoBAConfig, moba_attention
+from moba_cp import CPContext, MoBAConfig, moba_attention, ops
 from moba_cp.cp import gather, gather_costs, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
@@ -68,12 +68,13 @@ def test_copies_bring_only_what_queries_can_see():
     assert all(c["received_kv_bytes"] == 4 * half for c in everything)
 
 
-def test_heads_travel_in_stages_of_limited_size(monkeypatch):
+@pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
+def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
     whole = 3 * 128 * 4 * 2 * 16 * 8
     for limit, stages in ((1 << 30, 2), (whole // 2, 2), (whole // 3, 4), (1, 4)):
         monkeypatch.setattr(gather, "STAGE_BYTES", limit)
-        results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather"))
-        # In backward the ranks meet a second time in each stage, to return gradients.
+        results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
+        # In backward the ranks meet twice in each stage, also where nothing but gradients travels.
         assert all(peers.meetings == 3 * stages for *_, peers in results), limit
 
 
@@ -89,7 +90,7 @@ def test_deterministic_from_run_to_run(shared):
 def _two_sequences(comm):
     """A short sequence, a longer one, the short one again: buffers grow, and slots go on in turn."""
     comm.share_memory()
-    results = []
+    results, sizes = [], []
     for case in (_aligned(1), _aligned(4), _aligned(1)):
         config = MoBAConfig(case.block_size, case.top_k)
         cp = CPContext(comm, "zigzag", case.q.shape[0], exchange=ExchangeOptions("allgather"))
@@ -99,14 +100,40 @@ def _two_sequences(comm):
             assert torch.equal(moba_attention(*leaves, config, cp=cp), out)
         out.backward(cp.shard(case.dout))
         results.append([cp.unshard(x) for x in (out, *(x.grad for x in leaves))])
-    return results
+        sizes.append(comm.peers().nbytes)
+    return results, sizes
 
 
-def test_sequences_of_different_sizes_share_the_memory():
+def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
+    monkeypatch.setattr(peer, "_ROUND", 1)
     expected = [run_reference(_aligned(n_kv))[:4] for n_kv in (1, 4, 1)]
-    for results in run_threads(2, _two_sequences):
+    for results, (short, longer, again) in run_threads(2, _two_sequences):
+        assert short < longer == again
         for actual, want in zip(results, expected, strict=True):
             assert all(relative_error(a, e) < 1e-9 for a, e in zip(actual, want, strict=True))
+
+
+def _tries_again(comm, case: Case):
+    """What two passes raise of which the first fails in the middle."""
+    cp = CPContext(comm.share_memory(), "zigzag", 512, exchange=ExchangeOptions("allgather"))
+    leaves = [cp.shard(x) for x in (case.q, case.k, case.v)]
+    errors = []
+    for _ in range(2):
+        try:
+            moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+        except (MemoryError, RuntimeError) as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_pass_after_one_that_failed_says_so(monkeypatch):
+    def failing(*args, **kwargs):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(ops, "attend", failing)
+    for rank, errors in enumerate(run_threads(2, _tries_again, _aligned())):
+        says = f"rank {rank} in an unnamed layer: an earlier pass failed on this rank; all ranks have to start again"
+        assert errors == ["full", says]
 
 
 def _ways(comm, options: ExchangeOptions, shared: bool):

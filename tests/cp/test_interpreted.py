@@ -58,7 +58,7 @@ def _results(rank, folder):
     memory = FilePeerMemory(folder)
     for number, (batch, layout, options, shared) in enumerate(RUNS):
         case, used = batch(), memory.nbytes
-        comm.peer_memory = lambda group: memory if shared else None
+        comm.Communicator.peers = lambda self, device=None: memory if shared else None
         assert ops.backend(case.q) is not eager
         ours, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=number % 2 == 1)
         assert shared or memory.nbytes == used
