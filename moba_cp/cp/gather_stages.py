@@ -6,7 +6,6 @@ heads, H KV heads of a stage, D head dim. Slabs and storages are those of :mod:`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,9 @@ from torch import Tensor
 from .. import ops
 from ..blocks import Pages
 from ..eager import wide_dtype
-from .comm import used_here
-from .queries import OutputGradient, Queries
-
-if TYPE_CHECKING:
-    from .gather import Gathering
+from .comm import Communicator, used_here
+from .geometry import BlockGeometry
+from .peer import PeerMemory
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,59 @@ class Part:
     """the same rows of one head, as the rank numbers them"""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What all stages of one layer have in common."""
+
+    comm: Communicator
+    geometry: BlockGeometry
+    memory: PeerMemory | None
+    """Where copy engines serve."""
+    heads: list[slice]
+    """KV heads of each stage."""
+    dim: int
+    dtype: torch.dtype
+    """Of K and V."""
+    wire: torch.dtype
+    """Of gradients that travel."""
+
+    def parts(self, heads: slice) -> list[Part]:
+        """The parts that a slab of these heads has rows in."""
+        count, cut, widest = heads.stop - heads.start, self.geometry.cut, self.geometry.widest
+        ends = (0, count * cut, count * widest)
+        of_rank = slice(0, cut), slice(cut, widest)
+        return [Part(i, slice(ends[i], ends[i + 1]), of_rank[i]) for i in range(2) if ends[i] < ends[i + 1]]
+
+    def page_row(self, with_own: bool) -> Tensor:
+        """[Hkv, n] int64, row of its stage's storage at which each block begins that this rank can see, -1 for others;
+        made once."""
+        geometry = self.geometry
+        key = "gathered", self.heads[-1].stop, len(self.heads), with_own
+        if key not in geometry.tables:
+            device, cut, widest = geometry.owner.device, geometry.cut, geometry.widest
+            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device)
+            is_late = geometry.owner_row >= cut
+            own = geometry.owner == self.comm.rank
+            visible = torch.where(own, with_own, sees[geometry.owner, is_late.long()])
+            rows = []
+            for heads in self.heads:
+                count = heads.stop - heads.start
+                head = torch.arange(count, device=device)[:, None]
+                early = head * cut + geometry.owner_row
+                late = count * cut + head * (widest - cut) + geometry.owner_row - cut
+                rows.append(geometry.owner * count * widest + torch.where(is_late, late, early))
+            geometry.tables[key] = torch.where(visible, torch.cat(rows), -1)
+        return geometry.tables[key]
+
+
 class Stage:
     """Some heads: their storage and its gradients."""
 
-    def __init__(self, call: "Gathering", heads: slice):
-        self.call, self.heads = call, heads
-        self.count, self.rank, self.size = heads.stop - heads.start, call.comm.rank, call.comm.size
-        self.rows = self.count * call.geometry.widest
-        self.parts = call.parts(heads)
+    def __init__(self, layer: Layer, heads: slice):
+        self.layer, self.heads = layer, heads
+        self.count, self.rank, self.size = heads.stop - heads.start, layer.comm.rank, layer.comm.size
+        self.rows = self.count * layer.geometry.widest
+        self.parts = layer.parts(heads)
         self._storage: Tensor | None = None
         self._wait: Callable[[], Tensor]
 
@@ -55,8 +97,8 @@ class Stage:
 
     def pages(self, with_own: bool) -> Pages:
         """The blocks of the storage that this rank can see, its own among them or not."""
-        storage, geometry = self.storage(), self.call.geometry
-        row = self.call.page_row(with_own)
+        storage, geometry = self.storage(), self.layer.geometry
+        row = self.layer.page_row(with_own)
         head = geometry.no_head.expand(*row.shape)
         return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
 
@@ -77,23 +119,6 @@ class Stage:
             (CUDA_DEVICE_MAX_CONNECTIONS=1), what waits there holds up what was issued after it.
         """
         raise NotImplementedError
-
-    def attend_backward(self, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Gradients of these heads; a collective call.
-
-        Args:
-            dq: [L, Hq, D], written in its dtype.
-            dk, dv: [L + X, Hkv, D], written once :meth:`.gather.Gathering.wait` was called.
-        """
-        grads = self.gradients()
-
-        def keys_done() -> None:
-            self.call.sum_up()
-            self.call.returning = self.give_back(grads, dk, dv)
-
-        into = dq, grads[:, :1], grads[:, 1:]
-        how = dict(fresh=True, whole=True, keys_done=keys_done)
-        rows.attend_backward(self.pages(with_own=True), self.heads, into, output, **how)
 
     def finish(self) -> None:
         """All that needs the storage was issued."""
@@ -116,26 +141,26 @@ class CollectiveStage(Stage):
         if kept is not None:
             self._storage = kept
             return
-        comm = self.call.comm
+        comm = self.layer.comm
         with comm.beside(ready):
-            slab = k_rows.new_empty(self.rows, 2, self.call.dim)
+            slab = k_rows.new_empty(self.rows, 2, self.layer.dim)
             self._pack(k_rows, v_rows, slab)
             wait = comm.all_gather_async(slab, "kv")
         self._wait = lambda: wait().flatten(0, 1)
 
     def gradients(self):
-        grads = self.storage().new_empty(self.size * self.rows, 2, self.call.dim, dtype=wide_dtype(self.call.dtype))
+        grads = self.storage().new_empty(self.size * self.rows, 2, self.layer.dim, dtype=wide_dtype(self.layer.dtype))
         # What this rank cannot see travels too.
-        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), self.call.geometry.sees[self.rank], strict=True):
+        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), self.layer.geometry.sees[self.rank], strict=True):
             for part in self.parts:
                 if not sees[part.half]:
                     slab[part.rows] = 0
         return grads
 
     def give_back(self, grads, dk, dv):
-        comm, counts = self.call.comm, [self.rows] * self.size
+        comm, counts = self.layer.comm, [self.rows] * self.size
         with comm.beside(comm.mark(grads)):
-            wait = comm.all_to_all(grads.to(self.call.wire), counts, counts, "kv_gradients")
+            wait = comm.all_to_all(grads.to(self.layer.wire), counts, counts, "kv_gradients")
             used_here(grads)
             issued = comm.mark(grads)
 
@@ -151,10 +176,10 @@ class CollectiveStage(Stage):
 
 class PeerStage(Stage):
     def begin(self, k_rows, v_rows, ready, kept):
-        call, memory = self.call, self.call.memory
+        layer, memory = self.layer, self.layer.memory
         self.slot = memory.next_slot()
         with memory.beside(ready):
-            slabs = self._slabs("kv", self.rank, call.dtype)
+            slabs = self._slabs("kv", self.rank, layer.dtype)
             if kept is None:
                 memory.claim("kv", self.slot)
                 self._pack(k_rows, v_rows, slabs[self.rank])
@@ -164,75 +189,75 @@ class PeerStage(Stage):
                 # Also where nothing moves: it says that what others gave in earlier stages has been read here.
                 memory.meet()
                 for p, part in moves:
-                    slabs[p, part.rows].copy_(self._slabs("kv", p, call.dtype)[p, part.rows], non_blocking=True)
-                return slabs.flatten(0, 1) if kept is None else kept, call.comm.mark(k_rows)
+                    slabs[p, part.rows].copy_(self._slabs("kv", p, layer.dtype)[p, part.rows], non_blocking=True)
+                return slabs.flatten(0, 1) if kept is None else kept, layer.comm.mark(k_rows)
 
             sent = [part for p in self._others() for part in self._seen(p, self.rank)] if kept is None else []
-            sizes = self._bytes(sent, call.dtype), self._bytes([part for _, part in moves], call.dtype)
-            self._wait = call.comm.copied("kv", *sizes, start)
+            sizes = self._bytes(sent, layer.dtype), self._bytes([part for _, part in moves], layer.dtype)
+            self._wait = layer.comm.copied("kv", *sizes, start)
 
     def gradients(self):
-        call = self.call
+        layer = self.layer
         # Once this has arrived, others have read what was in the slot.
-        storage, wide = self.storage(), wide_dtype(call.dtype)
-        if call.wire != wide:
-            return storage.new_empty(self.size * self.rows, 2, call.dim, dtype=wide)
-        call.memory.claim("gradients", self.slot)
+        storage, wide = self.storage(), wide_dtype(layer.dtype)
+        if layer.wire != wide:
+            return storage.new_empty(self.size * self.rows, 2, layer.dim, dtype=wide)
+        layer.memory.claim("gradients", self.slot)
         return self._slabs("gradients", self.rank, wide).flatten(0, 1)
 
     def give_back(self, grads, dk, dv):
-        call, memory = self.call, self.call.memory
-        with memory.beside(call.comm.mark(grads)):
-            if call.wire != grads.dtype:
+        layer, memory = self.layer, self.layer.memory
+        with memory.beside(layer.comm.mark(grads)):
+            if layer.wire != grads.dtype:
                 # Rows that nobody asks for hold anything.
-                self._slabs("gradients", self.rank, call.wire).flatten(0, 1).copy_(grads)
+                self._slabs("gradients", self.rank, layer.wire).flatten(0, 1).copy_(grads)
                 used_here(grads)
-            sees_me = call.geometry.sees[:, self.rank]
+            sees_me = layer.geometry.sees[:, self.rank]
             givers = [(part, [p for p in self._others() if sees_me[p, part.half]]) for part in self.parts]
             moves = [(p, part) for part, ranks in givers for p in ranks]
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 memory.meet()
                 n_rows = sum(part.rows.stop - part.rows.start for _, part in moves)
-                arrived, begin = grads.new_empty(n_rows, 2, call.dim, dtype=call.wire), 0
+                arrived, begin = grads.new_empty(n_rows, 2, layer.dim, dtype=layer.wire), 0
                 for p, part in moves:
-                    share = self._slabs("gradients", p, call.wire)[self.rank, part.rows]
+                    share = self._slabs("gradients", p, layer.wire)[self.rank, part.rows]
                     arrived[begin : begin + len(share)].copy_(share, non_blocking=True)
                     begin += len(share)
-                return arrived, call.comm.mark(grads)
+                return arrived, layer.comm.mark(grads)
 
             sent = [part for p in self._others() for part in self._seen(self.rank, p)]
-            sizes = self._bytes(sent, call.wire), self._bytes([part for _, part in moves], call.wire)
-            wait = call.comm.copied("kv_gradients", *sizes, start)
-            issued = call.comm.mark(grads)
+            sizes = self._bytes(sent, layer.wire), self._bytes([part for _, part in moves], layer.wire)
+            wait = layer.comm.copied("kv_gradients", *sizes, start)
+            issued = layer.comm.mark(grads)
 
         def finish() -> torch.cuda.Event | None:
             with memory.beside(issued):
                 arrived, begin = wait(), 0
                 for part, ranks in givers:
                     n_rows = part.rows.stop - part.rows.start
-                    shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, call.dim)
+                    shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, layer.dim)
                     self._sum(part, grads, shares, dk, dv)
                     begin += len(ranks) * n_rows
-                done = call.comm.mark(grads)
+                done = layer.comm.mark(grads)
             memory.release("gradients", self.slot, done)
             return done
 
         return finish
 
     def finish(self):
-        self.call.memory.release("kv", self.slot, self.call.comm.mark(self.storage()))
+        self.layer.memory.release("kv", self.slot, self.layer.comm.mark(self.storage()))
 
     def _slabs(self, name: str, rank: int, dtype: torch.dtype) -> Tensor:
         """[P, H * W, 2, D]: what a rank has of this stage in a buffer."""
-        return self.call.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.call.dim), dtype)
+        return self.layer.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.layer.dim), dtype)
 
     def _others(self) -> list[int]:
         """The other ranks, each rank's next one first, so that not all read from the same."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
 
     def _seen(self, viewer: int, owner: int) -> list[Part]:
-        return [part for part in self.parts if self.call.geometry.sees[viewer, owner, part.half]]
+        return [part for part in self.parts if self.layer.geometry.sees[viewer, owner, part.half]]
 
     def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
-        return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.call.dim * dtype.itemsize
+        return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.layer.dim * dtype.itemsize

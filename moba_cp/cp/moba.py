@@ -90,7 +90,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             dtype = lse.dtype if geometry.straddles else k.dtype
             dq, grads = q.new_empty(q.shape), k.new_empty(2, *k_rows.shape, dtype=dtype)
             for stage in stages:
-                stage.attend_backward(rows, output, dq, *grads)
+                ctx.way.attend_backward(stage, rows, output, dq, *grads)
             ctx.way.wait()
         dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
