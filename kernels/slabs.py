@@ -1,6 +1,7 @@
 """Some heads of K and V laid side by side for other ranks, and the sums of what these return.
 
-Legend: R rows of a rank, H heads, D head dim, S shares. A *slab* is [H, R, 2, D]: K beside V, head by head.
+Legend: R rows of a rank, H heads, D head dim, S shares. A *slab* is [H, R, 2, D], K beside V, head by head:
+one part of what a rank gives in a stage.
 """
 
 import triton
@@ -26,8 +27,8 @@ def _pack_kernel(
         i_h = (i // tiles_per_head).to(tl.int64)
         o_m = (i % tiles_per_head * BM + tl.arange(0, BM)).to(tl.int64)
         m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
-        b_k = tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m)
-        b_v = tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m)
+        b_k = tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m, other=0.0)
+        b_v = tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m, other=0.0)
         p_slab = slab + ((i_h * slab_rows + o_m) * 2 * D)[:, None] + o_d[None, :]
         tl.store(p_slab, b_k, mask=m)
         tl.store(p_slab + D, b_v, mask=m)

@@ -11,7 +11,7 @@ e bytes per element.
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +29,24 @@ from .gates import GATES, RecordedGate, SyntheticGate
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def _speed(default: float, meaning: str):
+    return field(default=default, metadata={"help": f"{meaning} (%(default)s)"})
+
+
 @dataclass(frozen=True)
 class Links:
     """Speeds for the prediction; the defaults are an H100 or H200 node with one 400 Gb/s card per GPU."""
 
-    within_gbps: float = 370.0
-    """GB/s per GPU and direction within a node"""
-    copy_gbps: float = COPY_RATE / 1e9
-    """GB/s that copy engines bring a GPU from the others of its node"""
-    between_gbps: float = 48.0
-    """GB/s per GPU and direction between nodes"""
-    within_latency_us: float = 30.0
-    """microseconds per collective within a node"""
-    between_latency_us: float = 90.0
-    """microseconds per collective between nodes"""
-    tflops: float = 320.0
-    """TFLOP/s of a layer's attention, routing included, forward and backward (2.5 times the operations): an H100 at
-    131,072 tokens in blocks of 512"""
+    within_gbps: float = _speed(370.0, "GB/s per GPU and direction within a node")
+    copy_gbps: float = _speed(COPY_RATE / 1e9, "GB/s that copy engines bring a GPU from the others of its node")
+    between_gbps: float = _speed(48.0, "GB/s per GPU and direction between nodes")
+    within_latency_us: float = _speed(30.0, "microseconds per collective within a node")
+    between_latency_us: float = _speed(90.0, "microseconds per collective between nodes")
+    tflops: float = _speed(
+        320.0,
+        "TFLOP/s of a layer's attention, routing included, forward and backward (2.5 times the operations): an H100 at "
+        "131,072 tokens in blocks of 512",
+    )
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="where to count: cpu, cuda, or auto for a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    for field in fields(Links):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default, help="%(default)s")
+    for speed in fields(Links):
+        option = f"--{speed.name.replace('_', '-')}"
+        parser.add_argument(option, type=float, default=speed.default, help=speed.metadata["help"])
     parser.add_argument("--json", type=Path, help="write settings and table here")
     parser.add_argument("--plot", type=Path, help="write a chart of bytes against P here (PNG)")
 
@@ -216,19 +218,24 @@ class _Sums:
         self.between += sum(a.between for a in asked) + int((union * geometry.length).sum()) * costs.kv_token
 
 
-def _costs(geometry: BlockGeometry, args) -> WireCosts:
-    options = ExchangeOptions(keep=args.keep, gradient_dtype=args.gradient_dtype)
-    return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
-
-
-def _gather_costs(geometry: BlockGeometry, mode: str, per_node: int, args) -> GatherCosts:
-    options = ExchangeOptions(
+def _options(mode: str, per_node: int, args) -> ExchangeOptions:
+    return ExchangeOptions(
         mode,
         keep=args.keep,
         gradient_dtype=args.gradient_dtype,
         ranks_per_node=per_node,
+        row_weight=args.row_weight,
         copy_engines=args.copy_engines,
     )
+
+
+def _costs(geometry: BlockGeometry, args) -> WireCosts:
+    options = _options("auto", 1, args)
+    return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
+
+
+def _gather_costs(geometry: BlockGeometry, mode: str, per_node: int, args) -> GatherCosts:
+    options = _options(mode, per_node, args)
     by_copies = options.may_copy(len(geometry.owned))
     return GatherCosts(geometry, args.kv_heads, args.dim, DTYPES[args.dtype], options, by_copies)
 
@@ -242,8 +249,7 @@ def ask(rank: int, chosen: torch.Tensor | None, geometry: BlockGeometry, mode: s
         total = _gather_costs(geometry, mode, per_node, args).bytes_of(rank)
         return Asked(total, 0, (geometry.owner != rank).expand(args.kv_heads, -1), 1.0)
     costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
-    options = ExchangeOptions(mode, ranks_per_node=per_node, row_weight=args.row_weight)
-    weighing = options.weighing(len(geometry.owned))
+    weighing = _options(mode, per_node, args).weighing(len(geometry.owned))
     decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weighing, rank)
     elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)

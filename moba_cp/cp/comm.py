@@ -6,7 +6,6 @@ point-to-point operations, which have been seen to hang NCCL, are never made.
 
 import atexit
 import collections
-import contextlib
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .peer import PeerMemory, peer_memory
+from .side_stream import SideStream
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -111,7 +111,7 @@ class Communicator:
         """What is being computed, for counters and error messages; whoever calls a layer sets it."""
         self.direction = ""
         """Put before the layer in error messages."""
-        self._stream = None
+        self._side = SideStream()
         self._monitor: Monitor | None = None
         self._what = ""
 
@@ -205,12 +205,7 @@ class Communicator:
         Packing a message and sending it must not queue behind the attention that it is to overlap with, nor wait until
         that leaves room on the GPU: the stream goes before others. (NCCL's own does under TORCH_NCCL_HIGH_PRIORITY=1.)
         """
-        if after is None:
-            return contextlib.nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
-        self._stream.wait_event(after)
-        return torch.cuda.stream(self._stream)
+        return self._side.beside(after)
 
     def reset_counters(self) -> None:
         """Start all counters again from zero."""
@@ -296,7 +291,7 @@ def ring_bytes(k: Tensor, size: int) -> int:
 
 
 class Monitor:
-    """Says on stderr which collective is late, shortly before NCCL ends the process for it."""
+    """Says on stderr which collective or copy is late, shortly before the process is ended for it."""
 
     def __init__(self, group: dist.ProcessGroup, who: str, timeout_s: float | None = None, stream=None):
         if timeout_s is None:

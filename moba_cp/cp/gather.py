@@ -48,12 +48,16 @@ class Gathering:
         self._summed: torch.cuda.Event | None = None
 
     def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True) -> Iterator[Stage]:
-        """The stages one after the other; the storages of each and the next travel while the one before is computed.
+        """The stages, in turn; a collective call, which starts the first two at once. While one is computed the next
+        one's storage arrives. All have to be taken: the pass ends with the last.
 
         Args:
             k_rows, v_rows: [L + X, Hkv, D].
             backward: what was kept in forward does not travel again.
             differentiated: forward will be followed by backward.
+
+        Raises:
+            RuntimeError: an earlier pass failed on this rank, or a rank has no memory for copies.
         """
         layer, comm, memory = self.layer, self.layer.comm, self.layer.memory
         if memory is not None:

@@ -17,6 +17,12 @@ COPY_RATE = 3e11
 VISIT_SECONDS = 3.7e-12, 4.8e-15
 
 
+def forward_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float:
+    """About what a forward pass of ``n_rows`` (token, query head) pairs takes."""
+    per_row, per_token = VISIT_SECONDS
+    return n_rows * top_k * dim * (per_row + per_token * block_size)
+
+
 @dataclass(frozen=True)
 class GatherCosts:
     """What moves then, and whether a plan would be better; all ranks find the same."""
@@ -58,8 +64,7 @@ class GatherCosts:
         """
         if self.options.mode != "auto":
             return self.options.mode == "allgather"
-        per_row, per_token = VISIT_SECONDS
-        computing = n_rows * top_k * self.dim * (per_row + per_token * self.geometry.block_size)
+        computing = forward_seconds(n_rows, self.dim, self.geometry.block_size, top_k)
         return self.by_copies and self.arriving_bytes / COPY_RATE <= computing
 
     def instead_of(self, planned_bytes: float) -> bool:

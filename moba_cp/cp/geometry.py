@@ -41,7 +41,7 @@ class BlockGeometry:
     cut: int
     """rows of every rank are looked at in two parts, those before this row and the others; no block lies in both."""
     sees: np.ndarray
-    """[P, P, 2] bool: whether rank i has a candidate, or lies in a block, in each part of the rows of rank j."""
+    """[P, P, 2] bool: whether some token of rank i can choose, or lies in, a block in each part of rank j's rows."""
     owned: list[Tensor]
     """per rank, [m_p] int64: the blocks it owns, ascending."""
     owned_count: Tensor

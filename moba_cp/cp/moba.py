@@ -56,7 +56,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             plan = planned.make_plan(chosen, owned, ready, cp)
         rows = Queries.of(q, chosen, geometry, scale, k.shape[1])
         if not at_once:
-            out, lse, way = planned.forward(rows, owned, plan, ready, cp)
+            out, lse, way = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp)
         if way is None:
             way = gathering
             for counters in comm.books():

@@ -21,7 +21,8 @@ class ExchangeOptions:
     mode: str = "auto"
     """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
-    all-gather where nearly everything is needed, or where it costs attention nothing (``copy_engines``).
+    all-gather where a plan would save little (``allgather_share``), or where it costs attention nothing
+    (``copy_engines``).
     ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see."""
 
     stages: int = 2
@@ -45,8 +46,9 @@ class ExchangeOptions:
     there a block counts by the part that this rank has in it if its node's ranks need as much as it does."""
 
     allgather_share: float | None = None
-    """``auto`` takes all-gather where the bytes it would move otherwise exceed this share of all-gather's. None: 0.98,
-    or 0.6 where copy engines bring them, which leave the GPU to attention."""
+    """Once it has planned, ``auto`` all-gathers where the plan would move at least this share of all-gather's bytes.
+    None: 0.98, or 0.6 where copy engines bring them, which leave the GPU to attention. It has no part in whether to
+    plan at all; see ``copy_engines``."""
 
     copy_engines: bool = True
     """Where the ranks' GPUs map each other's memory, all-gather by their copy engines; ``auto`` then does so at once
@@ -70,7 +72,9 @@ class ExchangeOptions:
         if share is not None and (not _is_number(share) or not 0 < share <= 1):
             raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; leave it out, or use 0.98")
         if not isinstance(self.copy_engines, bool):
-            raise ValueError(f"exchange copy_engines={self.copy_engines!r} is not true or false")
+            raise ValueError(
+                f"exchange copy_engines={self.copy_engines!r} is not True or False; leave it out, or use False for NCCL"
+            )
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""

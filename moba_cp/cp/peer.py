@@ -4,7 +4,6 @@ The copies are made by the GPUs' copy engines. They leave multiprocessors to att
 it, and nobody has to send.
 """
 
-import contextlib
 import os
 import socket
 import warnings
@@ -15,7 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .side_stream import SideStream
+
+# Stages that use a buffer at a time.
 SLOTS = 2
+# Bytes: what buffers are rounded up to, and the size of the one for meetings.
 _ROUND = 1 << 21
 
 
@@ -31,7 +34,7 @@ class PeerMemory:
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
         self._buffers: dict[str, list[Tensor]] = {}
-        self._stream: torch.cuda.Stream | None = None
+        self._side = SideStream()
         self._stages = 0
         self._pass_open = False
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
@@ -47,7 +50,11 @@ class PeerMemory:
         return sum(parts[self.rank].nbytes for parts in self._buffers.values())
 
     def reserve(self, name: str, nbytes: int) -> None:
-        """Make slots of buffer ``name`` at least so large; a collective call, equal on all ranks."""
+        """Make slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
+
+        Raises:
+            RuntimeError: on all ranks, if one has no such memory left.
+        """
         # Sizes differ with the batch: a step of an eighth now saves many small ones.
         step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
         slot = -(-nbytes // step) * step
@@ -88,13 +95,8 @@ class PeerMemory:
         return buffer[begin : begin + count].view(dtype).view(shape)
 
     def beside(self, after: torch.cuda.Event | None):
-        """Context of the stream on which contents move, once it has passed ``after``; nothing where there are none."""
-        if after is None:
-            return contextlib.nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(priority=-1)
-        self._stream.wait_event(after)
-        return torch.cuda.stream(self._stream)
+        """Context of the stream on which contents move, once it has passed ``after``; nothing for None."""
+        return self._side.beside(after)
 
     def release(self, name: str, slot: int, after: torch.cuda.Event | None) -> None:
         """This rank needs its slot of buffer ``name`` no longer, once the device has passed ``after``."""
@@ -195,7 +197,11 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
         _agree(error, group, "memory that all ranks read")
     except RuntimeError as failure:
         if dist.get_rank(group) == 0:
-            warnings.warn(f"no copies between GPUs, NCCL serves ({failure}); processes must see all GPUs", stacklevel=2)
+            warnings.warn(
+                f"the group's GPUs do not map each other's memory, so NCCL brings K and V ({failure}); let every "
+                "process see all GPUs of the node (CUDA_VISIBLE_DEVICES), or set exchange copy_engines=False",
+                stacklevel=2,
+            )
         return None
     return memory
 

@@ -75,16 +75,17 @@ def make_plan(chosen: Tensor, owned: Pages, ready: torch.cuda.Event | None, cp: 
 
 
 def forward(
-    rows: Queries, owned: Pages, plan, ready: torch.cuda.Event | None, cp: CPContext
+    rows: Queries, owned: Pages, plan, everything: GatherCosts | None, ready: torch.cuda.Event | None, cp: CPContext
 ) -> tuple[Tensor, Tensor, Planned | None]:
     """Out [L, Hq, D] and lse [L, Hq], wide, and what backward needs; a collective call.
 
-    The last is None, and only what this rank has itself is in out and lse, if nearly all K and V are needed by all.
+    The last is None, and out and lse hold only what this rank has itself, if ``auto`` is to all-gather instead.
 
     Args:
         rows: this rank's queries.
         owned: the blocks that it has.
         plan: of :func:`make_plan`.
+        everything: in ``auto``: what all-gathering takes.
         ready: the choice of blocks has been made.
     """
     q, comm = rows.q, cp.comm
@@ -95,7 +96,7 @@ def forward(
     stages = []
     if plan is not None:
         with comm.beside(ready):
-            stages = _stages(plan, rows.chosen, owned, cp)
+            stages = _stages(plan, rows.chosen, owned, everything, cp)
         if stages is None:
             return out, lse, None
 
@@ -203,8 +204,8 @@ def _local_parts(n_kv: int, size: int) -> list[slice]:
     return [slice(0, half), slice(half, n_kv)] if size > 1 and n_kv > 1 else [slice(0, n_kv)]
 
 
-def _stages(plan, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage] | None:
-    """The remote work as planned; None if nearly everything is needed. Here the host waits for the plan's sizes."""
+def _stages(plan, chosen: Tensor, owned: Pages, everything: GatherCosts | None, cp: CPContext) -> list[_Stage] | None:
+    """The remote work as planned; None if ``auto`` is to all-gather. Here the host waits for the plan's sizes."""
     geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
     n_kv = owned.row.shape[0]
     decision, plan = plan
@@ -213,10 +214,8 @@ def _stages(plan, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage] |
         counters.needed += facts.needed
         counters.remote += facts.candidates
         counters.hottest = max(counters.hottest, facts.hottest)
-    if options.mode == "auto":
-        everything = GatherCosts(geometry, n_kv, owned.k.shape[2], owned.k.dtype, options, cp.peers is not None)
-        if everything.instead_of(facts.total_bytes):
-            return None
+    if options.mode == "auto" and everything.instead_of(facts.total_bytes):
+        return None
     for counters in comm.books():
         counters.planned += facts.bytes
 

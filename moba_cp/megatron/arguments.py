@@ -25,11 +25,15 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
                        help="What moves between context-parallel ranks: chosen blocks (kv), query rows (query), per "
-                       "block whichever is fewer bytes (auto), or all (allgather); default: %(default)s.")  # fmt: skip
+                       "block whichever is fewer bytes, or all where a node's copy engines bring it behind attention "
+                       "(auto), or all (allgather); default: %(default)s.")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
                        help="Context-parallel ranks that share a node, so that a block several of them need crosses "
                        "the network once (default: by LOCAL_WORLD_SIZE, where a launcher has set it; 1: every rank for "
                        "itself).")  # fmt: skip
+    group.add_argument("--moba-no-copy-engines", action="store_true",
+                       help="All-gather by NCCL, also where the GPUs map each other's memory (default: by their copy "
+                       "engines, whose buffers PyTorch's allocator does not count).")  # fmt: skip
     return parser
 
 
@@ -72,4 +76,6 @@ def options_of_trainer() -> tuple[AttentionConfig, ExchangeOptions]:
             f"moba_layer_spec is configured by the arguments of Megatron-LM's trainer, but there are none ({error}); "
             "outside of it use moba_cp.megatron.layer_spec(AttentionConfig(...))"
         ) from error
-    return attention_from_args(args), ExchangeOptions(mode=args.moba_exchange, ranks_per_node=args.moba_ranks_per_node)
+    return attention_from_args(args), ExchangeOptions(
+        args.moba_exchange, ranks_per_node=args.moba_ranks_per_node, copy_engines=not args.moba_no_copy_engines
+    )

@@ -288,6 +288,7 @@ def test_costs():
         (dict(row_weight=0), "exchange row_weight=0 is not a number in"),
         (dict(row_weight="much"), "exchange row_weight='much' is not a number in"),
         (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not a number in"),
+        (dict(copy_engines=1), "exchange copy_engines=1 is not True or False"),
         (dict(allgather_share="all"), "exchange allgather_share='all' is not a number in"),
     ],
 )

@@ -113,13 +113,14 @@ def test_spec_finds_its_configuration_when_the_model_is_built(name, trainer):
         (["--moba-top-k", "2", "--moba-full-layers", "last 1"], ["moba", "moba", "moba", "full"], 2),
         (["--moba-top-k", "5", "--moba-full-layers", "1"], ["full", "moba", "moba", "moba"], 5),
     ):
-        trainer(parse("--moba-block-size", "32", "--moba-exchange", "query", "--moba-ranks-per-node", "8", *words))
+        exchange = "--moba-exchange", "query", "--moba-ranks-per-node", "8", "--moba-no-copy-engines"
+        trainer(parse("--moba-block-size", "32", *exchange, *words))
         of = config()
         model = build(spec(of, vp_stage=None) if name == "moba_block_spec" else spec, of)
         cores = [one.self_attention.core_attention for one in model.decoder.layers]
         assert [core.kind for core in cores] == kinds
         assert {(core.moba.block_size, core.moba.top_k) for core in cores} == {(32, k)}
-        assert {core.exchange for core in cores} == {ExchangeOptions("query", ranks_per_node=8)}
+        assert {core.exchange for core in cores} == {ExchangeOptions("query", ranks_per_node=8, copy_engines=False)}
         assert all(isinstance(one, MoBATransformerLayer) for one in model.decoder.layers)
 
 
