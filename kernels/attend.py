@@ -161,6 +161,7 @@ def attend_backward(
     lse, delta = lse.contiguous(), delta.contiguous()
     n_rows, n_heads, dim = q.shape
     n_slots = chosen.shape[2] + (own is not None)
+    kv_heads = _all_or(kv_heads, pages.row.shape[0])
     grad_dtype = local_dtype or torch.float32
     nothing = n_slots * n_rows * n_heads * pages.row.shape[1] * pages.k.shape[0] == 0
     new = torch.zeros if nothing or local_dtype is None else torch.empty
@@ -175,7 +176,7 @@ def attend_backward(
             if fresh:
                 dk.zero_(), dv.zero_()
             if whole:
-                dq[:, pages.query_heads(_all_or(kv_heads, pages.row.shape[0]), n_heads)] = 0
+                dq[:, pages.query_heads(kv_heads, n_heads)] = 0
             if keys_done is not None:
                 keys_done()
             return into
@@ -185,7 +186,6 @@ def attend_backward(
     query_tile = tuned.query_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    kv_heads = _all_or(kv_heads, pages.row.shape[0])
     scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_slices, head_slices, direct = _backward_slices(
         q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
@@ -198,10 +198,10 @@ def attend_backward(
         routings = [Routing(index, n_rows * n_heads * n_slots)]
     else:
         routings = [build_routing(*some, pages.row) for some in visits]
-    heads = pages.row, kv_heads
-    key_tasks = [cut_tasks(routing, key_tile.task_rows, *heads) for routing in routings]
+    key_tasks = [cut_tasks(routing, key_tile.task_rows, pages.row, kv_heads) for routing in routings]
     query_tasks = [
-        cut_tasks(routing, query_tile.task_rows, *heads) if mode == DQ_NONE.value else None for routing in routings
+        cut_tasks(routing, query_tile.task_rows, pages.row, kv_heads) if mode == DQ_NONE.value else None
+        for routing in routings
     ]
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start

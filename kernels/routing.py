@@ -254,22 +254,17 @@ def cut_tasks(
         kv_heads: with ``page_row``: of lists of these KV heads only; nobody may ask for those of others.
     """
     n_lists = index.list_start.numel() - 1
-    tasks = Tasks(
-        torch.empty(3, index.n_visits // task_rows + n_lists, dtype=torch.int32, device=index.flat.device), task_rows
-    )
-    places, first, some, n_blocks, s_pages = tasks.table.shape[1], 0, n_lists, n_lists, 0
-    programs = places
-    if page_row is not None:
-        n_kv, n_blocks = page_row.shape
-        s_pages = page_row.stride(0)
-        if kv_heads is not None:
-            n_heads = kv_heads.stop - kv_heads.start
-            first, some = kv_heads.start * n_blocks, n_heads * n_blocks
-            # One more than a slice of these heads may ask for, wherever in a task its lists begin.
-            programs = min(places, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
+    n_kv, n_blocks = (1, n_lists) if page_row is None else page_row.shape
+    kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
+    n_heads = kv_heads.stop - kv_heads.start
+    places = index.n_visits // task_rows + n_lists
+    tasks = Tasks(torch.empty(3, places, dtype=torch.int32, device=index.flat.device), task_rows)
+    first, some = kv_heads.start * n_blocks, n_heads * n_blocks
+    # One more than a slice of these heads may ask for, wherever in a task its lists begin.
+    programs = min(places, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](
             index.list_start, page_row, tasks.table, first, some, n_blocks, places, task_rows,
-            (some - 1).bit_length(), s_pages, BLOCK=256, num_warps=4,
+            (some - 1).bit_length(), 0 if page_row is None else page_row.stride(0), BLOCK=256, num_warps=4,
         )  # fmt: skip
     return tasks

@@ -57,16 +57,16 @@ def _index(sizes) -> routing.Routing:
     return routing.Routing(torch.tensor(flat, dtype=torch.int32, device=DEVICE), starts[-1] + 20)
 
 
+def _expected(starts: list[int], lists: range) -> list[list[int]]:
+    """List, begin and end of all tasks of some lists."""
+    return [[i, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])] for i in lists for r in range(0, SIZES[i], 32)]
+
+
 def test_tasks_cover_each_list_once():
     index = _index(SIZES)
-    starts = index.list_start.tolist()
     with poisoned():
         tasks = routing.cut_tasks(index, 32)
-    expected = [
-        [i, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
-        for i, size in enumerate(SIZES)
-        for r in range(0, size, 32)
-    ]
+    expected = _expected(index.list_start.tolist(), range(len(SIZES)))
     assert [row for row in tasks.table.T.tolist() if row[0] >= 0] == expected
 
 
@@ -79,21 +79,22 @@ def _read_kernel(tasks, list_start, out, places, task_rows, first_list, n_lists,
     tl.store(out + 2 * n + i, end)
 
 
-@pytest.mark.parametrize("lists", [(0, 12), (3, 6), (6, 12), (0, 1), (5, 6)])
-def test_programs_find_the_tasks_of_their_lists(lists):
-    index, (first, last) = _index(SIZES), lists
-    starts = index.list_start.tolist()
-    tasks = routing.cut_tasks(index, 32)
-    count = tasks.count(sum(SIZES[first:last]), last - first)
+def _read(tasks: routing.Tasks, index: routing.Routing, first: int, last: int, n_visits: int) -> list[list[int]]:
+    """The tasks that programs for lists first .. last find."""
+    count = tasks.count(n_visits, last - first)
     out = torch.full((3, count), -7, dtype=torch.int32, device=DEVICE)
     part = index.list_start[first : last + 1]
     _read_kernel[(count,)](tasks.table, part, out, tasks.table.shape[1], 32, first, last - first, n=count)
-    expected = [
-        [i - first, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
-        for i in range(first, last)
-        for r in range(0, SIZES[i], 32)
-    ]
-    assert [row for row in out.T.tolist() if row[0] >= 0] == expected
+    return [row for row in out.T.tolist() if row[0] >= 0]
+
+
+@pytest.mark.parametrize("lists", [(0, 12), (3, 6), (6, 12), (0, 1), (5, 6)])
+def test_programs_find_the_tasks_of_their_lists(lists):
+    index, (first, last) = _index(SIZES), lists
+    tasks = routing.cut_tasks(index, 32)
+    expected = _expected(index.list_start.tolist(), range(first, last))
+    found = _read(tasks, index, first, last, sum(SIZES[first:last]))
+    assert found == [[i - first, *rest] for i, *rest in expected]
 
 
 @pytest.mark.parametrize("heads, part", [((0, 1), (0, 1)), ((1, 3), (1, 3)), ((1, 4), (2, 3)), ((2, 4), (3, 4))])
@@ -108,17 +109,9 @@ def test_tasks_of_some_heads_serve_these_and_parts_of_them(heads, part):
     with poisoned():
         tasks = routing.cut_tasks(index, 32, page_row, slice(*heads))
     first, last = 3 * part[0], 3 * part[1]
-    count = tasks.count(n_visits // 4 * (part[1] - part[0]), last - first)
-    out = torch.full((3, count), -7, dtype=torch.int32, device=DEVICE)
-    list_start = index.list_start[first : last + 1]
-    _read_kernel[(count,)](tasks.table, list_start, out, tasks.table.shape[1], 32, first, last - first, n=count)
-    expected = [
-        [i - first, starts[i] + r, min(starts[i] + r + 32, starts[i + 1])]
-        for i in range(first, last)
-        for r in range(0, SIZES[i], 32)
-        if i != 9
-    ]
-    assert [row for row in out.T.tolist() if row[0] >= 0] == expected
+    expected = _expected(starts, range(first, last))
+    found = _read(tasks, index, first, last, n_visits // 4 * (part[1] - part[0]))
+    assert found == [[i - first, *rest] for i, *rest in expected if i != 9]
 
 
 def test_as_many_visits_as_places_can_be_numbered():
