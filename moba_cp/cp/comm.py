@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .peer import PeerMemory, peer_memory
-from .side_stream import SideStream
+from .side_stream import SideStream, wait_for
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -179,8 +179,8 @@ class Communicator:
             out, event = start()
 
             def wait() -> Tensor:
+                wait_for(event)
                 if event is not None:
-                    torch.cuda.current_stream().wait_event(event)
                     self._watch(event, what)
                 return out
 

@@ -22,6 +22,7 @@ from .context import CPContext
 from .gather_costs import GatherCosts
 from .gather_stages import CollectiveStage, Layer, PeerStage, Stage
 from .queries import OutputGradient, Queries
+from .side_stream import wait_for
 
 # What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
 STAGE_BYTES = 256 << 20
@@ -104,8 +105,7 @@ class Gathering:
     def wait(self) -> None:
         """Let the current stream wait for dK and dV of all stages."""
         self._sum_up()
-        if self._summed is not None:
-            torch.cuda.current_stream().wait_event(self._summed)
+        wait_for(self._summed)
 
     def _sum_up(self) -> None:
         """Issue the sums of the stage before, whose shares have been on their way for a while."""

@@ -18,6 +18,7 @@ from . import planned
 from .comm import BACKWARD, ring_bytes
 from .context import CPContext
 from .gather import Gathering
+from .options import GATHERING_MODES
 from .queries import OutputGradient, Queries
 from .straddle import assemble, assemble_backward, gather_means, owned_pages
 
@@ -40,7 +41,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         geometry, comm, mode = cp.geometry(config.block_size), cp.comm, cp.exchange.mode
         comm.direction = ""
         k_rows, v_rows = assemble(k, v, geometry, comm)
-        gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in ("auto", "allgather") else None
+        gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in GATHERING_MODES else None
         at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
         # What goes to everybody need not wait for anybody's choice.
         needed = any(ctx.needs_input_grad[:3])

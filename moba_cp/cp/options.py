@@ -7,6 +7,8 @@ import torch
 from ..eager import wide_dtype
 
 MODES = ("auto", "kv", "query", "allgather")
+GATHERING_MODES = ("auto", "allgather")
+"""Those that bring all K and V, or may, by copy engines where there are such."""
 WIRE_DTYPES = ("input", "float32")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .side_stream import SideStream
+from .side_stream import SideStream, wait_for
 
 # Stages that use a buffer at a time.
 SLOTS = 2
@@ -104,9 +104,7 @@ class PeerMemory:
 
     def claim(self, name: str, slot: int) -> None:
         """Let the current stream wait until this rank needs the slot no longer."""
-        after = self._released.get((name, slot))
-        if after is not None:
-            torch.cuda.current_stream().wait_event(after)
+        wait_for(self._released.get((name, slot)))
 
     def meet(self) -> None:
         """What every rank wrote before on its current stream can be copied by all after this, on theirs."""

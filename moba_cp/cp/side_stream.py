@@ -1,8 +1,14 @@
-"""A stream beside the one that computes."""
+"""A stream beside the one that computes, and waiting for what was issued there."""
 
 import contextlib
 
 import torch
+
+
+def wait_for(event: torch.cuda.Event | None) -> None:
+    """Let the current stream wait for ``event``; None has happened."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
 
 class SideStream:

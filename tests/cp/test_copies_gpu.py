@@ -8,9 +8,8 @@ from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.cp.peer import SymmetricMemory
-from tests.cases import run, run_reference
-from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _batch, _errors, _one_rank_selection
-from tests.cp.test_moba import NAMES, across_ranks
+from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _as_good_as_one_rank, _batch, _errors, _on_one_rank
+from tests.cp.test_moba import across_ranks
 from tests.distributed import run_ranks
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -34,10 +33,7 @@ def _equal_one_rank(rank):
     """[(label, errors across ranks, errors of one rank, repeats)]."""
     report = []
     for name, args in (CASES | WIDE_CASES).items():
-        case = _batch(**args)
-        exact = run_reference(case.to(torch.float64), chosen=_one_rank_selection(case).long())
-        config = MoBAConfig(case.block_size, case.top_k)
-        one = _errors(run(moba_attention, case, config, cu_seqlens=case.cu_seqlens), exact)
+        case, _, exact, one = _on_one_rank(args)
         for layout in LAYOUTS:
             for options in OPTIONS:
                 runs = [
@@ -59,8 +55,7 @@ def test_equals_one_rank(size):
         for label, errors, one, repeats, bytes_ in report:
             moved += bytes_
             assert repeats, f"{label}: not deterministic"
-            for name, error, allowed in zip(NAMES, errors, one, strict=True):
-                assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+            _as_good_as_one_rank(label, errors, one)
     assert moved > 0
 
 

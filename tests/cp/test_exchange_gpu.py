@@ -40,6 +40,21 @@ def _errors(results, exact) -> list[float]:
     return [(a.double() - e.double()).abs().max().item() for a, e in zip(results, exact, strict=True)]
 
 
+def _on_one_rank(args: dict):
+    """A batch, its selection, its results in float64 and how far off one rank's are."""
+    case = _batch(**args)
+    chosen = _one_rank_selection(case)
+    exact = run_reference(case.to(torch.float64), chosen=chosen.long())
+    config = MoBAConfig(case.block_size, case.top_k)
+    one = _errors(run(moba_attention, case, config, cu_seqlens=case.cu_seqlens), exact)
+    return case, chosen, exact, one
+
+
+def _as_good_as_one_rank(label: str, errors: list[float], one: list[float]) -> None:
+    for name, error, allowed in zip(NAMES, errors, one, strict=True):
+        assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+
+
 CASES = {
     "packed, GQA": dict(seed=1, lengths=[1016, 8, 1024], heads=(8, 2), dim=64, block_size=64, top_k=4),
     "straddling": dict(seed=2, lengths=[1480, 56], heads=(4, 4), dim=128, block_size=112, top_k=3),
@@ -51,11 +66,7 @@ def _on_nccl(rank):
     """[(label, errors across ranks, errors of one rank, same selection, repeats)]."""
     report = []
     for name, args in CASES.items():
-        case = _batch(**args)
-        chosen = _one_rank_selection(case)
-        exact = run_reference(case.to(torch.float64), chosen=chosen.long())
-        config = MoBAConfig(case.block_size, case.top_k)
-        one = _errors(run(moba_attention, case, config, cu_seqlens=case.cu_seqlens), exact)
+        case, chosen, exact, one = _on_one_rank(args)
         for layout in LAYOUTS:
             cp = CPContext(dist.group.WORLD, layout, case.q.shape[0], case.cu_seqlens)
             geometry = cp.geometry(case.block_size)
@@ -80,8 +91,7 @@ def test_bf16_with_kernels_on_nccl():
         for label, errors, one, same, repeats in report:
             assert same, f"{label}: selection differs from one rank's"
             assert repeats, f"{label}: not deterministic"
-            for name, error, allowed in zip(NAMES, errors, one, strict=True):
-                assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+            _as_good_as_one_rank(label, errors, one)
 
 
 # What the kernels of moba_cp.kernels.hopper serve.
@@ -96,11 +106,7 @@ def _by_atomics(rank):
     """[(label, errors across ranks, errors of one rank)], not deterministic."""
     report = []
     for name, args in WIDE_CASES.items():
-        case = _batch(**args)
-        exact = run_reference(case.to(torch.float64), chosen=_one_rank_selection(case).long())
-        one = _errors(
-            run(moba_attention, case, MoBAConfig(case.block_size, case.top_k), cu_seqlens=case.cu_seqlens), exact
-        )
+        case, _, exact, one = _on_one_rank(args)
         for index, mode in enumerate(MODES):
             options = ExchangeOptions(mode, stages=1 + index % 3, ranks_per_node=2 if index % 2 else None)
             results, _ = across_ranks(dist.group.WORLD, case, "zigzag", False, options)
@@ -112,8 +118,7 @@ def test_bf16_with_wide_kernels_on_nccl():
     for report in run_ranks(SIZE, _by_atomics, backend="nccl", timeout=400):
         assert len(report) == len(WIDE_CASES) * len(MODES)
         for label, errors, one in report:
-            for name, error, allowed in zip(NAMES, errors, one, strict=True):
-                assert error <= 2 * allowed + 1e-5, f"{label} {name}: {error} against {allowed} on one rank"
+            _as_good_as_one_rank(label, errors, one)
 
 
 def _hundred_runs(rank):

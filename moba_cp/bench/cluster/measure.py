@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import CPContext, full_attention, moba_attention
-from ...cp.options import MODES, ExchangeOptions
+from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
 from ...cp.peer import PeerMemory
 from ..attention_check import BOUND
 from ..timing import Candidate, time_once
@@ -27,8 +27,6 @@ from .rows import Row
 MOBA, FULL, PEER = "moba", "full", "torch"
 WITHOUT_COPIES = "-nccl"
 """What follows the name of a mode that is to leave copy engines alone."""
-COPYING_MODES = ("auto", "allgather")
-"""Exchange modes that use copy engines where they can."""
 DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_TFLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
@@ -53,10 +51,10 @@ def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOp
     name, _, weight = mode.partition(":")
     copies = not name.endswith(WITHOUT_COPIES)
     name = name.removesuffix(WITHOUT_COPIES)
-    if not copies and name in MODES and name not in COPYING_MODES:
+    if not copies and name in MODES and name not in GATHERING_MODES:
         raise ValueError(
             f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "
-            f"{' or '.join(COPYING_MODES)}"
+            f"{' or '.join(GATHERING_MODES)}"
         )
     try:
         weight = float(weight) if weight else None
