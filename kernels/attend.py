@@ -137,8 +137,8 @@ def attend_backward(
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
-        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left or
-            zeroed, so that one call has to serve the whole storage.
+        fresh: dk and dv of ``into`` hold nothing yet, and may have any dtype: the rows of the blocks here are written,
+            others are left or zeroed, so that one call has to serve the whole storage.
         whole: no other storage has a part in dq: that of ``into`` holds nothing yet, and may have any dtype.
         keys_done: called once all kernels that write dk and dv are launched; dQ may be computed after.
 
@@ -191,6 +191,19 @@ def attend_backward(
         q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
     )
     if fresh and not direct:
+        if dk.dtype != torch.float32:
+            # Slices of rows add to one another.
+            sums = torch.zeros(2, *dk.shape, device=q.device)
+
+            def sums_done() -> None:
+                dk.copy_(sums[0]), dv.copy_(sums[1])
+                if keys_done is not None:
+                    keys_done()
+
+            rest = dict(index=index, kv_heads=kv_heads, whole=whole, keys_done=sums_done)
+            some = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
+            attend_backward(*some, scratch_bytes=scratch_bytes, into=(dq, *sums), **rest)
+            return into
         dk.zero_(), dv.zero_()
     # The index of a slice of rows, and its tasks, serve all heads.
     visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]

@@ -218,10 +218,10 @@ def attend_backward(
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
-    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
-    are written, others left or zeroed, so that one call has to serve the whole storage. ``whole``: nor does dq, which
-    no other storage has a part in and which may have any dtype. ``keys_done``: called once dk and dv are on their way
-    to be written; dq may follow."""
+    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet and may have any dtype; rows
+    of blocks in ``pages`` are written, others left or zeroed, so that one call has to serve the whole storage.
+    ``whole``: the same of dq, which no other storage has a part in. ``keys_done``: called once dk and dv are on their
+    way to be written; dq may follow."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
         rest = dict(index=index, kv_heads=kv_heads, into=into, fresh=fresh, whole=whole, keys_done=keys_done)
@@ -233,15 +233,15 @@ def attend_backward(
         rest = dict(into=(into[0][:, at], *into[1:]), fresh=fresh, whole=whole, keys_done=keys_done)
         attend_backward(*some, **rest)
         return into
-    if fresh:
-        into[1].zero_(), into[2].zero_()
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
-    if whole:
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        into[0].copy_(eager.attend_backward(*inputs, into=(dq, *into[1:]))[0])
+    if into is not None:
+        new = whole, fresh, fresh
+        sums = (torch.zeros_like(x, dtype=lse.dtype) if is_new else x for x, is_new in zip(into, new, strict=True))
+        for target, result in zip(into, eager.attend_backward(*inputs, into=tuple(sums)), strict=True):
+            target.copy_(result)
         grads = into
     else:
-        grads = eager.attend_backward(*inputs, into=into)
+        grads = eager.attend_backward(*inputs)
     if keys_done is not None:
         keys_done()
     return tuple(x.to(local_dtype or x.dtype) for x in grads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .comm import used_here
 from .context import CPContext
 from .gather_costs import GatherCosts
-from .gather_stages import CollectiveStage, Layer, PeerStage, Stage
+from .gather_stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
 from .queries import OutputGradient, Queries
 from .side_stream import wait_for
 
@@ -49,8 +49,8 @@ class Gathering:
         self._summed: torch.cuda.Event | None = None
 
     def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True) -> Iterator[Stage]:
-        """The stages, in turn; a collective call, which starts the first two at once. While one is computed the next
-        one's storage arrives. All have to be taken: the pass ends with the last.
+        """The stages, in turn; a collective call, which starts the first ones at once. While one is computed the next
+        ones' storages arrive. All have to be taken: the pass ends with the last.
 
         Args:
             k_rows, v_rows: [L + X, Hkv, D].
@@ -64,10 +64,10 @@ class Gathering:
         if memory is not None:
             rows = comm.size * max(h.stop - h.start for h in layer.heads) * layer.geometry.widest
             memory.open_pass(f"rank {comm.rank} in {comm.direction}{comm.layer}")
-            memory.reserve("kv", rows * 2 * layer.dim * layer.dtype.itemsize)
+            memory.reserve("kv", SLOTS["kv"], rows * 2 * layer.dim * layer.dtype.itemsize)
             if differentiated:
                 # Before activations fill what is left.
-                memory.reserve("gradients", rows * 2 * layer.dim * layer.wire.itemsize)
+                memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
         self._returning = None
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)
@@ -79,7 +79,7 @@ class Gathering:
             stage.begin(k_rows, v_rows, ready, self.kept.get(number) if backward else None)
             return stage
 
-        ahead = [begin(number) for number in range(min(2, len(layer.heads)))]
+        ahead = [begin(number) for number in range(min(kind.ahead, len(layer.heads)))]
         return self._in_turn(ahead, begin, self._keep and differentiated and not backward)
 
     def attend_backward(
@@ -119,7 +119,7 @@ class Gathering:
                 self.kept[number] = stage.storage().clone()
             yield stage
             stage.finish()
-            if number + 2 < len(self.layer.heads):
-                ahead.append(begin(number + 2))
+            if number + stage.ahead < len(self.layer.heads):
+                ahead.append(begin(number + stage.ahead))
         if self.layer.memory is not None:
             self.layer.memory.close_pass()

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from .. import ops
 from ..blocks import Pages
-from ..eager import wide_dtype
 from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .peer import PeerMemory
+
+# Of peer memory, by buffer. Between the end of a stage and the next use of its storage lie packing, a meeting and
+# copies: with two, attention to the stage between would have to be longer than all that.
+SLOTS = {"kv": 3, "gradients": 2}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class Layer:
 class Stage:
     """Some heads: their storage and its gradients."""
 
+    ahead = 2
+    """Stages that have begun when the first of them is computed."""
+
     def __init__(self, layer: Layer, heads: slice):
         self.layer, self.heads = layer, heads
         self.count, self.rank, self.size = heads.stop - heads.start, layer.comm.rank, layer.comm.size
@@ -103,7 +109,8 @@ class Stage:
         return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
 
     def gradients(self) -> Tensor:
-        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage; it holds anything."""
+        """[P * H * W, 2, D], as it will travel, for this rank's shares of the gradients of the storage; it holds
+        anything."""
         raise NotImplementedError
 
     def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], torch.cuda.Event | None]:
@@ -149,7 +156,7 @@ class CollectiveStage(Stage):
         self._wait = lambda: wait().flatten(0, 1)
 
     def gradients(self):
-        grads = self.storage().new_empty(self.size * self.rows, 2, self.layer.dim, dtype=wide_dtype(self.layer.dtype))
+        grads = self.storage().new_empty(self.size * self.rows, 2, self.layer.dim, dtype=self.layer.wire)
         # What this rank cannot see travels too.
         for slab, sees in zip(grads.unflatten(0, (self.size, -1)), self.layer.geometry.sees[self.rank], strict=True):
             for part in self.parts:
@@ -160,7 +167,7 @@ class CollectiveStage(Stage):
     def give_back(self, grads, dk, dv):
         comm, counts = self.layer.comm, [self.rows] * self.size
         with comm.beside(comm.mark(grads)):
-            wait = comm.all_to_all(grads.to(self.layer.wire), counts, counts, "kv_gradients")
+            wait = comm.all_to_all(grads, counts, counts, "kv_gradients")
             used_here(grads)
             issued = comm.mark(grads)
 
@@ -175,13 +182,15 @@ class CollectiveStage(Stage):
 
 
 class PeerStage(Stage):
+    ahead = SLOTS["kv"]
+
     def begin(self, k_rows, v_rows, ready, kept):
         layer, memory = self.layer, self.layer.memory
-        self.slot = memory.next_slot()
+        self.number = memory.next_stage()
         with memory.beside(ready):
             slabs = self._slabs("kv", self.rank, layer.dtype)
             if kept is None:
-                memory.claim("kv", self.slot)
+                memory.claim("kv", self.number)
                 self._pack(k_rows, v_rows, slabs[self.rank])
             moves = [] if kept is not None else [(p, part) for p in self._others() for part in self._seen(self.rank, p)]
 
@@ -197,27 +206,20 @@ class PeerStage(Stage):
             self._wait = layer.comm.copied("kv", *sizes, start)
 
     def gradients(self):
-        layer = self.layer
-        # Once this has arrived, others have read what was in the slot.
-        storage, wide = self.storage(), wide_dtype(layer.dtype)
-        if layer.wire != wide:
-            return storage.new_empty(self.size * self.rows, 2, layer.dim, dtype=wide)
-        layer.memory.claim("gradients", self.slot)
-        return self._slabs("gradients", self.rank, wide).flatten(0, 1)
+        self.layer.memory.claim("gradients", self.number)
+        return self._slabs("gradients", self.rank, self.layer.wire).flatten(0, 1)
 
     def give_back(self, grads, dk, dv):
         layer, memory = self.layer, self.layer.memory
         with memory.beside(layer.comm.mark(grads)):
-            if layer.wire != grads.dtype:
-                # Rows that nobody asks for hold anything.
-                self._slabs("gradients", self.rank, layer.wire).flatten(0, 1).copy_(grads)
-                used_here(grads)
             sees_me = layer.geometry.sees[:, self.rank]
             givers = [(part, [p for p in self._others() if sees_me[p, part.half]]) for part in self.parts]
             moves = [(p, part) for part, ranks in givers for p in ranks]
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 memory.meet()
+                # What was given in the stage before has been copied by all, and summed here.
+                memory.release("gradients", self.number - 1, layer.comm.mark(grads))
                 n_rows = sum(part.rows.stop - part.rows.start for _, part in moves)
                 arrived, begin = grads.new_empty(n_rows, 2, layer.dim, dtype=layer.wire), 0
                 for p, part in moves:
@@ -240,17 +242,17 @@ class PeerStage(Stage):
                     self._sum(part, grads, shares, dk, dv)
                     begin += len(ranks) * n_rows
                 done = layer.comm.mark(grads)
-            memory.release("gradients", self.slot, done)
+            memory.release("gradients", self.number, done)
             return done
 
         return finish
 
     def finish(self):
-        self.layer.memory.release("kv", self.slot, self.layer.comm.mark(self.storage()))
+        self.layer.memory.release("kv", self.number, self.layer.comm.mark(self.storage()))
 
     def _slabs(self, name: str, rank: int, dtype: torch.dtype) -> Tensor:
         """[P, H * W, 2, D]: what a rank has of this stage in a buffer."""
-        return self.layer.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.layer.dim), dtype)
+        return self.layer.memory.at(name, self.number, rank, (self.size, self.rows, 2, self.layer.dim), dtype)
 
     def _others(self) -> list[int]:
         """The other ranks, each rank's next one first, so that not all read from the same."""
