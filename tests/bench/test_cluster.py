@@ -226,6 +226,9 @@ def test_names_of_modes():
     assert exchange_options("allgather") == ExchangeOptions("allgather")
     assert exchange_options("allgather-nccl", 4) == ExchangeOptions("allgather", ranks_per_node=4, copy_engines=False)
     assert exchange_options("auto-nccl:1.5") == ExchangeOptions("auto", row_weight=1.5, copy_engines=False)
+    every = ExchangeOptions("auto", row_weight=2, keep=True, gradient_dtype="input", copy_engines=False)
+    assert exchange_options("auto-rounded-keep-nccl:2") == every
+    assert exchange_options("kv-keep") == ExchangeOptions("kv", keep=True)
     assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
 
 

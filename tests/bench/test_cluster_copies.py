@@ -132,13 +132,13 @@ def _counted(comm, n_tokens, modes):
 @pytest.mark.parametrize("size", [2, 4])
 def test_predicted_bytes_are_those_counted(size, rate, monkeypatch):
     monkeypatch.setattr(gather_costs, "COPY_RATE", rate)
-    modes = ["auto", "auto-nccl", "kv", "allgather", "allgather-nccl"]
+    modes = ["auto", "auto-nccl", "kv", "kv-rounded", "allgather", "allgather-rounded-keep", "allgather-nccl"]
     for report in run_threads(size, _counted, 256 * size, modes):
         for mode, (measured, predicted, used) in report.items():
             gathers = mode.startswith("allgather") or (mode == "auto" and rate > 1e9)
             # Requests carry headers, which are not predicted.
             assert measured == pytest.approx(predicted, rel=1e-9 if gathers else 0.02), mode
-            assert (used > 0) == (mode in ("auto", "allgather")), mode
+            assert (used > 0) == (mode in ("auto", "allgather", "allgather-rounded-keep")), mode
         assert report["allgather"][0] < report["allgather-nccl"][0]
         assert report["allgather"][1] < report["allgather-nccl"][1]
 
@@ -207,12 +207,15 @@ def _stand_in_rows(comm, *given):
 
 def test_the_part_stand_in(monkeypatch):
     monkeypatch.setattr(stand_in, "peer_memory", lambda comm: comm.peers())
-    rows, others = run_threads(2, _stand_in_rows, "--stand-in", "4,8,16")
-    assert not others and [row.ranks for row in rows] == [4, 8, 16]
-    for row in rows[:2]:
+    modes = "--modes", "auto,allgather,allgather-keep,allgather-nccl"
+    rows, others = run_threads(2, _stand_in_rows, "--stand-in", "4,8,16", *modes)
+    assert not others and [row.ranks for row in rows] == [4, 4, 8, 8, 16]
+    assert [row.name for row in rows[:2]] == ["moba allgather", "moba allgather-keep"]
+    assert rows[1].received_gb < rows[0].received_gb
+    for row in rows[:4]:
         assert row.both > 0 and row.off_both > 0 and row.off_error == 0 and row.received_gb > 0
         assert row.note == f"two GPUs: {100 / (row.ranks * row.both):.0f} % of {row.ranks} times one"
-    assert rows[2].both is None and "blocks would lie on two of 16 ranks" in rows[2].note
+    assert rows[4].both is None and "blocks would lie on two of 16 ranks" in rows[4].note
     monkeypatch.setattr(stand_in, "peer_memory", lambda comm: None)
     (row,), _ = run_threads(2, _stand_in_rows, "--stand-in", "4")
     assert row.note == "skipped: the GPUs do not map each other's memory"

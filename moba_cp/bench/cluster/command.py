@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modes",
         default=",".join(DEFAULT_MODES),
-        help="of the exchange, by commas; auto:2 for a row_weight, auto-nccl for no copy engines (%(default)s)",
+        help="of the exchange, by commas; auto:2 for a row_weight, and options behind: -rounded for gradient_dtype "
+        "input, -keep, -nccl for no copy engines (%(default)s)",
     )
     choices = ", ".join(CHOICES)
     parser.add_argument("--parts", help=f"by commas, of {choices} (default: all but nodes; with --nodes: it)")

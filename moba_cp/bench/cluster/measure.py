@@ -26,7 +26,8 @@ from .rows import Row
 
 MOBA, FULL, PEER = "moba", "full", "torch"
 WITHOUT_COPIES = "-nccl"
-"""What follows the name of a mode that is to leave copy engines alone."""
+VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
+"""What may follow the name of a mode, in this order from behind, and the options that it stands for."""
 DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_TFLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
@@ -46,19 +47,23 @@ class Limits:
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it.
 
-    ``auto:2`` is ``auto`` with ``row_weight`` 2; ``allgather-nccl`` and ``auto-nccl`` do without copy engines.
+    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name, in this order: ``-rounded`` sends gradients in the
+    inputs' dtype, ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
     """
     name, _, weight = mode.partition(":")
-    copies = not name.endswith(WITHOUT_COPIES)
-    name = name.removesuffix(WITHOUT_COPIES)
-    if not copies and name in MODES and name not in GATHERING_MODES:
+    options = {}
+    for ending, meaning in VARIANTS.items():
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            options |= meaning
+    if "copy_engines" in options and name in MODES and name not in GATHERING_MODES:
         raise ValueError(
             f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "
             f"{' or '.join(GATHERING_MODES)}"
         )
     try:
         weight = float(weight) if weight else None
-        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, copy_engines=copies)
+        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, **options)
     except ValueError as error:
         raise ValueError(f"modes: {mode!r}: {error}") from None
 

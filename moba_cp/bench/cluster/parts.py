@@ -143,14 +143,15 @@ def training_step(settings: Settings, ranks: Ranks, report: Report) -> None:
 def standing_in(settings: Settings, ranks: Ranks, report: Report) -> None:
     """MoBA on the first and the last of more ranks than there may be."""
     for n_tokens in settings.tokens:
+        alone = report.find("attention", n_tokens, 1, MOBA)
         for size in settings.stand_in:
 
             def one() -> None:
-                row = stand_in(settings.shape, n_tokens, size, settings.limits, ranks)
-                alone = report.find("attention", n_tokens, 1, MOBA)
-                if alone and row.both:
-                    row.note = row.note or f"two GPUs: {100 * alone.both / (size * row.both):.0f} % of {size} times one"
-                _add(ranks, report, [row])
+                for row in stand_in(settings.shape, n_tokens, size, settings.modes, settings.limits, ranks):
+                    if alone and row.both:
+                        share = 100 * alone.both / (size * row.both)
+                        row.note = row.note or f"two GPUs: {share:.0f} % of {size} times one"
+                    _add(ranks, report, [row])
 
             _on(ranks, 2, one)
 

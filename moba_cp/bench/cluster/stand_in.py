@@ -11,6 +11,8 @@ It says nothing of what more than two GPUs do to each other: links that they sha
 Legend: T tokens, P ranks.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,14 @@ from ...cp.context import CPContext
 from ...cp.peer import PeerMemory, peer_memory
 from ...cp.straddle import owned_means
 from .inputs import Shape, make_inputs
-from .measure import MOBA, Layer, Limits, measure, overlap
+from .measure import MOBA, Layer, Limits, exchange_options, measure, overlap
 from .ranks import Ranks
 from .replay import ReplayCommunicator
 from .rows import Row
 
 PART = "stand-in"
 MODE = "allgather"
-"""The one mode in which copy engines do everything, and nothing depends on what other ranks want."""
+"""The mode in which copy engines do everything, and nothing depends on what other ranks want."""
 
 
 class StandInMemory(PeerMemory):
@@ -86,25 +88,34 @@ class _Rank(Communicator):
         self.rank, self.size = rank, size
 
 
-def stand_in(shape: Shape, n_tokens: int, size: int, limits: Limits, ranks: Ranks) -> Row:
-    """A row with the wire on and off, of the slower of both; collective over the first two ranks."""
-    row = Row(PART, n_tokens, size, f"{MOBA} {MODE}")
+def able(modes: Sequence[str]) -> list[str]:
+    """Those of ``modes`` in which two GPUs can stand in for more, or the mode alone."""
+    return [mode for mode in modes if mode.startswith(MODE) and exchange_options(mode).copy_engines] or [MODE]
+
+
+def stand_in(
+    shape: Shape, n_tokens: int, size: int, modes: Sequence[str], limits: Limits, ranks: Ranks
+) -> Iterator[Row]:
+    """Rows with the wire on and off, of the slower of both; collective over the first two ranks."""
     pair = peer_memory(ranks.group(2))
+    reason = ""
     if shape.layout != "zigzag" or n_tokens % (2 * size * shape.moba.block_size):
-        row.note = f"skipped: in zigzag, with {n_tokens} tokens, blocks would lie on two of {size} ranks"
+        reason = f"skipped: in zigzag, with {n_tokens} tokens, blocks would lie on two of {size} ranks"
     elif pair is None:
-        row.note = "skipped: the GPUs do not map each other's memory"
-    if row.note:
-        return row
+        reason = "skipped: the GPUs do not map each other's memory"
+    if reason:
+        yield Row(PART, n_tokens, size, f"{MOBA} {MODE}", note=reason)
+        return
     memory = StandInMemory(pair, 0 if ranks.rank == 0 else size - 1, size)
     comm = StandInCommunicator(memory, _means(shape, n_tokens, size, ranks.device))
     layer = Layer(shape, n_tokens, size, ranks, comm, present=2)
-    candidate = layer.moba(MODE, ranks_per_node=size)
-    (row,) = measure(layer, row.part, [candidate], limits, lambda name: 0.0)
-    if not row.note:
-        off = overlap(layer, candidate, limits)
-        row.off_forward, row.off_both, row.off_error, row.note = off.off_forward, off.off_both, off.off_error, off.note
-    return row
+    candidates = [layer.moba(mode, ranks_per_node=size) for mode in able(modes)]
+    for candidate, row in zip(candidates, measure(layer, PART, candidates, limits, lambda name: 0.0), strict=True):
+        if row.both is not None:
+            off = overlap(layer, candidate, limits)
+            row.off_forward, row.off_both, row.off_error = off.off_forward, off.off_both, off.off_error
+            row.note = off.note
+        yield row
 
 
 def _means(shape: Shape, n_tokens: int, size: int, device: torch.device) -> Tensor:
