@@ -24,8 +24,24 @@ from .gather_stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
 from .queries import OutputGradient, Queries
 from .side_stream import wait_for
 
-# What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
-STAGE_BYTES = 256 << 20
+# K and V of the whole sequence in a stage: they take a GPU 1 to 2 ms, forward and a few times that backward, which is
+# more than starting a stage takes the host.
+STAGE_BYTES = 512 << 20
+
+
+def heads_of_stages(n_kv: int, stages: int, head_bytes: int) -> list[slice]:
+    """KV heads of each stage: at least ``stages`` of them, with at most STAGE_BYTES each of which a head takes
+    ``head_bytes``.
+
+    Long stages have a half before and a half behind: nothing hides how the first one's K and V come in backward, nor
+    how the last one's gradients return.
+    """
+    most = max(1, min(-(-n_kv // stages), STAGE_BYTES // head_bytes))
+    edge = most // 2 if most < n_kv and 2 * most * head_bytes > STAGE_BYTES else 0
+    middle = n_kv - 2 * edge
+    n_middle = -(-middle // most)
+    cuts = [0, *(edge + middle * i // n_middle for i in range(n_middle + 1)), n_kv]
+    return [slice(begin, end) for begin, end in zip(cuts[:-1], cuts[1:], strict=True) if begin < end]
 
 
 class Gathering:
@@ -36,11 +52,8 @@ class Gathering:
         geometry, options, memory = cp.geometry(block_size), cp.exchange, cp.peers
         _, n_kv, dim = k.shape
         self.costs = GatherCosts(geometry, n_kv, dim, k.dtype, options, memory is not None)
-        n_stages = max(options.stages, -(-self.costs.arriving_bytes // STAGE_BYTES))
-        # More of them where that makes them more even.
-        n_stages = -(-n_kv // max(1, n_kv // n_stages))
-        cuts = [n_kv * s // n_stages for s in range(n_stages + 1)]
-        heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+        head_bytes = len(geometry.owned) * geometry.widest * 2 * dim * k.dtype.itemsize
+        heads = heads_of_stages(n_kv, options.stages, head_bytes)
         self.layer = Layer(cp.comm, geometry, memory, heads, dim, k.dtype, options.wire_dtype(k.dtype))
         self._keep = options.keep
         self.kept: dict[int, Tensor] = {}

@@ -68,12 +68,39 @@ def test_copies_bring_only_what_queries_can_see():
 
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
 def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
-    whole = 3 * 128 * 4 * 2 * 16 * 8
-    for limit, stages in ((1 << 30, 2), (whole // 2, 2), (whole // 3, 4), (1, 4)):
+    head = 512 * 2 * 16 * 8
+    for limit, stages in ((1 << 30, 2), (4 * head, 2), (3 * head, 3), (2 * head, 3), (2 * head - 1, 4), (1, 4)):
         monkeypatch.setattr(gather, "STAGE_BYTES", limit)
         results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
         # In backward the ranks meet twice in each stage, also where nothing but gradients travels.
         assert all(peers.meetings == 3 * stages for *_, peers in results), limit
+
+
+@pytest.mark.parametrize(
+    "n_kv, stages, limit, expected",
+    [
+        (16, 2, 100, [8, 8]),  # short: as many as asked for
+        (16, 2, 15, [4, 8, 4]),
+        (16, 2, 2, [1, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (16, 2, 1, [1] * 16),
+        (16, 2, 0.5, [1] * 16),  # a head is not cut
+        (16, 1, 100, [16]),
+        (16, 1, 16, [16]),
+        (16, 1, 7, [3, 5, 5, 3]),
+        (8, 64, 100, [1] * 8),
+        (5, 2, 3, [1, 3, 1]),
+        (3, 2, 2, [1, 1, 1]),
+        (1, 2, 1, [1]),
+        (1, 2, 100, [1]),
+    ],
+)
+def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
+    """``limit`` in heads."""
+    monkeypatch.setattr(gather, "STAGE_BYTES", int(1000 * limit))
+    cuts = gather.heads_of_stages(n_kv, stages, 1000)
+    assert [cut.stop - cut.start for cut in cuts] == expected
+    assert cuts[0].start == 0 and cuts[-1].stop == n_kv
+    assert all(a.stop == b.start for a, b in zip(cuts[:-1], cuts[1:]))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
