@@ -37,6 +37,8 @@ class PeerMemory:
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
+        self.generation = 0
+        """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
@@ -65,6 +67,7 @@ class PeerMemory:
             self._settle()
             del self._buffers[name]
         self._buffers[name] = self._allocate(name, SLOTS * slot)
+        self.generation += 1
 
     def open_pass(self, what: str) -> None:
         """The stages of one pass begin.
