@@ -131,14 +131,14 @@ def add_pages(
     backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.pack_slab`."""
-    backend(slab).pack_slab(k, v, slab)
+    backend(slab).pack_slab(k, v, slab, cut)
 
 
-def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.sum_shares`."""
-    backend(dk).sum_shares(own, shares, dk, dv, skip)
+    backend(dk).sum_shares(own, shares, places, dk, dv, cut)
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:

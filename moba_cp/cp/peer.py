@@ -36,6 +36,8 @@ class PeerMemory:
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
+        self.generation = 0
+        """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
@@ -65,6 +67,7 @@ class PeerMemory:
             del self._buffers[name]
         self._buffers[name] = self._allocate(name, slots * slot)
         self._slots[name] = slots
+        self.generation += 1
 
     def open_pass(self, what: str) -> None:
         """The stages of one pass begin.
@@ -88,9 +91,9 @@ class PeerMemory:
 
     def at(self, name: str, stage: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor at the beginning of a stage's slot of a rank's buffer."""
-        buffer, slots = self._buffers[name][rank], self._slots[name]
-        room = buffer.numel() // slots
-        begin, count = stage % slots * room, torch.Size(shape).numel() * dtype.itemsize
+        buffer = self._buffers[name][rank]
+        room = buffer.numel() // self._slots[name]
+        begin, count = self.slot(name, stage) * room, torch.Size(shape).numel() * dtype.itemsize
         assert count <= room, f"{count} bytes in a slot of {name}, {room}"
         return buffer[begin : begin + count].view(dtype).view(shape)
 
@@ -98,13 +101,17 @@ class PeerMemory:
         """Context of the stream on which contents move, once it has passed ``after``; nothing for None."""
         return self._side.beside(after)
 
+    def slot(self, name: str, stage: int) -> int:
+        """The number of a stage's slot of buffer ``name``."""
+        return stage % self._slots[name]
+
     def release(self, name: str, stage: int, after: torch.cuda.Event | None) -> None:
         """The stage needs its slot of this rank's buffer ``name`` no longer, once the device has passed ``after``."""
-        self._released[name, stage % self._slots[name]] = after
+        self._released[name, self.slot(name, stage)] = after
 
     def claim(self, name: str, stage: int) -> None:
         """Let the current stream wait until no stage before needs the slot."""
-        wait_for(self._released.get((name, stage % self._slots[name])))
+        wait_for(self._released.get((name, self.slot(name, stage))))
 
     def meet(self) -> None:
         """What every rank wrote before on its current stream can be copied by all after this, on theirs."""

@@ -1,10 +1,12 @@
 """All K and V to every rank, by collectives and by copies between memories that ranks read of one another."""
 
+import collections
+
 import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, moba_attention, ops
-from moba_cp.cp import gather, gather_costs, peer
+from moba_cp.cp import gather, gather_costs, gather_stages, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, random_case, relative_error, run_reference
@@ -64,6 +66,21 @@ def test_copies_bring_only_what_queries_can_see():
     assert second["received_kv_gradients_bytes"] == 2 * half
     everything = [c for _, c, _ in run_threads(2, _run, False, _aligned(), "zigzag", options)]
     assert all(c["received_kv_bytes"] == 4 * half for c in everything)
+
+
+def test_one_copy_from_each_rank(monkeypatch):
+    """Zigzag on four ranks: rank r sees both parts of higher ranks' slabs, which adjoin, and the first of lower ones'.
+    Shares of gradients return likewise."""
+    copied = collections.Counter()
+
+    def count(targets, sources, copy=gather_stages._copy):
+        copied[tuple(sorted(len(x) for x in sources))] += 1
+        copy(targets, sources)
+
+    monkeypatch.setattr(gather_stages, "_copy", count)
+    run_threads(4, _run, True, _aligned(n_kv=2), "zigzag", ExchangeOptions("allgather", stages=2))
+    # Two stages: K and V in forward and backward, and gradients.
+    assert copied == {(64,) * lower + (128,) * (3 - lower): 2 * 3 for lower in range(4)}
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
