@@ -214,7 +214,9 @@ class Communicator:
 
     def books(self) -> tuple[Counters, Counters]:
         """The counters of all layers and those of the current one."""
-        return self.counters, self.by_layer.setdefault(self.layer, Counters())
+        if self.layer not in self.by_layer:
+            self.by_layer[self.layer] = Counters()
+        return self.counters, self.by_layer[self.layer]
 
     def _count(self, kind: str, sent: int, received: int) -> None:
         for counters in self.books():
