@@ -20,6 +20,10 @@ from .side_stream import SideStream, wait_for
 _ROUND = 1 << 21
 
 
+class MissingMemory(RuntimeError):
+    """Some rank has no memory for copies; raised on all ranks."""
+
+
 class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
@@ -54,7 +58,7 @@ class PeerMemory:
         """Make the ``slots`` slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
 
         Raises:
-            RuntimeError: on all ranks, if one has no such memory left.
+            MissingMemory: on all ranks, if one has no such memory left.
         """
         # Sizes differ with the batch: a step of an eighth now saves many small ones.
         step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
@@ -193,14 +197,9 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
     dist.all_gather_object(everybody, (_host(), str(properties.uuid)), group)
     if len({host for host, _ in everybody}) > 1 or len({gpu for _, gpu in everybody}) < len(everybody):
         return None
-    memory, error = None, ""
     try:
-        memory = SymmetricMemory(group)
-    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
-        error = str(failure).strip().split("\n")[0] or type(failure).__name__
-    try:
-        _agree(error, group, "memory that all ranks read")
-    except RuntimeError as failure:
+        return _symmetric_memory(group)
+    except MissingMemory as failure:
         if dist.get_rank(group) == 0:
             warnings.warn(
                 f"the group's GPUs do not map each other's memory, so NCCL brings K and V ({failure}); let every "
@@ -208,16 +207,28 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
                 stacklevel=2,
             )
         return None
+
+
+def _symmetric_memory(group: dist.ProcessGroup) -> SymmetricMemory:
+    memory, error = None, ""
+    try:
+        memory = SymmetricMemory(group)
+    except MissingMemory:
+        # All ranks know.
+        raise
+    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
+        error = str(failure).strip().split("\n")[0] or type(failure).__name__
+    _agree(error, group, "memory that all ranks read")
     return memory
 
 
 def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
-    """Raise RuntimeError on all ranks if any of them has an error; a collective call."""
+    """Raise :class:`MissingMemory` on all ranks if any of them has an error; a collective call."""
     errors: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, error, group)
     for rank, why in enumerate(errors):
         if why:
-            raise RuntimeError(f"rank {rank}: {why} ({what})")
+            raise MissingMemory(f"rank {rank}: {why} ({what})")
 
 
 def _host() -> str:

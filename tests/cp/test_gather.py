@@ -1,9 +1,12 @@
 """All K and V to every rank, by collectives and by copies between memories that ranks read of one another."""
 
 import collections
+import types
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, moba_attention, ops
 from moba_cp.cp import gather, gather_costs, gather_stages, peer
@@ -11,7 +14,7 @@ from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, random_case, relative_error, run_reference
 from tests.cp.test_moba import NAMES, across_ranks, fits
-from tests.distributed import run_threads
+from tests.distributed import run_ranks, run_threads
 
 OPTIONS = [
     ExchangeOptions("allgather"),
@@ -238,3 +241,29 @@ def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, mon
     monkeypatch.setattr(peer.dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(peer, "_mapped", lambda group: "mapped")
     assert peer.peer_memory(Group()) == expected
+
+
+class _Unequal:
+    """Memory that rank 0 has and rank 1 cannot even ask for."""
+
+    def __init__(self, group):
+        if dist.get_rank(group) == 1:
+            raise ImportError("no such module")
+        peer._agree("", group, "2 MiB for copies")
+
+
+def _looks_for_memory(rank, memories):
+    group = dist.group.WORLD
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        patch.setattr(torch.cuda, "current_device", lambda: rank)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=device))
+        patch.setattr(peer, "SymmetricMemory", memories)
+        found = peer._mapped(group)
+    return found is None, [str(warning.message) for warning in said]
+
+
+def test_a_rank_without_memory_is_named_once_and_nobody_waits_for_it():
+    (first, said), other = run_ranks(2, _looks_for_memory, _Unequal)
+    assert first and other == (True, [])
+    assert len(said) == 1 and said[0].count("rank 1: no such module (") == 1 and said[0].count("rank") == 1
