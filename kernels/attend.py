@@ -1,4 +1,4 @@
-"""Block attention of rows over one storage: launches of the kernels, in slices that bound the scratch memory.
+"""Block attention of rows over one storage: launches of the kernels, slice by slice (see :mod:`.work`).
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S chosen blocks per row,
 S' = S + 1 where rows also see their own block, else S.
@@ -6,50 +6,20 @@ S' = S + 1 where rows also see their own block, else S.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import hopper, tuned
-from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
+from . import hopper
+from .backward import DQ_ATOMIC, DQ_NONE, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
 from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
-from .routing import Routing, Tasks, build_routing, cut_tasks
+from .routing import Routing, Tasks, build_routing
 from .tuned import Tile
+from .work import Call, Work, backward_work, cut, forward_work, index_size, part_dtype, shared_work, sum_places
 
-# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
-# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
-FORWARD_SCRATCH = 5 << 28
-BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
-# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. (The backward's
-# table has three times as many, and its scratch keeps a slice far below a third of this.)
-MAX_VISITS = 2**31 - 2**16
-# Of the backward's table, per visit.
-VISIT_BYTES = 20
-
-
-class _Work(NamedTuple):
-    """How a call is done: alike for storages alike, of which each has some heads."""
-
-    tile: Tile
-    """Of the forward, or of the backward kernel that holds keys."""
-    rows: list[slice]
-    """Slices; an index, and its tasks, are one slice's, and serve all heads."""
-    kv_step: int
-    """Most KV heads at a time."""
-    visits: list[tuple[Tensor, Tensor | None, Tensor | None]]
-    """By slice: chosen, own and visible."""
-    routings: list[Routing]
-    tasks: list[Tasks]
-    mode: int = DQ_NONE.value
-    """Of the backward, as what follows: where dQ comes from."""
-    direct: bool = False
-    """See :func:`_backward_slices`."""
-    query_tile: Tile | None = None
-    query_tasks: list[Tasks | None] = []
 
 
 def attend(
@@ -114,18 +84,10 @@ def attend(
     )
     join = into is not None and not whole
 
-    def plan(task_heads: slice | None) -> _Work:
-        scratch = scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
-        group = n_heads // pages.row.shape[0]
-        slices = _slices(n_rows, group, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch)
-        tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
-        visits, routings = _index(slices[0], chosen, own, visible, pages.row, index)
-        tasks = [cut_tasks(routing, tile.task_rows, pages.row, task_heads) for routing in routings]
-        return _Work(tile, *slices, visits, routings, tasks)
-
-    work = _planned(plan, "forward", kv_heads, pages.row, shared)
+    call = Call(q, pages, chosen, own, visible, scale, kv_heads, index, scratch_bytes)
+    work = shared_work("forward", lambda heads: forward_work(call, heads), call, shared)
     for rows, visits, routing, tasks in zip(work.rows, work.visits, work.routings, work.tasks, strict=True):
-        for some in _cut(kv_heads, work.kv_step):
+        for some in cut(kv_heads, work.kv_step):
             _attend_slice(q, pages, *visits, scale, out, lse, join, routing, work.tile, tasks, rows, some)
     return out, lse
 
@@ -209,24 +171,9 @@ def attend_backward(
                 keys_done()
             return into
 
-    def plan(task_heads: slice | None) -> _Work:
-        kind = dim, pages.block_size, q.dtype, q.device
-        specialized = hopper.serves(q, pages, scale, dout)
-        tile = tuned.key_tile(*kind, specialized and not deterministic)
-        query_tile = tuned.query_tile(*kind, specialized)
-        by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
-        mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-        scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
-        *slices, direct = _backward_slices(q, pages, kv_heads, n_slots, mode, tile, local_dtype, fresh, scratch)
-        visits, routings = _index(slices[0], chosen, own, visible, pages.row, index)
-        tasks = [cut_tasks(routing, tile.task_rows, pages.row, task_heads) for routing in routings]
-        query_tasks = [
-            cut_tasks(routing, query_tile.task_rows, pages.row, task_heads) if mode == DQ_NONE.value else None
-            for routing in routings
-        ]
-        return _Work(tile, *slices, visits, routings, tasks, mode, direct, query_tile, query_tasks)
-
-    work = _planned(plan, "backward", kv_heads, pages.row, shared)
+    call = Call(q, pages, chosen, own, visible, scale, kv_heads, index, scratch_bytes)
+    how = dout, deterministic, local_dtype is not None, fresh
+    work = shared_work("backward", lambda heads: backward_work(call, heads, *how), call, shared)
     if fresh and not work.direct:
         if dk.dtype != torch.float32:
             # Slices of rows add to one another.
@@ -242,12 +189,12 @@ def attend_backward(
             attend_backward(*some, scratch_bytes=scratch_bytes, into=(dq, *sums), **rest)
             return into
         dk.zero_(), dv.zero_()
-    head_slices = _cut(kv_heads, work.kv_step)
+    head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
         sums = dk, dv, None, None, 0
         if work.direct:
-            n_sums = _sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
+            n_sums = sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
             sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
         elif local_dtype is not None:
             sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, some_heads.start
@@ -278,42 +225,6 @@ def routing_index(
     return build_routing(_whole_slots(chosen), own, visible, page_row).flat
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
-    """Elements of the index that :func:`routing_index` makes for q [N, Hq, D] and S' ``n_slots``; 0 if it is None."""
-    n_rows, n_heads, _ = q.shape
-    if n_rows * n_heads * n_slots * n_blocks == 0:
-        return 0
-    scratch = max(FORWARD_SCRATCH, q.nbytes)
-    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
-    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
-
-
-def _planned(
-    plan: Callable[[slice | None], _Work], name: str, kv_heads: slice, page_row: Tensor, shared: dict | None
-) -> _Work:
-    """``plan`` of tasks of ``kv_heads``; where ``shared``, of all heads, and made once for as many of any storage."""
-    if shared is None:
-        return plan(kv_heads)
-    key = name, kv_heads.stop - kv_heads.start
-    if key not in shared:
-        shared[key] = page_row, plan(None)
-    assert shared[key][0] is page_row, "calls that share their work are to have one table of blocks"
-    return shared[key][1]
-
-
-def _index(row_slices: list[slice], chosen: Tensor, own, visible, page_row: Tensor, index: Tensor | None):
-    """chosen, own and visible of each slice of rows, and its routing: ``index`` if there is but one."""
-    visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
-    if index is not None and len(row_slices) == 1:
-        return visits, [Routing(index, chosen.numel() + (own is not None) * chosen.shape[0] * chosen.shape[1])]
-    return visits, [build_routing(*some, page_row) for some in visits]
-
-
-def _row_bytes(q: Tensor, n_slots: int) -> int:
-    """Scratch of :func:`attend` for one row of one head."""
-    return n_slots * (q.shape[2] * q.element_size() + 4)
-
-
 def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
     if not (all(x.stride(-1) == 1 for x in (pages.k, pages.v, pages.row)) and pages.length.is_contiguous()):
         row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
@@ -336,65 +247,6 @@ def _row_major(x: Tensor) -> Tensor:
     dim = x.shape[2]
     fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0
     return x if fits and x.stride(0) // dim * x.shape[0] < 2**31 else x.contiguous()
-
-
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows].contiguous()
-
-
-def _slices(
-    n_rows: int, group: int, kv_heads: slice, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
-) -> tuple[list[slice], int]:
-    """Slices of rows, and KV heads at a time, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
-    query head, and ``head_bytes`` per KV head.
-
-    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
-    index would outgrow 32 bits.
-    """
-    n_kv = kv_heads.stop - kv_heads.start
-    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
-    row_step = min(
-        max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
-        MAX_VISITS // (n_kv * group * n_slots),
-    )
-    return _cut(slice(0, n_rows), max(1, row_step)), kv_step
-
-
-def _backward_slices(
-    q: Tensor, pages, kv_heads: slice, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None,
-    fresh: bool, scratch_bytes: int,
-) -> tuple[list[slice], int, bool]:  # fmt: skip
-    """Slices of rows, KV heads at a time, and whether dk and dv are stored at once: rounded, sums for long lists only.
-
-    That takes that nothing is to be added to, and that all rows come in one slice.
-    """
-    n_rows, n_heads, dim = q.shape
-    group = n_heads // pages.row.shape[0]
-    row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
-    shape = n_rows, group, kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
-    if local_dtype is not None or fresh:
-        n_sums = _sum_places(n_rows, group * n_slots, pages, 1, key_tile)
-        row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
-        if len(row_slices) == 1:
-            return row_slices, kv_step, True
-    return *_slices(*shape, 0 if local_dtype is None else 8 * dim * pages.k.shape[0], scratch_bytes), False
-
-
-def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
-    """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
-    return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
-
-
-def _cut(whole: slice, step: int) -> list[slice]:
-    """Even slices of at most ``step``: the last one should not be a sliver."""
-    total = whole.stop - whole.start
-    step = cdiv(total, cdiv(total, step))
-    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
-
-
-def _part_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of one visit's part of dQ: float16 could overflow where the sum does not."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 class _Slice:
@@ -456,7 +308,7 @@ def _attend_slice(
 
 def _backward_slice(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, sum_k, sum_v,
-    first_head: int, work: _Work, i_rows: int, kv_heads: slice, keys_done: Callable[[], None] | None,
+    first_head: int, work: Work, i_rows: int, kv_heads: slice, keys_done: Callable[[], None] | None,
 ) -> None:  # fmt: skip
     tile, mode, routing, key_tasks = work.tile, work.mode, work.routings[i_rows], work.tasks[i_rows]
     rows = work.rows[i_rows]
@@ -468,7 +320,7 @@ def _backward_slice(
     if mode == DQ_ATOMIC.value:
         into = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
     else:
-        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
+        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=part_dtype(q.dtype), device=q.device)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
     own_end = torch.zeros(part.row.numel(), dtype=torch.int32, device=q.device) if own is not None else None

@@ -282,9 +282,10 @@ class Communicator:
 def used_here(*tensors: Tensor) -> None:
     """Tell the allocator that ``tensors``, made on the stream beside, are used on the current one: what takes their
     memory after them has to wait for both."""
-    for x in tensors:
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream())
+    on_gpu = [x for x in tensors if x.is_cuda]
+    here = torch.cuda.current_stream() if on_gpu else None
+    for x in on_gpu:
+        x.record_stream(here)
 
 
 def ring_bytes(k: Tensor, size: int) -> int:

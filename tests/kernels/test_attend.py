@@ -7,8 +7,8 @@ import torch
 
 from moba_cp import eager, kernels
 from moba_cp.kernels import tuned
-from moba_cp.kernels.attend import FORWARD_SCRATCH
 from moba_cp.kernels.merge import merge_visits
+from moba_cp.kernels.work import FORWARD_SCRATCH
 from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
 
 # lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
