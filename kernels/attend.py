@@ -261,7 +261,7 @@ class _Slice:
         self.block_size = pages.block_size
         self.heads = pages.query_heads(kv_heads, q.shape[1])
         self.n_heads = self.heads.stop - self.heads.start
-        self.q, self.chosen = q[rows, self.heads], chosen[:, self.heads]
+        self.q = q[rows, self.heads]
         self.n_rows = self.q.shape[0]
         self.n_visits = self.n_rows * self.n_heads * self.n_slots
         self.k, self.v, self.length = pages.k, pages.v, pages.length
@@ -330,7 +330,6 @@ def _backward_slice(
     list_start = routing.list_start[part.lists]
     constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
     inputs = part.q, part.k, part.v, dout
-    strides = *part.k.stride()[:2], *part.v.stride()[:2]
     with on_device(q):
         _visit_table_kernel[part.grid(key_tasks)](
             routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, own_end,
@@ -345,7 +344,7 @@ def _backward_slice(
             _key_kernel[part.grid(key_tasks, key_tiles)](
                 *inputs, into, *rest, key_tasks.table, list_start, *part.pages, turn,
                 scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
-                *strides, *dk.stride()[:2], *part.page_strides, **constants,
+                *part.strides[2:], *dk.stride()[:2], *part.page_strides, **constants,
                 OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
                 ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
@@ -363,10 +362,11 @@ def _backward_slice(
         elif mode == DQ_NONE.value:
             _query_kernel[part.grid(query_tasks)](
                 *inputs, into, table, stats, query_tasks.table, list_start, *part.pages,
-                scale, part.n_visits, *part.task_args(query_tasks), part.n_blocks, *strides, *part.page_strides,
-                **constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+                scale, part.n_visits, *part.task_args(query_tasks), part.n_blocks,
+                *part.strides[2:], *part.page_strides, **constants,
+                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
         scale_rows(into, dq, scale, add)
     else:
-        sum_visits(into, dq, part.chosen, own, visible, part.row, scale, add)
+        sum_visits(into, dq, chosen[:, part.heads], own, visible, part.row, scale, add)

@@ -76,7 +76,8 @@ class Layer:
                 rows = self.seen(p, self.comm.rank, count)
                 places.append((p * slab, 0, slab) if self.memory is None else (begin, rows.start, rows.stop))
                 begin += rows.stop - rows.start
-            self.geometry.tables[key] = torch.tensor(places, device=self.geometry.owner.device)
+            # Not to wait for what was issued before.
+            self.geometry.tables[key] = torch.tensor(places).to(self.geometry.owner.device, non_blocking=True)
         return self.geometry.tables[key]
 
     def page_table(self, with_own: bool) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ class Layer:
         key = "gathered", self.heads[-1].stop, len(self.heads), with_own
         if key not in geometry.tables:
             device, cut, widest = geometry.owner.device, geometry.cut, geometry.widest
-            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device)
+            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device, non_blocking=True)
             is_late = geometry.owner_row >= cut
             own = geometry.owner == self.comm.rank
             visible = torch.where(own, with_own, sees[geometry.owner, is_late.long()])
