@@ -188,6 +188,7 @@ def attend(
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     whole: bool = False,
+    shared: dict | None = None,
 ):
     """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
 
@@ -195,10 +196,12 @@ def attend(
         index: of :func:`routing_index`.
         kv_heads: with ``into``: the KV heads to do; None for all.
         whole: with ``into``: there are no other keys; it holds nothing yet, and out may have any dtype.
+        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike and have
+            one ``row``: the first may leave here what serves the others.
     """
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
-        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into, whole=whole)
+        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into, whole=whole, shared=shared)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale
@@ -214,17 +217,18 @@ def attend(
 
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    kv_heads=None, into=None, fresh=False, whole=False, keys_done=None,
+    kv_heads=None, into=None, fresh=False, whole=False, keys_done=None, shared=None,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
-    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet and may have any dtype; rows
-    of blocks in ``pages`` are written, others left or zeroed, so that one call has to serve the whole storage.
-    ``whole``: the same of dq, which no other storage has a part in. ``keys_done``: called once dk and dv are on their
-    way to be written; dq may follow."""
+    ``index``, ``kv_heads`` and ``shared``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet and may have any
+    dtype; rows of blocks in ``pages`` are written, others left or zeroed, so that one call has to serve the whole
+    storage. ``whole``: the same of dq, which no other storage has a part in. ``keys_done``: called once dk and dv are
+    on their way to be written; dq may follow."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
         rest = dict(index=index, kv_heads=kv_heads, into=into, fresh=fresh, whole=whole, keys_done=keys_done)
+        rest["shared"] = shared
         return backend(q).attend_backward(*inputs, **rest)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])

@@ -58,6 +58,8 @@ class Gathering:
         self._keep = options.keep
         self.kept: dict[int, Tensor] = {}
         """Storages of stages that arrived in forward and serve backward too."""
+        self._shared: dict = {}
+        """What attention to the stages of a pass has in common."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
 
@@ -81,7 +83,7 @@ class Gathering:
             if differentiated:
                 # Before activations fill what is left.
                 memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
-        self._returning = None
+        self._returning, self._shared = None, {}
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)
         with (memory or comm).beside(ready):
@@ -94,6 +96,16 @@ class Gathering:
 
         ahead = [begin(number) for number in range(min(kind.ahead, len(layer.heads)))]
         return self._in_turn(ahead, begin, self._keep and differentiated and not backward)
+
+    def attend(self, stage: Stage, rows: Queries, into: tuple[Tensor, Tensor], whole: bool) -> None:
+        """Attention to a stage's heads.
+
+        Args:
+            stage: of :meth:`stages`.
+            into: out [L, Hq, D] and lse [L, Hq], see :func:`moba_cp.ops.attend`.
+            whole: ``into`` holds nothing yet; otherwise what it has of own blocks.
+        """
+        rows.attend(stage.pages(with_own=whole), stage.heads, into, whole=whole, shared=self._shared)
 
     def attend_backward(
         self, stage: Stage, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor
@@ -112,7 +124,7 @@ class Gathering:
             self._returning = stage.give_back(grads, dk, dv)
 
         into = dq, grads[:, :1], grads[:, 1:]
-        how = dict(fresh=True, whole=True, keys_done=keys_done)
+        how = dict(fresh=True, whole=True, keys_done=keys_done, shared=self._shared)
         rows.attend_backward(stage.pages(with_own=True), stage.heads, into, output, **how)
 
     def wait(self) -> None:
@@ -134,5 +146,6 @@ class Gathering:
             stage.finish()
             if number + stage.ahead < len(self.layer.heads):
                 ahead.append(begin(number + stage.ahead))
+        self._shared = {}
         if self.layer.memory is not None:
             self.layer.memory.close_pass()

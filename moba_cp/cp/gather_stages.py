@@ -31,8 +31,8 @@ class Moves(NamedTuple):
     """Rows to read of other ranks' slots, each rank's next one first, so that not all read from the same."""
     targets: list[Tensor]
     """Where K and V go in this rank's slot. (Shares of gradients go to new memory, one behind the other.)"""
-    n_rows: int
-    """Of all sources."""
+    n_rows: list[int]
+    """Of each source."""
     sizes: tuple[int, int]
     """Bytes that others read here, and that this rank reads."""
 
@@ -79,9 +79,9 @@ class Layer:
             self.geometry.tables[key] = torch.tensor(places, device=self.geometry.owner.device)
         return self.geometry.tables[key]
 
-    def page_row(self, with_own: bool) -> Tensor:
+    def page_table(self, with_own: bool) -> tuple[Tensor, Tensor]:
         """[Hkv, n] int64, row of its stage's storage at which each block begins that this rank can see, -1 for others;
-        made once."""
+        and [Hkv, n] int32, its head there. Made once."""
         geometry = self.geometry
         key = "gathered", self.heads[-1].stop, len(self.heads), with_own
         if key not in geometry.tables:
@@ -97,7 +97,8 @@ class Layer:
                 early = head * cut + geometry.owner_row
                 late = count * cut + head * (widest - cut) + geometry.owner_row - cut
                 rows.append(geometry.owner * count * widest + torch.where(is_late, late, early))
-            geometry.tables[key] = torch.where(visible, torch.cat(rows), -1)
+            row = torch.where(visible, torch.cat(rows), -1)
+            geometry.tables[key] = row, geometry.no_head.expand(*row.shape)
         return geometry.tables[key]
 
 
@@ -127,9 +128,8 @@ class Stage:
     def pages(self, with_own: bool) -> Pages:
         """The blocks of the storage that this rank can see, its own among them or not."""
         storage, geometry = self.storage(), self.layer.geometry
-        row = self.layer.page_row(with_own)
-        head = geometry.no_head.expand(*row.shape)
-        return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
+        table = self.layer.page_table(with_own)
+        return Pages(storage[:, :1], storage[:, 1:], *table, geometry.length, geometry.block_size)
 
     def gradients(self) -> Tensor:
         """[P * H * W, 2, D], as it will travel, for this rank's shares of the gradients of the storage; it holds
@@ -236,8 +236,8 @@ class PeerStage(Stage):
                 memory.meet()
                 # What was given in the stage before has been copied by all, and summed here.
                 memory.release("gradients", self.number - 1, layer.comm.mark(grads))
-                arrived = grads.new_empty(moves.n_rows, 2, layer.dim)
-                _copy(arrived.split([len(x) for x in moves.sources]), moves.sources)
+                arrived = grads.new_empty(sum(moves.n_rows), 2, layer.dim)
+                _copy(arrived.split(moves.n_rows), moves.sources)
                 return arrived, layer.comm.mark(grads)
 
             wait = layer.comm.copied("kv_gradients", *moves.sizes, start)
@@ -270,8 +270,8 @@ class PeerStage(Stage):
                     targets.append(slabs[owner, rows])
                 back = layer.seen(owner, viewer, self.count)
                 leaving += back.stop - back.start
-            n_rows = sum(map(len, sources))
-            sizes = leaving * row_bytes, n_rows * row_bytes
+            n_rows = [len(x) for x in sources]
+            sizes = leaving * row_bytes, sum(n_rows) * row_bytes
             layer.geometry.tables[key] = Moves(slabs.flatten(0, 1), sources, targets, n_rows, sizes)
         return layer.geometry.tables[key]
 

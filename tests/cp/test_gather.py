@@ -1,6 +1,7 @@
 """All K and V to every rank, by collectives and by copies between memories that ranks read of one another."""
 
 import collections
+import threading
 import types
 import warnings
 
@@ -132,13 +133,17 @@ def test_deterministic_from_run_to_run(shared):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+_here = threading.local()
+"""What a rank of :func:`_two_sequences` has."""
+
+
 def _two_sequences(comm):
     """A short sequence, a longer one, the short one again: buffers grow, and slots go on in turn."""
-    comm.share_memory()
+    _here.memory = comm.share_memory().peers()
+    cp = CPContext(comm, "zigzag", 512, exchange=ExchangeOptions("allgather"))
     results, sizes = [], []
     for case in (_aligned(1), _aligned(4), _aligned(1)):
         config = MoBAConfig(case.block_size, case.top_k)
-        cp = CPContext(comm, "zigzag", case.q.shape[0], exchange=ExchangeOptions("allgather"))
         leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
         out = moba_attention(*leaves, config, cp=cp)
         with torch.no_grad():
@@ -150,6 +155,12 @@ def _two_sequences(comm):
 
 
 def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
+    def from_present_buffers(targets, sources, copy=gather_stages._copy):
+        present = {x.untyped_storage().data_ptr() for parts in _here.memory._buffers.values() for x in parts}
+        assert all(x.untyped_storage().data_ptr() in present for x in sources)
+        copy(targets, sources)
+
+    monkeypatch.setattr(gather_stages, "_copy", from_present_buffers)
     monkeypatch.setattr(peer, "_ROUND", 1)
     expected = [run_reference(_aligned(n_kv))[:4] for n_kv in (1, 4, 1)]
     for results, (short, longer, again) in run_threads(2, _two_sequences):

@@ -7,8 +7,8 @@ import torch
 
 from moba_cp import eager, kernels
 from moba_cp.kernels import tuned
-from moba_cp.kernels.attend import FORWARD_SCRATCH
 from moba_cp.kernels.merge import merge_visits
+from moba_cp.kernels.work import FORWARD_SCRATCH
 from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
 
 # lengths, (Hq, Hkv), D, B, k. In float32 a tile holds 32 keys: B = 16 and 32 are short blocks, the others long ones.
@@ -157,6 +157,36 @@ def test_results_join_what_is_there(block_size, deterministic, has_index):
         close(actual, expected)
     for actual, expected in zip((dq, both[:, :, 0], both[:, :, 1]), grads):
         close(actual - 1, expected)
+
+
+@pytest.mark.parametrize("block_size, scratch", [(16, None), (48, None), (48, 1 << 14)], ids=str)
+def test_storages_alike_share_their_work(block_size, scratch):
+    """A storage for each KV head, or two, with rows in common, as where all K and V come: tasks are cut once for as
+    many heads."""
+    p = Problem([150, 90], (8, 4), 32, block_size, 4)
+    out, lse, delta, grads = exact(p)
+    row = p.pages.row.contiguous()
+    index = kernels.routing_index(p.q, *p.visits, row)
+    into = torch.full_like(p.q, torch.nan), torch.full(lse.shape, torch.nan, device=p.q.device)
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (p.q, p.k, p.v))
+    forward, backward = {}, {}
+    how = dict(index=index, scratch_bytes=scratch, whole=True)
+    for heads in (slice(0, 1), slice(1, 3), slice(3, 4)):
+        place = torch.arange(4, dtype=torch.int32, device=p.q.device)[:, None] - heads.start
+        k, v = p.k[:, heads].contiguous(), p.v[:, heads].contiguous()
+        pages = replace(p.pages, k=k, v=v, row=row, head=place.expand(4, row.shape[1]))
+        inputs = p.q, pages, *p.visits, p.scale
+        kernels.attend(*inputs, kv_heads=heads, into=into, shared=forward, **how)
+        kernels.attend_backward(
+            *inputs, p.dout, lse.float(), delta.float(), kv_heads=heads, into=(dq, dk[:, heads], dv[:, heads]),
+            fresh=True, shared=backward, **how,
+        )  # fmt: skip
+    assert len(forward) == len(backward) == 2
+    for actual, expected in zip((*into, dq, dk, dv), (out, lse, *grads)):
+        close(actual, expected)
+    other = replace(pages, row=row.clone())
+    with pytest.raises(AssertionError, match="one table of blocks"):
+        kernels.attend(p.q, other, *p.visits, p.scale, kv_heads=heads, into=into, shared=forward, **how)
 
 
 @pytest.mark.parametrize("n_parts", [0, 3, 40])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from moba_cp.kernels import routing
-from moba_cp.kernels.attend import MAX_VISITS
+from moba_cp.kernels.work import MAX_VISITS
 from tests.kernels.inputs import DEVICE, Problem, poisoned
 
 
