@@ -24,9 +24,9 @@ from .gather_stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
 from .queries import OutputGradient, Queries
 from .side_stream import wait_for
 
-# K and V of the whole sequence in a stage: they take a GPU 1 to 2 ms, forward and a few times that backward, which is
-# more than starting a stage takes the host.
-STAGE_BYTES = 512 << 20
+# K and V of the whole sequence in a stage: copies take most of a millisecond, and memory of a few such stages stays. On
+# four GPUs attention takes as long forward, and twice that backward; a host starts a stage in less.
+STAGE_BYTES = 256 << 20
 
 
 def heads_of_stages(n_kv: int, stages: int, head_bytes: int) -> list[slice]:
