@@ -372,18 +372,18 @@ def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
 
 
 def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
-    """Write the sums of all ranks' shares of the gradients of some rows.
+    """Write the sums of all ranks' shares of the gradients of some rows; wide sums.
 
     Args:
-        own: [H * W, 2, D] contiguous wide, the share of this rank, a slab as of :func:`pack_slab`.
+        own: [H * W, 2, D] contiguous, any floating dtype: the share of this rank, a slab as of :func:`pack_slab`.
         shares: [M, 2, D] contiguous, any floating dtype: what others return.
         places: [S, 3] int64: share i begins at row ``places[i, 0]`` of ``shares`` and has the slab's rows
             ``places[i, 1] .. places[i, 2]``. They are summed in this order.
         dk, dv: [R, H, D] with R <= W and equal strides, written in their dtype.
     """
-    total = own.clone()
+    total = own.to(wide_dtype(own.dtype), copy=True)
     for start, first, end in places.tolist():
-        total[first:end] += shares[start : start + end - first].to(own.dtype)
+        total[first:end] += shares[start : start + end - first]
     for rows, part in _slab_parts(dk, total, cut):
         dk[rows], dv[rows] = part[:, :, 0].transpose(0, 1).to(dk.dtype), part[:, :, 1].transpose(0, 1).to(dv.dtype)
 

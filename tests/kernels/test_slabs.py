@@ -35,9 +35,9 @@ def test_packs(cut, dtype):
 def test_sums(shares, cut, dtype):
     """Shares have some rows of the slab, lie in any order, and leave out what nobody is to read."""
     g = torch.Generator().manual_seed(1)
-    own = torch.randn(3 * 95, 2, 40, generator=g).to(DEVICE)
+    own = torch.randn(3 * 95, 2, 40, generator=g).to(DEVICE, dtype)
     arrived = torch.full((2000, 2, 40), torch.nan, device=DEVICE, dtype=dtype)
-    expected, places = own.clone(), []
+    expected, places = own.to(torch.float32, copy=True), []
     for i, (first, end) in enumerate(shares):
         share = torch.randn(end - first, 2, 40, generator=g).to(DEVICE, dtype)
         places.append((1500 - 500 * i, first, end))
