@@ -54,8 +54,9 @@ def attend(
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
         whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
-        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike: the
-            first leaves here what serves the others, the tasks of all heads among it.
+        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike, with
+            the very same ``q``, ``chosen``, ``index`` and ``pages.row``: the first leaves here what serves the others,
+            the tasks of all heads among it.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.

@@ -1,8 +1,8 @@
 """MoBA attention where all K and V come to every rank, some heads at a time: stages of whole heads.
 
 Where nearly everything is needed anyway, this needs no plan, and a stage has all blocks in one storage: outputs and dQ
-are written once, in their dtype, and so are dK and dV by the sums of all ranks' shares. While a stage is computed, the
-next one's K and V arrive, and the gradients of the one before return.
+are written once, in their dtype, and so are dK and dV by the sums of all ranks' shares. While a stage is computed, K
+and V of the next one, or with copy engines of the next two, arrive, and the gradients of the one before return.
 
 Between GPUs that map each other's memory (:mod:`.peer`) copy engines move it all, and only what a rank's queries can
 see. Elsewhere it is an all-gather and an all-to-all.
@@ -21,6 +21,7 @@ from .comm import used_here
 from .context import CPContext
 from .gather_costs import GatherCosts
 from .gather_stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
+from .peer import MissingMemory
 from .queries import OutputGradient, Queries
 from .side_stream import wait_for
 
@@ -30,13 +31,15 @@ STAGE_BYTES = 256 << 20
 
 
 def heads_of_stages(n_kv: int, stages: int, head_bytes: int) -> list[slice]:
-    """KV heads of each stage: at least ``stages`` of them, with at most STAGE_BYTES each of which a head takes
-    ``head_bytes``.
+    """KV heads of each stage: in ``stages`` stages, or in more where K and V of one would take over STAGE_BYTES.
 
     Long stages have a half before and a half behind: nothing hides how the first one's K and V come in backward, nor
     how the last one's gradients return.
+
+    Args:
+        head_bytes: of K and V of the whole sequence, one head.
     """
-    most = max(1, min(-(-n_kv // stages), STAGE_BYTES // head_bytes))
+    most = max(1, min(n_kv // stages, STAGE_BYTES // head_bytes))
     edge = most // 2 if most < n_kv and 2 * most * head_bytes > STAGE_BYTES else 0
     middle = n_kv - 2 * edge
     n_middle = -(-middle // most)
@@ -79,10 +82,15 @@ class Gathering:
         if memory is not None:
             rows = comm.size * max(h.stop - h.start for h in layer.heads) * layer.geometry.widest
             memory.open_pass(f"rank {comm.rank} in {comm.direction}{comm.layer}")
-            memory.reserve("kv", SLOTS["kv"], rows * 2 * layer.dim * layer.dtype.itemsize)
-            if differentiated:
-                # Before activations fill what is left.
-                memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
+            try:
+                memory.reserve("kv", SLOTS["kv"], rows * 2 * layer.dim * layer.dtype.itemsize)
+                if differentiated:
+                    # Before activations fill what is left.
+                    memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
+            except MissingMemory:
+                # All ranks know, and nothing has begun.
+                memory.close_pass()
+                raise
         self._returning, self._shared = None, {}
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)

@@ -30,7 +30,7 @@ class Moves(NamedTuple):
     sources: list[Tensor]
     """Rows to read of other ranks' slots, each rank's next one first, so that not all read from the same."""
     targets: list[Tensor]
-    """Where K and V go in this rank's slot. (Shares of gradients go to new memory, one behind the other.)"""
+    """Where K and V go in this rank's slot; none for shares of gradients, which go to new memory, one by one."""
     n_rows: list[int]
     """Of each source."""
     sizes: tuple[int, int]
@@ -84,7 +84,7 @@ class Layer:
         """[Hkv, n] int64, row of its stage's storage at which each block begins that this rank can see, -1 for others;
         and [Hkv, n] int32, its head there. Made once."""
         geometry = self.geometry
-        key = "gathered", self.heads[-1].stop, len(self.heads), with_own
+        key = "gathered", tuple(heads.stop for heads in self.heads), with_own
         if key not in geometry.tables:
             device, cut, widest = geometry.owner.device, geometry.cut, geometry.widest
             sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device, non_blocking=True)
@@ -162,7 +162,12 @@ class Stage:
         return storage[self.rank * self.rows : (self.rank + 1) * self.rows]
 
     def _sum(self, grads: Tensor, arrived: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """What nobody attends to, tails of others' blocks, becomes anything."""
+        """Write dk, dv [L + X, Hkv, D] of this stage's heads.
+
+        Args:
+            grads: of :meth:`gradients`. What nobody attends to, tails of others' blocks, becomes anything.
+            arrived: [M, 2, D], what others return; see :meth:`Layer.share_places`.
+        """
         used_here(dk, dv)
         sums, layer = (x[:, self.heads] for x in (dk, dv)), self.layer
         ops.sum_shares(self._own(grads), arrived, layer.share_places(self.count), *sums, layer.geometry.cut)
@@ -247,6 +252,7 @@ class PeerStage(Stage):
             with memory.beside(ready):
                 self._sum(grads, wait(), dk, dv)
                 done = layer.comm.mark(grads)
+            # In a replay nobody meets, and this alone says when the slot was read.
             memory.release("gradients", self.number, done)
             return done
 
@@ -268,7 +274,7 @@ class PeerStage(Stage):
                 rows = layer.seen(viewer, owner, self.count)
                 if rows.start < rows.stop:
                     sources.append(memory.at(name, self.number, p, shape, dtype)[owner, rows])
-                    targets.append(slabs[owner, rows])
+                    targets += [slabs[owner, rows]] if name == "kv" else []
                 back = layer.seen(owner, viewer, self.count)
                 leaving += back.stop - back.start
             n_rows = [len(x) for x in sources]

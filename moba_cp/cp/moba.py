@@ -32,20 +32,22 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
     """
-    return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp)
+    # Within the function nothing says so.
+    differentiated = torch.is_grad_enabled()
+    return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, differentiated)
 
 
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext):
+    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, differentiated: bool):
         geometry, comm, mode = cp.geometry(config.block_size), cp.comm, cp.exchange.mode
         comm.direction = ""
         k_rows, v_rows = assemble(k, v, geometry, comm)
         gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in GATHERING_MODES else None
         at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
         # What goes to everybody need not wait for anybody's choice.
-        needed = any(ctx.needs_input_grad[:3])
-        stages = gathering.stages(k_rows, v_rows, False, needed) if at_once else None
+        differentiated = differentiated and any(ctx.needs_input_grad[:3])
+        stages = gathering.stages(k_rows, v_rows, False, differentiated) if at_once else None
 
         means = gather_means(k_rows, geometry, comm)
         chosen = ops.select_blocks(q, means, geometry.first, geometry.own, config.top_k)
@@ -64,7 +66,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
                 counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
-            for stage in stages or gathering.stages(k_rows, v_rows, False, needed):
+            for stage in stages or gathering.stages(k_rows, v_rows, False, differentiated):
                 gathering.attend(stage, rows, (out, lse), whole=at_once)
         out = out.to(q.dtype)
         for counters in comm.books():
@@ -96,4 +98,4 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
             counters.dense_ring += 2 * ring_bytes(k, comm.size)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None

@@ -229,6 +229,7 @@ def test_names_of_modes():
     every = ExchangeOptions("auto", row_weight=2, keep=True, gradient_dtype="input", copy_engines=False)
     assert exchange_options("auto-rounded-keep-nccl:2") == every
     assert exchange_options("kv-keep") == ExchangeOptions("kv", keep=True)
+    assert exchange_options("auto-nccl-keep") == ExchangeOptions("auto", keep=True, copy_engines=False)
     assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
 
 
@@ -296,6 +297,7 @@ def test_a_profile_says_what_overlaps():
             "modes: 'kv-nccl:2': kv never uses copy engines; use kv, or -nccl behind auto or all",
         ),
         (["--modes", "all-nccl"], "modes: 'all-nccl': exchange mode='all' is not one of auto, kv, query, allgather"),
+        (["--modes", "auto-kept"], "modes: 'auto-kept': -kept is none of -nccl, -keep, -rounded"),
         (["--modes", "auto:x"], "modes: 'auto:x': could not convert string to float"),
         (["--parts", "attention,nodes"], "with nodes=1: the part nodes, and no other, goes with --nodes"),
         (["--nodes", "0"], "nodes=0 is not positive"),

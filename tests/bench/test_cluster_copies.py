@@ -145,7 +145,8 @@ def test_predicted_bytes_are_those_counted(size, rate, monkeypatch):
 
 def _as_nodes(comm):
     ranks, report = ThreadRanks(comm.share_memory(), nodes=2), Report({}, {}, None)
-    parts.nodes(command._settings(arguments("--tokens", "512", "--nodes", "2")), ranks, report)
+    modes = "--modes", ",".join((*DEFAULT_MODES, "allgather-keep"))
+    parts.nodes(command._settings(arguments("--tokens", "512", "--nodes", "2", *modes)), ranks, report)
     return {row.name: row for row in report.rows}, comm.peers().stages
 
 
@@ -155,6 +156,7 @@ def test_nodes_read_no_memory_of_one_another():
     assert [stages for _, stages in everybody] == [0] * 4
     rows = everybody[0][0]
     names = {f"moba {mode} {kind}" for mode in ("auto", "kv", "query", "allgather") for kind in ("flat", "by node")}
+    names.add("moba allgather-keep flat")
     assert set(rows) == names - {"moba allgather by node"}, "without copy engines all-gather is measured once"
     for name in names & set(rows):
         assert 0 < rows[name].between_gb < rows[name].received_gb and rows[name].both > 0
@@ -217,5 +219,7 @@ def test_the_part_stand_in(monkeypatch):
         assert row.note == f"two GPUs: {100 / (row.ranks * row.both):.0f} % of {row.ranks} times one"
     assert rows[4].both is None and "blocks would lie on two of 16 ranks" in rows[4].note
     monkeypatch.setattr(stand_in, "peer_memory", lambda comm: None)
+    (row,), _ = run_threads(2, _stand_in_rows, "--stand-in", "4", "--layout", "contiguous")
+    assert row.note.startswith("skipped: in the contiguous layout")
     (row,), _ = run_threads(2, _stand_in_rows, "--stand-in", "4")
     assert row.note == "skipped: the GPUs do not map each other's memory"

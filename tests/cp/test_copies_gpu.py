@@ -26,6 +26,7 @@ OPTIONS = [
     ExchangeOptions("allgather"),
     ExchangeOptions("allgather", stages=8, keep=True),
     ExchangeOptions("auto", allgather_share=0.01, stages=1),
+    ExchangeOptions("allgather", gradient_dtype="input"),
 ]
 
 

@@ -13,6 +13,7 @@ from moba_cp import CPContext, MoBAConfig, moba_attention, ops
 from moba_cp.cp import gather, gather_costs, gather_stages, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
+from tests import distributed
 from tests.cases import Case, random_case, relative_error, run_reference
 from tests.cp.test_moba import NAMES, across_ranks, fits
 from tests.distributed import run_ranks, run_threads
@@ -89,12 +90,14 @@ def test_one_copy_from_each_rank(monkeypatch):
 
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
 def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
-    head = 512 * 2 * 16 * 8
+    head, expected = 512 * 2 * 16 * 8, run_reference(_aligned())
     for limit, stages in ((1 << 30, 2), (4 * head, 2), (3 * head, 3), (2 * head, 3), (2 * head - 1, 4), (1, 4)):
         monkeypatch.setattr(gather, "STAGE_BYTES", limit)
         results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
         # In backward the ranks meet twice in each stage, also where nothing but gradients travels.
         assert all(peers.meetings == 3 * stages for *_, peers in results), limit
+        for actual, *_ in results:
+            assert all(relative_error(a, want) < 1e-9 for a, want in zip(actual, expected, strict=True)), limit
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,9 @@ def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
         (16, 1, 16, [16]),
         (16, 1, 7, [3, 5, 5, 3]),
         (8, 64, 100, [1] * 8),
-        (5, 2, 3, [1, 3, 1]),
+        (5, 2, 3, [1, 1, 2, 1]),
+        (8, 5, 100, [1] * 8),
+        (12, 5, 100, [2] * 6),
         (3, 2, 2, [1, 1, 1]),
         (1, 2, 1, [1]),
         (1, 2, 100, [1]),
@@ -167,6 +172,100 @@ def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
         assert short < longer == again
         for actual, want in zip(results, expected, strict=True):
             assert all(relative_error(a, e) < 1e-9 for a, e in zip(actual, want, strict=True))
+
+
+def _layers_of_one_sequence(comm, shapes):
+    """Results of layers that differ in head dim and dtype, and have one context."""
+    cp = CPContext(comm.share_memory(), "zigzag", 512, exchange=ExchangeOptions("allgather", stages=1))
+    results = []
+    for dim, dtype in shapes:
+        case = _layer(dim, dtype)
+        leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+        out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+        out.backward(cp.shard(case.dout))
+        results.append([cp.unshard(x) for x in (out, *(x.grad for x in leaves))])
+    return results
+
+
+def _layer(dim: int, dtype: torch.dtype) -> Case:
+    g = torch.Generator().manual_seed(dim)
+    inputs = (torch.randn(512, 5, dim, generator=g).to(dtype) for _ in range(4))
+    return Case(*inputs, torch.tensor([0, 512], dtype=torch.int32), 16, 3)
+
+
+def test_layers_that_are_cut_otherwise_have_tables_of_their_own(monkeypatch):
+    """As many stages of other heads."""
+    monkeypatch.setattr(gather, "STAGE_BYTES", 4 * 16 * 512 * 2 * 8)
+    shapes = [(16, torch.float64), (20, torch.float64), (16, torch.float32), (16, torch.float64)]
+    cuts = [gather.heads_of_stages(5, 1, 512 * 2 * dim * dtype.itemsize) for dim, dtype in shapes]
+    assert len(cuts[0]) == len(cuts[1]) and cuts[0] != cuts[1]
+    expected = [run_reference(_layer(*one).to(torch.float64))[:4] for one in shapes]
+    for results in run_threads(2, _layers_of_one_sequence, shapes):
+        for actual, want, (_, dtype) in zip(results, expected, shapes, strict=True):
+            most = 1e-9 if dtype == torch.float64 else 1e-4
+            assert all(relative_error(a, e) < most for a, e in zip(actual, want, strict=True))
+
+
+@pytest.mark.parametrize("gradient_dtype", ["float32", "input"])
+@pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_travel_in_their_dtype(size, shared, gradient_dtype, monkeypatch):
+    monkeypatch.setattr(peer, "_ROUND", 1)
+    case = _aligned().to(torch.bfloat16)
+    # One rank's, of the same choice: rounded means make another one than exact means.
+    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k))
+    out.backward(case.dout)
+    expected = [out.detach(), *(x.grad for x in leaves)]
+    options = ExchangeOptions("allgather", stages=4, gradient_dtype=gradient_dtype)
+    for results, counters, peers in run_threads(size, _run, shared, case, "zigzag", options):
+        arrived = {kind: counters[f"received_{kind}_bytes"] for kind in ("kv", "kv_gradients")}
+        assert sum(arrived.values()) == counters["planned_bytes"]
+        for name, actual, want in zip(NAMES, results, expected, strict=True):
+            assert relative_error(actual, want) < 0.02, name
+        if shared:
+            # Stages of one head: three slots of K and V, and two of gradients.
+            head = 512 * 2 * 16 * 2
+            slots = 3 * head + 2 * head * (2 if gradient_dtype == "float32" else 1)
+            assert slots <= peers.nbytes <= 9 / 8 * slots
+
+
+def _evaluates(comm):
+    """Memory after a pass without gradients of inputs that could have some, and after one with."""
+    comm.share_memory()
+    sizes, case = [], _aligned()
+    cp = CPContext(comm, "zigzag", 512, exchange=ExchangeOptions("allgather"))
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+        sizes.append(comm.peers().nbytes)
+    return sizes
+
+
+def test_evaluation_makes_no_room_for_gradients():
+    for without, with_gradients in run_threads(2, _evaluates):
+        assert without < with_gradients
+
+
+def _asks_for_too_much(comm, case: Case):
+    """What two passes raise where no rank has memory."""
+    cp = CPContext(comm.share_memory(), "zigzag", 512, exchange=ExchangeOptions("allgather"))
+    leaves = [cp.shard(x) for x in (case.q, case.k, case.v)]
+    errors = []
+    for _ in range(2):
+        with pytest.raises(peer.MissingMemory) as raised:
+            moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
+        errors.append(str(raised.value))
+    return errors
+
+
+def test_missing_memory_is_said_again(monkeypatch):
+    def none(self, name, nbytes):
+        raise peer.MissingMemory("rank 1: out of memory")
+
+    monkeypatch.setattr(distributed.ThreadPeerMemory, "_allocate", none)
+    assert run_threads(2, _asks_for_too_much, _aligned()) == [["rank 1: out of memory"] * 2] * 2
 
 
 def _tries_again(comm, case: Case):

@@ -27,7 +27,7 @@ from .rows import Row
 MOBA, FULL, PEER = "moba", "full", "torch"
 WITHOUT_COPIES = "-nccl"
 VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
-"""What may follow the name of a mode, in this order from behind, and the options that it stands for."""
+"""What may follow the name of a mode, and the options that it stands for."""
 DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_TFLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
@@ -47,15 +47,16 @@ class Limits:
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it.
 
-    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name, in this order: ``-rounded`` sends gradients in the
-    inputs' dtype, ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
+    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype,
+    ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
     """
     name, _, weight = mode.partition(":")
+    name, *endings = name.split("-")
     options = {}
-    for ending, meaning in VARIANTS.items():
-        if name.endswith(ending):
-            name = name.removesuffix(ending)
-            options |= meaning
+    for ending in endings:
+        if f"-{ending}" not in VARIANTS:
+            raise ValueError(f"modes: {mode!r}: -{ending} is none of {', '.join(VARIANTS)}")
+        options |= VARIANTS[f"-{ending}"]
     if "copy_engines" in options and name in MODES and name not in GATHERING_MODES:
         raise ValueError(
             f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "

@@ -8,7 +8,7 @@ import torch
 
 from . import training
 from .inputs import Shape
-from .measure import FULL, MOBA, WITHOUT_COPIES, Layer, Limits, dense_estimate, measure, overlap
+from .measure import FULL, MOBA, WITHOUT_COPIES, Layer, Limits, dense_estimate, exchange_options, measure, overlap
 from .predict import add_prediction, predictions
 from .profile import write_profile
 from .ranks import Ranks
@@ -105,7 +105,9 @@ def nodes(settings: Settings, ranks: Ranks, report: Report) -> None:
         # Between nodes no mode has copy engines.
         modes = dict.fromkeys(mode.replace(WITHOUT_COPIES, "") for mode in settings.modes)
         candidates = [layer.moba(mode, f"{MOBA} {mode} flat", ranks_per_node=1) for mode in modes]
-        candidates += [layer.moba(mode, f"{MOBA} {mode} by node") for mode in modes if mode != "allgather"]
+        # All-gathering knows no nodes.
+        planned = [mode for mode in modes if exchange_options(mode).mode != "allgather"]
+        candidates += [layer.moba(mode, f"{MOBA} {mode} by node") for mode in planned]
         rows = measure(layer, "nodes", candidates, settings.limits, lambda name: 0.0)
         for row in rows:
             row.note = row.note or f"{settings.nodes} nodes emulated on one machine, over sockets"

@@ -99,8 +99,10 @@ def stand_in(
     """Rows with the wire on and off, of the slower of both; collective over the first two ranks."""
     pair = peer_memory(ranks.group(2))
     reason = ""
-    if shape.layout != "zigzag" or n_tokens % (2 * size * shape.moba.block_size):
-        reason = f"skipped: in zigzag, with {n_tokens} tokens, blocks would lie on two of {size} ranks"
+    if shape.layout != "zigzag":
+        reason = f"skipped: in the {shape.layout} layout the first and the last rank are not each other's match"
+    elif n_tokens % (2 * size * shape.moba.block_size):
+        reason = f"skipped: with {n_tokens} tokens, blocks would lie on two of {size} ranks"
     elif pair is None:
         reason = "skipped: the GPUs do not map each other's memory"
     if reason:

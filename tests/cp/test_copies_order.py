@@ -1,0 +1,200 @@
+"""Copies between memories that ranks read of one another: whatever touches the same bytes is ordered.
+
+Ranks are threads and everything happens at once, so that a missing wait changes no result. Instead two streams of each
+rank, the current one and the one for copies, have vector clocks: an event carries its stream's clock to whoever waits
+for it, a meeting those of all ranks. Two accesses to the same bytes, one of them a write, have to know of one another.
+"""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from moba_cp import CPContext, MoBAConfig, moba_attention, ops
+from moba_cp.cp import comm, gather, gather_stages, moba, peer
+from moba_cp.cp.options import ExchangeOptions
+from moba_cp.cp.queries import Queries
+from tests import distributed
+from tests.cases import Case
+from tests.distributed import ThreadPeerMemory, run_threads
+
+COMPUTING, COPYING = "computing", "copying"
+ALL = {
+    "slab is packed", "copy reads", "copy writes", "forward reads", "backward reads", "dQ reads",
+    "gradients are written", "sum reads", "sum writes", "sums are used",
+}  # fmt: skip
+
+
+class Streams:
+    """Clocks of all ranks' streams, and accesses to buffers and sums so far."""
+
+    def __init__(self):
+        self.here = threading.local()
+        self.clocks: dict[tuple[int, str], dict] = {}
+        self.accesses: dict[int, list] = {}
+        """By address."""
+        self.buffers: list[torch.Tensor] = []
+        """All that were ever looked at: nothing else is to take their addresses."""
+        self.races: set[tuple[str, str]] = set()
+
+    def enter(self, rank: int) -> None:
+        """This thread is ``rank``."""
+        self.here.stream = rank, COMPUTING
+        # Autograd runs backward passes of CPU tensors in the thread that asks for them.
+        for name in (COMPUTING, COPYING):
+            self.clocks[rank, name] = {(rank, name): 0}
+
+    def event(self) -> dict:
+        return dict(self.clocks[self.here.stream])
+
+    def wait(self, event: dict | None) -> None:
+        clock = self.clocks[self.here.stream]
+        for stream, tick in (event or {}).items():
+            clock[stream] = max(clock.get(stream, 0), tick)
+
+    @contextlib.contextmanager
+    def beside(self, after: dict):
+        before, self.here.stream = self.here.stream, (self.here.stream[0], COPYING)
+        self.wait(after)
+        yield
+        self.here.stream = before
+
+    def access(self, x: torch.Tensor, what: str, writes: bool = False) -> None:
+        seen = self.accesses.get(x.untyped_storage().data_ptr())
+        if seen is None or x.numel() == 0:
+            return
+        clock = self.clocks[self.here.stream]
+        clock[self.here.stream] += 1
+        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+        for other_begin, other_end, other_writes, stream, tick, other in seen:
+            if begin < other_end and other_begin < end and (writes or other_writes) and clock.get(stream, 0) < tick:
+                self.races.add((other, what))
+        seen.append((begin, end, writes, self.here.stream, clock[self.here.stream], what))
+
+
+class WatchedMemory(ThreadPeerMemory):
+    """Memory of ranks that are threads, with clocks."""
+
+    streams: Streams
+
+    def meet(self):
+        super().meet()
+        for event in self._comm._swap(self.streams.event()):
+            self.streams.wait(event)
+
+    def _allocate(self, name, nbytes):
+        buffers = super()._allocate(name, nbytes)
+        self.streams.buffers.append(buffers[self.rank])
+        self.streams.accesses[buffers[self.rank].untyped_storage().data_ptr()] = []
+        self._comm._meet()
+        return buffers
+
+
+@pytest.fixture
+def streams(monkeypatch) -> Streams:
+    found = Streams()
+
+    def watch(module, name, accesses):
+        real = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            accesses(*args, **kwargs)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    def copies(targets, sources):
+        for target, source in zip(targets, sources, strict=False):
+            found.access(source, "copy reads")
+            found.access(target, "copy writes", True)
+
+    def sums(own, shares, places, dk, dv, cut):
+        found.access(own, "sum reads")
+        found.buffers.append(dk)
+        found.accesses.setdefault(dk.untyped_storage().data_ptr(), [])
+        found.access(dk, "sum writes", True)
+
+    def gradients(rows, pages, heads, into, output, keys_done, **how):
+        def done():
+            found.access(into[1], "gradients are written", True)
+            keys_done()
+
+        found.access(pages.k, "backward reads")
+        real_backward(rows, pages, heads, into, output, keys_done=done, **how)
+        found.access(pages.k, "dQ reads")
+
+    real_backward = Queries.attend_backward
+    monkeypatch.setattr(Queries, "attend_backward", gradients)
+    watch(Queries, "attend", lambda rows, pages, *args, **how: found.access(pages.k, "forward reads"))
+    watch(ops, "pack_slab", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
+    watch(ops, "sum_shares", sums)
+    watch(moba, "assemble_backward", lambda dk, *args: found.access(dk, "sums are used"))
+    watch(gather_stages, "_copy", copies)
+    monkeypatch.setattr(comm.Communicator, "mark", lambda self, x: found.event())
+    monkeypatch.setattr(comm.Communicator, "_watch", lambda self, event, what: None)
+    for module in (comm, gather, peer):
+        monkeypatch.setattr(module, "wait_for", found.wait)
+    monkeypatch.setattr(
+        peer.SideStream, "beside",
+        lambda self, after: contextlib.nullcontext() if after is None else found.beside(after),
+    )  # fmt: skip
+    monkeypatch.setattr(WatchedMemory, "streams", found, raising=False)
+    monkeypatch.setattr(distributed, "ThreadPeerMemory", WatchedMemory)
+    return found
+
+
+def _case(n_kv: int) -> Case:
+    g = torch.Generator().manual_seed(n_kv)
+    q, k, v, dout = (torch.randn(128, n_kv, 8, generator=g, dtype=torch.float64) for _ in range(4))
+    return Case(q, k, v, dout, torch.tensor([0, 128], dtype=torch.int32), 16, 3)
+
+
+def _layers(comm, streams: Streams, layers, options: ExchangeOptions):
+    """Evaluation, a training step, and evaluation between forward and backward; ``layers``: KV heads of each."""
+    streams.enter(comm.rank)
+    comm.share_memory()
+    cp = CPContext(comm, "zigzag", 128, exchange=options)
+
+    def forward(n_kv: int, learns: bool):
+        case = _case(n_kv)
+        leaves = [cp.shard(x).requires_grad_(learns) for x in (case.q, case.k, case.v)]
+        return moba_attention(*leaves, MoBAConfig(16, 3), cp=cp), cp.shard(case.dout)
+
+    for between in (0, 1):
+        for n_kv in layers:
+            forward(n_kv, False)
+        outs = [forward(n_kv, True) for n_kv in layers]
+        for out, dout in reversed(outs):
+            for n_kv in layers[:between]:
+                forward(n_kv, False)
+            out.backward(dout)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
+@pytest.mark.parametrize("layers", [(1,), (2, 1), (5, 4), (3, 6, 3)], ids=str)
+def test_accesses_are_ordered(layers, keep, streams):
+    """Passes of odd and even numbers of stages, a head each; buffers grow."""
+    run_threads(2, _layers, streams, layers, ExchangeOptions("allgather", stages=64, keep=keep))
+    # What is kept in forward is not read where others read.
+    expected = ALL - {"backward reads", "dQ reads"} if keep else ALL
+    assert {what for seen in streams.accesses.values() for *_, what in seen} == expected
+    assert not streams.races
+
+
+@pytest.mark.parametrize(
+    "name, race",
+    [
+        ("claim", ("copy reads", "gradients are written")),
+        ("release", ("forward reads", "slab is packed")),
+        ("meet", ("slab is packed", "copy reads")),
+    ],
+)
+def test_what_is_not_ordered_is_found(name, race, streams, monkeypatch):
+    """Without claims, releases or meetings."""
+    monkeypatch.setattr(WatchedMemory, name, lambda self, *args: None)
+    if name == "meet":
+        monkeypatch.setattr(WatchedMemory, name, ThreadPeerMemory.meet)
+    run_threads(2, _layers, streams, (6,), ExchangeOptions("allgather", stages=64))
+    assert race in streams.races
