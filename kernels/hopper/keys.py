@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backward import _sum_place
 from ..common import SLICED
-from .shared import LOG2E, barrier, load_block, read_task, store_rows, unpack
+from .shared import LOG2E, barrier, exchange, load_blocks, read_task, side_by_side, store_rows, unpack
 
 sum_place = gluon.jit(_sum_place.fn)
 
@@ -43,12 +43,12 @@ def _produce(
     """The group that fetches. ``n_keys``, ``first_key`` count from the program's first key."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    load_block(k_desc, k, first_key, k_column, s_kr, n_keys, kv_full, k_s, 2 * BN, D)
-    load_block(v_desc, v, first_key, v_column, s_vr, n_keys, kv_full, v_s, 2 * BN, D)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
     o_f = gl.arange(0, BM, layout=FLAT)
+    # On their way while K and V are asked for.
     row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)
+    load_blocks(k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, kv_full, k_s, v_s, 2 * BN, D)
     b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)
     limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)
     place = limit
@@ -172,26 +172,46 @@ def _consume(
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
-    o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_D))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, MMA_D))
-    m_n = (o_n < n_keys)[:, None]
-    o_dk = ((key + o_n).to(gl.int64) * s_dkr + page * s_dkh)[:, None] + o_d[None, :]
-    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
     b_dk = b_dk * scale
     if is_split:
         if DIRECT:
-            gl.atomic_add(sum_k + o_sum, b_dk, mask=m_n, sem="relaxed")
-            gl.atomic_add(sum_v + o_sum, b_dv, mask=m_n, sem="relaxed")
+            _add(sum_k, sum_v, b_dk, b_dv, i_sum * block_size * D, D, first + half * BN, n_keys)
         else:
-            gl.atomic_add(dk + o_dk, b_dk, mask=m_n, sem="relaxed")
-            gl.atomic_add(dv + o_dk, b_dv, mask=m_n, sem="relaxed")
-    elif DIRECT:
-        gl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m_n)
-        gl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m_n)
+            _add(dk, dv, b_dk, b_dv, key.to(gl.int64) * s_dkr + page * s_dkh, s_dkr, first + half * BN, n_keys)
     else:
+        o_row = key.to(gl.int64) * s_dkr + page * s_dkh
+        _store(dk, dv, b_dk, b_dv, o_row, s_dkr, first + half * BN, n_keys, DIRECT)
+
+
+@gluon.jit
+def _offsets(first_row, s_row, first, n_keys, dtype: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
+    """Of BN keys of a block, from ``first`` on, and which of them there are."""
+    LAYOUT: gl.constexpr = side_by_side(D, dtype)
+    o_n = first + gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    return first_row + o_n.to(gl.int64)[:, None] * s_row + o_d[None, :], (o_n < n_keys)[:, None]
+
+
+@gluon.jit
+def _add(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys):
+    """Adds to float32 sums, beside other programs."""
+    o, m = _offsets(first_row, s_row, first, n_keys, gl.float32, b_dk.shape[0], b_dk.shape[1])
+    gl.atomic_add(dk + o, exchange(b_dk, gl.float32), mask=m, sem="relaxed")
+    gl.atomic_add(dv + o, exchange(b_dv, gl.float32), mask=m, sem="relaxed")
+
+
+@gluon.jit
+def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.constexpr):
+    dtype: gl.constexpr = dk.dtype.element_ty
+    o, m = _offsets(first_row, s_row, first, n_keys, dtype, b_dk.shape[0], b_dk.shape[1])
+    b_dk = exchange(b_dk, dtype)
+    b_dv = exchange(b_dv, dtype)
+    if not DIRECT:
         # Where rows come in several slices an earlier one may have left its part; slices follow one another.
-        gl.store(dk + o_dk, b_dk + gl.load(dk + o_dk, mask=m_n, other=0.0), mask=m_n)
-        gl.store(dv + o_dk, b_dv + gl.load(dv + o_dk, mask=m_n, other=0.0), mask=m_n)
+        b_dk += gl.load(dk + o, mask=m, other=0.0)
+        b_dv += gl.load(dv + o, mask=m, other=0.0)
+    gl.store(dk + o, b_dk, mask=m)
+    gl.store(dv + o, b_dv, mask=m)
 
 
 @gluon.jit(
@@ -263,7 +283,7 @@ def key_kernel(
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):
             mbarrier.init(ds_full.index(i), count=2)
-    mbarrier.init(kv_full, count=2)
+    mbarrier.init(kv_full, count=1)
     # A tile of rows has come when the copies of the 128 threads that fetch have, and what they stored beside.
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=129)

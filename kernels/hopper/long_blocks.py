@@ -78,7 +78,6 @@ def _produce(
         q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s,
         G, S, SLOTS, D, BM, BN,
     )  # fmt: skip
-    publish(q_full.index(0))
     i = 0
     i_kv = 0
     for r in range(begin, end, 2 * BM):
@@ -98,6 +97,9 @@ def _produce(
                 v_desc, v, first_key + n, v_column, s_vr, n_keys - n, v_full.index(stage), v_s.index(stage), BN, D
             )
             i_kv += 1
+            # K and V come beside the first rows.
+            if i_kv == 1:
+                publish(q_full.index(0))
             # The next rows are fetched while these are at work, once two tiles of keys are on their way.
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
