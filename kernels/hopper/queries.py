@@ -178,28 +178,18 @@ def _consume(
         i += 1
 
 
-@gluon.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
-)
+@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
 def query_kernel(
-    q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start, page_row, page_head, length,
-    scale, room, places, task_rows, first_list, n_lists, n_blocks,
-    s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start,
+    scale, room, places, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
+    TASK_ROWS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..backward._query_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
+    )
     first = gl.load(list_start)
-    if i_list < 0:
-        return
-    begin -= first
-    end -= first
-    i_h = i_list // n_blocks
-    i_b = i_list % n_blocks
-    n_keys = gl.load(length + i_b)
-    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
-    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -221,6 +211,11 @@ def query_kernel(
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=2)
     fence_async_shared()
+    # Not earlier: what was asked for above comes meanwhile.
+    if i_list < 0:
+        return
+    begin -= first
+    end -= first
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
         [
