@@ -14,7 +14,7 @@ Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, 
 CAPITALS compile-time constants.
 """
 
-from .attend import attend, attend_backward, index_size, routing_index
+from .attend import attend, attend_backward, routing_index
 from .choices import count_choices, count_rows, list_rows
 from .decision import pick_cheapest, weigh_blocks
 from .means import block_means
@@ -24,6 +24,7 @@ from .requests import list_pairs, relay_request, sum_up, write_request
 from .rows import gather_rows, row_ids
 from .select import select_blocks
 from .slabs import pack_slab, sum_shares
+from .work import index_size
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",

@@ -1,4 +1,4 @@
-"""Block attention of rows over one storage: launches of the kernels, in slices that bound the scratch memory.
+"""Block attention of rows over one storage: launches of the kernels, slice by slice (see :mod:`.work`).
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S chosen blocks per row,
 S' = S + 1 where rows also see their own block, else S.
@@ -10,33 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import hopper, tuned
-from .backward import (
-    DQ_ATOMIC,
-    DQ_NONE,
-    DQ_PART,
-    FACTS,
-    _finish_kernel,
-    _key_kernel,
-    _query_kernel,
-    _visit_table_kernel,
-)
+from . import hopper
+from .backward import DQ_ATOMIC, DQ_NONE, FACTS, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
 from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, next_power_of_2, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
-from .routing import Routing, Tasks, build_routing, cut_tasks
+from .routing import Routing, Tasks, build_routing
 from .tuned import Tile
+from .work import Call, Work, backward_work, cut, forward_work, index_size, part_dtype, shared_work, sum_places
 
-# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
-# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
-FORWARD_SCRATCH = 5 << 28
-BACKWARD_SCRATCH = 3 << 28
 LOG2E = 1.4426950408889634
-# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. (The backward's
-# table has three times as many, and its scratch keeps a slice far below a third of this.)
-MAX_VISITS = 2**31 - 2**16
-# Of the backward's table, per visit.
-VISIT_BYTES = 20
 
 
 def attend(
@@ -52,6 +35,7 @@ def attend(
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     whole: bool = False,
+    shared: dict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -70,6 +54,8 @@ def attend(
         into: out with unit stride in D and lse, of other keys, to join the result to; out may hold anything where lse
             is -inf.
         whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
+        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike, by one
+            ``row`` and one ``head``: the first leaves here what serves the others, the tasks of all heads among it.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
@@ -96,20 +82,13 @@ def attend(
         torch.empty(n_rows, n_heads, dim, dtype=out_dtype, device=q.device),
         torch.empty(n_rows, n_heads, dtype=torch.float32, device=q.device),
     )
-    n_kv = pages.row.shape[0]
     join = into is not None and not whole
-    scratch = scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
-    row_slices, head_slices = _slices(n_rows, n_heads // n_kv, kv_heads, n_slots, _row_bytes(q, n_slots), 0, scratch)
-    tile = tuned.forward_tile(dim, pages.block_size, q.dtype, q.device, hopper.serves(q, pages, scale))
-    for rows in row_slices:
-        args = q[rows], pages, chosen[rows], _rows(own, rows), _rows(visible, rows)
-        if index is not None and len(row_slices) == 1:
-            routing = Routing(index, n_rows * n_heads * n_slots)
-        else:
-            routing = build_routing(*args[2:], pages.row)
-        tasks = cut_tasks(routing, tile.task_rows, pages, kv_heads)
-        for some in head_slices:
-            _attend_slice(*args, scale, out[rows], lse[rows], join, routing, tile, tasks, some)
+
+    call = Call(q, pages, chosen, own, visible, scale, kv_heads, index, scratch_bytes)
+    work = shared_work("forward", lambda heads: forward_work(call, heads), call, shared)
+    for rows, visits, routing, tasks in zip(work.rows, work.visits, work.routings, work.tasks, strict=True):
+        for some in cut(kv_heads, work.kv_step):
+            _attend_slice(q, pages, *visits, scale, out, lse, join, routing, work.tile, tasks, rows, some)
     return out, lse
 
 
@@ -132,6 +111,7 @@ def attend_backward(
     fresh: bool = False,
     whole: bool = False,
     keys_done: Callable[[], None] | None = None,
+    shared: dict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -146,10 +126,11 @@ def attend_backward(
         index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
         into: dq, dk and dv to add to instead of new ones; float32, unit stride in D, dk and dv with equal strides; not
             with ``local_dtype``.
-        fresh: dk and dv of ``into`` hold nothing yet: the rows of the blocks here are written, others are left or
-            zeroed, so that one call has to serve the whole storage.
+        fresh: dk and dv of ``into`` hold nothing yet, and may have any dtype: the rows of the blocks here are written,
+            others are left or zeroed, so that one call has to serve the whole storage.
         whole: no other storage has a part in dq: that of ``into`` holds nothing yet, and may have any dtype.
         keys_done: called once all kernels that write dk and dv are launched; dQ may be computed after.
+        shared: as in :func:`attend`.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
@@ -189,42 +170,39 @@ def attend_backward(
             if keys_done is not None:
                 keys_done()
             return into
-    kind = dim, pages.block_size, q.dtype, q.device
-    specialized = hopper.serves(q, pages, scale, dout)
-    key_tile = tuned.key_tile(*kind, specialized and not deterministic)
-    query_tile = tuned.query_tile(*kind, specialized)
-    by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
-    mode = (DQ_PART if pages.block_size <= key_tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    scratch = scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
-    row_slices, head_slices, direct = _backward_slices(
-        q, pages, kv_heads, n_slots, mode, key_tile, local_dtype, fresh, scratch
-    )
-    if fresh and not direct:
+
+    call = Call(q, pages, chosen, own, visible, scale, kv_heads, index, scratch_bytes)
+    how = dout, deterministic, local_dtype is not None, fresh
+    work = shared_work("backward", lambda heads: backward_work(call, heads, *how), call, shared)
+    if fresh and not work.direct:
+        if dk.dtype != torch.float32:
+            # Slices of rows add to one another.
+            sums = torch.zeros(2, *dk.shape, device=q.device)
+
+            def sums_done() -> None:
+                dk.copy_(sums[0]), dv.copy_(sums[1])
+                if keys_done is not None:
+                    keys_done()
+
+            rest = dict(index=index, kv_heads=kv_heads, whole=whole, keys_done=sums_done)
+            some = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
+            attend_backward(*some, scratch_bytes=scratch_bytes, into=(dq, *sums), **rest)
+            return into
         dk.zero_(), dv.zero_()
-    # The index of a slice of rows, and its tasks, serve all heads.
-    visits = [(chosen[rows], _rows(own, rows), _rows(visible, rows)) for rows in row_slices]
-    if index is not None and len(row_slices) == 1:
-        routings = [Routing(index, n_rows * n_heads * n_slots)]
-    else:
-        routings = [build_routing(*some, pages.row) for some in visits]
-    key_tasks = [cut_tasks(routing, key_tile.task_rows, pages, kv_heads) for routing in routings]
-    query_tasks = [
-        cut_tasks(routing, query_tile.task_rows, pages, kv_heads) if mode == DQ_NONE.value else None
-        for routing in routings
-    ]
+    head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
         sums = dk, dv, None, None, 0
-        if direct:
-            n_sums = _sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, key_tile)
+        if work.direct:
+            n_sums = sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
             sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
         elif local_dtype is not None:
             sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, some_heads.start
-        for rows, some, *work in zip(row_slices, visits, routings, key_tasks, query_tasks):
-            rest = dout[rows], lse[rows], delta[rows], deterministic, into is not None and not whole, dq[rows], *sums
-            done = keys_done if some_heads is head_slices[-1] and rows is row_slices[-1] else None
-            _backward_slice(q[rows], pages, *some, scale, *rest, mode, key_tile, query_tile, *work, some_heads, done)
-        if local_dtype is not None and not direct:
+        for i, rows in enumerate(work.rows):
+            rest = dout, lse, delta, deterministic, into is not None and not whole, dq, *sums
+            done = keys_done if some_heads is head_slices[-1] and rows is work.rows[-1] else None
+            _backward_slice(q, pages, *work.visits[i], scale, *rest, work, i, some_heads, done)
+        if local_dtype is not None and not work.direct:
             dk[:, some_heads], dv[:, some_heads] = sums[:2]
     return dq, dk, dv
 
@@ -247,25 +225,11 @@ def routing_index(
     return build_routing(_whole_slots(chosen), own, visible, page_row).flat
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
-    """Elements of the index that :func:`routing_index` makes for q [N, Hq, D] and S' ``n_slots``; 0 if it is None."""
-    n_rows, n_heads, _ = q.shape
-    if n_rows * n_heads * n_slots * n_blocks == 0:
-        return 0
-    scratch = max(FORWARD_SCRATCH, q.nbytes)
-    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
-    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
-
-
-def _row_bytes(q: Tensor, n_slots: int) -> int:
-    """Scratch of :func:`attend` for one row of one head."""
-    return n_slots * (q.shape[2] * q.element_size() + 4)
-
-
 def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
-    row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
-    k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
-    pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
+    if not (all(x.stride(-1) == 1 for x in (pages.k, pages.v, pages.row)) and pages.length.is_contiguous()):
+        row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
+        k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
+        pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
     return check_unit_stride(q), pages, _whole_slots(chosen)
 
 
@@ -285,77 +249,21 @@ def _row_major(x: Tensor) -> Tensor:
     return x if fits and x.stride(0) // dim * x.shape[0] < 2**31 else x.contiguous()
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows].contiguous()
-
-
-def _slices(
-    n_rows: int, group: int, kv_heads: slice, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
-) -> tuple[list[slice], list[slice]]:
-    """Slices of rows and slices of KV heads, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
-    query head, and ``head_bytes`` per KV head.
-
-    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
-    index would outgrow 32 bits.
-    """
-    n_kv = kv_heads.stop - kv_heads.start
-    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
-    row_step = min(
-        max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
-        MAX_VISITS // (n_kv * group * n_slots),
-    )
-    return _cut(slice(0, n_rows), max(1, row_step)), _cut(kv_heads, kv_step)
-
-
-def _backward_slices(
-    q: Tensor, pages, kv_heads: slice, n_slots: int, mode: int, key_tile: Tile, local_dtype: torch.dtype | None,
-    fresh: bool, scratch_bytes: int,
-) -> tuple[list[slice], list[slice], bool]:  # fmt: skip
-    """Slices of rows and of KV heads, and whether dk and dv are stored at once: rounded, and sums for long lists only.
-
-    That takes that nothing is to be added to, and that all rows come in one slice.
-    """
-    n_rows, n_heads, dim = q.shape
-    group = n_heads // pages.row.shape[0]
-    row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * _part_dtype(q.dtype).itemsize
-    shape = n_rows, group, kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
-    if local_dtype is not None or fresh:
-        n_sums = _sum_places(n_rows, group * n_slots, pages, 1, key_tile)
-        row_slices, head_slices = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch_bytes)
-        if len(row_slices) == 1:
-            return row_slices, head_slices, True
-    return *_slices(*shape, 0 if local_dtype is None else 8 * dim * pages.k.shape[0], scratch_bytes), False
-
-
-def _sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
-    """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
-    return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
-
-
-def _cut(whole: slice, step: int) -> list[slice]:
-    """Even slices of at most ``step``: the last one should not be a sliver."""
-    total = whole.stop - whole.start
-    step = cdiv(total, cdiv(total, step))
-    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
-
-
-def _part_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of one visit's part of dQ: float16 could overflow where the sum does not."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 class _Slice:
-    """What forward and backward launches share for some KV heads: their rows, blocks and compile-time constants."""
+    """What forward and backward launches share for some rows of some KV heads: these, their blocks and compile-time
+    constants."""
 
-    def __init__(self, q: Tensor, pages, chosen: Tensor, own: Tensor | None, kv_heads: slice):
+    def __init__(self, q: Tensor, pages, chosen: Tensor, own: Tensor | None, rows: slice, kv_heads: slice):
+        """``chosen`` and ``own`` are of these rows."""
         n_kv, self.n_blocks = pages.row.shape
         group = q.shape[1] // n_kv
         self.n_slots = chosen.shape[2] + (own is not None)
         self.block_size = pages.block_size
         self.heads = pages.query_heads(kv_heads, q.shape[1])
         self.n_heads = self.heads.stop - self.heads.start
-        self.n_visits = q.shape[0] * self.n_heads * self.n_slots
-        self.q, self.chosen = q[:, self.heads], chosen[:, self.heads]
+        self.q = q[rows, self.heads]
+        self.n_rows = self.q.shape[0]
+        self.n_visits = self.n_rows * self.n_heads * self.n_slots
         self.k, self.v, self.length = pages.k, pages.v, pages.length
         self.row, self.head = pages.row[kv_heads], pages.head[kv_heads]
         self.lists = slice(kv_heads.start * self.n_blocks, kv_heads.stop * self.n_blocks + 1)
@@ -378,10 +286,10 @@ class _Slice:
 
 def _attend_slice(
     q, pages, chosen, own, visible, scale, out, lse, join: bool, routing: Routing, tile: Tile, tasks: Tasks,
-    kv_heads: slice,
-) -> None:
-    part = _Slice(q, pages, chosen, own, kv_heads)
-    shape = q.shape[0], part.n_heads, part.n_slots
+    rows: slice, kv_heads: slice,
+) -> None:  # fmt: skip
+    part = _Slice(q, pages, chosen, own, rows, kv_heads)
+    shape = part.n_rows, part.n_heads, part.n_slots
     parts = torch.empty(*shape, q.shape[2], dtype=q.dtype, device=q.device)
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
@@ -394,48 +302,48 @@ def _attend_slice(
                 visible, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides,
                 **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
-    merge_visits(parts, parts_lse, out[:, part.heads], lse[:, part.heads], join)
+    merge_visits(parts, parts_lse, out[rows, part.heads], lse[rows, part.heads], join)
 
 
 def _backward_slice(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv, sum_k, sum_v,
-    first_head: int, mode: int, tile: Tile, query_tile: Tile, routing: Routing, key_tasks: Tasks,
-    query_tasks: Tasks | None, kv_heads: slice, keys_done: Callable[[], None] | None,
+    first_head: int, work: Work, i_rows: int, kv_heads: slice, keys_done: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    part = _Slice(q, pages, chosen, own, kv_heads)
+    tile, mode, routing, key_tasks = work.tile, work.mode, work.routings[i_rows], work.tasks[i_rows]
+    rows = work.rows[i_rows]
+    part = _Slice(q, pages, chosen, own, rows, kv_heads)
     key_tiles = cdiv(pages.block_size, tile.bn)
-    lse, delta, dq = lse[:, part.heads], delta[:, part.heads], dq[:, part.heads]
-    n_rows, group = q.shape[0], part.constants["G"]
+    dout, lse, delta, dq = (x[rows, part.heads] for x in (dout, lse, delta, dq))
+    n_rows, group = part.n_rows, part.constants["G"]
     shape = part.row.shape[0], n_rows, group
     if mode == DQ_ATOMIC.value:
         into = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
     else:
-        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=_part_dtype(q.dtype), device=q.device)
+        into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=part_dtype(q.dtype), device=q.device)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
-    work = torch.empty(*part.grid(key_tasks, FACTS.value + key_tiles), dtype=torch.int32, device=q.device)
+    facts = torch.empty(*part.grid(key_tasks, FACTS.value + key_tiles), dtype=torch.int32, device=q.device)
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
     list_start = routing.list_start[part.lists]
     constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
-    inputs = part.q, part.k, part.v, dout[:, part.heads]
-    strides = *part.k.stride()[:2], *part.v.stride()[:2]
+    inputs = part.q, part.k, part.v, dout
     with on_device(q):
         _visit_table_kernel[part.grid(key_tasks)](
-            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, work,
+            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, facts,
             n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
             q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512,
             KEY_TILES=key_tiles, BN=tile.bn, TILES=min(8, next_power_of_2(key_tiles)), num_warps=4,
         )  # fmt: skip
-        rest = dk, dv, sum_k, sum_v, table, stats, work
+        rest = dk, dv, sum_k, sum_v, table, stats, facts
         if tile.fetch_registers:
-            hopper.launch_keys(part, tile, key_tasks, key_tiles, inputs[3], into, *rest, scale, first_head)
+            hopper.launch_keys(part, tile, key_tasks, key_tiles, dout, into, *rest, scale, first_head)
         else:
             _key_kernel[part.grid(key_tasks, key_tiles)](
                 *inputs, into, *rest, turn, scale, part.n_visits, pages.block_size, first_head,
-                *strides, *dk.stride()[:2], **constants,
+                *part.strides[2:], *dk.stride()[:2], **constants,
                 SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
                 ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
@@ -447,16 +355,16 @@ def _backward_slice(
             )  # fmt: skip
         if keys_done is not None:
             keys_done()
-        tile = query_tile
+        tile, query_tasks = work.query_tile, work.query_tasks[i_rows]
         if mode == DQ_NONE.value and tile.fetch_registers:
-            hopper.launch_queries(part, tile, query_tasks, inputs[3], into, table, stats, list_start, scale)
+            hopper.launch_queries(part, tile, query_tasks, dout, into, table, stats, list_start, scale)
         elif mode == DQ_NONE.value:
             _query_kernel[part.grid(query_tasks)](
                 *inputs, into, table, stats, query_tasks.table, list_start,
-                scale, part.n_visits, *part.task_args(query_tasks), *strides,
-                **constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+                scale, part.n_visits, *part.task_args(query_tasks), *part.strides[2:], **constants,
+                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
         scale_rows(into, dq, scale, add)
     else:
-        sum_visits(into, dq, part.chosen, own, visible, part.row, scale, add)
+        sum_visits(into, dq, chosen[:, part.heads], own, visible, part.row, scale, add)

@@ -30,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
 DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
-# Of a task, before its edges; see :func:`_read_work`.
+# Of a task, before its edges; see :func:`_read_facts`.
 FACTS = tl.constexpr(8)
 
 
@@ -39,22 +39,22 @@ FACTS = tl.constexpr(8)
     do_not_specialize_on_alignment=SLICED,
 )
 def _visit_table_kernel(
-    visits, tasks, list_start, visible, lse, delta, table, stats, work,
+    visits, tasks, list_start, visible, lse, delta, table, stats, facts,
     n_visits, places, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     KEY_TILES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``work`` [programs, 8 + KEY_TILES] is what :func:`_read_work` reads."""
+    """``facts`` [programs, 8 + KEY_TILES] is what :func:`_read_facts` reads."""
     i_list, begin, end, n_keys, first_key, page, split = read_task(
         tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
     )
     first = tl.load(list_start)
-    p_work = work + tl.program_id(0) * (FACTS + KEY_TILES)
-    tl.store(p_work, i_list)
+    p_facts = facts + tl.program_id(0) * (FACTS + KEY_TILES)
+    tl.store(p_facts, i_list)
     if i_list < 0:
         return
     i_h = i_list // n_blocks
-    p_edges = p_work + FACTS
+    p_edges = p_facts + FACTS
     o_n = tl.arange(0, TILES)
     own_end, first_other = begin, end
     for n in range(0, KEY_TILES, TILES):
@@ -91,28 +91,28 @@ def _visit_table_kernel(
         for n in range(0, KEY_TILES, TILES):
             tl.atomic_min(p_edges + n + o_n, first_other - first, mask=n + o_n < KEY_TILES, sem="relaxed")
     i_sum = _sum_place(i_list, split - first, n_lists, room, task_rows)
-    tl.store(p_work + 1, end - first)
-    tl.store(p_work + 2, own_end - first)
-    tl.store(p_work + 3, n_keys)
-    tl.store(p_work + 4, first_key)
-    tl.store(p_work + 5, page)
-    tl.store(p_work + 6, tl.where(split >= 0, i_sum.to(tl.int32), -1))
-    tl.store(p_work + 7, (begin - split) // task_rows)
+    tl.store(p_facts + 1, end - first)
+    tl.store(p_facts + 2, own_end - first)
+    tl.store(p_facts + 3, n_keys)
+    tl.store(p_facts + 4, first_key)
+    tl.store(p_facts + 5, page)
+    tl.store(p_facts + 6, tl.where(split >= 0, i_sum.to(tl.int32), -1))
+    tl.store(p_facts + 7, (begin - split) // task_rows)
 
 
 @triton.jit
-def _read_work(work, i_task, i_n, KEY_TILES: tl.constexpr):
+def _read_facts(facts, i_task, i_n, KEY_TILES: tl.constexpr):
     """What a program of task ``i_task`` and tile of keys ``i_n`` has to know. All of it comes in one step.
 
     List, or -1 for none; the first visit that sees some of the tile, and where the task ends, and its visits to own
     blocks; number of keys of the block, the first one's row, their head; place of the sums if the list is several
     tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
     """
-    p_work = work + i_task * (FACTS + KEY_TILES)
-    i_list, end, own_end = tl.load(p_work), tl.load(p_work + 1), tl.load(p_work + 2)
-    n_keys, first_key, page = tl.load(p_work + 3), tl.load(p_work + 4), tl.load(p_work + 5)
-    i_sum, number = tl.load(p_work + 6), tl.load(p_work + 7)
-    return i_list, tl.load(p_work + FACTS + i_n), end, own_end, n_keys, first_key, page, i_sum, number
+    p_facts = facts + i_task * (FACTS + KEY_TILES)
+    i_list, end, own_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
+    n_keys, first_key, page = tl.load(p_facts + 3), tl.load(p_facts + 4), tl.load(p_facts + 5)
+    i_sum, number = tl.load(p_facts + 6), tl.load(p_facts + 7)
+    return i_list, tl.load(p_facts + FACTS + i_n), end, own_end, n_keys, first_key, page, i_sum, number
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def _key_tile(
 
 @triton.jit(do_not_specialize=["first_head"])
 def _key_kernel(
-    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, work, turn,
+    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, facts, turn,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
@@ -177,10 +177,10 @@ def _key_kernel(
         i = tl.program_id(0)
     i_n = i % KEY_TILES
     i_task = i // KEY_TILES
-    i_list, edge, end, own_end, n_keys, first_key, page, i_sum, number = _read_work(work, i_task, i_n, KEY_TILES)
+    i_list, edge, end, own_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
     if i_list < 0:
         return
-    begin = tl.load(work + i_task * (FACTS + KEY_TILES) + FACTS)
+    begin = tl.load(facts + i_task * (FACTS + KEY_TILES) + FACTS)
     # Rows of own blocks that end before this tile of keys are passed over, in whole tiles.
     begin += (edge - begin) // BM * BM
     o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)

@@ -260,15 +260,16 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice) -> Tasks:
+def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None) -> Tasks:
     """Tasks of up to ``task_rows`` visits from the lists of an index.
 
     Args:
         pages: a :class:`moba_cp.blocks.Pages` of fewer than 2^31 rows, with ``row`` of unit stride and ``length``
             contiguous. Lists of blocks that are not in this storage have no tasks.
-        kv_heads: of lists of these KV heads only; nobody may ask for those of others.
+        kv_heads: of lists of these KV heads only, and nobody may ask for those of others; all if it is None.
     """
     n_kv, n_blocks = pages.row.shape
+    kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
     n_heads = kv_heads.stop - kv_heads.start
     places = index.n_visits // task_rows + n_kv * n_blocks
     assert pages.k.shape[0] < 2**31

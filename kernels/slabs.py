@@ -1,7 +1,7 @@
 """Some heads of K and V laid side by side for other ranks, and the sums of what these return.
 
-Legend: R rows of a rank, H heads, D head dim, S shares. A *slab* is [H, R, 2, D], K beside V, head by head:
-one part of what a rank gives in a stage.
+Legend: R rows of a rank, W most rows of any rank, H heads, D head dim, S shares. A *slab* is [H * W, 2, D], K beside V:
+first each head's rows before the cut, head by head, then the others likewise.
 """
 
 import triton
@@ -17,10 +17,17 @@ PACK_PROGRAMS = 32
 PACK_TILE, SUM_TILE = 1 << 14, 1 << 12
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab_rows", "tiles"], do_not_specialize_on_alignment=SLICED)
+@triton.jit
+def _slab_row(o_m, i_h, n_heads, cut, widest):
+    """Where rows of a head lie in a slab."""
+    return tl.where(o_m < cut, i_h * cut + o_m, n_heads * cut + i_h * (widest - cut) + o_m - cut)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_heads", "cut", "widest", "tiles"], do_not_specialize_on_alignment=SLICED)
 def _pack_kernel(
-    k, v, slab, n_rows, slab_rows, tiles, s_kr, s_kh, s_vr, s_vh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
-):
+    k, v, slab, n_rows, n_heads, cut, widest, tiles, s_kr, s_kh, s_vr, s_vh,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     o_d = tl.arange(0, BD)
     tiles_per_head = (n_rows + BM - 1) // BM
     for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -29,66 +36,70 @@ def _pack_kernel(
         m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
         b_k = tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m, other=0.0)
         b_v = tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m, other=0.0)
-        p_slab = slab + ((i_h * slab_rows + o_m) * 2 * D)[:, None] + o_d[None, :]
+        p_slab = slab + (_slab_row(o_m, i_h, n_heads, cut, widest) * 2 * D)[:, None] + o_d[None, :]
         tl.store(p_slab, b_k, mask=m)
         tl.store(p_slab + D, b_v, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab_rows", "n_shares", "skip"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["n_rows", "cut", "widest", "n_shares"], do_not_specialize_on_alignment=SLICED)
 def _sum_kernel(
-    own, shares, dk, dv, n_rows, slab_rows, n_shares, skip, s_share, s_kr, s_kh,
+    own, shares, places, dk, dv, n_rows, cut, widest, n_shares, s_kr, s_kh,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
     o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_d = tl.arange(0, BD)
     m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
-    o_slab = ((i_h * slab_rows + o_m) * 2 * D)[:, None] + o_d[None, :]
-    b_dk = tl.load(own + o_slab, mask=m, other=0.0).to(tl.float32)
-    b_dv = tl.load(own + o_slab + D, mask=m, other=0.0).to(tl.float32)
-    p_share = shares + o_slab
+    row = _slab_row(o_m, i_h, tl.num_programs(1), cut, widest)
+    o_own = (row * 2 * D)[:, None] + o_d[None, :]
+    b_dk = tl.load(own + o_own, mask=m, other=0.0).to(tl.float32)
+    b_dv = tl.load(own + o_own + D, mask=m, other=0.0).to(tl.float32)
     for i in range(n_shares):
-        if i != skip:
-            b_dk += tl.load(p_share, mask=m, other=0.0).to(tl.float32)
-            b_dv += tl.load(p_share + D, mask=m, other=0.0).to(tl.float32)
-        p_share += s_share
+        start, first, end = tl.load(places + 3 * i), tl.load(places + 3 * i + 1), tl.load(places + 3 * i + 2)
+        m_share = m & ((row >= first) & (row < end))[:, None]
+        p_share = shares + ((start + row - first) * 2 * D)[:, None] + o_d[None, :]
+        b_dk += tl.load(p_share, mask=m_share, other=0.0).to(tl.float32)
+        b_dv += tl.load(p_share + D, mask=m_share, other=0.0).to(tl.float32)
     o_out = (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :]
     tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m)
     tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.pack_slab`."""
     k, v = check_unit_stride(k), check_unit_stride(v)
-    _check(k, slab)
+    n_rows, n_heads, _ = k.shape
+    widest = _widest(k, slab)
     if k.numel():
         constants = _constants(k, PACK_TILE)
-        tiles = cdiv(k.shape[0], constants["BM"]) * k.shape[1]
+        tiles = cdiv(n_rows, constants["BM"]) * n_heads
         strides = *k.stride()[:2], *v.stride()[:2]
         with on_device(k):
             _pack_kernel[(min(tiles, PACK_PROGRAMS),)](
-                k, v, slab, k.shape[0], slab.shape[1], tiles, *strides, **constants, num_warps=8
+                k, v, slab, n_rows, n_heads, cut, widest, tiles, *strides, **constants, num_warps=8
             )
 
 
-def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.sum_shares`."""
-    _check(dk, own)
-    assert shares.shape[1:] == own.shape and (len(shares) == 0 or shares[0].is_contiguous())
+    widest = _widest(dk, own)
+    assert shares.is_contiguous() and shares.shape[1:] == own.shape[1:] and places.is_contiguous()
     assert dk.stride() == dv.stride() and dk.stride(2) == 1 and dk.dtype == dv.dtype
     if dk.numel():
         constants = _constants(dk, SUM_TILE)
         with on_device(dk):
             _sum_kernel[(cdiv(dk.shape[0], constants["BM"]), dk.shape[1])](
-                own, shares, dk, dv, dk.shape[0], own.shape[1], len(shares), skip, shares.stride(0),
-                *dk.stride()[:2], **constants, num_warps=4,
+                own, shares, places, dk, dv, dk.shape[0], cut, widest, len(places), *dk.stride()[:2],
+                **constants, num_warps=4,
             )  # fmt: skip
 
 
-def _check(rows: Tensor, slab: Tensor) -> None:
+def _widest(rows: Tensor, slab: Tensor) -> int:
+    """W of a slab for rows [R, H, D]."""
     n_rows, n_heads, dim = rows.shape
-    assert slab.is_contiguous() and slab.shape[::2] == (n_heads, 2) and slab.shape[3] == dim
-    assert n_rows <= slab.shape[1]
+    widest, rest = divmod(slab.shape[0], n_heads)
+    assert slab.is_contiguous() and slab.shape[1:] == (2, dim) and rest == 0 and n_rows <= widest
+    return widest
 
 
 def _constants(rows: Tensor, tile: int) -> dict[str, int]:

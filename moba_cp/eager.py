@@ -360,31 +360,40 @@ def add_pages(
     dv[row, head] += arrived[at, 1].to(dv.dtype)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
-    """Lay K beside V, head by head.
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
+    """Lay K beside V: first each head's rows before the cut, head by head, then the others likewise.
 
     Args:
         k, v: [R, H, D].
-        slab: [H, R', 2, D] contiguous, R' >= R; rows past R are left as they are.
+        slab: [H * W, 2, D] contiguous, W >= R; places of rows past R are left as they are.
     """
-    slab[:, : k.shape[0], 0], slab[:, : k.shape[0], 1] = k.transpose(0, 1), v.transpose(0, 1)
+    for rows, part in _slab_parts(k, slab, cut):
+        part[:, :, 0], part[:, :, 1] = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
 
 
-def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
-    """Write the sums of all ranks' shares of the gradients of some rows.
+def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
+    """Write the sums of all ranks' shares of the gradients of some rows; wide sums.
 
     Args:
-        own: [H, R', 2, D] contiguous wide, the share of this rank, see :func:`pack_slab`.
-        shares: [S, H, R', 2, D], each contiguous, any floating dtype: those of others, in the order of summation.
-        dk, dv: [R, H, D] with R <= R' and equal strides, written in their dtype.
-        skip: a share that is passed over, -1 for none.
+        own: [H * W, 2, D] contiguous, any floating dtype: the share of this rank, a slab as of :func:`pack_slab`.
+        shares: [M, 2, D] contiguous, any floating dtype: what others return.
+        places: [S, 3] int64: share i begins at row ``places[i, 0]`` of ``shares`` and has the slab's rows
+            ``places[i, 1] .. places[i, 2]``. They are summed in this order.
+        dk, dv: [R, H, D] with R <= W and equal strides, written in their dtype.
     """
-    total = own[:, : dk.shape[0]]
-    for i, share in enumerate(shares):
-        if i != skip:
-            total = total + share[:, : dk.shape[0]].to(own.dtype)
-    dk.copy_(total[:, :, 0].transpose(0, 1))
-    dv.copy_(total[:, :, 1].transpose(0, 1))
+    total = own.to(wide_dtype(own.dtype), copy=True)
+    for start, first, end in places.tolist():
+        total[first:end] += shares[start : start + end - first]
+    for rows, part in _slab_parts(dk, total, cut):
+        dk[rows], dv[rows] = part[:, :, 0].transpose(0, 1).to(dk.dtype), part[:, :, 1].transpose(0, 1).to(dv.dtype)
+
+
+def _slab_parts(rows: Tensor, slab: Tensor, cut: int) -> list[tuple[slice, Tensor]]:
+    """For rows [R, H, D]: those before the cut and the others, and where they lie in a slab, [H, rows, 2, D]."""
+    n_rows, n_heads, _ = rows.shape
+    before, after = slab.tensor_split([n_heads * cut])
+    parts = (0, min(cut, n_rows), before), (min(cut, n_rows), n_rows, after)
+    return [(slice(a, b), x.view(n_heads, -1, *x.shape[1:])[:, : b - a]) for a, b, x in parts if a < b]
 
 
 def _page_rows(pages: Pages, pairs: Tensor, offset: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,14 +131,14 @@ def add_pages(
     backend(arrived).add_pages(dk, dv, pages, pairs, offset, arrived, begin, end)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor) -> None:
+def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.pack_slab`."""
-    backend(slab).pack_slab(k, v, slab)
+    backend(slab).pack_slab(k, v, slab, cut)
 
 
-def sum_shares(own: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
+def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
     """See :func:`moba_cp.eager.sum_shares`."""
-    backend(dk).sum_shares(own, shares, dk, dv, skip)
+    backend(dk).sum_shares(own, shares, places, dk, dv, cut)
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -188,6 +188,7 @@ def attend(
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     whole: bool = False,
+    shared: dict | None = None,
 ):
     """See :func:`moba_cp.eager.attend`; ``out_dtype`` rounds the output, which is wide by default.
 
@@ -195,10 +196,12 @@ def attend(
         index: of :func:`routing_index`.
         kv_heads: with ``into``: the KV heads to do; None for all.
         whole: with ``into``: there are no other keys; it holds nothing yet, and out may have any dtype.
+        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike and have
+            one ``row`` and one ``head``: the first may leave here what serves the others.
     """
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32
-        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into, whole=whole)
+        return backend(q).attend(*inputs, index=index, kv_heads=kv_heads, into=into, whole=whole, shared=shared)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale
@@ -214,17 +217,18 @@ def attend(
 
 def attend_backward(
     q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic=False, local_dtype=None, index=None,
-    kv_heads=None, into=None, fresh=False, whole=False, keys_done=None,
+    kv_heads=None, into=None, fresh=False, whole=False, keys_done=None, shared=None,
 ):  # fmt: skip
     """See :func:`moba_cp.eager.attend_backward`; with ``local_dtype``, for pages that are
     :func:`moba_cp.blocks.local_pages`, the gradients are rounded to it. ``into``: dq, dk and dv to add to.
-    ``index`` and ``kv_heads``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet; rows of blocks in ``pages``
-    are written, others left or zeroed, so that one call has to serve the whole storage. ``whole``: nor does dq, which
-    no other storage has a part in and which may have any dtype. ``keys_done``: called once dk and dv are on their way
-    to be written; dq may follow."""
+    ``index``, ``kv_heads`` and ``shared``: as in :func:`attend`. ``fresh``: dk and dv hold nothing yet and may have any
+    dtype; rows of blocks in ``pages`` are written, others left or zeroed, so that one call has to serve the whole
+    storage. ``whole``: the same of dq, which no other storage has a part in. ``keys_done``: called once dk and dv are
+    on their way to be written; dq may follow."""
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
         rest = dict(index=index, kv_heads=kv_heads, into=into, fresh=fresh, whole=whole, keys_done=keys_done)
+        rest["shared"] = shared
         return backend(q).attend_backward(*inputs, **rest)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
@@ -233,15 +237,15 @@ def attend_backward(
         rest = dict(into=(into[0][:, at], *into[1:]), fresh=fresh, whole=whole, keys_done=keys_done)
         attend_backward(*some, **rest)
         return into
-    if fresh:
-        into[1].zero_(), into[2].zero_()
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
-    if whole:
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        into[0].copy_(eager.attend_backward(*inputs, into=(dq, *into[1:]))[0])
+    if into is not None:
+        new = whole, fresh, fresh
+        sums = (torch.zeros_like(x, dtype=lse.dtype) if is_new else x for x, is_new in zip(into, new, strict=True))
+        for target, result in zip(into, eager.attend_backward(*inputs, into=tuple(sums)), strict=True):
+            target.copy_(result)
         grads = into
     else:
-        grads = eager.attend_backward(*inputs, into=into)
+        grads = eager.attend_backward(*inputs)
     if keys_done is not None:
         keys_done()
     return tuple(x.to(local_dtype or x.dtype) for x in grads)

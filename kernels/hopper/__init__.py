@@ -117,13 +117,13 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
 
 
 def launch_keys(
-    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, work,
+    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, facts,
     scale: float, first_head: int,
 ) -> None:  # fmt: skip
     """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1."""
     key_kernel[part.grid(tasks, key_tiles)](
         part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, dk, dv, sum_k, sum_v,
-        table, stats, work, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
+        table, stats, facts, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
         D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
         DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
         num_warps=tile.warps,

@@ -30,10 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..backward import _read_work
+from ..backward import _read_facts
 from .shared import LOG2E, barrier, exchange, load_blocks, side_by_side, store_rows, unpack
 
-read_work = gluon.jit(_read_work.fn)
+read_facts = gluon.jit(_read_facts.fn)
 
 
 @gluon.jit
@@ -221,7 +221,7 @@ def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.const
 
 @gluon.jit(do_not_specialize=["first_head"])
 def key_kernel(
-    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, work,
+    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, facts,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
     DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -229,7 +229,7 @@ def key_kernel(
     """Arguments as of :func:`..backward._key_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
     i_task = gl.program_id(0) // KEY_TILES
     i_n = gl.program_id(0) % KEY_TILES
-    i_list, begin, end, own_end, n_keys, first_key, page, i_sum, _ = read_work(work, i_task, i_n, KEY_TILES)
+    i_list, begin, end, own_end, n_keys, first_key, page, i_sum, _ = read_facts(facts, i_task, i_n, KEY_TILES)
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

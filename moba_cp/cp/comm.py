@@ -214,7 +214,9 @@ class Communicator:
 
     def books(self) -> tuple[Counters, Counters]:
         """The counters of all layers and those of the current one."""
-        return self.counters, self.by_layer.setdefault(self.layer, Counters())
+        if self.layer not in self.by_layer:
+            self.by_layer[self.layer] = Counters()
+        return self.counters, self.by_layer[self.layer]
 
     def _count(self, kind: str, sent: int, received: int) -> None:
         for counters in self.books():
@@ -280,9 +282,10 @@ class Communicator:
 def used_here(*tensors: Tensor) -> None:
     """Tell the allocator that ``tensors``, made on the stream beside, are used on the current one: what takes their
     memory after them has to wait for both."""
-    for x in tensors:
-        if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream())
+    on_gpu = [x for x in tensors if x.is_cuda]
+    here = torch.cuda.current_stream() if on_gpu else None
+    for x in on_gpu:
+        x.record_stream(here)
 
 
 def ring_bytes(k: Tensor, size: int) -> int:

@@ -20,12 +20,28 @@ from torch import Tensor
 from .comm import used_here
 from .context import CPContext
 from .gather_costs import GatherCosts
-from .gather_stages import CollectiveStage, Layer, PeerStage, Stage
+from .gather_stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
 from .queries import OutputGradient, Queries
 from .side_stream import wait_for
 
-# What arrives in a stage takes a GPU most of a millisecond, a few times what starting a stage takes the host.
+# K and V of the whole sequence in a stage: copies take most of a millisecond, and memory of a few such stages stays. On
+# four GPUs attention takes as long forward, and twice that backward; a host starts a stage in less.
 STAGE_BYTES = 256 << 20
+
+
+def heads_of_stages(n_kv: int, stages: int, head_bytes: int) -> list[slice]:
+    """KV heads of each stage: at least ``stages`` of them, with at most STAGE_BYTES each of which a head takes
+    ``head_bytes``.
+
+    Long stages have a half before and a half behind: nothing hides how the first one's K and V come in backward, nor
+    how the last one's gradients return.
+    """
+    most = max(1, min(-(-n_kv // stages), STAGE_BYTES // head_bytes))
+    edge = most // 2 if most < n_kv and 2 * most * head_bytes > STAGE_BYTES else 0
+    middle = n_kv - 2 * edge
+    n_middle = -(-middle // most)
+    cuts = [0, *(edge + middle * i // n_middle for i in range(n_middle + 1)), n_kv]
+    return [slice(begin, end) for begin, end in zip(cuts[:-1], cuts[1:], strict=True) if begin < end]
 
 
 class Gathering:
@@ -36,21 +52,20 @@ class Gathering:
         geometry, options, memory = cp.geometry(block_size), cp.exchange, cp.peers
         _, n_kv, dim = k.shape
         self.costs = GatherCosts(geometry, n_kv, dim, k.dtype, options, memory is not None)
-        n_stages = max(options.stages, -(-self.costs.arriving_bytes // STAGE_BYTES))
-        # More of them where that makes them more even.
-        n_stages = -(-n_kv // max(1, n_kv // n_stages))
-        cuts = [n_kv * s // n_stages for s in range(n_stages + 1)]
-        heads = [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+        head_bytes = len(geometry.owned) * geometry.widest * 2 * dim * k.dtype.itemsize
+        heads = heads_of_stages(n_kv, options.stages, head_bytes)
         self.layer = Layer(cp.comm, geometry, memory, heads, dim, k.dtype, options.wire_dtype(k.dtype))
         self._keep = options.keep
         self.kept: dict[int, Tensor] = {}
         """Storages of stages that arrived in forward and serve backward too."""
+        self._shared: dict = {}
+        """What attention to the stages of a pass has in common."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
 
     def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True) -> Iterator[Stage]:
-        """The stages, in turn; a collective call, which starts the first two at once. While one is computed the next
-        one's storage arrives. All have to be taken: the pass ends with the last.
+        """The stages, in turn; a collective call, which starts the first ones at once. While one is computed the next
+        ones' storages arrive. All have to be taken: the pass ends with the last.
 
         Args:
             k_rows, v_rows: [L + X, Hkv, D].
@@ -64,11 +79,11 @@ class Gathering:
         if memory is not None:
             rows = comm.size * max(h.stop - h.start for h in layer.heads) * layer.geometry.widest
             memory.open_pass(f"rank {comm.rank} in {comm.direction}{comm.layer}")
-            memory.reserve("kv", rows * 2 * layer.dim * layer.dtype.itemsize)
+            memory.reserve("kv", SLOTS["kv"], rows * 2 * layer.dim * layer.dtype.itemsize)
             if differentiated:
                 # Before activations fill what is left.
-                memory.reserve("gradients", rows * 2 * layer.dim * layer.wire.itemsize)
-        self._returning = None
+                memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
+        self._returning, self._shared = None, {}
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)
         with (memory or comm).beside(ready):
@@ -79,8 +94,18 @@ class Gathering:
             stage.begin(k_rows, v_rows, ready, self.kept.get(number) if backward else None)
             return stage
 
-        ahead = [begin(number) for number in range(min(2, len(layer.heads)))]
+        ahead = [begin(number) for number in range(min(kind.ahead, len(layer.heads)))]
         return self._in_turn(ahead, begin, self._keep and differentiated and not backward)
+
+    def attend(self, stage: Stage, rows: Queries, into: tuple[Tensor, Tensor], whole: bool) -> None:
+        """Attention to a stage's heads.
+
+        Args:
+            stage: of :meth:`stages`.
+            into: out [L, Hq, D] and lse [L, Hq], see :func:`moba_cp.ops.attend`.
+            whole: ``into`` holds nothing yet; otherwise what it has of own blocks.
+        """
+        rows.attend(stage.pages(with_own=whole), stage.heads, into, whole=whole, shared=self._shared)
 
     def attend_backward(
         self, stage: Stage, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor
@@ -99,7 +124,7 @@ class Gathering:
             self._returning = stage.give_back(grads, dk, dv)
 
         into = dq, grads[:, :1], grads[:, 1:]
-        how = dict(fresh=True, whole=True, keys_done=keys_done)
+        how = dict(fresh=True, whole=True, keys_done=keys_done, shared=self._shared)
         rows.attend_backward(stage.pages(with_own=True), stage.heads, into, output, **how)
 
     def wait(self) -> None:
@@ -119,7 +144,8 @@ class Gathering:
                 self.kept[number] = stage.storage().clone()
             yield stage
             stage.finish()
-            if number + 2 < len(self.layer.heads):
-                ahead.append(begin(number + 2))
+            if number + stage.ahead < len(self.layer.heads):
+                ahead.append(begin(number + stage.ahead))
+        self._shared = {}
         if self.layer.memory is not None:
             self.layer.memory.close_pass()

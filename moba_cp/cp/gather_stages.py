@@ -4,29 +4,37 @@ Legend: P ranks, L local tokens, X extra rows, W most rows (local and extra) of 
 heads, H KV heads of a stage, D head dim. Slabs and storages are those of :mod:`.gather`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..blocks import Pages
-from ..eager import wide_dtype
 from .comm import Communicator, used_here
 from .geometry import BlockGeometry
 from .peer import PeerMemory
 
+# Of peer memory, by buffer. Between the end of a stage and the next use of its storage lie packing, a meeting and
+# copies: with two, attention to the stage between would have to be longer than all that.
+SLOTS = {"kv": 3, "gradients": 2}
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of a slab: those before the cut, or the others."""
 
-    half: int
-    rows: slice
-    """of the slab"""
-    of_rank: slice
-    """the same rows of one head, as the rank numbers them"""
+class Moves(NamedTuple):
+    """What copy engines bring in the stages that have one slot of a buffer."""
+
+    storage: Tensor
+    """[P * H * W, 2, D]: this rank's slot."""
+    sources: list[Tensor]
+    """Rows to read of other ranks' slots, each rank's next one first, so that not all read from the same."""
+    targets: list[Tensor]
+    """Where K and V go in this rank's slot. (Shares of gradients go to new memory, one behind the other.)"""
+    n_rows: list[int]
+    """Of each source."""
+    sizes: tuple[int, int]
+    """Bytes that others read here, and that this rank reads."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,41 @@ class Layer:
     wire: torch.dtype
     """Of gradients that travel."""
 
-    def parts(self, heads: slice) -> list[Part]:
-        """The parts that a slab of these heads has rows in."""
-        count, cut, widest = heads.stop - heads.start, self.geometry.cut, self.geometry.widest
-        ends = (0, count * cut, count * widest)
-        of_rank = slice(0, cut), slice(cut, widest)
-        return [Part(i, slice(ends[i], ends[i + 1]), of_rank[i]) for i in range(2) if ends[i] < ends[i + 1]]
+    def seen(self, viewer: int, owner: int, count: int) -> slice:
+        """The rows of ``owner``'s slab of ``count`` heads that another rank can see: the slab's two parts adjoin."""
+        early, late = self.geometry.sees[viewer, owner]
+        cut, end = count * self.geometry.cut, count * self.geometry.widest
+        return slice(0 if early else cut, end if late else cut)
 
-    def page_row(self, with_own: bool) -> Tensor:
+    def others(self) -> list[int]:
+        """The other ranks, each rank's next one first."""
+        return [(self.comm.rank + i) % self.comm.size for i in range(1, self.comm.size)]
+
+    def share_places(self, count: int) -> Tensor:
+        """[P - 1, 3] int64: where the shares of this rank's slab of ``count`` heads are in what others return, see
+        :func:`moba_cp.eager.sum_shares`; made once.
+
+        Copy engines bring what each of the others can see, in their order; a collective brings slabs of all ranks.
+        """
+        key = "share places", count, self.memory is None
+        if key not in self.geometry.tables:
+            slab, begin, places = count * self.geometry.widest, 0, []
+            for p in self.others():
+                rows = self.seen(p, self.comm.rank, count)
+                places.append((p * slab, 0, slab) if self.memory is None else (begin, rows.start, rows.stop))
+                begin += rows.stop - rows.start
+            # Not to wait for what was issued before.
+            self.geometry.tables[key] = torch.tensor(places).to(self.geometry.owner.device, non_blocking=True)
+        return self.geometry.tables[key]
+
+    def page_table(self, with_own: bool) -> tuple[Tensor, Tensor]:
         """[Hkv, n] int64, row of its stage's storage at which each block begins that this rank can see, -1 for others;
-        made once."""
+        and [Hkv, n] int32, its head there. Made once."""
         geometry = self.geometry
         key = "gathered", self.heads[-1].stop, len(self.heads), with_own
         if key not in geometry.tables:
             device, cut, widest = geometry.owner.device, geometry.cut, geometry.widest
-            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device)
+            sees = torch.from_numpy(geometry.sees[self.comm.rank]).to(device, non_blocking=True)
             is_late = geometry.owner_row >= cut
             own = geometry.owner == self.comm.rank
             visible = torch.where(own, with_own, sees[geometry.owner, is_late.long()])
@@ -70,18 +98,21 @@ class Layer:
                 early = head * cut + geometry.owner_row
                 late = count * cut + head * (widest - cut) + geometry.owner_row - cut
                 rows.append(geometry.owner * count * widest + torch.where(is_late, late, early))
-            geometry.tables[key] = torch.where(visible, torch.cat(rows), -1)
+            row = torch.where(visible, torch.cat(rows), -1)
+            geometry.tables[key] = row, geometry.no_head.expand(*row.shape)
         return geometry.tables[key]
 
 
 class Stage:
     """Some heads: their storage and its gradients."""
 
+    ahead = 2
+    """Stages that have begun when the first of them is computed."""
+
     def __init__(self, layer: Layer, heads: slice):
         self.layer, self.heads = layer, heads
         self.count, self.rank, self.size = heads.stop - heads.start, layer.comm.rank, layer.comm.size
         self.rows = self.count * layer.geometry.widest
-        self.parts = layer.parts(heads)
         self._storage: Tensor | None = None
         self._wait: Callable[[], Tensor]
 
@@ -98,12 +129,12 @@ class Stage:
     def pages(self, with_own: bool) -> Pages:
         """The blocks of the storage that this rank can see, its own among them or not."""
         storage, geometry = self.storage(), self.layer.geometry
-        row = self.layer.page_row(with_own)
-        head = geometry.no_head.expand(*row.shape)
-        return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
+        table = self.layer.page_table(with_own)
+        return Pages(storage[:, :1], storage[:, 1:], *table, geometry.length, geometry.block_size)
 
     def gradients(self) -> Tensor:
-        """[P * H * W, 2, D] wide, for this rank's shares of the gradients of the storage; it holds anything."""
+        """[P * H * W, 2, D], as it will travel, for this rank's shares of the gradients of the storage; it holds
+        anything."""
         raise NotImplementedError
 
     def give_back(self, grads: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], torch.cuda.Event | None]:
@@ -124,16 +155,17 @@ class Stage:
         """All that needs the storage was issued."""
 
     def _pack(self, k_rows: Tensor, v_rows: Tensor, slab: Tensor) -> None:
-        for part in self.parts:
-            k, v = (x[part.of_rank, self.heads] for x in (k_rows, v_rows))
-            ops.pack_slab(k, v, slab[part.rows].unflatten(0, (self.count, -1)))
+        ops.pack_slab(k_rows[:, self.heads], v_rows[:, self.heads], slab, self.layer.geometry.cut)
 
-    def _sum(self, part: Part, grads: Tensor, shares: Tensor, dk: Tensor, dv: Tensor, skip: int = -1) -> None:
-        """``shares`` [S, rows of the part, 2, D]. What nobody attends to, tails of others' blocks, becomes anything."""
+    def _own(self, storage: Tensor) -> Tensor:
+        """[H * W, 2, D], this rank's slab."""
+        return storage[self.rank * self.rows : (self.rank + 1) * self.rows]
+
+    def _sum(self, grads: Tensor, arrived: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """What nobody attends to, tails of others' blocks, becomes anything."""
         used_here(dk, dv)
-        own = grads.unflatten(0, (self.size, -1))[self.rank, part.rows].unflatten(0, (self.count, -1))
-        sums = (x[part.of_rank, self.heads] for x in (dk, dv))
-        ops.sum_shares(own, shares.unflatten(1, (self.count, -1)), *sums, skip)
+        sums, layer = (x[:, self.heads] for x in (dk, dv)), self.layer
+        ops.sum_shares(self._own(grads), arrived, layer.share_places(self.count), *sums, layer.geometry.cut)
 
 
 class CollectiveStage(Stage):
@@ -149,115 +181,102 @@ class CollectiveStage(Stage):
         self._wait = lambda: wait().flatten(0, 1)
 
     def gradients(self):
-        grads = self.storage().new_empty(self.size * self.rows, 2, self.layer.dim, dtype=wide_dtype(self.layer.dtype))
+        grads = self.storage().new_empty(self.size * self.rows, 2, self.layer.dim, dtype=self.layer.wire)
         # What this rank cannot see travels too.
-        for slab, sees in zip(grads.unflatten(0, (self.size, -1)), self.layer.geometry.sees[self.rank], strict=True):
-            for part in self.parts:
-                if not sees[part.half]:
-                    slab[part.rows] = 0
+        for p, slab in enumerate(grads.split(self.rows)):
+            seen = self.layer.seen(self.rank, p, self.count)
+            slab[: seen.start], slab[seen.stop :] = 0, 0
         return grads
 
     def give_back(self, grads, dk, dv):
         comm, counts = self.layer.comm, [self.rows] * self.size
         with comm.beside(comm.mark(grads)):
-            wait = comm.all_to_all(grads.to(self.layer.wire), counts, counts, "kv_gradients")
+            wait = comm.all_to_all(grads, counts, counts, "kv_gradients")
             used_here(grads)
             issued = comm.mark(grads)
 
         def finish() -> torch.cuda.Event | None:
             with comm.beside(issued):
-                arrived = wait().unflatten(0, (self.size, -1))
-                for part in self.parts:
-                    self._sum(part, grads, arrived[:, part.rows], dk, dv, skip=self.rank)
+                self._sum(grads, wait(), dk, dv)
                 return comm.mark(grads)
 
         return finish
 
 
 class PeerStage(Stage):
+    ahead = SLOTS["kv"]
+
     def begin(self, k_rows, v_rows, ready, kept):
         layer, memory = self.layer, self.layer.memory
-        self.slot = memory.next_slot()
+        self.number = memory.next_stage()
         with memory.beside(ready):
-            slabs = self._slabs("kv", self.rank, layer.dtype)
+            moves = self._moves("kv", layer.dtype)
             if kept is None:
-                memory.claim("kv", self.slot)
-                self._pack(k_rows, v_rows, slabs[self.rank])
-            moves = [] if kept is not None else [(p, part) for p in self._others() for part in self._seen(self.rank, p)]
+                memory.claim("kv", self.number)
+                self._pack(k_rows, v_rows, self._own(moves.storage))
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 # Also where nothing moves: it says that what others gave in earlier stages has been read here.
                 memory.meet()
-                for p, part in moves:
-                    slabs[p, part.rows].copy_(self._slabs("kv", p, layer.dtype)[p, part.rows], non_blocking=True)
-                return slabs.flatten(0, 1) if kept is None else kept, layer.comm.mark(k_rows)
+                if kept is None:
+                    _copy(moves.targets, moves.sources)
+                return moves.storage if kept is None else kept, layer.comm.mark(k_rows)
 
-            sent = [part for p in self._others() for part in self._seen(p, self.rank)] if kept is None else []
-            sizes = self._bytes(sent, layer.dtype), self._bytes([part for _, part in moves], layer.dtype)
-            self._wait = layer.comm.copied("kv", *sizes, start)
+            self._wait = layer.comm.copied("kv", *(moves.sizes if kept is None else (0, 0)), start)
 
     def gradients(self):
-        layer = self.layer
-        # Once this has arrived, others have read what was in the slot.
-        storage, wide = self.storage(), wide_dtype(layer.dtype)
-        if layer.wire != wide:
-            return storage.new_empty(self.size * self.rows, 2, layer.dim, dtype=wide)
-        layer.memory.claim("gradients", self.slot)
-        return self._slabs("gradients", self.rank, wide).flatten(0, 1)
+        self.layer.memory.claim("gradients", self.number)
+        return self._moves("gradients", self.layer.wire).storage
 
     def give_back(self, grads, dk, dv):
         layer, memory = self.layer, self.layer.memory
-        with memory.beside(layer.comm.mark(grads)):
-            if layer.wire != grads.dtype:
-                # Rows that nobody asks for hold anything.
-                self._slabs("gradients", self.rank, layer.wire).flatten(0, 1).copy_(grads)
-                used_here(grads)
-            sees_me = layer.geometry.sees[:, self.rank]
-            givers = [(part, [p for p in self._others() if sees_me[p, part.half]]) for part in self.parts]
-            moves = [(p, part) for part, ranks in givers for p in ranks]
+        moves, ready = self._moves("gradients", layer.wire), layer.comm.mark(grads)
+        with memory.beside(ready):
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 memory.meet()
-                n_rows = sum(part.rows.stop - part.rows.start for _, part in moves)
-                arrived, begin = grads.new_empty(n_rows, 2, layer.dim, dtype=layer.wire), 0
-                for p, part in moves:
-                    share = self._slabs("gradients", p, layer.wire)[self.rank, part.rows]
-                    arrived[begin : begin + len(share)].copy_(share, non_blocking=True)
-                    begin += len(share)
+                # What was given in the stage before has been copied by all, and summed here.
+                memory.release("gradients", self.number - 1, layer.comm.mark(grads))
+                arrived = grads.new_empty(sum(moves.n_rows), 2, layer.dim)
+                _copy(arrived.split(moves.n_rows), moves.sources)
                 return arrived, layer.comm.mark(grads)
 
-            sent = [part for p in self._others() for part in self._seen(self.rank, p)]
-            sizes = self._bytes(sent, layer.wire), self._bytes([part for _, part in moves], layer.wire)
-            wait = layer.comm.copied("kv_gradients", *sizes, start)
-            issued = layer.comm.mark(grads)
+            wait = layer.comm.copied("kv_gradients", *moves.sizes, start)
 
         def finish() -> torch.cuda.Event | None:
-            with memory.beside(issued):
-                arrived, begin = wait(), 0
-                for part, ranks in givers:
-                    n_rows = part.rows.stop - part.rows.start
-                    shares = arrived[begin : begin + len(ranks) * n_rows].view(len(ranks), n_rows, 2, layer.dim)
-                    self._sum(part, grads, shares, dk, dv)
-                    begin += len(ranks) * n_rows
+            with memory.beside(ready):
+                self._sum(grads, wait(), dk, dv)
                 done = layer.comm.mark(grads)
-            memory.release("gradients", self.slot, done)
+            memory.release("gradients", self.number, done)
             return done
 
         return finish
 
     def finish(self):
-        self.layer.memory.release("kv", self.slot, self.layer.comm.mark(self.storage()))
+        self.layer.memory.release("kv", self.number, self.layer.comm.mark(self.storage()))
 
-    def _slabs(self, name: str, rank: int, dtype: torch.dtype) -> Tensor:
-        """[P, H * W, 2, D]: what a rank has of this stage in a buffer."""
-        return self.layer.memory.at(name, self.slot, rank, (self.size, self.rows, 2, self.layer.dim), dtype)
+    def _moves(self, name: str, dtype: torch.dtype) -> Moves:
+        """What moves of buffer ``name`` in this stage: "kv", or shares of "gradients". Made once for each slot."""
+        layer, memory = self.layer, self.layer.memory
+        key = name, dtype, memory.slot(name, self.number), self.count, layer.dim, memory.generation
+        if key not in layer.geometry.tables:
+            shape, row_bytes = (self.size, self.rows, 2, layer.dim), 2 * layer.dim * dtype.itemsize
+            slabs = memory.at(name, self.number, self.rank, shape, dtype)
+            sources, targets, leaving = [], [], 0
+            for p in layer.others():
+                owner, viewer = (p, self.rank) if name == "kv" else (self.rank, p)
+                rows = layer.seen(viewer, owner, self.count)
+                if rows.start < rows.stop:
+                    sources.append(memory.at(name, self.number, p, shape, dtype)[owner, rows])
+                    targets.append(slabs[owner, rows])
+                back = layer.seen(owner, viewer, self.count)
+                leaving += back.stop - back.start
+            n_rows = [len(x) for x in sources]
+            sizes = leaving * row_bytes, sum(n_rows) * row_bytes
+            layer.geometry.tables[key] = Moves(slabs.flatten(0, 1), sources, targets, n_rows, sizes)
+        return layer.geometry.tables[key]
 
-    def _others(self) -> list[int]:
-        """The other ranks, each rank's next one first, so that not all read from the same."""
-        return [(self.rank + i) % self.size for i in range(1, self.size)]
 
-    def _seen(self, viewer: int, owner: int) -> list[Part]:
-        return [part for part in self.parts if self.layer.geometry.sees[viewer, owner, part.half]]
-
-    def _bytes(self, parts: list[Part], dtype: torch.dtype) -> int:
-        return sum(part.rows.stop - part.rows.start for part in parts) * 2 * self.layer.dim * dtype.itemsize
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)

@@ -65,7 +65,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             if at_once:
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
             for stage in stages or gathering.stages(k_rows, v_rows, False, needed):
-                rows.attend(stage.pages(with_own=at_once), stage.heads, (out, lse), whole=at_once)
+                gathering.attend(stage, rows, (out, lse), whole=at_once)
         out = out.to(q.dtype)
         for counters in comm.books():
             counters.dense_ring += ring_bytes(k, comm.size)

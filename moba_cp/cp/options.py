@@ -28,8 +28,8 @@ class ExchangeOptions:
     ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see."""
 
     stages: int = 2
-    """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts.
-    All-gathering makes more of long sequences."""
+    """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts, or
+    three where copy engines bring them. All-gathering makes more parts of long sequences."""
 
     keep: bool = False
     """Keep what was received in forward for backward, instead of sending it again: fewer bytes, more memory."""

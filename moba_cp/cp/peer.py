@@ -16,27 +16,32 @@ from torch import Tensor
 
 from .side_stream import SideStream, wait_for
 
-# Stages that use a buffer at a time.
-SLOTS = 2
 # Bytes: what buffers are rounded up to, and the size of the one for meetings.
 _ROUND = 1 << 21
+
+
+class MissingMemory(RuntimeError):
+    """Some rank has no memory for copies; raised on all ranks."""
 
 
 class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
-    A buffer has SLOTS slots. Stages of work, counted through all calls, take them in turn. The ranks meet in every
-    stage n, after each has copied what it wanted of stages before. So whoever has met for stage n knows that nobody
-    reads any more what it gave of K and V in stage n - 1, whose slot comes next, nor of gradients in stage n - 2, whose
-    slot is written after this meeting: no further one is needed.
+    A buffer has some slots. Stages of work, counted through all calls, take them in turn. On their streams for copies
+    all ranks do the same in the same order; when they meet, what each copied before has come. So whoever has met to
+    give K and V of a stage knows that nobody reads those of stages before any more, and may write to their slots; and
+    whoever has met to give back gradients of a stage knows it of the gradients of the stage before.
     """
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
         self._buffers: dict[str, list[Tensor]] = {}
+        self._slots: dict[str, int] = {}
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
+        self.generation = 0
+        """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
@@ -49,22 +54,24 @@ class PeerMemory:
         """Memory that this rank has given; PyTorch's allocator does not count it."""
         return sum(parts[self.rank].nbytes for parts in self._buffers.values())
 
-    def reserve(self, name: str, nbytes: int) -> None:
-        """Make slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
+    def reserve(self, name: str, slots: int, nbytes: int) -> None:
+        """Make the ``slots`` slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
 
         Raises:
-            RuntimeError: on all ranks, if one has no such memory left.
+            MissingMemory: on all ranks, if one has no such memory left.
         """
         # Sizes differ with the batch: a step of an eighth now saves many small ones.
         step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
         slot = -(-nbytes // step) * step
-        if name in self._buffers and self._buffers[name][self.rank].nbytes >= SLOTS * slot:
+        if name in self._buffers and self._buffers[name][self.rank].nbytes >= slots * slot:
             return
         if name in self._buffers:
             # Nobody may be reading what is freed now.
             self._settle()
             del self._buffers[name]
-        self._buffers[name] = self._allocate(name, SLOTS * slot)
+        self._buffers[name] = self._allocate(name, slots * slot)
+        self._slots[name] = slots
+        self.generation += 1
 
     def open_pass(self, what: str) -> None:
         """The stages of one pass begin.
@@ -81,30 +88,34 @@ class PeerMemory:
         """All its stages were issued."""
         self._pass_open = False
 
-    def next_slot(self) -> int:
-        """The slot of the next stage."""
+    def next_stage(self) -> int:
+        """The number of the next stage."""
         self._stages += 1
-        return self._stages % SLOTS
+        return self._stages
 
-    def at(self, name: str, slot: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor at the beginning of a slot of a rank's buffer."""
+    def at(self, name: str, stage: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor at the beginning of a stage's slot of a rank's buffer."""
         buffer = self._buffers[name][rank]
-        begin = slot * (buffer.numel() // SLOTS)
-        count = torch.Size(shape).numel() * dtype.itemsize
-        assert count <= buffer.numel() // SLOTS, f"{count} bytes in a slot of {name}, {buffer.numel() // SLOTS}"
+        room = buffer.numel() // self._slots[name]
+        begin, count = self.slot(name, stage) * room, torch.Size(shape).numel() * dtype.itemsize
+        assert count <= room, f"{count} bytes in a slot of {name}, {room}"
         return buffer[begin : begin + count].view(dtype).view(shape)
 
     def beside(self, after: torch.cuda.Event | None):
         """Context of the stream on which contents move, once it has passed ``after``; nothing for None."""
         return self._side.beside(after)
 
-    def release(self, name: str, slot: int, after: torch.cuda.Event | None) -> None:
-        """This rank needs its slot of buffer ``name`` no longer, once the device has passed ``after``."""
-        self._released[name, slot] = after
+    def slot(self, name: str, stage: int) -> int:
+        """The number of a stage's slot of buffer ``name``."""
+        return stage % self._slots[name]
 
-    def claim(self, name: str, slot: int) -> None:
-        """Let the current stream wait until this rank needs the slot no longer."""
-        wait_for(self._released.get((name, slot)))
+    def release(self, name: str, stage: int, after: torch.cuda.Event | None) -> None:
+        """The stage needs its slot of this rank's buffer ``name`` no longer, once the device has passed ``after``."""
+        self._released[name, self.slot(name, stage)] = after
+
+    def claim(self, name: str, stage: int) -> None:
+        """Let the current stream wait until no stage before needs the slot."""
+        wait_for(self._released.get((name, self.slot(name, stage))))
 
     def meet(self) -> None:
         """What every rank wrote before on its current stream can be copied by all after this, on theirs."""
@@ -186,14 +197,9 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
     dist.all_gather_object(everybody, (_host(), str(properties.uuid)), group)
     if len({host for host, _ in everybody}) > 1 or len({gpu for _, gpu in everybody}) < len(everybody):
         return None
-    memory, error = None, ""
     try:
-        memory = SymmetricMemory(group)
-    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
-        error = str(failure).strip().split("\n")[0] or type(failure).__name__
-    try:
-        _agree(error, group, "memory that all ranks read")
-    except RuntimeError as failure:
+        return _symmetric_memory(group)
+    except MissingMemory as failure:
         if dist.get_rank(group) == 0:
             warnings.warn(
                 f"the group's GPUs do not map each other's memory, so NCCL brings K and V ({failure}); let every "
@@ -201,16 +207,28 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
                 stacklevel=2,
             )
         return None
+
+
+def _symmetric_memory(group: dist.ProcessGroup) -> SymmetricMemory:
+    memory, error = None, ""
+    try:
+        memory = SymmetricMemory(group)
+    except MissingMemory:
+        # All ranks know.
+        raise
+    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
+        error = str(failure).strip().split("\n")[0] or type(failure).__name__
+    _agree(error, group, "memory that all ranks read")
     return memory
 
 
 def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
-    """Raise RuntimeError on all ranks if any of them has an error; a collective call."""
+    """Raise :class:`MissingMemory` on all ranks if any of them has an error; a collective call."""
     errors: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, error, group)
     for rank, why in enumerate(errors):
         if why:
-            raise RuntimeError(f"rank {rank}: {why} ({what})")
+            raise MissingMemory(f"rank {rank}: {why} ({what})")
 
 
 def _host() -> str:

@@ -34,9 +34,9 @@ class Queries:
     def _seen(self) -> tuple:
         return self.chosen, self.geometry.own, self.geometry.visible, self.scale
 
-    def attend(self, pages: Pages, kv_heads: slice | None, into: tuple[Tensor, Tensor], whole: bool = False) -> None:
+    def attend(self, pages: Pages, kv_heads: slice | None, into: tuple[Tensor, Tensor], **how) -> None:
         """Attention to the blocks in ``pages``; arguments as of :func:`moba_cp.ops.attend`."""
-        ops.attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, into=into, whole=whole)
+        ops.attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, into=into, **how)
 
     def attend_backward(
         self, pages: Pages, kv_heads: slice, into: tuple[Tensor, Tensor, Tensor], output: "OutputGradient", **how

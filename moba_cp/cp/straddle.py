@@ -38,16 +38,24 @@ def assemble_backward(dk: Tensor, dv: Tensor, geometry: BlockGeometry, comm: Com
     return local[:, 0], local[:, 1]
 
 
-def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
-    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
+def owned_means(k: Tensor, geometry: BlockGeometry, rank: int) -> Tensor:
+    """Mean key of each block that ``rank`` owns, and zeros up to the most that any rank owns: [m, Hkv, D] in k's dtype.
+
+    ``k`` [L + X, Hkv, D] and ``geometry`` are that rank's.
+    """
     if "owned" not in geometry.tables:
-        mine = geometry.owned[comm.rank]
+        mine = geometry.owned[rank]
         geometry.tables["owned"] = geometry.row[mine], geometry.length[mine]
     means = ops.block_means(k, *geometry.tables["owned"], geometry.block_size)
     widest = max(ids.numel() for ids in geometry.owned)
     if means.shape[0] < widest:
         means = torch.cat([means, means.new_zeros(widest - means.shape[0], *means.shape[1:])])
-    return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
+    return means
+
+
+def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
+    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
+    return comm.all_gather(owned_means(k, geometry, comm.rank), "means").flatten(0, 1)[geometry.gathered]
 
 
 def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:

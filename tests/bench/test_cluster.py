@@ -226,6 +226,9 @@ def test_names_of_modes():
     assert exchange_options("allgather") == ExchangeOptions("allgather")
     assert exchange_options("allgather-nccl", 4) == ExchangeOptions("allgather", ranks_per_node=4, copy_engines=False)
     assert exchange_options("auto-nccl:1.5") == ExchangeOptions("auto", row_weight=1.5, copy_engines=False)
+    every = ExchangeOptions("auto", row_weight=2, keep=True, gradient_dtype="input", copy_engines=False)
+    assert exchange_options("auto-rounded-keep-nccl:2") == every
+    assert exchange_options("kv-keep") == ExchangeOptions("kv", keep=True)
     assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
 
 
@@ -298,6 +301,9 @@ def test_a_profile_says_what_overlaps():
         (["--nodes", "0"], "nodes=0 is not positive"),
         (["--nodes", "2"], "nodes=2 does not divide the 1 ranks"),
         (["--ranks", "2"], "ranks=2 is none of 1"),
+        (["--stand-in", "4"], "stand-in=4 on 1 ranks: two stand in for two or more"),
+        (["--stand-in", "4", "--nodes", "2"], "stand-in=4 with nodes=2: nodes share no memory"),
+        (["--parts", "stand-in"], "'stand-in' is not one of attention"),
         (["--kv-heads", "3"], "kv-heads=3 does not divide heads=4"),
         (["--repeats", "0"], "repeats=0 is not positive"),
         (["--max-ms", "0"], "max-ms=0.0 is not above 0"),

@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from moba_cp.bench.cluster import command, measure, parts
+from moba_cp import moba_attention
+from moba_cp.bench.cluster import command, measure, parts, stand_in
 from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, overlap
 from moba_cp.bench.cluster.predict import predictions
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
-from moba_cp.bench.cluster.rows import Report
+from moba_cp.bench.cluster.rows import Report, Row
+from moba_cp.bench.gates import GATES
+from moba_cp.bench.timing import Candidate
 from moba_cp.cp import gather_costs
+from moba_cp.cp.options import ExchangeOptions
 from tests.bench.test_cluster import CPU, arguments, shape
 from tests.distributed import ThreadCommunicator, run_threads
 
@@ -128,13 +132,13 @@ def _counted(comm, n_tokens, modes):
 @pytest.mark.parametrize("size", [2, 4])
 def test_predicted_bytes_are_those_counted(size, rate, monkeypatch):
     monkeypatch.setattr(gather_costs, "COPY_RATE", rate)
-    modes = ["auto", "auto-nccl", "kv", "allgather", "allgather-nccl"]
+    modes = ["auto", "auto-nccl", "kv", "kv-rounded", "allgather", "allgather-rounded-keep", "allgather-nccl"]
     for report in run_threads(size, _counted, 256 * size, modes):
         for mode, (measured, predicted, used) in report.items():
             gathers = mode.startswith("allgather") or (mode == "auto" and rate > 1e9)
             # Requests carry headers, which are not predicted.
             assert measured == pytest.approx(predicted, rel=1e-9 if gathers else 0.02), mode
-            assert (used > 0) == (mode in ("auto", "allgather")), mode
+            assert (used > 0) == (mode in ("auto", "allgather", "allgather-rounded-keep")), mode
         assert report["allgather"][0] < report["allgather-nccl"][0]
         assert report["allgather"][1] < report["allgather-nccl"][1]
 
@@ -156,3 +160,62 @@ def test_nodes_read_no_memory_of_one_another():
         assert 0 < rows[name].between_gb < rows[name].received_gb and rows[name].both > 0
     gathered = rows["moba allgather flat"]
     assert gathered.between_gb == pytest.approx(gathered.received_gb * 2 / 3, rel=1e-6)
+
+
+def _results_and_choice(layer: Layer):
+    """Results of MoBA by all-gathering, bytes by kind, and what was chosen."""
+    seen = []
+    cp = layer.context(ExchangeOptions("allgather"), lambda name, chosen, n_kv, block_size: seen.append(chosen))
+    layer.comm.reset_counters()
+    candidate = Candidate("", lambda: moba_attention(*layer.leaves, layer.shape.moba, cp=cp), layer.dout, layer.leaves)
+    return _results(candidate), (layer.comm.counters.received, layer.comm.counters.sent), seen[0]
+
+
+def _real(comm, gate, n_tokens):
+    return _results_and_choice(Layer(shape(gate), n_tokens, comm.size, ThreadRanks(comm.share_memory())))
+
+
+def _standing_in(comm, gate, n_tokens, size):
+    ranks = ThreadRanks(comm.share_memory())
+    memory = stand_in.StandInMemory(comm.peers(), [0, size - 1][comm.rank], size)
+    means = stand_in._means(shape(gate), n_tokens, size, CPU)
+    layer = Layer(shape(gate), n_tokens, size, ranks, stand_in.StandInCommunicator(memory, means), present=2)
+    return _results_and_choice(layer)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_two_stand_in_for_the_first_and_the_last(size, gate):
+    """They choose and move what these do; of two ranks they are both."""
+    n_tokens = (1536 if gate == "concentrated" else 128) * size
+    real = run_threads(size, _real, gate, n_tokens)
+    for act, (results, moved, chosen) in zip((real[0], real[-1]), run_threads(2, _standing_in, gate, n_tokens, size)):
+        assert torch.equal(chosen, act[2]) and (chosen >= 0).any()
+        assert all(x.isfinite().all() for x in results)
+        for kinds, wanted in zip(moved, act[1], strict=True):
+            assert kinds == wanted and kinds["kv"] > 0
+        if size == 2:
+            assert all(torch.equal(a, b) for a, b in zip(results, act[0], strict=True))
+
+
+def _stand_in_rows(comm, *given):
+    ranks, report = ThreadRanks(comm.share_memory()), Report({}, {}, None)
+    report.rows.append(Row("attention", 512, 1, "moba", both=1.0))
+    parts.standing_in(command._settings(arguments("--tokens", "512", *given)), ranks, report)
+    return report.rows[1:]
+
+
+def test_the_part_stand_in(monkeypatch):
+    monkeypatch.setattr(stand_in, "peer_memory", lambda comm: comm.peers())
+    modes = "--modes", "auto,allgather,allgather-keep,allgather-nccl"
+    rows, others = run_threads(2, _stand_in_rows, "--stand-in", "4,8,16", *modes)
+    assert not others and [row.ranks for row in rows] == [4, 4, 8, 8, 16]
+    assert [row.name for row in rows[:2]] == ["moba allgather", "moba allgather-keep"]
+    assert rows[1].received_gb < rows[0].received_gb
+    for row in rows[:4]:
+        assert row.both > 0 and row.off_both > 0 and row.off_error == 0 and row.received_gb > 0
+        assert row.note == f"two GPUs: {100 / (row.ranks * row.both):.0f} % of {row.ranks} times one"
+    assert rows[4].both is None and "blocks would lie on two of 16 ranks" in rows[4].note
+    monkeypatch.setattr(stand_in, "peer_memory", lambda comm: None)
+    (row,), _ = run_threads(2, _stand_in_rows, "--stand-in", "4")
+    assert row.note == "skipped: the GPUs do not map each other's memory"

@@ -1,15 +1,21 @@
 """All K and V to every rank, by collectives and by copies between memories that ranks read of one another."""
 
+import collections
+import threading
+import types
+import warnings
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, moba_attention, ops
-from moba_cp.cp import gather, gather_costs, peer
+from moba_cp.cp import gather, gather_costs, gather_stages, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cases import Case, random_case, relative_error, run_reference
 from tests.cp.test_moba import NAMES, across_ranks, fits
-from tests.distributed import run_threads
+from tests.distributed import run_ranks, run_threads
 
 OPTIONS = [
     ExchangeOptions("allgather"),
@@ -66,14 +72,56 @@ def test_copies_bring_only_what_queries_can_see():
     assert all(c["received_kv_bytes"] == 4 * half for c in everything)
 
 
+def test_one_copy_from_each_rank(monkeypatch):
+    """Zigzag on four ranks: rank r sees both parts of higher ranks' slabs, which adjoin, and the first of lower ones'.
+    Shares of gradients return likewise."""
+    copied = collections.Counter()
+
+    def count(targets, sources, copy=gather_stages._copy):
+        copied[tuple(sorted(len(x) for x in sources))] += 1
+        copy(targets, sources)
+
+    monkeypatch.setattr(gather_stages, "_copy", count)
+    run_threads(4, _run, True, _aligned(n_kv=2), "zigzag", ExchangeOptions("allgather", stages=2))
+    # Two stages: K and V in forward and backward, and gradients.
+    assert copied == {(64,) * lower + (128,) * (3 - lower): 2 * 3 for lower in range(4)}
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
 def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
-    whole = 3 * 128 * 4 * 2 * 16 * 8
-    for limit, stages in ((1 << 30, 2), (whole // 2, 2), (whole // 3, 4), (1, 4)):
+    head = 512 * 2 * 16 * 8
+    for limit, stages in ((1 << 30, 2), (4 * head, 2), (3 * head, 3), (2 * head, 3), (2 * head - 1, 4), (1, 4)):
         monkeypatch.setattr(gather, "STAGE_BYTES", limit)
         results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
         # In backward the ranks meet twice in each stage, also where nothing but gradients travels.
         assert all(peers.meetings == 3 * stages for *_, peers in results), limit
+
+
+@pytest.mark.parametrize(
+    "n_kv, stages, limit, expected",
+    [
+        (16, 2, 100, [8, 8]),  # short: as many as asked for
+        (16, 2, 15, [4, 8, 4]),
+        (16, 2, 2, [1, 2, 2, 2, 2, 2, 2, 2, 1]),
+        (16, 2, 1, [1] * 16),
+        (16, 2, 0.5, [1] * 16),  # a head is not cut
+        (16, 1, 100, [16]),
+        (16, 1, 16, [16]),
+        (16, 1, 7, [3, 5, 5, 3]),
+        (8, 64, 100, [1] * 8),
+        (5, 2, 3, [1, 3, 1]),
+        (3, 2, 2, [1, 1, 1]),
+        (1, 2, 1, [1]),
+        (1, 2, 100, [1]),
+    ],
+)
+def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
+    """``limit`` in heads."""
+    monkeypatch.setattr(gather, "STAGE_BYTES", int(1000 * limit))
+    cuts = gather.heads_of_stages(n_kv, stages, 1000)
+    assert [cut.stop - cut.start for cut in cuts] == expected
+    assert cuts[0].start == 0 and cuts[-1].stop == n_kv
+    assert all(a.stop == b.start for a, b in zip(cuts[:-1], cuts[1:]))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
@@ -85,13 +133,17 @@ def test_deterministic_from_run_to_run(shared):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+_here = threading.local()
+"""What a rank of :func:`_two_sequences` has."""
+
+
 def _two_sequences(comm):
     """A short sequence, a longer one, the short one again: buffers grow, and slots go on in turn."""
-    comm.share_memory()
+    _here.memory = comm.share_memory().peers()
+    cp = CPContext(comm, "zigzag", 512, exchange=ExchangeOptions("allgather"))
     results, sizes = [], []
     for case in (_aligned(1), _aligned(4), _aligned(1)):
         config = MoBAConfig(case.block_size, case.top_k)
-        cp = CPContext(comm, "zigzag", case.q.shape[0], exchange=ExchangeOptions("allgather"))
         leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
         out = moba_attention(*leaves, config, cp=cp)
         with torch.no_grad():
@@ -103,6 +155,12 @@ def _two_sequences(comm):
 
 
 def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
+    def from_present_buffers(targets, sources, copy=gather_stages._copy):
+        present = {x.untyped_storage().data_ptr() for parts in _here.memory._buffers.values() for x in parts}
+        assert all(x.untyped_storage().data_ptr() in present for x in sources)
+        copy(targets, sources)
+
+    monkeypatch.setattr(gather_stages, "_copy", from_present_buffers)
     monkeypatch.setattr(peer, "_ROUND", 1)
     expected = [run_reference(_aligned(n_kv))[:4] for n_kv in (1, 4, 1)]
     for results, (short, longer, again) in run_threads(2, _two_sequences):
@@ -194,3 +252,29 @@ def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, mon
     monkeypatch.setattr(peer.dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(peer, "_mapped", lambda group: "mapped")
     assert peer.peer_memory(Group()) == expected
+
+
+class _Unequal:
+    """Memory that rank 0 has and rank 1 cannot even ask for."""
+
+    def __init__(self, group):
+        if dist.get_rank(group) == 1:
+            raise ImportError("no such module")
+        peer._agree("", group, "2 MiB for copies")
+
+
+def _looks_for_memory(rank, memories):
+    group = dist.group.WORLD
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        patch.setattr(torch.cuda, "current_device", lambda: rank)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=device))
+        patch.setattr(peer, "SymmetricMemory", memories)
+        found = peer._mapped(group)
+    return found is None, [str(warning.message) for warning in said]
+
+
+def test_a_rank_without_memory_is_named_once_and_nobody_waits_for_it():
+    (first, said), other = run_ranks(2, _looks_for_memory, _Unequal)
+    assert first and other == (True, [])
+    assert len(said) == 1 and said[0].count("rank 1: no such module (") == 1 and said[0].count("rank") == 1

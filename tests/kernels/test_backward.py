@@ -20,7 +20,7 @@ SHAPES = {
 GROUP, SLOTS = 2, 3
 
 
-def expected_work(visits, task, task_rows: int, first: tuple[int, int], room: int, p: Problem) -> list[int]:
+def expected_facts(visits, task, task_rows: int, first: tuple[int, int], room: int, p: Problem) -> list[int]:
     """By plain loops: what a program has to know of a task, and the first visit that sees each tile of keys.
 
     ``first`` are the first list and the first visit of the slice, from which both are counted.
@@ -44,7 +44,7 @@ def expected_work(visits, task, task_rows: int, first: tuple[int, int], room: in
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("order", ["sorted", "any order"])
-def test_work_of_tasks(monkeypatch, shape, order):
+def test_facts_of_tasks(monkeypatch, shape, order):
     """For rows in order, where own rows lead a list, and in any order, where they need not; the second of two heads."""
     tokens, block_size, bn, task_rows = SHAPES[shape]
     p = Problem([tokens - 41, 41], (2 * GROUP, 2), 16, block_size, SLOTS)
@@ -65,18 +65,18 @@ def test_work_of_tasks(monkeypatch, shape, order):
         kernels.attend_backward(
             p.q, p.pages, *p.visits, p.scale, p.dout, stats, stats, index=index, kv_heads=slice(1, 2), into=into
         )
-    visits, table, list_start, work = noting.seen
+    visits, table, list_start, all_facts = noting.seen
     n_blocks = p.pages.row.shape[1]
     first = n_blocks, list_start[0]
     first_place = first[1] // task_rows + n_blocks
-    programs = zip(table[first_place:], work)
+    programs = zip(table[first_place:], all_facts)
     found = [(task, facts) for task, facts in programs if n_blocks <= task[0] < 2 * n_blocks]
     assert [task for task in table if n_blocks <= task[0]] == [task for task, _ in found]
     assert len(found) > 1 and any(task[6] >= 0 for task, _ in found) == (shape == "split lists")
     for task, facts in found:
-        expected = expected_work(visits, task, task_rows, first, tokens * GROUP * SLOTS, p)
+        expected = expected_facts(visits, task, task_rows, first, tokens * GROUP * SLOTS, p)
         assert [x if y is not None else None for x, y in zip(facts, expected, strict=True)] == expected
-    assert sum(facts[0] >= 0 for facts in work) == len(found)
+    assert sum(facts[0] >= 0 for facts in all_facts) == len(found)
 
 
 class _Noting:
@@ -85,8 +85,8 @@ class _Noting:
     def __getitem__(self, grid):
         def launch(visits, tasks, list_start, *args, **options):
             backward._visit_table_kernel[grid](visits, tasks, list_start, *args, **options)
-            *_, work = args[:6]
-            work = work.view(grid[0], -1)
-            self.seen = [x.tolist() for x in (visits, tasks, list_start, work)]
+            *_, facts = args[:6]
+            facts = facts.view(grid[0], -1)
+            self.seen = [x.tolist() for x in (visits, tasks, list_start, facts)]
 
         return launch

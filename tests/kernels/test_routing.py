@@ -7,7 +7,7 @@ import triton.language as tl
 
 from moba_cp.blocks import Pages
 from moba_cp.kernels import routing
-from moba_cp.kernels.attend import MAX_VISITS
+from moba_cp.kernels.work import MAX_VISITS
 from tests.kernels.inputs import DEVICE, Problem, poisoned
 
 

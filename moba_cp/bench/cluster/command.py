@@ -20,9 +20,11 @@ from .measure import DEFAULT_MODES, Limits, exchange_options
 from .parts import PARTS, Settings
 from .ranks import Ranks
 from .rows import Report, header
+from .stand_in import PART as STAND_IN
 
 TOKENS = tuple(2**i for i in range(15, 21))
 DEFAULT_PARTS = ("attention", "overlap", "training")
+CHOICES = tuple(part for part in PARTS if part != STAND_IN)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--modes",
         default=",".join(DEFAULT_MODES),
-        help="of the exchange, by commas; auto:2 for a row_weight, auto-nccl for no copy engines (%(default)s)",
+        help="of the exchange, by commas; auto:2 for a row_weight, and options behind: -rounded for gradient_dtype "
+        "input, -keep, -nccl for no copy engines (%(default)s)",
     )
-    parser.add_argument("--parts", help=f"by commas, of {', '.join(PARTS)} (default: all but nodes; with --nodes: it)")
+    choices = ", ".join(CHOICES)
+    parser.add_argument("--parts", help=f"by commas, of {choices} (default: all but nodes; with --nodes: it)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")
     parser.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, help="default: as many as query heads")
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ms", type=float, default=1000.0, help="skip dense passes that take longer (%(default)s)")
     parser.add_argument("--check-tokens", type=int, default=16384, help="T of the check before (default: %(default)s)")
     parser.add_argument("--training-tokens", default="131072", help="T of the training step (default: %(default)s)")
+    parser.add_argument("--stand-in", help="let two GPUs stand in for the first and last of so many ranks, by commas")
     parser.add_argument("--nodes", type=int, default=1, help="let one machine act as so many nodes (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds until a hanging collective ends the run")
@@ -109,12 +114,15 @@ def _settings(args: argparse.Namespace) -> Settings:
     for mode in modes:
         exchange_options(mode)
     default = ("nodes",) if args.nodes > 1 else DEFAULT_PARTS
-    parts = _words("parts", args.parts, tuple(PARTS)) if args.parts else default
+    parts = _words("parts", args.parts, CHOICES) if args.parts else default
     if ("nodes" in parts) != (args.nodes > 1) or "nodes" in parts and len(parts) > 1:
         raise ValueError(
             f"parts={','.join(parts)} with nodes={args.nodes}: the part nodes, and no other, goes with --nodes 2 or "
             "more, since links between such nodes are not those of the machine; run the command twice"
         )
+    if args.stand_in and args.nodes > 1:
+        raise ValueError(f"stand-in={args.stand_in} with nodes={args.nodes}: nodes share no memory; leave one out")
+    parts += (STAND_IN,) if args.stand_in else ()
     for name in ("repeats", "check_tokens", "heads", "dim"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not positive; use 1 or more")
@@ -136,6 +144,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         modes=modes,
         parts=parts,
         sizes=_numbers("ranks", args.ranks) if args.ranks else (),
+        stand_in=_numbers("stand-in", args.stand_in) if args.stand_in else (),
         limits=Limits(args.repeats, args.max_ms),
         nodes=args.nodes,
         profile=args.profile,
@@ -146,6 +155,11 @@ def _check_sizes(settings: Settings, ranks: Ranks) -> None:
     """Take the ranks there are where none were named, and see that every length fits them."""
     if not settings.sizes:
         settings.sizes = tuple(ranks.sizes)
+    if settings.stand_in and (ranks.size < 2 or min(settings.stand_in) < 2):
+        raise ValueError(
+            f"stand-in={','.join(map(str, settings.stand_in))} on {ranks.size} ranks: two stand in for two or more; "
+            "start 2 under torchrun"
+        )
     for size in settings.sizes:
         if size not in ranks.sizes:
             raise ValueError(

@@ -26,7 +26,8 @@ from .rows import Row
 
 MOBA, FULL, PEER = "moba", "full", "torch"
 WITHOUT_COPIES = "-nccl"
-"""What follows the name of a mode that is to leave copy engines alone."""
+VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
+"""What may follow the name of a mode, in this order from behind, and the options that it stands for."""
 DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_TFLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
@@ -46,19 +47,23 @@ class Limits:
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it.
 
-    ``auto:2`` is ``auto`` with ``row_weight`` 2; ``allgather-nccl`` and ``auto-nccl`` do without copy engines.
+    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name, in this order: ``-rounded`` sends gradients in the
+    inputs' dtype, ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
     """
     name, _, weight = mode.partition(":")
-    copies = not name.endswith(WITHOUT_COPIES)
-    name = name.removesuffix(WITHOUT_COPIES)
-    if not copies and name in MODES and name not in GATHERING_MODES:
+    options = {}
+    for ending, meaning in VARIANTS.items():
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            options |= meaning
+    if "copy_engines" in options and name in MODES and name not in GATHERING_MODES:
         raise ValueError(
             f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "
             f"{' or '.join(GATHERING_MODES)}"
         )
     try:
         weight = float(weight) if weight else None
-        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, copy_engines=copies)
+        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, **options)
     except ValueError as error:
         raise ValueError(f"modes: {mode!r}: {error}") from None
 
@@ -76,12 +81,19 @@ class PeerUse:
 
 
 class Layer:
-    """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks."""
+    """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks.
 
-    def __init__(self, shape: Shape, n_tokens: int, size: int, ranks: Ranks):
+    Where ``comm`` is given, the first ``present`` ranks act as ranks of P by it.
+    """
+
+    def __init__(
+        self, shape: Shape, n_tokens: int, size: int, ranks: Ranks,
+        comm: ReplayCommunicator | None = None, present: int | None = None,
+    ):  # fmt: skip
         self.shape, self.n_tokens, self.size, self.ranks = shape, n_tokens, size, ranks
-        group = ranks.group(size) if size > 1 else None
-        self.comm = ReplayCommunicator(group, ranks.per_node)
+        self.present = present or size
+        group = ranks.group(size) if comm is None and size > 1 else None
+        self.comm = comm or ReplayCommunicator(group, ranks.per_node)
         positions = self.context(ExchangeOptions()).positions
         q, k, v, self.dout = make_inputs(shape, n_tokens, positions, ranks.device)
         self.leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -194,16 +206,16 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         lines = str(error).strip().splitlines()
         problem = f"failed: {type(error).__name__}: {lines[0][:120] if lines else ''}"
         del error
-    problem = ranks.problem(problem, layer.size)
+    problem = ranks.problem(problem, layer.present)
     if problem is not None:
         return problem
     if not candidate.name.startswith(PEER):
-        row.received_gb = ranks.total(sum(comm.counters.received.values()), layer.size) / layer.size / 1e9
+        row.received_gb = ranks.total(sum(comm.counters.received.values()), layer.present) / layer.present / 1e9
         if ranks.nodes > 1:
-            row.between_gb = ranks.total(comm.between_bytes, layer.size) / layer.size / 1e9
+            row.between_gb = ranks.total(comm.between_bytes, layer.present) / layer.present / 1e9
     if ranks.on_gpu:
         peak = torch.cuda.max_memory_allocated() - before + shared.nbytes
-        row.peak_gib = ranks.most(peak / 2**30, layer.size)
+        row.peak_gib = ranks.most(peak / 2**30, layer.present)
     return None
 
 
@@ -212,14 +224,14 @@ def in_turn(
 ) -> dict[str, list[list[float]]]:
     """Times [forward, forward + backward] of warm candidates, of the slowest rank each; all in turn, so that clocks
     change for all alike; collective over the layer's ranks."""
-    ready = layer.ranks.ready(layer.size)
+    ready = layer.ranks.ready(layer.present)
     times: dict[str, list[list[float]]] = {name: [[], []] for name in names}
     for repeat in range(limits.repeats):
         for name, candidate in zip(names, candidates, strict=True):
             if repeat >= 2 and sum(map(sum, times[name])) > limits.budget_ms:
                 continue
             for measured, backward in zip(times[name], (False, True), strict=True):
-                measured.append(layer.ranks.most(time_once(candidate, backward, ready), layer.size))
+                measured.append(layer.ranks.most(time_once(candidate, backward, ready), layer.present))
     for candidate in candidates:
         for x in candidate.leaves:
             x.grad = None
@@ -269,22 +281,22 @@ def _record(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         results()
         need = comm.handed_bytes + 2 * sum(x.nbytes for x in (layer.dout, *layer.leaves))
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-        short = ranks.most(need - free, layer.size)
+        short = ranks.most(need - free, layer.present)
         if short > 0:
             return f"memory is short by {short / 2**30:.1f} GiB for a recording"
     try:
         with comm.recording():
             wanted = results()
         # A replay meets nobody before it writes what others may still be reading.
-        ranks.settle(layer.size)
+        ranks.settle(layer.present)
         with comm.replaying():
             errors = [_difference(a, b) for a, b in zip(results(), wanted, strict=True)]
         row.off_error = max(errors)
     except torch.OutOfMemoryError:
         problem = "out of memory while recording"
-    problem = ranks.problem(problem, layer.size)
+    problem = ranks.problem(problem, layer.present)
     if problem is None:
-        row.off_error = ranks.most(row.off_error, layer.size)
+        row.off_error = ranks.most(row.off_error, layer.present)
         # Sums by atomics differ from run to run by a rounding of bfloat16.
         if not row.off_error <= (2e-2 if ranks.on_gpu else 0.0):
             problem = f"wrong: with the wire off results differ by {row.off_error:.1e}"

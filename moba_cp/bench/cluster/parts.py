@@ -13,6 +13,8 @@ from .predict import add_prediction, predictions
 from .profile import write_profile
 from .ranks import Ranks
 from .rows import Report, Row
+from .stand_in import PART as STAND_IN
+from .stand_in import stand_in
 
 TRAINING_STEPS = 7
 
@@ -28,6 +30,8 @@ class Settings:
     modes: tuple[str, ...]
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
+    stand_in: tuple[int, ...]
+    """Numbers of ranks that two GPUs stand in for."""
     limits: Limits
     nodes: int
     profile: Path | None
@@ -136,6 +140,22 @@ def training_step(settings: Settings, ranks: Ranks, report: Report) -> None:
                 _on(ranks, size, one)
 
 
+def standing_in(settings: Settings, ranks: Ranks, report: Report) -> None:
+    """MoBA on the first and the last of more ranks than there may be."""
+    for n_tokens in settings.tokens:
+        alone = report.find("attention", n_tokens, 1, MOBA)
+        for size in settings.stand_in:
+
+            def one() -> None:
+                for row in stand_in(settings.shape, n_tokens, size, settings.modes, settings.limits, ranks):
+                    if alone and row.both:
+                        share = 100 * alone.both / (size * row.both)
+                        row.note = row.note or f"two GPUs: {share:.0f} % of {size} times one"
+                    _add(ranks, report, [row])
+
+            _on(ranks, 2, one)
+
+
 def _on(ranks: Ranks, size: int, function: Callable[[], None]) -> None:
     """Run on the first ``size`` ranks while the others wait."""
     if ranks.rank < size:
@@ -156,5 +176,7 @@ def _nothing(settings: Settings, ranks: Ranks, report: Report) -> None:
         attention(settings, ranks, report)
 
 
-PARTS = {"attention": attention, "overlap": _nothing, "training": training_step, "nodes": nodes}
+PARTS = {
+    "attention": attention, "overlap": _nothing, "training": training_step, "nodes": nodes, STAND_IN: standing_in
+}  # fmt: skip
 """By name, in the order in which they run."""

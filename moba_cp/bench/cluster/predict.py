@@ -25,6 +25,7 @@ def predictions(layer: Layer, modes: list[str]) -> dict[str, exchange.Row]:
     for name in modes:
         options = exchange_options(name)
         args.row_weight, mode = options.row_weight, options.mode
+        args.keep, args.gradient_dtype = options.keep, options.gradient_dtype
         args.copy_engines = options.copy_engines and layer.comm.peers() is not None
         asked = exchange.ask(cp.rank, seen[0], geometry, mode, per_node, args)
         asked.fetch = asked.fetch.cpu()

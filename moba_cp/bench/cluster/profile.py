@@ -16,7 +16,7 @@ TRANSFERS = ("nccl", "Memcpy PtoP")
 
 def write_profile(path: Path, layer: Layer, candidates: list[Candidate]) -> None:
     """Append the kernels of one forward and backward pass of each; collective over the layer's ranks."""
-    ready = layer.ranks.ready(layer.size)
+    ready = layer.ranks.ready(layer.present)
     for candidate in candidates if layer.ranks.on_gpu else ():
         time_once(candidate, True, ready)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

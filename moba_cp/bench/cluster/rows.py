@@ -59,7 +59,7 @@ class Row:
 
 
 COLUMNS = (
-    ("part", 9), ("T", 6), ("P", 3), ("what", 20), ("fwd ms", 10), ("fwd+bwd", 10), ("spread", 8), ("GB", 8),
+    ("part", 9), ("T", 6), ("P", 3), ("what", 28), ("fwd ms", 10), ("fwd+bwd", 10), ("spread", 8), ("GB", 8),
     ("pred GB", 9), ("far GB", 8), ("pred ms", 9), ("GiB", 7), ("on/off f", 10), ("f+b", 7),
 )  # fmt: skip
 

@@ -1,0 +1,188 @@
+"""How attention over one storage is cut: into slices that bound the scratch memory, and into tasks.
+
+Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, n blocks, S' visits per row, see
+:mod:`.routing`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import hopper, tuned
+from .backward import DQ_ATOMIC, DQ_NONE, DQ_PART
+from .common import cdiv
+from .routing import Routing, Tasks, build_routing, cut_tasks
+from .tuned import Tile
+
+# At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
+# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
+FORWARD_SCRATCH = 5 << 28
+BACKWARD_SCRATCH = 3 << 28
+# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. (The backward's
+# table has three times as many, and its scratch keeps a slice far below a third of this.)
+MAX_VISITS = 2**31 - 2**16
+# Of the backward's table, per visit.
+VISIT_BYTES = 20
+
+
+class Call(NamedTuple):
+    """What a call of :func:`.attend.attend` or its backward is asked to do; arguments as there."""
+
+    q: Tensor
+    pages: object
+    chosen: Tensor
+    own: Tensor | None
+    visible: Tensor | None
+    scale: float
+    kv_heads: slice
+    index: Tensor | None
+    scratch_bytes: int | None
+
+    @property
+    def n_slots(self) -> int:
+        """S'."""
+        return self.chosen.shape[2] + (self.own is not None)
+
+
+class Work(NamedTuple):
+    """How a call is done: alike for storages alike, of which each has some heads."""
+
+    tile: Tile
+    """Of the forward, or of the backward kernel that holds keys."""
+    rows: list[slice]
+    """Slices; an index, and its tasks, are one slice's, and serve all heads."""
+    kv_step: int
+    """Most KV heads at a time."""
+    visits: list[tuple[Tensor, Tensor | None, Tensor | None]]
+    """chosen, own and visible by slice, as what follows."""
+    routings: list[Routing]
+    tasks: list[Tasks]
+    mode: int = DQ_NONE.value
+    """Of the backward, as what follows: where dQ comes from."""
+    direct: bool = False
+    """dk and dv are stored at once: rounded, with sums for long lists only."""
+    query_tile: Tile | None = None
+    query_tasks: list[Tasks | None] = []
+
+
+def forward_work(call: Call, task_heads: slice | None) -> Work:
+    """Work of a forward, with tasks of ``task_heads``; None for all."""
+    q, pages, n_slots = call.q, call.pages, call.n_slots
+    scratch = call.scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
+    shape = q.shape[0], q.shape[1] // pages.row.shape[0], call.kv_heads, n_slots
+    row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
+    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
+    visits, routings = _index(call, row_slices)
+    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
+    return Work(tile, row_slices, kv_step, visits, routings, tasks)
+
+
+def backward_work(
+    call: Call, task_heads: slice | None, dout: Tensor, deterministic: bool, local: bool, fresh: bool
+) -> Work:
+    """Work of a backward; ``local``: it has a ``local_dtype``."""
+    q, pages = call.q, call.pages
+    kind = q.shape[2], pages.block_size, q.dtype, q.device
+    specialized = hopper.serves(q, pages, call.scale, dout)
+    tile = tuned.key_tile(*kind, specialized and not deterministic)
+    query_tile = tuned.query_tile(*kind, specialized)
+    by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
+    mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
+    row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, fresh)
+    visits, routings = _index(call, row_slices)
+    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
+    query_tasks = [None] * len(routings)
+    if mode == DQ_NONE.value:
+        query_tasks = [cut_tasks(routing, query_tile.task_rows, pages, task_heads) for routing in routings]
+    return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, query_tile, query_tasks)
+
+
+def shared_work(name: str, make: Callable[[slice | None], Work], call: Call, shared: dict | None) -> Work:
+    """What ``make`` finds for tasks of the call's heads; with ``shared``, of all heads, once for calls of as many."""
+    if shared is None:
+        return make(call.kv_heads)
+    key, tables = (name, call.kv_heads.stop - call.kv_heads.start), (call.pages.row, call.pages.head)
+    if key not in shared:
+        shared[key] = tables, make(None)
+    same = all(x is y for x, y in zip(shared[key][0], tables, strict=True))
+    assert same, "calls that share their work are to have one table of blocks"
+    return shared[key][1]
+
+
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
+    """Elements of what :func:`.attend.routing_index` returns for q [N, Hq, D] and S' ``n_slots``; 0 for None."""
+    n_rows, n_heads, _ = q.shape
+    if n_rows * n_heads * n_slots * n_blocks == 0:
+        return 0
+    scratch = max(FORWARD_SCRATCH, q.nbytes)
+    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
+    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
+
+
+def sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
+    """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
+    return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
+
+
+def part_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of one visit's part of dQ: float16 could overflow where the sum does not."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def cut(whole: slice, step: int) -> list[slice]:
+    """Even slices of at most ``step``: the last one should not be a sliver."""
+    total = whole.stop - whole.start
+    step = cdiv(total, cdiv(total, step))
+    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
+
+
+def _index(call: Call, row_slices: list[slice]):
+    """chosen, own and visible of each slice of rows, and its routing: the call's index if there is but one."""
+    some = lambda x, rows: None if x is None else x[rows].contiguous()
+    visits = [(call.chosen[rows], some(call.own, rows), some(call.visible, rows)) for rows in row_slices]
+    if call.index is not None and len(row_slices) == 1:
+        return visits, [Routing(call.index, call.q.shape[0] * call.q.shape[1] * call.n_slots)]
+    return visits, [build_routing(*tables, call.pages.row) for tables in visits]
+
+
+def _row_bytes(q: Tensor, n_slots: int) -> int:
+    """Scratch of a forward for one row of one head."""
+    return n_slots * (q.shape[2] * q.element_size() + 4)
+
+
+def _slices(
+    n_rows: int, group: int, kv_heads: slice, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
+) -> tuple[list[slice], int]:
+    """Slices of rows, and KV heads at a time, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
+    query head, and ``head_bytes`` per KV head.
+
+    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
+    index would outgrow 32 bits.
+    """
+    n_kv = kv_heads.stop - kv_heads.start
+    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
+    row_step = min(
+        max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
+        MAX_VISITS // (n_kv * group * n_slots),
+    )
+    return cut(slice(0, n_rows), max(1, row_step)), kv_step
+
+
+def _backward_slices(call: Call, mode: int, key_tile: Tile, local: bool, fresh: bool) -> tuple[list[slice], int, bool]:
+    """Slices of rows, KV heads at a time, and :attr:`Work.direct`.
+
+    That takes that nothing is to be added to, and that all rows come in one slice.
+    """
+    q, pages, n_slots = call.q, call.pages, call.n_slots
+    n_rows, n_heads, dim = q.shape
+    group, scratch = n_heads // pages.row.shape[0], call.scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
+    row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * part_dtype(q.dtype).itemsize
+    shape = n_rows, group, call.kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
+    if local or fresh:
+        n_sums = sum_places(n_rows, group * n_slots, pages, 1, key_tile)
+        row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch)
+        if len(row_slices) == 1:
+            return row_slices, kv_step, True
+    return *_slices(*shape, 8 * dim * pages.k.shape[0] if local else 0, scratch), False
