@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import hopper
-from .backward import DQ_ATOMIC, DQ_NONE, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
-from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, on_device, padded_dim
+from .backward import DQ_ATOMIC, DQ_NONE, FACTS, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
+from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, next_power_of_2, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Routing, Tasks, build_routing
@@ -55,8 +55,8 @@ def attend(
             is -inf.
         whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
         shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike, with
-            the very same ``q``, ``chosen``, ``index`` and ``pages.row``: the first leaves here what serves the others,
-            the tasks of all heads among it.
+            the very same ``q``, ``chosen``, ``index``, ``pages.row`` and ``pages.head``: the first leaves here what
+            serves the others, the tasks of all heads among it.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
@@ -282,7 +282,7 @@ class _Slice:
 
     def task_args(self, tasks: Tasks) -> tuple[int, ...]:
         """What :func:`read_task` wants beside the tensors."""
-        return tasks.table.shape[1], tasks.rows, self.lists.start, self.row.numel()
+        return tasks.table.shape[0], tasks.rows, self.lists.start, self.row.numel()
 
 
 def _attend_slice(
@@ -300,8 +300,7 @@ def _attend_slice(
         else:
             kernel[part.grid(tasks)](
                 part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
-                visible, *part.pages, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads,
-                *part.strides, *part.page_strides,
+                visible, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides,
                 **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     merge_visits(parts, parts_lse, out[rows, part.heads], lse[rows, part.heads], join)
@@ -324,7 +323,7 @@ def _backward_slice(
         into = torch.empty(*shape, part.n_slots, q.shape[2], dtype=part_dtype(q.dtype), device=q.device)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
-    own_end = torch.zeros(part.row.numel(), dtype=torch.int32, device=q.device) if own is not None else None
+    facts = torch.empty(*part.grid(key_tasks, FACTS.value + key_tiles), dtype=torch.int32, device=q.device)
     turn = None
     if deterministic:
         turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
@@ -333,20 +332,20 @@ def _backward_slice(
     inputs = part.q, part.k, part.v, dout
     with on_device(q):
         _visit_table_kernel[part.grid(key_tasks)](
-            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, own_end,
+            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, facts,
             n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
             q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
-            G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512, num_warps=4,
+            G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512,
+            KEY_TILES=key_tiles, BN=tile.bn, TILES=min(8, next_power_of_2(key_tiles)), num_warps=4,
         )  # fmt: skip
-        rest = dk, dv, sum_k, sum_v, table, stats, own_end
+        rest = dk, dv, sum_k, sum_v, table, stats, facts
         if tile.fetch_registers:
-            hopper.launch_keys(part, tile, key_tasks, key_tiles, dout, into, *rest, list_start, scale, first_head)
+            hopper.launch_keys(part, tile, key_tasks, key_tiles, dout, into, *rest, scale, first_head)
         else:
             _key_kernel[part.grid(key_tasks, key_tiles)](
-                *inputs, into, *rest, key_tasks.table, list_start, *part.pages, turn,
-                scale, part.n_visits, *part.task_args(key_tasks), part.n_blocks, pages.block_size, first_head,
-                *part.strides[2:], *dk.stride()[:2], *part.page_strides, **constants,
-                OWN=own is not None, SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
+                *inputs, into, *rest, turn, scale, part.n_visits, pages.block_size, first_head,
+                *part.strides[2:], *dk.stride()[:2], **constants,
+                SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
                 ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
         if sum_k is not None:
@@ -362,9 +361,8 @@ def _backward_slice(
             hopper.launch_queries(part, tile, query_tasks, dout, into, table, stats, list_start, scale)
         elif mode == DQ_NONE.value:
             _query_kernel[part.grid(query_tasks)](
-                *inputs, into, table, stats, query_tasks.table, list_start, *part.pages,
-                scale, part.n_visits, *part.task_args(query_tasks), part.n_blocks,
-                *part.strides[2:], *part.page_strides, **constants,
+                *inputs, into, table, stats, query_tasks.table, list_start,
+                scale, part.n_visits, *part.task_args(query_tasks), *part.strides[2:], **constants,
                 BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:

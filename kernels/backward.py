@@ -9,7 +9,9 @@ visits of its task. It can also produce dQ: as one partial per visit where a blo
 atomics. ``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
 
 ``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
-read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta.
+read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta. It also
+lays out what ``_key_kernel`` has to know of each task, and its *edges*: for each tile of keys the first visit that sees
+some of it. Those before are of own rows that end before this tile; where rows come in order, they lead the list.
 
 A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
 the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
@@ -28,6 +30,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
 DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
+# Of a task, before its edges; see :func:`_read_facts`.
+FACTS = tl.constexpr(8)
 
 
 @triton.jit(
@@ -35,15 +39,27 @@ DQ_ATOMIC = tl.constexpr(2)
     do_not_specialize_on_alignment=SLICED,
 )
 def _visit_table_kernel(
-    visits, tasks, list_start, visible, lse, delta, table, stats, own_end,
+    visits, tasks, list_start, visible, lse, delta, table, stats, facts,
     n_visits, places, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    KEY_TILES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
+    """``facts`` [programs, 8 + KEY_TILES] is what :func:`_read_facts` reads."""
+    i_list, begin, end, n_keys, first_key, page, split = read_task(
+        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+    )
+    first = tl.load(list_start)
+    p_facts = facts + tl.program_id(0) * (FACTS + KEY_TILES)
+    tl.store(p_facts, i_list)
     if i_list < 0:
         return
-    first = tl.load(list_start)
     i_h = i_list // n_blocks
+    p_edges = p_facts + FACTS
+    o_n = tl.arange(0, TILES)
+    own_end, first_other = begin, end
+    for n in range(0, KEY_TILES, TILES):
+        tl.store(p_edges + n + o_n, (begin if SLOTS == S else end) - first, mask=n + o_n < KEY_TILES)
+    tl.debug_barrier()
     for r in range(begin, end, BLOCK):
         o_v = r + tl.arange(0, BLOCK)
         m_v = o_v < end
@@ -55,8 +71,13 @@ def _visit_table_kernel(
         if SLOTS > S:
             m_own = m_v & (visit % SLOTS == S)
             limit = tl.load(visible + t, mask=m_own, other=2147483647)
-            last_own = tl.max(tl.where(m_own, o_v - first + 1, 0), 0)
-            tl.atomic_max(own_end + i_list, last_own, mask=last_own > 0, sem="relaxed")
+            own_end = tl.maximum(own_end, tl.max(tl.where(m_own, o_v + 1, 0), 0))
+            first_other = tl.minimum(first_other, tl.min(tl.where(m_v & (visit % SLOTS != S), o_v, end), 0))
+            if own_end > r:
+                for n in range(0, KEY_TILES, TILES):
+                    sees = m_own[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)
+                    edge = tl.min(tl.where(sees, o_v[:, None], end), 0) - first
+                    tl.atomic_min(p_edges + n + o_n, edge, mask=n + o_n < KEY_TILES, sem="relaxed")
         p_table = table + o_v - first
         tl.store(p_table, t * s_token + head, mask=m_v)
         tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
@@ -66,6 +87,32 @@ def _visit_table_kernel(
         low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
         tl.store(stats + o_v - first, high | low, mask=m_v)
+    if SLOTS > S:
+        for n in range(0, KEY_TILES, TILES):
+            tl.atomic_min(p_edges + n + o_n, first_other - first, mask=n + o_n < KEY_TILES, sem="relaxed")
+    i_sum = _sum_place(i_list, split - first, n_lists, room, task_rows)
+    tl.store(p_facts + 1, end - first)
+    tl.store(p_facts + 2, own_end - first)
+    tl.store(p_facts + 3, n_keys)
+    tl.store(p_facts + 4, first_key)
+    tl.store(p_facts + 5, page)
+    tl.store(p_facts + 6, tl.where(split >= 0, i_sum.to(tl.int32), -1))
+    tl.store(p_facts + 7, (begin - split) // task_rows)
+
+
+@triton.jit
+def _read_facts(facts, i_task, i_n, KEY_TILES: tl.constexpr):
+    """What a program of task ``i_task`` and tile of keys ``i_n`` has to know. All of it comes in one step.
+
+    List, or -1 for none; the first visit that sees some of the tile, and where the task ends, and its visits to own
+    blocks; number of keys of the block, the first one's row, their head; place of the sums if the list is several
+    tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
+    """
+    p_facts = facts + i_task * (FACTS + KEY_TILES)
+    i_list, end, own_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
+    n_keys, first_key, page = tl.load(p_facts + 3), tl.load(p_facts + 4), tl.load(p_facts + 5)
+    i_sum, number = tl.load(p_facts + 6), tl.load(p_facts + 7)
+    return i_list, tl.load(p_facts + FACTS + i_n), end, own_end, n_keys, first_key, page, i_sum, number
 
 
 @triton.jit
@@ -115,16 +162,11 @@ def _key_tile(
     return b_dk, b_dv
 
 
-@triton.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "first_head", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
-)
+@triton.jit(do_not_specialize=["first_head"])
 def _key_kernel(
-    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, own_end,
-    tasks, list_start, page_row, page_head, length, turn,
-    scale, room, places, task_rows, first_list, n_lists, n_blocks, block_size, first_head,
-    s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
-    OWN: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, facts, turn,
+    scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
+    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
     DIRECT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,42 +176,26 @@ def _key_kernel(
     else:
         i = tl.program_id(0)
     i_n = i % KEY_TILES
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, i // KEY_TILES)
-    first = tl.load(list_start)
+    i_task = i // KEY_TILES
+    i_list, edge, end, own_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
     if i_list < 0:
         return
-    i_h, i_b = i_list // n_blocks, i_list % n_blocks
-    n_keys = tl.load(length + i_b)
-    first_visit = tl.load(list_start + i_list)
-    is_split = tl.load(list_start + i_list + 1) - first_visit > task_rows
-    i_turn = (begin - first_visit) // task_rows
-    begin -= first
-    end -= first
+    begin = tl.load(facts + i_task * (FACTS + KEY_TILES) + FACTS)
+    # Rows of own blocks that end before this tile of keys are passed over, in whole tiles.
+    begin += (edge - begin) // BM * BM
     o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
-    key = tl.load(page_row + i_h * s_row + i_b) + o_n
-    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    key, page = first_key.to(tl.int64) + o_n, page.to(tl.int64)
     m_kv = (o_n < n_keys)[:, None] & m_d[None, :]
     b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
     b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
     scale_log2 = scale * LOG2E
 
-    if OWN and KEY_TILES > 1:
-        # The visits of own rows that end before this tile of keys lead the list.
-        ahead = True
-        while ahead:
-            b_limit = tl.load(table + 2 * room + begin + o_m, mask=begin + o_m < end, other=0)
-            ahead = (begin < end) & (tl.max(b_limit, 0) <= i_n * BN)
-            begin = tl.where(ahead, begin + BM, begin)
-
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     # Tiles up to the last visit to an own block need a mask, and all do where the block ends within this tile of keys.
     # Elsewhere every row sees every key; rows past the end of the task are zero and add nothing.
-    middle = begin
-    if OWN:
-        masked = tl.maximum(tl.load(own_end + i_list) - begin, 0)
-        middle = tl.minimum(begin + (masked + BM - 1) // BM * BM, end)
+    middle = tl.minimum(begin + (tl.maximum(own_end - begin, 0) + BM - 1) // BM * BM, end)
     middle = tl.where(n_keys < i_n * BN + BN, end, middle)
     for r in tl.range(begin, middle, BM, num_stages=STAGES):
         b_dk, b_dv = _key_tile(
@@ -185,15 +211,14 @@ def _key_kernel(
     b_dk *= scale
     o_dk = key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
     if DIRECT:
-        i_sum = _sum_place(i_list, first_visit - first, n_lists, room, task_rows)
-        o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
+        o_sum = (i_sum.to(tl.int64) * block_size + o_n)[:, None] * D + o_d[None, :]
         p_dk, p_dv = sum_k + o_sum, sum_v + o_sum
     else:
         p_dk, p_dv = dk + o_dk, dv + o_dk
-    if is_split:
+    if i_sum >= 0:
         if ORDERED:
             p_turn = turn + 1 + i_list * KEY_TILES + i_n
-            while tl.atomic_add(p_turn, 0, sem="acquire") != i_turn:
+            while tl.atomic_add(p_turn, 0, sem="acquire") != number:
                 pass
             tl.debug_barrier()
         tl.atomic_add(p_dk, b_dk, mask=m_kv, sem="relaxed")
@@ -245,27 +270,22 @@ def _finish_kernel(
     tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-@triton.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
-)
+@triton.jit(do_not_specialize=["places", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
 def _query_kernel(
-    q, k, v, dout, part, table, stats, tasks, list_start, page_row, page_head, length,
-    scale, room, places, task_rows, first_list, n_lists, n_blocks,
-    s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    q, k, v, dout, part, table, stats, tasks, list_start,
+    scale, room, places, task_rows, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
     D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+    )
     first = tl.load(list_start)
     if i_list < 0:
         return
-    i_h, i_b = i_list // n_blocks, i_list % n_blocks
-    n_keys = tl.load(length + i_b)
+    first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
-    first_key = tl.load(page_row + i_h * s_row + i_b)
-    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
     p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]
     p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]
 

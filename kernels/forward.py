@@ -34,25 +34,26 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _short_block_kernel(
-    q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
+    q, k, v, part, part_lse, visits, tasks, list_start, visible,
     scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
-    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+    )
     if i_list < 0:
         return
-    i_h, i_b = i_list // n_blocks, i_list % n_blocks
-    n_keys = tl.load(length + i_b)
+    i_h = i_list // n_blocks
+    first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
-    key = tl.load(page_row + i_h * s_row + i_b) + o_n
-    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
+    key = first_key + o_n
     m_kv = (o_n < n_keys)[:, None] & m_d[None, :]
     b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
     b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
@@ -77,25 +78,25 @@ def _short_block_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _long_block_kernel(
-    q, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
+    q, k, v, part, part_lse, visits, tasks, list_start, visible,
     scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
-    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
+    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0))
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+    )
     if i_list < 0:
         return
-    i_h, i_b = i_list // n_blocks, i_list % n_blocks
-    n_keys = tl.load(length + i_b)
+    i_h = i_list // n_blocks
+    first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
-    first_key = tl.load(page_row + i_h * s_row + i_b)
-    page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
     p_k = k + (first_key + o_n)[None, :] * s_kr + page * s_kh + o_d[:, None]
     p_v = v + (first_key + o_n)[:, None] * s_vr + page * s_vh + o_d[None, :]
 

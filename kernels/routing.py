@@ -48,11 +48,16 @@ class Routing(NamedTuple):
         return self.flat[self.n_visits :]
 
 
+# Numbers of a task: 32 bytes, which a program fetches in one step.
+RECORD = tl.constexpr(8)
+
+
 class Tasks(NamedTuple):
     """Pieces of all lists, and how a kernel finds those of some KV heads; see :func:`read_task`."""
 
     table: Tensor
-    """[3, places] int32: list, begin and end in ``visits``; list -1 at an empty place.
+    """[places, 8] int32: list, -1 at an empty place; begin and end in ``visits``; number of keys of the list's block,
+    the first one's row in the storage, and their head there; where the list begins if it is several tasks, else -1; 0.
 
     List ``l`` has the places from ``list_start[l] // R + l`` on. That leaves room for its tasks, needs no sum over
     lists, and bounds the number of places without a value from the device."""
@@ -166,12 +171,13 @@ def _scatter_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "steps", "s_pages"],
+    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "steps", "s_row", "s_head"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _task_kernel(
-    list_start, page_row, table, first_list, n_lists, n_blocks, places, task_rows, steps, s_pages, BLOCK: tl.constexpr
-):
+    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, places, task_rows, steps,
+    s_row, s_head, s_head_n, BLOCK: tl.constexpr,
+):  # fmt: skip
     first_place = tl.load(list_start + first_list) // task_rows + first_list
     o_p = first_place + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < places
@@ -185,26 +191,37 @@ def _task_kernel(
         high = tl.where(is_before, high, middle - 1)
     start, end = tl.load(list_start + low), tl.load(list_start + low + 1)
     begin = start + (o_p - start // task_rows - low) * task_rows
-    is_task = begin < end
-    if page_row is not None:
-        is_task &= tl.load(page_row + low // n_blocks * s_pages + low % n_blocks) >= 0
-    tl.store(table + o_p, tl.where(is_task, low, -1), mask=m_p)
-    tl.store(table + places + o_p, begin, mask=m_p)
-    tl.store(table + 2 * places + o_p, tl.minimum(begin + task_rows, end), mask=m_p)
+    i_h, i_b = low // n_blocks, low % n_blocks
+    first_key = tl.load(page_row + i_h * s_row + i_b)
+    is_task = (begin < end) & (first_key >= 0)
+    p_table = table + o_p * RECORD
+    tl.store(p_table, tl.where(is_task, low, -1), mask=m_p)
+    tl.store(p_table + 1, begin, mask=m_p)
+    tl.store(p_table + 2, tl.minimum(begin + task_rows, end), mask=m_p)
+    tl.store(p_table + 3, tl.load(length + i_b), mask=m_p)
+    tl.store(p_table + 4, first_key.to(tl.int32), mask=m_p)
+    tl.store(p_table + 5, tl.load(page_head + i_h * s_head + i_b * s_head_n), mask=m_p)
+    tl.store(p_table + 6, tl.where(end - start > task_rows, start, -1), mask=m_p)
+    tl.store(p_table + 7, 0, mask=m_p)
 
 
 @triton.jit
 def read_task(tasks, places, task_rows, list_start, first_list, n_lists, i):
-    """List, begin and end of place ``i`` of the lists from ``first_list`` on; lists are counted from there, -1 is none.
+    """What :class:`Tasks` has at place ``i`` of the lists from ``first_list`` on, but the last number.
 
-    ``list_start`` points at the first of these ``n_lists`` lists.
+    Lists are counted from there, -1 is none; ``list_start`` points at the first of these ``n_lists`` lists.
     """
     place = tl.load(list_start) // task_rows + first_list + i
     m = place < places
-    i_list = tl.load(tasks + place, mask=m, other=-1) - first_list
-    begin = tl.load(tasks + places + place, mask=m, other=0)
-    end = tl.load(tasks + 2 * places + place, mask=m, other=0)
-    return tl.where(i_list < n_lists, i_list, -1), begin, end
+    p_task = tasks + place * RECORD
+    i_list = tl.load(p_task, mask=m, other=-1) - first_list
+    begin = tl.load(p_task + 1, mask=m, other=0)
+    end = tl.load(p_task + 2, mask=m, other=0)
+    n_keys = tl.load(p_task + 3, mask=m, other=0)
+    first_key = tl.load(p_task + 4, mask=m, other=0)
+    page = tl.load(p_task + 5, mask=m, other=0)
+    split = tl.load(p_task + 6, mask=m, other=-1)
+    return tl.where(i_list < n_lists, i_list, -1), begin, end, n_keys, first_key, page, split
 
 
 def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
@@ -243,28 +260,27 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(
-    index: Routing, task_rows: int, page_row: Tensor | None = None, kv_heads: slice | None = None
-) -> Tasks:
-    """Tasks of up to ``task_rows`` visits from all lists of an index.
+def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None) -> Tasks:
+    """Tasks of up to ``task_rows`` visits from the lists of an index.
 
     Args:
-        page_row: [Hkv, n] int64, unit stride in n: of those lists only whose block is not -1 there, for an index that
-            serves several storages.
-        kv_heads: with ``page_row``: of lists of these KV heads only; nobody may ask for those of others.
+        pages: a :class:`moba_cp.blocks.Pages` of fewer than 2^31 rows, with ``row`` of unit stride and ``length``
+            contiguous. Lists of blocks that are not in this storage have no tasks.
+        kv_heads: of lists of these KV heads only, and nobody may ask for those of others; all if it is None.
     """
-    n_lists = index.list_start.numel() - 1
-    n_kv, n_blocks = (1, n_lists) if page_row is None else page_row.shape
+    n_kv, n_blocks = pages.row.shape
     kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
     n_heads = kv_heads.stop - kv_heads.start
-    places = index.n_visits // task_rows + n_lists
-    tasks = Tasks(torch.empty(3, places, dtype=torch.int32, device=index.flat.device), task_rows)
+    places = index.n_visits // task_rows + n_kv * n_blocks
+    assert pages.k.shape[0] < 2**31
+    tasks = Tasks(torch.empty(places, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
     first, some = kv_heads.start * n_blocks, n_heads * n_blocks
     # One more than a slice of these heads may ask for, wherever in a task its lists begin.
     programs = min(places, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](
-            index.list_start, page_row, tasks.table, first, some, n_blocks, places, task_rows,
-            (some - 1).bit_length(), 0 if page_row is None else page_row.stride(0), BLOCK=256, num_warps=4,
+            index.list_start, pages.row, pages.head, pages.length, tasks.table,
+            first, some, n_blocks, places, task_rows, (some - 1).bit_length(),
+            pages.row.stride(0), *pages.head.stride(), BLOCK=256, num_warps=4,
         )  # fmt: skip
     return tasks

@@ -75,7 +75,7 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
     row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
     visits, routings = _index(call, row_slices)
-    tasks = [cut_tasks(routing, tile.task_rows, pages.row, task_heads) for routing in routings]
+    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks)
 
 
@@ -92,10 +92,10 @@ def backward_work(
     mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, fresh)
     visits, routings = _index(call, row_slices)
-    tasks = [cut_tasks(routing, tile.task_rows, pages.row, task_heads) for routing in routings]
+    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
     query_tasks = [None] * len(routings)
     if mode == DQ_NONE.value:
-        query_tasks = [cut_tasks(routing, query_tile.task_rows, pages.row, task_heads) for routing in routings]
+        query_tasks = [cut_tasks(routing, query_tile.task_rows, pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, query_tile, query_tasks)
 
 
@@ -103,10 +103,11 @@ def shared_work(name: str, make: Callable[[slice | None], Work], call: Call, sha
     """What ``make`` finds for tasks of the call's heads; with ``shared``, of all heads, once for calls of as many."""
     if shared is None:
         return make(call.kv_heads)
-    key, page_row = (name, call.kv_heads.stop - call.kv_heads.start), call.pages.row
+    key, tables = (name, call.kv_heads.stop - call.kv_heads.start), (call.pages.row, call.pages.head)
     if key not in shared:
-        shared[key] = page_row, make(None)
-    assert shared[key][0] is page_row, "calls that share their work are to have one table of blocks"
+        shared[key] = tables, make(None)
+    same = all(x is y for x, y in zip(shared[key][0], tables, strict=True))
+    assert same, "calls that share their work are to have one table of blocks"
     return shared[key][1]
 
 

@@ -197,7 +197,7 @@ def attend(
         kv_heads: with ``into``: the KV heads to do; None for all.
         whole: with ``into``: there are no other keys; it holds nothing yet, and out may have any dtype.
         shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike and have
-            one ``row``: the first may leave here what serves the others.
+            one ``row`` and one ``head``: the first may leave here what serves the others.
     """
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, out_dtype or torch.float32

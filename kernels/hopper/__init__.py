@@ -90,6 +90,12 @@ def _boxes(x: Tensor, rows: int):
     return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
 
 
+def _places(part, tasks) -> tuple[int, int, int]:
+    """What :func:`..routing.read_task` wants beside the tensors and R, which is a constant here."""
+    places, _, *lists = part.task_args(tasks)
+    return places, *lists
+
+
 def launch_select(q: Tensor, means: Tensor, first: Tensor, own: Tensor, chosen: Tensor) -> None:
     """See :func:`..select.select_blocks`."""
     n_rows, n_heads, dim = q.shape
@@ -103,24 +109,22 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
     """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attend`)."""
     long_block_kernel[part.grid(tasks)](
         part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
-        routing.visits, tasks.table, routing.list_start[part.lists], visible, *part.pages,
-        scale_log2, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides, *part.page_strides,
+        routing.visits, tasks.table, routing.list_start[part.lists], visible,
+        scale_log2, *_places(part, tasks), part.n_blocks, part.n_heads, *part.strides, TASK_ROWS=tasks.rows,
         **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
         BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def launch_keys(
-    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, own_end, list_start,
+    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, facts,
     scale: float, first_head: int,
 ) -> None:  # fmt: skip
     """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1."""
     key_kernel[part.grid(tasks, key_tiles)](
         part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, dk, dv, sum_k, sum_v,
-        table, stats, own_end, tasks.table, list_start, *part.pages,
-        scale, part.n_visits, *part.task_args(tasks), part.n_blocks, part.block_size, first_head,
-        *part.strides[2:], *dk.stride()[:2], *part.page_strides,
-        OWN=own_end is not None, D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
+        table, stats, facts, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
+        D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
         DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -130,8 +134,7 @@ def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start
     """Partial dQ of the visits of a slice."""
     query_kernel[part.grid(tasks)](
         part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, table, stats,
-        tasks.table, list_start, *part.pages,
-        scale, part.n_visits, *part.task_args(tasks), part.n_blocks, *part.strides[2:], *part.page_strides,
-        D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
-        num_warps=tile.warps,
+        tasks.table, list_start, scale, part.n_visits, *_places(part, tasks), *part.strides[2:],
+        TASK_ROWS=tasks.rows, D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
+        REGISTERS=tile.fetch_registers, num_warps=tile.warps,
     )  # fmt: skip

@@ -1,13 +1,16 @@
 """dK and dV: a program keeps a tile of keys while the rows of its task pass. Where that is the whole block, dQ too.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
-:mod:`..routing`). A tile is BM visits by 2 * BN keys; what there is to know of a visit comes from the table that
-:mod:`..backward` lays out.
+:mod:`..routing`). A tile is BM visits by 2 * BN keys; what there is to know of a visit, and of a task, comes from the
+tables that :mod:`..backward` lays out.
 
-The fetching group loads K and V once, then gathers Q, dout and statistics of one tile of rows after the other into a
-ring of STAGES places. Each computing group has BN of the keys, with their dK and dV [BN, D] in float32 registers.
-Scores are computed transposed, keys by rows, so that probabilities and dS come to lie as the left operand of the
-products that follow, in registers.
+The fetching group loads K and V, then gathers Q, dout and statistics of one tile of rows after the other into a ring of
+STAGES places. Each computing group has BN of the keys, with their dK and dV [BN, D] in float32 registers. Scores are
+computed transposed, keys by rows, so that probabilities and dS come to lie as the left operand of the products that
+follow, in registers.
+
+Nothing else runs on a multiprocessor while a program begins and ends, so all that it has to know of its task comes in
+one step, while barriers are made.
 
 Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
 ``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
@@ -27,28 +30,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..backward import _sum_place
-from ..common import SLICED
-from .shared import LOG2E, barrier, load_block, read_task, store_rows, unpack
+from ..backward import _read_facts
+from .shared import LOG2E, barrier, exchange, load_blocks, side_by_side, store_rows, unpack
 
-sum_place = gluon.jit(_sum_place.fn)
+read_facts = gluon.jit(_read_facts.fn)
 
 
 @gluon.jit
 def _produce(
-    q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys, first_key, k_column, v_column, s_kr, s_vr,
-    k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty,
+    q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys, first_key, k_column, v_column,
+    s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
 ):  # fmt: skip
-    """The group that fetches. ``n_keys``, ``first_key`` count from the program's first key."""
+    """The group that fetches. ``first_key`` is the program's first key, ``n_keys`` how many there are from it on."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    load_block(k_desc, k, first_key, k_column, s_kr, n_keys, kv_full, k_s, 2 * BN, D)
-    load_block(v_desc, v, first_key, v_column, s_vr, n_keys, kv_full, v_s, 2 * BN, D)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
     o_f = gl.arange(0, BM, layout=FLAT)
+    # On their way while K and V are asked for.
     row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)
+    load_blocks(k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, kv_full, k_s, v_s, 2 * BN, D)
     b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)
     limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)
     place = limit
@@ -145,19 +147,22 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, dk, dv, begin, middle, end, key, page, n_keys, is_split, scale, s_dkr, s_dkh, first,
-    sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
+    half: gl.constexpr, part, dk, dv, begin, own_end, end, key, page, n_keys, i_sum, scale, s_dkr, s_dkh,
+    first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
     kv_full, q_full, q_empty, ds_full,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
     DIRECT: gl.constexpr,
 ):  # fmt: skip
-    """A group that computes, with BN keys; up to row ``middle`` some rows do not see all of them."""
+    """A group that computes, with BN keys; up to visit ``middle`` some rows do not see all of them."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
+    scale_log2 = scale * LOG2E
+    o_n = first_n + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
     b_dk = gl.zeros([BN, D], gl.float32, MMA_D)
     b_dv = gl.zeros([BN, D], gl.float32, MMA_D)
-    scale_log2 = scale * LOG2E
+    masked = (gl.maximum(own_end - begin, 0) + BM - 1) // BM * BM
+    middle = gl.minimum(begin + masked, end)
+    middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
     mbarrier.wait(kv_full, 0)
     i = 0
     for r in range(begin, middle, BM):
@@ -172,72 +177,59 @@ def _consume(
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
-    o_n = first + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA_D))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, MMA_D))
-    m_n = (o_n < n_keys)[:, None]
-    o_dk = ((key + o_n).to(gl.int64) * s_dkr + page * s_dkh)[:, None] + o_d[None, :]
-    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
     b_dk = b_dk * scale
-    if is_split:
+    if i_sum >= 0:
         if DIRECT:
-            gl.atomic_add(sum_k + o_sum, b_dk, mask=m_n, sem="relaxed")
-            gl.atomic_add(sum_v + o_sum, b_dv, mask=m_n, sem="relaxed")
+            _add(sum_k, sum_v, b_dk, b_dv, i_sum.to(gl.int64) * block_size * D, D, first_n + half * BN, n_keys)
         else:
-            gl.atomic_add(dk + o_dk, b_dk, mask=m_n, sem="relaxed")
-            gl.atomic_add(dv + o_dk, b_dv, mask=m_n, sem="relaxed")
-    elif DIRECT:
-        gl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m_n)
-        gl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m_n)
+            _add(dk, dv, b_dk, b_dv, key.to(gl.int64) * s_dkr + page * s_dkh, s_dkr, first_n + half * BN, n_keys)
     else:
+        o_row = key.to(gl.int64) * s_dkr + page * s_dkh
+        _store(dk, dv, b_dk, b_dv, o_row, s_dkr, first_n + half * BN, n_keys, DIRECT)
+
+
+@gluon.jit
+def _offsets(first_row, s_row, first, n_keys, dtype: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
+    """Of BN keys of a block, from ``first`` on, and which of them there are."""
+    LAYOUT: gl.constexpr = side_by_side(D, dtype)
+    o_n = first + gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    return first_row + o_n.to(gl.int64)[:, None] * s_row + o_d[None, :], (o_n < n_keys)[:, None]
+
+
+@gluon.jit
+def _add(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys):
+    """Adds to float32 sums, beside other programs."""
+    o, m = _offsets(first_row, s_row, first, n_keys, gl.float32, b_dk.shape[0], b_dk.shape[1])
+    gl.atomic_add(dk + o, exchange(b_dk, gl.float32), mask=m, sem="relaxed")
+    gl.atomic_add(dv + o, exchange(b_dv, gl.float32), mask=m, sem="relaxed")
+
+
+@gluon.jit
+def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.constexpr):
+    dtype: gl.constexpr = dk.dtype.element_ty
+    o, m = _offsets(first_row, s_row, first, n_keys, dtype, b_dk.shape[0], b_dk.shape[1])
+    b_dk = exchange(b_dk, dtype)
+    b_dv = exchange(b_dv, dtype)
+    if not DIRECT:
         # Where rows come in several slices an earlier one may have left its part; slices follow one another.
-        gl.store(dk + o_dk, b_dk + gl.load(dk + o_dk, mask=m_n, other=0.0), mask=m_n)
-        gl.store(dv + o_dk, b_dv + gl.load(dv + o_dk, mask=m_n, other=0.0), mask=m_n)
+        b_dk += gl.load(dk + o, mask=m, other=0.0)
+        b_dv += gl.load(dv + o, mask=m, other=0.0)
+    gl.store(dk + o, b_dk, mask=m)
+    gl.store(dv + o, b_dv, mask=m)
 
 
-@gluon.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "first_head", "n_blocks", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
-)
+@gluon.jit(do_not_specialize=["first_head"])
 def key_kernel(
-    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, own_end,
-    tasks, list_start, page_row, page_head, length,
-    scale, room, places, task_rows, first_list, n_lists, n_blocks, block_size, first_head,
-    s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh, s_row, s_head, s_head_n,
-    OWN: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
+    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, facts,
+    scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
     DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..backward._key_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
-    FLAT: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-    i = gl.program_id(0)
-    first_n = i % KEY_TILES * 2 * BN
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, i // KEY_TILES)
-    first = gl.load(list_start)
-    if i_list < 0:
-        return
-    i_h = i_list // n_blocks
-    i_b = i_list % n_blocks
-    n_keys = gl.load(length + i_b)
-    first_visit = gl.load(list_start + i_list)
-    is_split = gl.load(list_start + i_list + 1) - first_visit > task_rows
-    i_sum = sum_place(i_list, first_visit - first, n_lists, room, task_rows)
-    begin -= first
-    end -= first
-    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
-    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
-    middle = begin
-    if OWN:
-        if KEY_TILES > 1:
-            # The visits of own rows that end before this tile of keys lead the list.
-            o_v = gl.arange(0, 1024, layout=FLAT)
-            skipped = 1024
-            while skipped == 1024:
-                limit = gl.load(table + 2 * room + begin + o_v, mask=begin + o_v < end, other=2147483647)
-                skipped = gl.min(gl.where(limit > first_n, o_v, 1024), 0)
-                begin += skipped
-            begin = gl.minimum(begin, end)
-        masked = gl.maximum(gl.load(own_end + i_list) - begin, 0)
-        middle = gl.minimum(begin + (masked + BM - 1) // BM * BM, end)
-    middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
+    i_task = gl.program_id(0) // KEY_TILES
+    i_n = gl.program_id(0) % KEY_TILES
+    i_list, begin, end, own_end, n_keys, first_key, page, i_sum, _ = read_facts(facts, i_task, i_n, KEY_TILES)
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -263,28 +255,33 @@ def key_kernel(
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):
             mbarrier.init(ds_full.index(i), count=2)
-    mbarrier.init(kv_full, count=2)
+    mbarrier.init(kv_full, count=1)
     # A tile of rows has come when the copies of the 128 threads that fetch have, and what they stored beside.
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=129)
         mbarrier.init(q_empty.index(i), count=2)
     fence_async_shared()
+    # Not earlier: what was asked for above comes meanwhile.
+    if i_list < 0:
+        return
+    first_n = i_n * 2 * BN
     dk_page = page - first_head
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
-                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s,
-                lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+                gl.constexpr(0), part, dk, dv, begin, own_end, end, first_key, dk_page, n_keys, i_sum, scale,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
+                place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_consume, (
-                gl.constexpr(1), part, dk, dv, begin, middle, end, first_key, dk_page, n_keys, is_split, scale,
-                s_dkr, s_dkh, first_n, sum_k, sum_v, i_sum, block_size, k_s, v_s, q_s, do_s, ds_s,
-                lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+                gl.constexpr(1), part, dk, dv, begin, own_end, end, first_key, dk_page, n_keys, i_sum, scale,
+                s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
+                place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_produce, (
                 q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys - first_n, first_key + first_n,
-                page * s_kh, page * s_vh, s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s,
+                page * s_kh, page * s_vh, s_kr, s_vr,
+                k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s,
                 kv_full, q_full, q_empty, D, BM, BN, STAGES, DQ,
             )),
         ],

@@ -78,7 +78,6 @@ def _produce(
         q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s,
         G, S, SLOTS, D, BM, BN,
     )  # fmt: skip
-    publish(q_full.index(0))
     i = 0
     i_kv = 0
     for r in range(begin, end, 2 * BM):
@@ -98,6 +97,9 @@ def _produce(
                 v_desc, v, first_key + n, v_column, s_vr, n_keys - n, v_full.index(stage), v_s.index(stage), BN, D
             )
             i_kv += 1
+            # K and V come beside the first rows.
+            if i_kv == 1:
+                publish(q_full.index(0))
             # The next rows are fetched while these are at work, once two tiles of keys are on their way.
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
@@ -209,25 +211,18 @@ def _consume(
 
 
 @gluon.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
+    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads"], do_not_specialize_on_alignment=SLICED
 )
 def long_block_kernel(
-    q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible, page_row, page_head, length,
-    scale_log2, places, task_rows, first_list, n_lists, n_blocks, n_heads,
-    s_qt, s_qh, s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
-    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
+    q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible,
+    scale_log2, places, first_list, n_lists, n_blocks, n_heads, s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
+    TASK_ROWS: gl.constexpr, G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..forward._long_block_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
-    if i_list < 0:
-        return
-    i_h = i_list // n_blocks
-    i_b = i_list % n_blocks
-    n_keys = gl.load(length + i_b)
-    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
-    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
+    )
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -253,6 +248,10 @@ def long_block_kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
+    # Not earlier: what was asked for above comes meanwhile.
+    if i_list < 0:
+        return
+    i_h = i_list // n_blocks
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LOG2E, barrier, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys, unpack
+from .shared import LOG2E, barrier, in_each_warp, load_blocks, publish, read_task, store_rows, tiles_of_keys, unpack
 
 
 @gluon.jit
@@ -60,7 +60,6 @@ def _produce(
 ):  # fmt: skip
     """The group that fetches."""
     n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, D, BM, BN)
-    publish(q_full.index(0))
     i = 0
     i_kv = 0
     for r in range(begin, end, 2 * BM):
@@ -72,9 +71,14 @@ def _produce(
             n = j * BN
             full = kv_full.index(stage)
             mbarrier.wait(kv_empty.index(stage), i_kv // STAGES % 2 ^ 1)
-            load_block(k_desc, k, first_key + n, k_column, s_kr, n_keys - n, full, k_s.index(stage), BN, D)
-            load_block(v_desc, v, first_key + n, v_column, s_vr, n_keys - n, full, v_s.index(stage), BN, D)
+            load_blocks(
+                k_desc, v_desc, k, v, first_key + n, k_column, v_column, s_kr, s_vr, n_keys - n, full,
+                k_s.index(stage), v_s.index(stage), BN, D,
+            )  # fmt: skip
             i_kv += 1
+            # K and V come beside the first rows.
+            if i_kv == 1:
+                publish(q_full.index(0))
             # The next rows are fetched while these are at work, once two tiles of keys are on their way.
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
@@ -174,28 +178,18 @@ def _consume(
         i += 1
 
 
-@gluon.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "s_row", "s_head"],
-    do_not_specialize_on_alignment=SLICED,
-)
+@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
 def query_kernel(
-    q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start, page_row, page_head, length,
-    scale, room, places, task_rows, first_list, n_lists, n_blocks,
-    s_kr, s_kh, s_vr, s_vh, s_row, s_head, s_head_n,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start,
+    scale, room, places, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
+    TASK_ROWS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..backward._query_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
-    i_list, begin, end = read_task(tasks, places, task_rows, list_start, first_list, n_lists, gl.program_id(0))
+    i_list, begin, end, n_keys, first_key, page, _ = read_task(
+        tasks, places, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
+    )
     first = gl.load(list_start)
-    if i_list < 0:
-        return
-    begin -= first
-    end -= first
-    i_h = i_list // n_blocks
-    i_b = i_list % n_blocks
-    n_keys = gl.load(length + i_b)
-    first_key = gl.load(page_row + i_h * s_row + i_b).to(gl.int32)
-    page = gl.load(page_head + i_h * s_head + i_b * s_head_n)
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -214,9 +208,14 @@ def query_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
-        mbarrier.init(kv_full.index(i), count=2)
+        mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=2)
     fence_async_shared()
+    # Not earlier: what was asked for above comes meanwhile.
+    if i_list < 0:
+        return
+    begin -= first
+    end -= first
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
         [

@@ -64,17 +64,29 @@ def _quads(dim, columns):
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def side_by_side(dim, dtype):
+    """Layout of an output [64, dim] in which a thread has 16 bytes side by side, and a quad of threads 64."""
+    return _quads(dim, (1, 2, 8, 4) if dtype.primitive_bitwidth == 32 else (1, 2, 4, 8, 16))
+
+
+@gluon.jit
+def exchange(x, dtype: gl.constexpr):
+    """x [64, 64 or D] of the matrix units, rounded to ``dtype``, in the layout of :func:`side_by_side`.
+
+    The units give a thread 2 columns of every 8; quads exchange them. One bit of threads changes place with one of
+    columns at a time, which Triton does by shuffles; both at once would pass through shared memory, for which the
+    kernel of dQ has no room.
+    """
+    x = gl.convert_layout(x.to(dtype), _quads(x.shape[1], (1, 2, 8, 4)))
+    return gl.convert_layout(x, side_by_side(x.shape[1], dtype))
+
+
 @gluon.jit
 def store_rows(out, place, x, D: gl.constexpr):
-    """Writes x [64, 64 or D] of the matrix units, rounded, to rows ``place`` [64] of out [., D]; none where that is -1.
-
-    The units give a thread 2 columns of every 8. Quads exchange them, so that a thread stores 8 side by side and a quad
-    64 bytes. One bit of threads changes place with one of columns at a time, which Triton does by shuffles; both at
-    once would pass through shared memory, for which the kernel of dQ has no room.
-    """
-    HALF: gl.constexpr = _quads(x.shape[1], (1, 2, 8, 4))
-    QUADS: gl.constexpr = _quads(x.shape[1], (1, 2, 4, 8, 16))
-    x = gl.convert_layout(gl.convert_layout(x.to(out.dtype.element_ty), HALF), QUADS)
+    """Writes x [64, 64 or D] of the matrix units, rounded, to rows ``place`` [64] of out [., D], none where -1."""
+    QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)
+    x = exchange(x, out.dtype.element_ty)
     place = gl.convert_layout(place, gl.SliceLayout(1, QUADS), assert_trivial=True)
     o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))
     gl.store(out + place.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(place >= 0)[:, None])
@@ -90,17 +102,40 @@ def unpack(stats):
 @gluon.jit
 def load_block(desc, x, first_key, column, s_row, n_keys, full, x_s, ROWS: gl.constexpr, D: gl.constexpr):
     """Fetches ROWS rows of K or V, as far as the block goes; one arrival at ``full``, and perhaps bytes to come."""
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     if n_keys >= ROWS:
         mbarrier.expect(full, ROWS * D * 2)
         tma.async_copy_global_to_shared(desc, [first_key, column], full, x_s)
     else:
-        # What follows the block may be another document's NaN, and 0 * NaN is NaN: zeros instead.
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
-        for n in gl.static_range(0, ROWS, 16):
-            o_n = n + gl.arange(0, 16, layout=gl.SliceLayout(1, WIDE))
-            p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]
-            x_s.slice(n, 16).store(gl.load(p_x, mask=(o_n < n_keys)[:, None], other=0.0))
+        _copy_keys(x, first_key, column, s_row, n_keys, x_s, ROWS, D)
         fence_async_shared()
         barrier()
         mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def load_blocks(
+    k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, full, k_s, v_s,
+    ROWS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """As :func:`load_block`, for K and V together; one arrival."""
+    if n_keys >= ROWS:
+        mbarrier.expect(full, 2 * ROWS * D * 2)
+        tma.async_copy_global_to_shared(k_desc, [first_key, k_column], full, k_s)
+        tma.async_copy_global_to_shared(v_desc, [first_key, v_column], full, v_s)
+    else:
+        _copy_keys(k, first_key, k_column, s_kr, n_keys, k_s, ROWS, D)
+        _copy_keys(v, first_key, v_column, s_vr, n_keys, v_s, ROWS, D)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def _copy_keys(x, first_key, column, s_row, n_keys, x_s, ROWS: gl.constexpr, D: gl.constexpr):
+    """The rows that a block has, and zeros: what follows may be another document's NaN, and 0 * NaN is NaN."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    for n in gl.static_range(0, ROWS, 16):
+        o_n = n + gl.arange(0, 16, layout=gl.SliceLayout(1, WIDE))
+        p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]
+        x_s.slice(n, 16).store(gl.load(p_x, mask=(o_n < n_keys)[:, None], other=0.0))

@@ -171,10 +171,11 @@ def test_storages_alike_share_their_work(block_size, scratch):
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (p.q, p.k, p.v))
     forward, backward = {}, {}
     how = dict(index=index, scratch_bytes=scratch, whole=True)
+    # Where each head lies in the storage that has it.
+    place = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=p.q.device)[:, None].expand(4, row.shape[1])
     for heads in (slice(0, 1), slice(1, 3), slice(3, 4)):
-        place = torch.arange(4, dtype=torch.int32, device=p.q.device)[:, None] - heads.start
         k, v = p.k[:, heads].contiguous(), p.v[:, heads].contiguous()
-        pages = replace(p.pages, k=k, v=v, row=row, head=place.expand(4, row.shape[1]))
+        pages = replace(p.pages, k=k, v=v, row=row, head=place)
         inputs = p.q, pages, *p.visits, p.scale
         kernels.attend(*inputs, kv_heads=heads, into=into, shared=forward, **how)
         kernels.attend_backward(
@@ -184,9 +185,9 @@ def test_storages_alike_share_their_work(block_size, scratch):
     assert len(forward) == len(backward) == 2
     for actual, expected in zip((*into, dq, dk, dv), (out, lse, *grads)):
         close(actual, expected)
-    other = replace(pages, row=row.clone())
-    with pytest.raises(AssertionError, match="one table of blocks"):
-        kernels.attend(p.q, other, *p.visits, p.scale, kv_heads=heads, into=into, shared=forward, **how)
+    for other in (replace(pages, row=row.clone()), replace(pages, head=place.clone())):
+        with pytest.raises(AssertionError, match="one table of blocks"):
+            kernels.attend(p.q, other, *p.visits, p.scale, kv_heads=heads, into=into, shared=forward, **how)
 
 
 @pytest.mark.parametrize("n_parts", [0, 3, 40])
