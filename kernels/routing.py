@@ -171,11 +171,11 @@ def _scatter_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "rest", "steps", "s_row", "s_head"],
+    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "steps", "s_row", "s_head"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _task_kernel(
-    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, places, task_rows, rest, steps,
+    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, places, task_rows, steps,
     s_row, s_head, s_head_n, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first_place = tl.load(list_start + first_list) // task_rows + first_list
@@ -193,15 +193,15 @@ def _task_kernel(
     begin = start + (o_p - start // task_rows - low) * task_rows
     i_h, i_b = low // n_blocks, low % n_blocks
     first_key = tl.load(page_row + i_h * s_row + i_b)
-    is_task = (begin < end) & ((begin == start) | (end - begin > rest)) & (first_key >= 0)
+    is_task = (begin < end) & (first_key >= 0)
     p_table = table + o_p * RECORD
     tl.store(p_table, tl.where(is_task, low, -1), mask=m_p)
     tl.store(p_table + 1, begin, mask=m_p)
-    tl.store(p_table + 2, tl.where(end - begin - task_rows <= rest, end, begin + task_rows), mask=m_p)
+    tl.store(p_table + 2, tl.minimum(begin + task_rows, end), mask=m_p)
     tl.store(p_table + 3, tl.load(length + i_b), mask=m_p)
     tl.store(p_table + 4, first_key.to(tl.int32), mask=m_p)
     tl.store(p_table + 5, tl.load(page_head + i_h * s_head + i_b * s_head_n), mask=m_p)
-    tl.store(p_table + 6, tl.where(end - start - task_rows > rest, start, -1), mask=m_p)
+    tl.store(p_table + 6, tl.where(end - start > task_rows, start, -1), mask=m_p)
     tl.store(p_table + 7, 0, mask=m_p)
 
 
@@ -260,12 +260,10 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None, rest: int = 0) -> Tasks:
+def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None) -> Tasks:
     """Tasks of up to ``task_rows`` visits from the lists of an index.
 
     Args:
-        rest: up to so many visits at the end of a list go to the task before, which is longer by that; below
-            ``task_rows``.
         pages: a :class:`moba_cp.blocks.Pages` of fewer than 2^31 rows, with ``row`` of unit stride and ``length``
             contiguous. Lists of blocks that are not in this storage have no tasks.
         kv_heads: of lists of these KV heads only, and nobody may ask for those of others; all if it is None.
@@ -282,7 +280,7 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](
             index.list_start, pages.row, pages.head, pages.length, tasks.table,
-            first, some, n_blocks, places, task_rows, rest, (some - 1).bit_length(),
+            first, some, n_blocks, places, task_rows, (some - 1).bit_length(),
             pages.row.stride(0), *pages.head.stride(), BLOCK=256, num_warps=4,
         )  # fmt: skip
     return tasks

@@ -75,7 +75,7 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
     row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
     visits, routings = _index(call, row_slices)
-    tasks = [_tasks_of_rows(routing, tile, pages, task_heads) for routing in routings]
+    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks)
 
 
@@ -95,17 +95,8 @@ def backward_work(
     tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
     query_tasks = [None] * len(routings)
     if mode == DQ_NONE.value:
-        query_tasks = [_tasks_of_rows(routing, query_tile, pages, task_heads) for routing in routings]
+        query_tasks = [cut_tasks(routing, query_tile.task_rows, pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, query_tile, query_tasks)
-
-
-def _tasks_of_rows(routing: Routing, tile: Tile, pages, task_heads: slice | None) -> Tasks:
-    """Tasks whose rows are apart from one another.
-
-    With even choices lists are about as long as tasks, or several tasks, some a little longer: where a program passes
-    over many tiles, a few rows more are no program of their own.
-    """
-    return cut_tasks(routing, tile.task_rows, pages, task_heads, tile.task_rows // 2 if tile.fetch_registers else 0)
 
 
 def shared_work(name: str, make: Callable[[slice | None], Work], call: Call, shared: dict | None) -> Work:

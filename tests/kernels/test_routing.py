@@ -1,4 +1,3 @@
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -150,19 +149,3 @@ def test_as_many_visits_as_places_can_be_numbered():
     assert found[-1, :3].tolist() == [1, *starts[1:]]
     begin, end = found[:, 1], found[:, 2]
     assert (end - begin).sum() == MAX_VISITS and (end > begin).all()
-
-
-@pytest.mark.parametrize("rest", [0, 16])
-def test_a_short_rest_goes_to_the_task_before(rest):
-    lengths = [0, 1, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 80, 81, 0, 96]
-    starts = [0, *itertools.accumulate(lengths)]
-    list_start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    index = SimpleNamespace(list_start=list_start, flat=list_start, n_visits=starts[-1])
-    table = routing.cut_tasks(index, 32, _pages(1, len(lengths)), slice(0, 1), rest).table
-    found = [task[:3] + task[6:7] for task in table.tolist() if task[0] >= 0]
-    expected = []
-    for i, (start, length) in enumerate(zip(starts, lengths)):
-        cuts = [at for at in range(0, length, 32) if at == 0 or length - at > rest] + [length]
-        whole = start if len(cuts) > 2 else -1
-        expected += [[i, start + a, start + b, whole] for a, b in zip(cuts[:-1], cuts[1:])]
-    assert found == expected
