@@ -4,9 +4,11 @@
 in memory: the same library code, hundreds of cases a minute.
 """
 
+import contextlib
 import os
 import pickle
 import queue
+import random
 import socket
 import threading
 import traceback
@@ -22,10 +24,12 @@ TIMEOUT_S = 120
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port that is free now, and none of those that the system hands out: it may be long until it is used."""
+    for port in random.SystemRandom().sample(range(15000, 32000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free TCP port found between 15000 and 32000")
 
 
 def run_ranks(n: int, function, *args, timeout: float = TIMEOUT_S, backend: str = "gloo", gpus: int = 1) -> list:

@@ -36,7 +36,7 @@ class ExchangeOptions:
 
     gradient_dtype: str = "float32"
     """Dtype of dK, dV and dQ on the wire: ``float32``, or ``input`` (that of q, k, v): a quarter fewer bytes, but each
-    rank's part is then rounded before it is summed, and gradients are up to twice as far off as on one rank."""
+    rank's part is then rounded before it is summed, and gradients are up to three times as far off as on one rank."""
 
     ranks_per_node: int | None = None
     """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.

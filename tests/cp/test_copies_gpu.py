@@ -56,7 +56,8 @@ def test_equals_one_rank(size):
         for label, errors, one, repeats, bytes_ in report:
             moved += bytes_
             assert repeats, f"{label}: not deterministic"
-            _as_good_as_one_rank(label, errors, one)
+            # Two shares that are rounded, and a sum that is.
+            _as_good_as_one_rank(label, errors, one, 3 if "'input'" in label else 2)
     assert moved > 0
 
 
