@@ -17,14 +17,12 @@ from .check import check
 from .goals import judge, lines
 from .inputs import Shape
 from .measure import DEFAULT_MODES, Limits, exchange_options
-from .parts import PARTS, Settings
+from .parts import PARTS, Settings, standing_in
 from .ranks import Ranks
 from .rows import Report, header
-from .stand_in import PART as STAND_IN
 
 TOKENS = tuple(2**i for i in range(15, 21))
 DEFAULT_PARTS = ("attention", "overlap", "training")
-CHOICES = tuple(part for part in PARTS if part != STAND_IN)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the exchange, by commas; auto:2 for a row_weight, and options behind: -rounded for gradient_dtype "
         "input, -keep, -nccl for no copy engines (%(default)s)",
     )
-    choices = ", ".join(CHOICES)
-    parser.add_argument("--parts", help=f"by commas, of {choices} (default: all but nodes; with --nodes: it)")
+    parser.add_argument("--parts", help=f"by commas, of {', '.join(PARTS)} (default: all but nodes; with --nodes: it)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")
     parser.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, help="default: as many as query heads")
@@ -87,6 +84,7 @@ def _run(settings: Settings, ranks: Ranks, args: argparse.Namespace) -> int:
         )
     for part in settings.parts:
         PARTS[part](settings, ranks, report)
+    standing_in(settings, ranks, report)
     if ranks.first:
         _finish(report, args)
     ranks.meet()
@@ -114,7 +112,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     for mode in modes:
         exchange_options(mode)
     default = ("nodes",) if args.nodes > 1 else DEFAULT_PARTS
-    parts = _words("parts", args.parts, CHOICES) if args.parts else default
+    parts = _words("parts", args.parts, tuple(PARTS)) if args.parts else default
     if ("nodes" in parts) != (args.nodes > 1) or "nodes" in parts and len(parts) > 1:
         raise ValueError(
             f"parts={','.join(parts)} with nodes={args.nodes}: the part nodes, and no other, goes with --nodes 2 or "
@@ -122,7 +120,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         )
     if args.stand_in and args.nodes > 1:
         raise ValueError(f"stand-in={args.stand_in} with nodes={args.nodes}: nodes share no memory; leave one out")
-    parts += (STAND_IN,) if args.stand_in else ()
     for name in ("repeats", "check_tokens", "heads", "dim"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not positive; use 1 or more")

@@ -11,9 +11,9 @@ NOISE = 1.03
 
 
 def efficiency(report: Report, tokens: int, ranks: int, name: str, one: str) -> float | None:
-    """t(1) / (P t(P)) of forward and backward; ``one`` is the row on one rank."""
-    rows = report.find("attention", tokens, 1, one), report.find("attention", tokens, ranks, name)
-    return rows[0].both / (ranks * rows[1].both) if all(rows) else None
+    """Of attention; ``one`` is the row on one rank."""
+    alone, row = report.find("attention", tokens, 1, one), report.find("attention", tokens, ranks, name)
+    return row.efficiency(alone) if alone and row else None
 
 
 def judge(report: Report) -> list[dict]:

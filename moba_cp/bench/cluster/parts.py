@@ -13,7 +13,6 @@ from .predict import add_prediction, predictions
 from .profile import write_profile
 from .ranks import Ranks
 from .rows import Report, Row
-from .stand_in import PART as STAND_IN
 from .stand_in import stand_in
 
 TRAINING_STEPS = 7
@@ -151,8 +150,7 @@ def standing_in(settings: Settings, ranks: Ranks, report: Report) -> None:
             def one() -> None:
                 for row in stand_in(settings.shape, n_tokens, size, settings.modes, settings.limits, ranks):
                     if alone and row.both:
-                        share = 100 * alone.both / (size * row.both)
-                        row.note = row.note or f"two GPUs: {share:.0f} % of {size} times one"
+                        row.note = row.note or f"two GPUs: {100 * row.efficiency(alone):.0f} % of {size} times one"
                     _add(ranks, report, [row])
 
             _on(ranks, 2, one)
@@ -178,7 +176,5 @@ def _nothing(settings: Settings, ranks: Ranks, report: Report) -> None:
         attention(settings, ranks, report)
 
 
-PARTS = {
-    "attention": attention, "overlap": _nothing, "training": training_step, "nodes": nodes, STAND_IN: standing_in
-}  # fmt: skip
+PARTS = {"attention": attention, "overlap": _nothing, "training": training_step, "nodes": nodes}
 """By name, in the order in which they run."""

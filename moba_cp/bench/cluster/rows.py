@@ -11,7 +11,7 @@ class Row:
     """One measurement on the first P ranks. Times are ms: medians over repeats, of the slowest rank of each."""
 
     part: str
-    """``attention``, ``overlap``, ``nodes`` or ``training``."""
+    """``attention``, ``overlap``, ``nodes``, ``training`` or ``stand-in``."""
     tokens: int
     ranks: int
     name: str
@@ -41,6 +41,10 @@ class Row:
     loss: float | None = None
     note: str = ""
     """Why there are no times, or what is to be said of them."""
+
+    def efficiency(self, alone: "Row") -> float:
+        """t(1) / (P t(P)) of forward and backward, ``alone`` being the row on one rank."""
+        return alone.both / (self.ranks * self.both)
 
     def line(self) -> str:
         """The row as a line of the table."""

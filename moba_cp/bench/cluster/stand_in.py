@@ -90,7 +90,8 @@ class _Rank(Communicator):
 
 def able(modes: Sequence[str]) -> list[str]:
     """Those of ``modes`` in which two GPUs can stand in for more, or the mode alone."""
-    return [mode for mode in modes if mode.startswith(MODE) and exchange_options(mode).copy_engines] or [MODE]
+    asked = {mode: exchange_options(mode) for mode in modes}
+    return [name for name, options in asked.items() if options.mode == MODE and options.copy_engines] or [MODE]
 
 
 def stand_in(
