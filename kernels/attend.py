@@ -176,20 +176,10 @@ def attend_backward(
     how = dout, deterministic, local_dtype is not None, fresh
     work = shared_work("backward", lambda heads: backward_work(call, heads, *how), call, shared)
     if fresh and not work.direct:
-        if dk.dtype != torch.float32:
-            # Slices of rows add to one another.
-            sums = torch.zeros(2, *dk.shape, device=q.device)
-
-            def sums_done() -> None:
-                dk.copy_(sums[0]), dv.copy_(sums[1])
-                if keys_done is not None:
-                    keys_done()
-
-            rest = dict(index=index, kv_heads=kv_heads, whole=whole, keys_done=sums_done)
-            some = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
-            attend_backward(*some, scratch_bytes=scratch_bytes, into=(dq, *sums), **rest)
-            return into
-        dk.zero_(), dv.zero_()
+        if dk.dtype == torch.float32:
+            dk.zero_(), dv.zero_()
+        else:
+            dk, dv, keys_done = _wide_sums(dk, dv, keys_done)
     head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
@@ -205,7 +195,7 @@ def attend_backward(
             _backward_slice(q, pages, *work.visits[i], scale, *rest, work, i, some_heads, done)
         if local_dtype is not None and not work.direct:
             dk[:, some_heads], dv[:, some_heads] = sums[:2]
-    return dq, dk, dv
+    return into or (dq, dk, dv)
 
 
 def routing_index(
@@ -226,10 +216,21 @@ def routing_index(
     return build_routing(_whole_slots(chosen), own, visible, page_row).flat
 
 
+def _wide_sums(dk: Tensor, dv: Tensor, keys_done: Callable[[], None] | None):
+    """What slices of rows add to in place of dk and dv, and what to call once they have, in place of ``keys_done``."""
+    sum_k, sum_v = torch.zeros(2, *dk.shape, device=dk.device)
+
+    def round_off() -> None:
+        dk.copy_(sum_k), dv.copy_(sum_v)
+        if keys_done is not None:
+            keys_done()
+
+    return sum_k, sum_v, round_off
+
+
 def _kernel_inputs(q: Tensor, pages, chosen: Tensor):
     if not (all(x.stride(-1) == 1 for x in (pages.k, pages.v, pages.row)) and pages.length.is_contiguous()):
-        row = pages.row if pages.row.stride(1) == 1 else pages.row.contiguous()
-        k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
+        k, v, row = (check_unit_stride(x) for x in (pages.k, pages.v, pages.row))
         pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
     return check_unit_stride(q), pages, _whole_slots(chosen)
 
