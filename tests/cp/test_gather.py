@@ -14,8 +14,8 @@ from moba_cp.cp import gather, gather_costs, gather_stages, peer
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests import distributed
-from tests.cases import Case, random_case, relative_error, run_reference
-from tests.cp.test_moba import NAMES, across_ranks, fits
+from tests.cases import Case, random_case, relative_error, run, run_reference
+from tests.cp.test_moba import NAMES, across_ranks, fits, in_context
 from tests.distributed import run_ranks, run_threads
 
 OPTIONS = [
@@ -133,8 +133,8 @@ def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
 def test_deterministic_from_run_to_run(shared):
     case = _aligned().to(torch.float32)
     runs = [run_threads(4, _run, shared, case, "zigzag", ExchangeOptions("allgather"), True) for _ in range(3)]
-    for run in runs[1:]:
-        for (first, *_), (again, *_) in zip(runs[0], run, strict=True):
+    for other in runs[1:]:
+        for (first, *_), (again, *_) in zip(runs[0], other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -177,14 +177,7 @@ def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
 def _layers_of_one_sequence(comm, shapes):
     """Results of layers that differ in head dim and dtype, and have one context."""
     cp = CPContext(comm.share_memory(), "zigzag", 512, exchange=ExchangeOptions("allgather", stages=1))
-    results = []
-    for dim, dtype in shapes:
-        case = _layer(dim, dtype)
-        leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
-        out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-        out.backward(cp.shard(case.dout))
-        results.append([cp.unshard(x) for x in (out, *(x.grad for x in leaves))])
-    return results
+    return [in_context(cp, _layer(*one)) for one in shapes]
 
 
 def _layer(dim: int, dtype: torch.dtype) -> Case:
@@ -199,7 +192,7 @@ def test_layers_that_are_cut_otherwise_have_tables_of_their_own(monkeypatch):
     shapes = [(16, torch.float64), (20, torch.float64), (16, torch.float32), (16, torch.float64)]
     cuts = [gather.heads_of_stages(5, 1, 512 * 2 * dim * dtype.itemsize) for dim, dtype in shapes]
     assert len(cuts[0]) == len(cuts[1]) and cuts[0] != cuts[1]
-    expected = [run_reference(_layer(*one).to(torch.float64))[:4] for one in shapes]
+    expected = [run_reference(_layer(*one).to(torch.float64)) for one in shapes]
     for results in run_threads(2, _layers_of_one_sequence, shapes):
         for actual, want, (_, dtype) in zip(results, expected, shapes, strict=True):
             most = 1e-9 if dtype == torch.float64 else 1e-4
@@ -213,15 +206,12 @@ def test_gradients_travel_in_their_dtype(size, shared, gradient_dtype, monkeypat
     monkeypatch.setattr(peer, "_ROUND", 1)
     case = _aligned().to(torch.bfloat16)
     # One rank's, of the same choice: rounded means make another one than exact means.
-    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
-    out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k))
-    out.backward(case.dout)
-    expected = [out.detach(), *(x.grad for x in leaves)]
+    expected = run(moba_attention, case, MoBAConfig(case.block_size, case.top_k))
     options = ExchangeOptions("allgather", stages=4, gradient_dtype=gradient_dtype)
     for results, counters, peers in run_threads(size, _run, shared, case, "zigzag", options):
         arrived = {kind: counters[f"received_{kind}_bytes"] for kind in ("kv", "kv_gradients")}
         assert sum(arrived.values()) == counters["planned_bytes"]
-        for name, actual, want in zip(NAMES, results, expected, strict=False):
+        for name, actual, want in zip(NAMES, results, expected, strict=True):
             assert relative_error(actual, want) < 0.02, name
         if shared:
             # Stages of one head: three slots of K and V, and two of gradients.

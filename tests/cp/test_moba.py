@@ -16,6 +16,11 @@ NAMES = ("out", "dq", "dk", "dv", "lse")
 def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", deterministic=False, observer=None):
     """Whole-sequence [out, dq, dk, dv, lse] and the counters, as one rank of ``group`` computes them."""
     cp = CPContext(group, layout, case.q.shape[0], case.cu_seqlens, exchange=exchange, observer=observer)
+    return in_context(cp, case, full, deterministic), cp.counters.summary()
+
+
+def in_context(cp: CPContext, case: Case, full: bool = False, deterministic: bool = False) -> list[torch.Tensor]:
+    """Whole-sequence [out, dq, dk, dv, lse]."""
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     if full:
         out, lse = full_attention(*leaves, cp=cp, return_lse=True)
@@ -23,7 +28,7 @@ def across_ranks(group, case: Case, layout: str, full: bool, exchange="auto", de
         config = MoBAConfig(case.block_size, case.top_k, deterministic)
         out, lse = moba_attention(*leaves, config, cp=cp, return_lse=True)
     out.backward(cp.shard(case.dout))
-    return [cp.unshard(x) for x in (out, *(x.grad for x in leaves), lse)], cp.counters.summary()
+    return [cp.unshard(x) for x in (out, *(x.grad for x in leaves), lse)]
 
 
 def fits(layout: str, case: Case, size: int) -> bool:
