@@ -225,17 +225,15 @@ def attend_backward(
     dtype; rows of blocks in ``pages`` are written, others left or zeroed, so that one call has to serve the whole
     storage. ``whole``: the same of dq, which no other storage has a part in. ``keys_done``: called once dk and dv are
     on their way to be written; dq may follow."""
+    how = dict(fresh=fresh, whole=whole, keys_done=keys_done)
     if backend(q) is not eager:
         inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic, local_dtype
-        rest = dict(index=index, kv_heads=kv_heads, into=into, fresh=fresh, whole=whole, keys_done=keys_done)
-        rest["shared"] = shared
-        return backend(q).attend_backward(*inputs, **rest)
+        return backend(q).attend_backward(*inputs, index=index, kv_heads=kv_heads, into=into, shared=shared, **how)
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         rows = dout[:, at], lse[:, at], delta[:, at]
         some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, *rows, deterministic
-        rest = dict(into=(into[0][:, at], *into[1:]), fresh=fresh, whole=whole, keys_done=keys_done)
-        attend_backward(*some, **rest)
+        attend_backward(*some, into=(into[0][:, at], *into[1:]), **how)
         return into
     inputs = q, pages, chosen, own, visible, scale, dout, lse, delta, deterministic
     if into is not None:
