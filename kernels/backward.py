@@ -237,9 +237,7 @@ def _key_kernel(
         tl.store(p_dv, b_dv, mask=m_kv)
 
 
-@triton.jit(
-    do_not_specialize=["n_lists", "n_blocks", "room", "s_row", "s_head"], do_not_specialize_on_alignment=SLICED
-)
+@triton.jit(do_not_specialize=["n_lists", "n_blocks", "room", "s_row", "s_head"], do_not_specialize_on_alignment=SLICED)
 def _finish_kernel(
     sum_k, sum_v, dk, dv, list_start, page_row, page_head, length,
     room, task_rows, n_lists, n_blocks, block_size, s_dkr, s_dkh, s_row, s_head, s_head_n,

@@ -111,9 +111,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_blocks"], do_not_specialize_on_alignment=SLICED)
-def _running_sum_kernel(
-    counts, list_start, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr, SIZES: tl.constexpr
-):
+def _running_sum_kernel(counts, list_start, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr, SIZES: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     o_b = i_b * BB + tl.arange(0, BB)
     o_t = tl.arange(0, BT)

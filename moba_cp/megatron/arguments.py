@@ -1,6 +1,6 @@
 """MoBA's flags in Megatron-LM's argument parser.
 
-    args = parse_and_validate_args(extra_args_provider=add_moba_args)
+args = parse_and_validate_args(extra_args_provider=add_moba_args)
 """
 
 import argparse

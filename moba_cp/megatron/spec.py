@@ -1,7 +1,7 @@
 """Layer specs: where MoBA is put into Megatron's own.
 
-    --spec moba_cp.megatron.spec moba_layer_spec      in Megatron-LM's trainer
-    with_moba(spec, AttentionConfig(...))             in any code that builds its own specs
+--spec moba_cp.megatron.spec moba_layer_spec      in Megatron-LM's trainer
+with_moba(spec, AttentionConfig(...))             in any code that builds its own specs
 """
 
 import copy

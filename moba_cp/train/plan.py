@@ -64,8 +64,7 @@ class RunPlan:
             f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{self._tokens_per_rank()} tokens of a sequence on each",
-            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, "
-            f"{human(flops, 'FLOP')}",
+            f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
             f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
             f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",

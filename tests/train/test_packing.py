@@ -28,9 +28,7 @@ def content(document: Document) -> bytes:
 def parts(sequence: PackedSequence) -> list[tuple[bytes, list[int]]]:
     """(tokens, labels) of each document of a sequence."""
     bounds = sequence.cu_seqlens.tolist()
-    return [
-        (bytes(sequence.tokens[a:b].tolist()), sequence.labels[a:b].tolist()) for a, b in zip(bounds, bounds[1:])
-    ]
+    return [(bytes(sequence.tokens[a:b].tolist()), sequence.labels[a:b].tolist()) for a, b in zip(bounds, bounds[1:])]
 
 
 @pytest.mark.parametrize("seq_len", [2, 16, 62, 248])
