@@ -13,6 +13,7 @@ from moba_cp import cli
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
 from moba_cp.train.yaml_config import build, load
+from tests.distributed import TIME_SCALE
 from tests.train.runs import DEMO, SHRUNKEN, train, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +259,9 @@ def test_one_failing_rank_ends_all_with_its_error(place, error):
     script.write_text(BROKEN_RANK.format(error=error))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments(place)], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [*command, *arguments(place)], capture_output=True, text=True, timeout=120 * TIME_SCALE, env=environment
+    )
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "moba-cp train" in line]
     name = "RuntimeError: " if error == "RuntimeError" else ""

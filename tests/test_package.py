@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import TIME_SCALE
+
 ROOT = Path(__file__).parents[1]
 # Where the sources stand in the checkout, and where in the wheel.
 SOURCES = {"moba_cp": "moba_cp", "kernels": "moba_cp/kernels", "launchers": "moba_cp/launchers"}
@@ -39,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, base / "src" / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(base), str(base / "src")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200 * TIME_SCALE)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = base.glob("*.whl")
     return built
@@ -55,14 +57,16 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
 def test_kernels_need_nothing_of_the_rest():
     """In the checkout's root the folder is found as ``kernels``; libraries that look for one of that name import it."""
     code = "import sys, kernels; assert not any(name.startswith('moba_cp') for name in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200 * TIME_SCALE
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_console_script_runs_from_the_installed_wheel(wheel, tmp_path):
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=200)
+    subprocess.run([*pip, str(wheel)], check=True, timeout=200 * TIME_SCALE)
     environment = os.environ | {"PYTHONPATH": str(target)}
     code = "import moba_cp.kernels, moba_cp.launchers; print(moba_cp.__file__)"
     where = subprocess.run(

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.cp.comm import Communicator, ExchangeError, Monitor
-from tests.distributed import run_ranks
+from tests.distributed import TIME_SCALE, run_ranks
 
-TIMEOUT_S = 4
+TIMEOUT_S = 4 * TIME_SCALE
 
 
 class Saboteur(Communicator):

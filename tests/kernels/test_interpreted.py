@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import TIME_SCALE
+
 ROOT = Path(__file__).parents[2]
 NOT_HERE = ("test_interpreted", "test_hopper_compiles", "test_kernels_gpu")
 FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path.stem not in NOT_HERE)
@@ -17,6 +19,11 @@ def test_in_the_interpreter(path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
+        command,
+        cwd=ROOT,
+        env=environment | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280 * TIME_SCALE,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -13,11 +13,11 @@ import time
 import pytest
 import torch
 
-from tests.distributed import free_port
+from tests.distributed import TIME_SCALE, environment_of, store_of
 
 pytestmark = pytest.mark.gpu
 
-STEPS, TIMEOUT_S = 20, 240
+STEPS, TIMEOUT_S = 20, 240 * TIME_SCALE
 # 32 blocks a sequence, of which a query attends to 3; the last layer is full.
 FLAGS = """
 --moba-block-size 64 --moba-top-k 3 --moba-full-layers last 1
@@ -34,32 +34,32 @@ FLAGS = """
 
 
 def start(folder, name, n_ranks, *flags):
-    """Ranks of one training, all on GPU 0, each with its log in ``folder``."""
-    port, ranks = str(free_port()), []
+    """Ranks of one training, all on GPU 0, each with its log in ``folder``; the store where they meet must outlive them."""
+    store, ranks = store_of(n_ranks), []
     for rank in range(n_ranks):
         # NCCL refuses two ranks on one GPU unless they look like two hosts. What Megatron compiles before the first
         # step are fused kernels that the flags switch off: without dynamo it does not.
-        env = dict(os.environ, WORLD_SIZE=str(n_ranks), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=port, NCCL_HOSTID=f"{port}-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
-                   CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="2", TORCHDYNAMO_DISABLE="1")  # fmt: skip
+        env = os.environ | environment_of(rank, n_ranks, store.port)
+        env |= dict(LOCAL_RANK="0", NCCL_HOSTID=f"{store.port}-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
+                    CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="2", TORCHDYNAMO_DISABLE="1")  # fmt: skip
         with open(folder / f"{name}.{rank}", "w") as log:
             command = [sys.executable, "-m", "moba_cp.megatron.pretrain", *FLAGS, "--context-parallel-size",
                        str(n_ranks), *flags]  # fmt: skip
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    return ranks
+    return ranks, store
 
 
 def finish(folder, runs):
     """Wait for all ranks of all runs; {name: (training losses, validation losses by step)}."""
     deadline, results = time.monotonic() + TIMEOUT_S, {}
-    for name, ranks in runs.items():
+    for name, (ranks, _) in runs.items():
         for rank, process in enumerate(ranks):
             try:
                 code = process.wait(max(1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 code = "too slow"
             if code != 0:
-                for others in runs.values():
+                for others, _ in runs.values():
                     for other in others:
                         other.kill()
             log = (folder / f"{name}.{rank}").read_text()
