@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..cp.options import ExchangeOptions
 from .batch import MoBAPackedSeqParams
@@ -69,9 +70,10 @@ class ContextTransformerLayer(TransformerLayer):
         kwargs.update(packed_seq_params=packed_seq_params, rotary_pos_emb=packed_seq_params.rotary_angles)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, **kwargs)
-        return torch.utils.checkpoint.checkpoint(
-            super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        # By default the recomputation stops early, by an exception once the last saved tensor is there. Its traceback
+        # holds the frames, and with them everything the layer had computed, until the step ends (PyTorch 2.11).
+        with set_checkpoint_early_stop(False):
+            return checkpoint(super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def layer_spec(attention: AttentionConfig | None = None, exchange: ExchangeOptions | None = None) -> ModuleSpec:

@@ -82,3 +82,27 @@ def test_loss_takes_the_memory_of_a_slice():
     linear_cross_entropy(x, weight, labels).mean().backward()
     # Some slices of 256 MiB, where float32 logits would take 16 GiB.
     assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_what_a_layer_recomputed_ends_with_it():
+    def step(n_layers):
+        """(peak, what stays, gradients) of one step, in bytes."""
+        shape = dict(vocab_size=61, hidden_size=256, n_heads=4, n_kv_heads=2, recompute="full")
+        model = build_model(ModelConfig(n_layers=n_layers, **shape), SPARSE, dtype=torch.bfloat16, device="cuda")
+        tokens = torch.randint(61, (16384,), device="cuda")
+        context = CPContext(None, layout="contiguous", seq_len=16384, device="cuda")
+        model(tokens[:64], tokens[:64]).sum().backward()
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(tokens, tokens.roll(-1), context).sum().backward()
+        torch.cuda.synchronize()
+        peak, left = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return peak - before, left - before, sum(2 * p.numel() for p in model.parameters())
+
+    (peak, left, gradients), (higher, left_of_nine, more_gradients) = step(3), step(9)
+    hidden = 2 * 16384 * 256
+    assert left < gradients + hidden and left_of_nine < more_gradients + hidden
+    # Six more layers: six more inputs that wait for backward, and six layers' gradients.
+    assert higher - peak <= more_gradients - gradients + 6 * hidden + hidden

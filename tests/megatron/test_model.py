@@ -1,10 +1,15 @@
 """The model on one rank, against the reference attention in the same places."""
 
+import gc
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_cp import CPContext, reference
 from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
@@ -169,6 +174,52 @@ def test_recompute_changes_memory_and_nothing_else():
     assert less < more / 2
     expected, got = loss_and_grads(plain, *batch()), loss_and_grads(recomputing, *batch())
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of the storages that operators made under this mode and that are alive; ``peak`` is the most so far."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._others = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+        self._made, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (storage := StorageWeakRef(x.untyped_storage())) not in self._others:
+                self._made[storage] = x.untyped_storage().nbytes()
+        self.peak = max(self.peak, self.alive())
+        return out
+
+    def alive(self):
+        self._made = {storage: nbytes for storage, nbytes in self._made.items() if not storage.expired()}
+        return sum(self._made.values())
+
+
+def _memory_of_a_step(model):
+    """(peak, what stays) of forward and backward, without the gradients, in bytes."""
+    # What waits for the collector of cycles is not free when the next layer needs memory.
+    gc.collect()
+    gc.disable()
+    try:
+        with _Memory(model) as memory:
+            model(*batch()).sum().backward()
+            return memory.peak, memory.alive()
+    finally:
+        gc.enable()
+
+
+def test_what_a_layer_recomputed_ends_with_it():
+    def steps(n_layers):
+        model = build_model(replace(MODEL, recompute="full", n_layers=n_layers), SPARSE)
+        return *_memory_of_a_step(model), sum(4 * p.numel() for p in model.parameters())
+
+    (peak, left, gradients), (higher, left_of_nine, more_gradients) = steps(3), steps(9)
+    hidden = 4 * T * MODEL.hidden_size
+    assert left < gradients + hidden and left_of_nine < more_gradients + hidden
+    # Six more layers: six more inputs that wait for backward, and six layers' gradients.
+    assert higher - peak <= more_gradients - gradients + 6 * hidden + hidden
 
 
 def test_attention_is_switched_while_training():
