@@ -34,7 +34,7 @@ FLAGS = """
 
 
 def start(folder, name, n_ranks, *flags):
-    """Ranks of one training, all on GPU 0, each with its log in ``folder``; the store where they meet must outlive them."""
+    """Ranks of one training, all on GPU 0, each with its log in ``folder``, and the store where they meet: keep it."""
     store, ranks = store_of(n_ranks), []
     for rank in range(n_ranks):
         # NCCL refuses two ranks on one GPU unless they look like two hosts. What Megatron compiles before the first
