@@ -6,7 +6,6 @@ Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, k top-k.
 """
 
 from functools import lru_cache
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def moba_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Optional[Tensor],
+    cu_seqlens: Tensor | None,
     block_size: int,
     top_k: int,
     scale: float,
@@ -65,7 +64,7 @@ def moba_attention_backward_op(
     lse: Tensor,
     chosen: Tensor,
     index: Tensor,
-    cu_seqlens: Optional[Tensor],
+    cu_seqlens: Tensor | None,
     block_size: int,
     scale: float,
     deterministic: bool,

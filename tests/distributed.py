@@ -32,7 +32,7 @@ def store_of(n: int) -> dist.TCPStore:
 
 
 def environment_of(rank: int, n: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank: ``init_process_group`` then joins the store at ``port`` and starts none of its own."""
+    """What torchrun tells a rank: ``init_process_group`` then joins the store at ``port``, and starts none."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -165,13 +165,13 @@ def _consume(
     middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
     mbarrier.wait(kv_full, 0)
     i = 0
-    for r in range(begin, middle, BM):
+    for _ in range(begin, middle, BM):
         b_dk, b_dv = _step(
             b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
-    for r in range(middle, end, BM):
+    for _ in range(middle, end, BM):
         b_dk, b_dv = _step(
             b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,

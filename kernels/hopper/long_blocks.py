@@ -159,7 +159,7 @@ def _consume(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     i = 0
     i_kv = 0
-    for r in range(begin, end, 2 * BM):
+    for _ in range(begin, end, 2 * BM):
         buf = i % 2
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
         n_tiles, whole = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)

@@ -97,7 +97,7 @@ def _many_on_gloo(rank: int, size: int, n_cases: int):
     for index in range(n_cases):
         case, layout = random_case(5000 + 100 * size + index, multiple=2 * size), LAYOUTS[index % 3]
         seen = []
-        observer = lambda layer, chosen, *rest: seen.append(chosen)  # noqa: E731
+        observer = lambda layer, chosen, *rest: seen.append(chosen)
         group = dist.group.WORLD
         results, _ = across_ranks(group, case, layout, False, _options(size, index), observer=observer)
         expected = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens).int()

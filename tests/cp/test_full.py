@@ -109,8 +109,8 @@ def test_a_ring_moves_only_what_is_seen():
     returned = [seen.get("received_full_kv_gradients_bytes", 0) for _, seen in results]
     assert received == [0, 2 * shard, 0, 0]
     assert returned == [shard, shard, 0, 0]
-    for results, _ in results:
-        for actual, want in zip(results, run_reference(case, full=True)):
+    for result, _ in results:
+        for actual, want in zip(result, run_reference(case, full=True)):
             assert relative_error(actual, want) < 1e-10
 
 

@@ -8,7 +8,6 @@ border is a call, or a return, from one of the package's files into another.
 
 import os
 import sys
-import threading
 
 import torch
 
