@@ -3,10 +3,11 @@
 :mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
 :mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attend`
 launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the
-work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead. :mod:`.choices` counts, :mod:`.decision`
-decides and :mod:`.requests` tells what moves between ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs`
-where everything moves. The functions below have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.choices`,
-:mod:`moba_cp.decision` and :mod:`moba_cp.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
+work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve
+a GPU. :mod:`.choices` counts, :mod:`.decision` decides and :mod:`.requests` tells what moves between ranks;
+:mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs` where everything moves. The other functions below
+have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.choices`, :mod:`moba_cp.decision` and
+:mod:`moba_cp.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
 under ``TRITON_INTERPRET=1``.
 Kernels know no autograd.
 
@@ -17,6 +18,7 @@ CAPITALS compile-time constants.
 from .attend import attend, attend_backward, routing_index
 from .choices import count_choices, count_rows, list_rows
 from .decision import pick_cheapest, weigh_blocks
+from .hopper import serving
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
@@ -29,6 +31,6 @@ from .work import index_size
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
     "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_slab",
-    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "sum_shares", "sum_up",
-    "weigh_blocks", "write_request",
+    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "serving", "sum_shares",
+    "sum_up", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -29,7 +29,9 @@ class Tile(NamedTuple):
 
 @lru_cache
 def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    """Whether a GPU is NVIDIA's compute capability 9; AMD's MI300 calls itself 9.4."""
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return is_cuda and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -8,11 +8,15 @@ four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere,
 own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
 only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
 
-The kernels are written in Gluon, which comes with Triton and changes with it. They ran on H100 and H200 with Triton
-3.6.0; 3.7.1 compiles them, as the tests do.
+The kernels are written in Gluon, which comes with Triton and changes with it. They were measured on H100 and H200 with
+the versions of :data:`MEASURED`. A newer version of Triton has to pass :mod:`.check` on a GPU before they serve there.
 """
 
+import logging
+import re
+import threading
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +25,8 @@ from torch import Tensor
 from ..common import cdiv
 from ..tuned import Tile, is_hopper
 
-# Of Triton.
-VERSIONS = ("3.6.",)
+# Versions of Triton, (major, minor).
+MEASURED = ((3, 6), (3, 7))
 HEAD_DIMS = (64, 128)
 # Blocks besides its own that a row may choose where threads keep them in registers. On an H100, 131,072 tokens of 16
 # heads, ms of the other kernel and of this one: D = 64, B = 128, k = 8: 3.44, 1.43; D = 128, B = 128, k = 8: 3.52,
@@ -39,14 +43,85 @@ try:
     from .queries import query_kernel
     from .select import WIDTH, select_kernel
 
-    HAS_GLUON = True
-except (ImportError, AttributeError):
-    HAS_GLUON = False
+    MISSING = ""
+except (ImportError, AttributeError) as error:
+    MISSING = f"{type(error).__name__}: {error}"
+
+LOG = logging.getLogger(__name__)
+
+
+class Verdict(NamedTuple):
+    """Whether these kernels serve a GPU in this process, and :func:`serving`'s line."""
+
+    serves: bool
+    line: str
+    final: bool = True
+
+
+_verdicts: dict[torch.device, Verdict] = {}
+_deciding = threading.RLock()
+# What the thread that runs the check wants for the calls it makes; no other thread sees it.
+_forced = threading.local()
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether GPU and Triton are such as these kernels ran with."""
-    return HAS_GLUON and triton.__version__.startswith(VERSIONS) and is_hopper(device)
+    """Whether these kernels serve a GPU: decided at first use, and remembered until the process ends."""
+    return (_verdicts.get(device) or _decide(device)).serves
+
+
+def serving(device: torch.device | str) -> str:
+    """One line: which kernels serve tensors of ``device`` in this process and, where it is a Hopper GPU, why not all.
+
+    The first call for a Hopper GPU with a version of Triton that was not measured compiles and compares kernels, which
+    can take a minute.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return (_verdicts.get(device) or _decide(device)).line
+
+
+def _decide(device: torch.device) -> Verdict:
+    forced = getattr(_forced, "serves", None)
+    if forced is not None:
+        return Verdict(forced, "being checked")
+    with _deciding:
+        if device not in _verdicts:
+            verdict = _examine(device)
+            if not verdict.final:
+                return verdict
+            _verdicts[device] = verdict
+            could_serve = is_hopper(device) and not verdict.serves
+            LOG.log(logging.WARNING if could_serve else logging.INFO, "%s: %s", device, verdict.line)
+        return _verdicts[device]
+
+
+def _examine(device: torch.device) -> Verdict:
+    name = f"Triton {triton.__version__}"
+    if device.type != "cuda":
+        return Verdict(False, f"portable kernels in the interpreter of {name}: {device.type} is not a GPU")
+    if not is_hopper(device):
+        return Verdict(False, f"portable kernels ({name}): {torch.cuda.get_device_name(device)} is not a Hopper GPU")
+    if MISSING:
+        return Verdict(False, f"portable kernels: {name} lacks what those for Hopper need ({MISSING})")
+    version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+    if version < MEASURED[0]:
+        return Verdict(False, f"portable kernels: those for Hopper need Triton {MEASURED[0][0]}.{MEASURED[0][1]}")
+    if version in MEASURED:
+        return Verdict(True, f"kernels for Hopper where they are faster, else portable ones ({name})")
+    if torch.cuda.is_current_stream_capturing():
+        return Verdict(False, f"portable kernels: no check of {name} while a CUDA graph is captured", final=False)
+    try:
+        from .check import compare
+
+        compare(device, _forced)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        what = f"those for Hopper failed their check with {name}: {type(error).__name__}: {reason}"
+        return Verdict(False, f"portable kernels: {what}")
+    finally:
+        _forced.serves = None
+    return Verdict(True, f"kernels for Hopper where they are faster, else portable ones ({name}, checked at first use)")
 
 
 def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:

@@ -4,6 +4,8 @@ Calls go through :func:`moba_cp.kernels.attend` and its backward as on a GPU; in
 compiled, and the others do nothing.
 """
 
+import threading
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from moba_cp import kernels  # noqa: E402
 from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
+from moba_cp.kernels.hopper import check  # noqa: E402
 
 SHARED_BYTES = 227 << 10
 
@@ -111,15 +114,94 @@ def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
     assert not serves(dout=torch.zeros(300 * 256 + 8, dtype=torch.bfloat16)[1:][: 300 * 256].view(300, 2, 128))
 
 
-def test_other_gpus_and_other_versions_of_triton_use_the_other_kernels(monkeypatch):
-    device = torch.device("cpu")
+@pytest.fixture
+def examine(monkeypatch):
+    """What is decided for a Hopper GPU with a version of Triton, the check done by ``compare``; and what is logged."""
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
-    for version, known in (("3.6.0", True), ("3.60.0", False), ("3.5.1", False), ("4.0.0", False)):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def examined(version, compare=lambda *_: pytest.fail("nothing is to be checked")):
+        monkeypatch.setattr(hopper, "_verdicts", {})
         monkeypatch.setattr(triton, "__version__", version)
-        assert hopper.runs_on(device) == known
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
+        monkeypatch.setattr(check, "compare", compare)
+        return hopper.runs_on(gpu), kernels.serving(gpu)
+
+    return examined
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.7.1+git1234"])
+def test_measured_versions_serve_without_a_check(examine, version):
+    serves, line = examine(version)
+    assert serves and "kernels for Hopper" in line and version in line
+
+
+def test_older_versions_do_not_serve(examine, caplog):
+    serves, line = examine("3.5.1")
+    assert not serves and "need Triton 3.6" in line
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and line in caplog.text
+
+
+def test_newer_versions_serve_once_checked(examine, monkeypatch, caplog):
+    checks = []
+
+    def compare(device, forced):
+        forced.serves = True
+        assert hopper.runs_on(device), "the kernels under the check"
+        forced.serves = False
+        assert not hopper.runs_on(device), "those that they are compared with"
+        checks.append(device)
+
+    with caplog.at_level("INFO", logger=hopper.LOG.name):
+        serves, line = examine("3.60.0", compare)
+    assert serves and "checked" in line and hopper.runs_on(checks[0]) and len(checks) == 1
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not examine("3.60.0")[0] and not hopper._verdicts, "decided later, when no graph is captured"
+
+
+def test_newer_versions_that_fail_the_check_do_not_serve(examine, caplog):
+    def compare(device, forced):
+        forced.serves = True
+        raise RuntimeError("no such instruction")
+
+    serves, line = examine("4.0.0", compare)
+    assert not serves and "Triton 4.0.0: RuntimeError: no such instruction" in line
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and line in caplog.text
+    assert not hopper.runs_on(torch.device("cuda", 0)) and len(caplog.records) == 1, "remembered"
+
+
+def test_other_devices_use_the_portable_kernels(monkeypatch):
+    monkeypatch.setattr(hopper, "_verdicts", {})
+    assert not hopper.runs_on(torch.device("cpu")) and "interpreter" in kernels.serving("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(hopper, "is_hopper", lambda device: False)
-    assert not hopper.runs_on(device)
+    assert not hopper.runs_on(torch.device("cuda", 1)) and "A100" in kernels.serving("cuda:1")
+
+
+def test_the_check_compiles_every_kernel(compiled):
+    names = set()
+    for dim, block_size, dtype in check.CASES:
+        compiled.clear()
+        check.run(dim, block_size, dtype, torch.device("cpu"))
+        kind = "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"
+        ran = {"long_block_kernel": "forward", "key_kernel": "keys", "query_kernel": "queries"}
+        names |= {(ran[name], dim, kind) for name in compiled if name in ran}
+        assert "select_kernel" in compiled
+    assert names == set(tuned.SPECIALIZED)
+
+
+def test_the_check_refuses_what_differs(monkeypatch):
+    forced, ours, wrong = threading.local(), torch.arange(3.0), {}
+    results = {"selection": ours, "dQ": ours}
+    monkeypatch.setattr(check, "CASES", [(64, 128, torch.bfloat16)])
+    monkeypatch.setattr(check, "run", lambda *case: results | (wrong if forced.serves else {}))
+    check.compare(torch.device("cpu"), forced)
+    for name, value in (("selection", ours + 1), ("dQ", ours * 1.1), ("dQ", ours * torch.nan)):
+        wrong.clear()
+        wrong[name] = value
+        with pytest.raises(RuntimeError, match="differs from the portable kernels"):
+            check.compare(torch.device("cpu"), forced)
 
 
 def test_tiles_of_the_other_kernels_where_these_do_not_serve():

@@ -5,6 +5,7 @@ import torch
 
 from moba_cp import MoBAConfig, kernels, moba_attention, reference
 from moba_cp.blocks import block_table, local_pages
+from moba_cp.kernels import hopper, tuned
 from tests.kernels.inputs import poisoned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -170,6 +171,33 @@ def test_nan_stays_in_its_document(kind):
         x[end:] = torch.nan
     for x, y in zip(run(q, k, v), clean, strict=True):
         torch.testing.assert_close(x[:end], y[:end], rtol=2e-2, atol=1e-3)
+
+
+def test_the_check_of_the_hopper_kernels(monkeypatch):
+    """What serves with a version that was not measured is what agrees with the portable kernels."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not tuned.is_hopper(device) or hopper.MISSING:
+        pytest.skip("needs Hopper and Gluon")
+    monkeypatch.setattr(hopper, "MEASURED", ((0, 0),))
+
+    def examine():
+        monkeypatch.setattr(hopper, "_verdicts", {})
+        return hopper.runs_on(device), kernels.serving(device)
+
+    serves, line = examine()
+    assert serves and "checked" in line, line
+
+    def wrong(part, tile, tasks, routing, visible, parts, parts_lse, scale_log2):
+        parts.zero_(), parts_lse.zero_()
+
+    def broken(*args):
+        raise RuntimeError("does not compile")
+
+    for name, launch, reason in (("forward", wrong, "output differs"), ("keys", broken, "does not compile")):
+        with monkeypatch.context() as patch:
+            patch.setattr(hopper, f"launch_{name}", launch)
+            serves, line = examine()
+        assert not serves and reason in line, line
 
 
 def test_memory_at_131072_tokens():
