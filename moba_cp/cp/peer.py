@@ -6,18 +6,23 @@ it, and nobody has to send.
 
 import os
 import socket
+import uuid
 import warnings
 import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .rendezvous import Rendezvous
 from .side_stream import SideStream, wait_for
 
 # Bytes: what buffers are rounded up to, and the size of the one for meetings.
 _ROUND = 1 << 21
+_RENDEZVOUS_SECONDS = 60
+"""How long ranks that map one another's memory wait for one that does not come; NCCL brings K and V then."""
 
 
 class MissingMemory(RuntimeError):
@@ -133,7 +138,8 @@ class PeerMemory:
 class SymmetricMemory(PeerMemory):
     """By PyTorch's symmetric memory: GPUs of one node that map each other's memory."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, token: str):
+        """``token``: equal on all ranks and new, see :class:`.rendezvous.Rendezvous`."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         # The table of memories lets go of a group that nobody else has; its memory must not keep it.
         self._group = weakref.ref(group)
@@ -142,6 +148,9 @@ class SymmetricMemory(PeerMemory):
         self._timeout_ms = int(timeout.total_seconds() * 1000)
         # Views of a buffer do not keep it: this does.
         self._owned: dict[str, tuple] = {}
+        # All have come this far together: nobody takes long.
+        limit = min(timeout, timedelta(seconds=_RENDEZVOUS_SECONDS))
+        self._meetings = Rendezvous(group, self._device, token, limit)
         self._rendezvous("meeting", _ROUND)
 
     def meet(self) -> None:
@@ -163,10 +172,15 @@ class SymmetricMemory(PeerMemory):
         try:
             buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
         except RuntimeError as failure:
-            error = str(failure).strip().split("\n")[0]
+            error = _first_line(failure)
         what = f"{nbytes >> 20} MiB for copies between GPUs; exchange copy_engines=False does without"
         _agree(error, self._group(), what)
-        handle = symmetric_memory.rendezvous(buffer, self._group())
+        handle = None
+        try:
+            handle = self._meetings.map(buffer)
+        except RuntimeError as failure:
+            error = _first_line(failure)
+        _agree(error, self._group(), what)
         self._owned[name] = buffer, handle
         return handle
 
@@ -194,11 +208,12 @@ def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
 def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     everybody: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, (_host(), str(properties.uuid)), group)
-    if len({host for host, _ in everybody}) > 1 or len({gpu for _, gpu in everybody}) < len(everybody):
+    dist.all_gather_object(everybody, (_host(), str(properties.uuid), uuid.uuid4().hex), group)
+    hosts, gpus, tokens = (set(column) for column in zip(*everybody, strict=True))
+    if len(hosts) > 1 or len(gpus) < len(everybody):
         return None
     try:
-        return _symmetric_memory(group)
+        return _symmetric_memory(group, min(tokens))
     except MissingMemory as failure:
         if dist.get_rank(group) == 0:
             warnings.warn(
@@ -209,15 +224,15 @@ def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
         return None
 
 
-def _symmetric_memory(group: dist.ProcessGroup) -> SymmetricMemory:
+def _symmetric_memory(group: dist.ProcessGroup, token: str) -> SymmetricMemory:
     memory, error = None, ""
     try:
-        memory = SymmetricMemory(group)
+        memory = SymmetricMemory(group, token)
     except MissingMemory:
         # All ranks know.
         raise
     except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
-        error = str(failure).strip().split("\n")[0] or type(failure).__name__
+        error = _first_line(failure)
     _agree(error, group, "memory that all ranks read")
     return memory
 
@@ -229,6 +244,10 @@ def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
     for rank, why in enumerate(errors):
         if why:
             raise MissingMemory(f"rank {rank}: {why} ({what})")
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).strip().split("\n")[0] or type(failure).__name__
 
 
 def _host() -> str:

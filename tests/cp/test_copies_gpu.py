@@ -9,7 +9,7 @@ from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.cp.peer import SymmetricMemory
 from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _as_good_as_one_rank, _batch, _errors, _on_one_rank
-from tests.cp.test_moba import across_ranks
+from tests.cp.test_moba import across_ranks, divides
 from tests.distributed import run_ranks
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -30,12 +30,18 @@ OPTIONS = [
 ]
 
 
+def _layouts(args: dict, size: int) -> list[str]:
+    """Those that the documents of a batch divide by."""
+    cu_seqlens = torch.tensor([0, *args["lengths"]]).cumsum(0)
+    return [layout for layout in LAYOUTS if divides(layout, cu_seqlens, size)]
+
+
 def _equal_one_rank(rank):
-    """[(label, errors across ranks, errors of one rank, repeats)]."""
+    """[(label, errors across ranks, errors of one rank, repeats, bytes moved)]."""
     report = []
     for name, args in (CASES | WIDE_CASES).items():
         case, _, exact, one = _on_one_rank(args)
-        for layout in LAYOUTS:
+        for layout in _layouts(args, dist.get_world_size()):
             for options in OPTIONS:
                 runs = [
                     across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True) for _ in range(2)
@@ -50,9 +56,11 @@ def _equal_one_rank(rank):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_one_rank(size):
-    moved = 0
+    moved, n_layouts = 0, sum(len(_layouts(args, size)) for args in (CASES | WIDE_CASES).values())
+    # Up to eight ranks, whole documents divide in most batches, whole sequences in all.
+    assert n_layouts >= len(CASES | WIDE_CASES) * (len(LAYOUTS) - 1)
     for report in run_ranks(size, _equal_one_rank, backend="nccl", gpus=size, timeout=300):
-        assert len(report) == len(CASES | WIDE_CASES) * len(LAYOUTS) * len(OPTIONS)
+        assert len(report) == n_layouts * len(OPTIONS)
         for label, errors, one, repeats, bytes_ in report:
             moved += bytes_
             assert repeats, f"{label}: not deterministic"
@@ -104,3 +112,29 @@ def _differing_passes(rank: int, options: ExchangeOptions) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_whoever_is_late_results_are_the_same(size):
     assert run_ranks(size, _late, backend="nccl", gpus=size, timeout=300) == [dict.fromkeys(LATE, 0)] * size
+
+
+def _in_groups(rank):
+    """[(ranks, errors across ranks, errors of one rank)] of the groups this rank is in, the smallest first."""
+    size = dist.get_world_size()
+    members = [[0], [0, 1], list(range(size)), [size - 2, size - 1], [0, size - 1], list(range(size))]
+    groups, report = [dist.new_group(ranks) for ranks in members], []
+    # The second batch needs larger buffers.
+    for args in (CASES["packed, GQA"], CASES["one document"]):
+        case, _, exact, one = _on_one_rank(args)
+        for ranks, group in zip(members, groups, strict=True):
+            if rank in ranks:
+                results, _ = across_ranks(group, case, "zigzag", False, ExchangeOptions("allgather"))
+                report.append((ranks, _errors(results, exact), one))
+                cp = CPContext(group, "zigzag", 4096)
+                assert isinstance(cp.peers, SymmetricMemory) == (len(ranks) > 1), f"{ranks}: {cp.peers}"
+    return report
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_groups_of_different_sizes_one_after_another(size):
+    """Ranks that have made memory in a smaller group before, and others that have not."""
+    for rank, report in enumerate(run_ranks(size, _in_groups, backend="nccl", gpus=size, timeout=200)):
+        assert len(report) >= 2 * (2 if 1 < rank < size - 2 else 3)
+        for ranks, errors, one in report:
+            _as_good_as_one_rank(str(ranks), errors, one)

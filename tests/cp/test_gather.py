@@ -346,7 +346,7 @@ def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, mon
 class _Unequal:
     """Memory that rank 0 has and rank 1 cannot even ask for."""
 
-    def __init__(self, group):
+    def __init__(self, group, token):
         if dist.get_rank(group) == 1:
             raise ImportError("no such module")
         peer._agree("", group, "2 MiB for copies")

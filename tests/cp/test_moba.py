@@ -32,8 +32,13 @@ def in_context(cp: CPContext, case: Case, full: bool = False, deterministic: boo
 
 
 def fits(layout: str, case: Case, size: int) -> bool:
+    return divides(layout, case.cu_seqlens, size)
+
+
+def divides(layout: str, cu_seqlens: torch.Tensor, size: int) -> bool:
+    """Whether a batch can be spread over ``size`` ranks in a layout."""
     try:
-        rank_segments(layout, case.q.shape[0], size, case.cu_seqlens.numpy())
+        rank_segments(layout, int(cu_seqlens[-1]), size, cu_seqlens.numpy())
     except ValueError:
         return False
     return True
