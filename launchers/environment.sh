@@ -2,21 +2,21 @@
 # environment `venv` with what is asked for. PYTHON=... and VENV=... override its choices.
 venv="${VENV:-$root/.venv}"
 
-supported() { # INTERPRETER: it runs, is Python 3.10 to 3.12, and can make environments
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
+supported() { # INTERPRETER: it runs, is Python 3.10 to 3.14, and can make environments
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
 }
 
 find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
         supported "$PYTHON" && { echo "$PYTHON"; return; }
-        echo "PYTHON=$PYTHON is not a Python 3.10 to 3.12 with venv" >&2
+        echo "PYTHON=$PYTHON is not a Python 3.10 to 3.14 with venv" >&2
         return 1
     fi
-    for candidate in python3.11 python3.12 python3.10 python3 python; do
+    for candidate in python3.11 python3.12 python3.13 python3.10 python3 python python3.14; do
         supported "$candidate" && { echo "$candidate"; return; }
     done
-    echo "no Python 3.10 to 3.12 with venv found; install one, or name it with PYTHON=..." >&2
+    echo "no Python 3.10 to 3.14 with venv found; install one, or name it with PYTHON=..." >&2
     return 1
 }
 

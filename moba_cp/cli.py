@@ -1,14 +1,17 @@
 """The console script ``moba-cp``: finds the command, runs it, and turns errors into one line.
 
 A command is a module with ``add_arguments(parser)`` and ``main(arguments) -> int``, imported only when it is called.
+The module imports what is slow, or belongs to an extra, inside ``main``, so that ``--help`` is quick and always works.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from moba_cp import __version__
 
@@ -20,8 +23,11 @@ COMMANDS = {
     "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
     "bench full": ("moba_cp.bench.full", "measure what one rank computes of full attention across ranks"),
     "bench peer": ("moba_cp.bench.peer", "try which layouts and batches ours and PyTorch's context_parallel serve"),
-    "experiment switch": ("moba_cp.experiments.switch", "train MoBA, full, and MoBA then full; draw the losses"),
+    "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
+
+# Modules that PyPI has under another name.
+_PYPI_NAMES = {"megatron": "megatron-core", "yaml": "pyyaml"}
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 # Long enough for a launcher to end this rank after another rank's error, which is the one worth reading.
@@ -66,24 +72,26 @@ def _command(argv: list[str]) -> str | None:
 
 
 def _help(argv: list[str]) -> int:
-    lines = ["usage: moba-cp COMMAND ...", "", "commands:"]
-    width = max(map(len, COMMANDS))
-    lines += [f"  {words.ljust(width)}  {text}" for words, (_, text) in COMMANDS.items()]
-    lines += ["", "moba-cp COMMAND --help tells the options of one"]
-    if argv and argv[0] == "--version":
+    """Answer a command line that names no command: list the commands, or those that begin with its first word."""
+    if argv[:1] == ["--version"]:
         print(f"moba-cp {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
-        print("\n".join(lines))
-        return 0
-    names = ", ".join(COMMANDS)
-    print(f"moba-cp: {' '.join(argv[:2])!r} is not a command; use one of: {names}", file=sys.stderr)
-    return USER_ERROR
+    group = argv[0] if argv and any(words.startswith(f"{argv[0]} ") for words in COMMANDS) else ""
+    listed = {words: text for words, (_, text) in COMMANDS.items() if words.startswith(group)}
+    rest = argv[1:] if group else argv
+    if rest and rest[0] not in ("-h", "--help"):
+        print(f"moba-cp: {' '.join(argv[:2])!r} is not a command; use one of: {', '.join(listed)}", file=sys.stderr)
+        return USER_ERROR
+    width = max(map(len, listed))
+    print(f"usage: {' '.join(['moba-cp', *group.split()])} COMMAND ...", "", "commands:", sep="\n")
+    print(*(f"  {words.ljust(width)}  {text}" for words, text in listed.items()), sep="\n")
+    print("", "moba-cp COMMAND --help tells the options of one", sep="\n")
+    return 0
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moba_cp"):
-        return f'needs the package {error.name}; install with: pip install -e ".[train]" in the checkout'
+        return f"needs the package {error.name}; install with: {_how_to_install(error.name or '')}"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file"
     if isinstance(error, OSError) and error.filename:
@@ -91,6 +99,23 @@ def _describe(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0].strip() if lines else ""
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _how_to_install(module: str) -> str:
+    """The command that installs what ``module`` belongs to. moba-cp is not on PyPI: its extra works in a checkout."""
+    module = module.partition(".")[0]
+    package = _PYPI_NAMES.get(module, module)
+    try:
+        requirements = [text.partition(";") for text in importlib.metadata.requires("moba-cp") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    of_training = [name.strip() for name, _, marker in requirements if "train" in marker]
+    if not any(name.lower().startswith(package) for name in of_training):
+        return f"pip install {package}"
+    checkout = Path(__file__).parents[1]
+    if (checkout / "setup.cfg").is_file():
+        return f'pip install -c constraints.txt -e ".[train]" in {checkout}'
+    return "pip install " + " ".join(f"'{name}'" for name in of_training)
 
 
 def _fail(words: str, text: str, code: int) -> int:

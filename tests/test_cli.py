@@ -99,13 +99,14 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file such as configs/demo"),
+        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file or one of demo, hybrid/"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
-        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file such as configs/demo.yaml"),
+        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file or one of demo, hybrid/"),
         (["train"], "moba-cp train: error: the following arguments are required: CONFIG; see moba-cp train --help"),
         (["train", "x.yaml", "--dry"], "moba-cp train: error: unrecognized arguments: --dry; see moba-cp train --h"),
         (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; s"),
         (["tarin", "x.yaml"], "moba-cp: 'tarin x.yaml' is not a command; use one of: train, "),
+        (["bench", "attn"], "moba-cp: 'bench attn' is not a command; use one of: bench attention, "),
     ],
 )
 def test_wrong_files_and_commands(place, capsys, argv, message):
@@ -225,17 +226,62 @@ def test_an_error_shows_where_it_comes_from_on_request(place, capsys):
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_the_way_to_install_it(place, capsys, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "train", ("no_such_package", "train"))
+@pytest.mark.parametrize(
+    "package, command",
+    [
+        ("yaml", f'pip install -c constraints.txt -e ".[train]" in {ROOT}'),
+        ("megatron.core", f'pip install -c constraints.txt -e ".[train]" in {ROOT}'),
+        ("no_such_package", "pip install no_such_package"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_to_install_it(place, capsys, monkeypatch, package, command):
+    def load(name):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("importlib.import_module", load)
     assert cli.main(["train", "x.yaml"]) == cli.BUG
-    said = 'needs the package no_such_package; install with: pip install -e ".[train]" in the checkout\n'
+    said = f"needs the package {package}; install with: {command}\n"
     assert capsys.readouterr().err == f"moba-cp train: error: {said}"
 
 
-def test_help_names_commands_without_importing_them():
-    script = "import sys; from moba_cp import cli; cli.main(['--help']); sys.exit('megatron' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and re.search(r"^  train +train a model", done.stdout, re.MULTILINE)
+def test_outside_a_checkout_the_hint_names_packages_that_pypi_has(monkeypatch):
+    monkeypatch.setattr(cli, "__file__", "/site-packages/moba_cp/cli.py")
+    hint = cli._how_to_install("yaml")
+    assert hint.startswith("pip install ") and "'pyyaml>=6'" in hint and "'megatron-core>=" in hint
+    assert "moba" not in hint and "pytest" not in hint and "torch" not in hint
+
+
+@pytest.mark.parametrize("words", ["--help", "bench", "bench --help", "train --help", "experiment switch --help"])
+def test_help_is_quick_and_needs_no_extra(words):
+    """It imports neither PyTorch nor anything that only an extra installs: a fraction of a second instead of five."""
+    slow = ["torch", "numpy", "megatron", "yaml", "matplotlib", "psutil", "safetensors"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({slow})); from moba_cp import cli; cli.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("usage: moba-cp"), done.stderr
+
+
+def test_help_of_a_group_lists_its_commands(capsys):
+    assert cli.main(["bench"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: moba-cp bench COMMAND") and "bench attention" in shown and "train " not in shown
+
+
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "moba_cp", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("moba-cp ")
+
+
+def test_a_packaged_config_is_found_by_its_name(place, capsys):
+    said = []
+    for name in ("demo", "demo.yaml", "configs/demo.yaml"):
+        assert cli.main(["train", name, *arguments(place, flags=("--dry-run",))[2:]]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] and "warmup_steps: 20" in said[0]
+    Path("demo").write_text("run: {steps: 7}\n")
+    assert cli.main(["train", "demo", "--set", f"data.path={place / 'text'}", "--set", "data.seq_len=64",
+                     "--set", "data.validation_share=0.2", "--dry-run"]) == 0  # fmt: skip
+    assert "steps: 7\n" in capsys.readouterr().out, "a file of one's own goes before"
 
 
 BROKEN_RANK = """

@@ -13,18 +13,23 @@ from tests.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[1]
 # Where the sources stand in the checkout, and where in the wheel.
-SOURCES = {"moba_cp": "moba_cp", "kernels": "moba_cp/kernels", "launchers": "moba_cp/launchers"}
-SOURCE_SUFFIXES = (".py", ".sh", ".json")
+SOURCES = {
+    "moba_cp": "moba_cp",
+    "kernels": "moba_cp/kernels",
+    "launchers": "moba_cp/launchers",
+    "configs": "moba_cp/configs",
+}
+SOURCE_SUFFIXES = (".py", ".sh", ".json", ".yaml")
 
 
 def sources() -> dict[str, Path]:
     """Name in the wheel -> file in the checkout, for all code and data of the library."""
     found = {}
     for folder, inside in SOURCES.items():
-        # rglob follows no links, so links to kernels/ and launchers/ inside moba_cp/ count once.
+        # rglob follows no links, so links to them inside moba_cp/ count once.
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
-            linked = folder == "moba_cp" and relative.parts[0] in ("kernels", "launchers")
+            linked = folder == "moba_cp" and relative.parts[0] in ("kernels", "launchers", "configs")
             if path.is_file() and path.suffix in SOURCE_SUFFIXES and not linked:
                 found[f"{inside}/{relative.as_posix()}"] = path
     return found
@@ -73,6 +78,11 @@ def test_console_script_runs_from_the_installed_wheel(wheel, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
     )
     assert where.stdout.strip() == str(target / "moba_cp" / "__init__.py")
+    code = "from moba_cp.train.yaml_config import packaged_configs as p; print(p()['hybrid/switch_90_10'])"
+    config = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
+    assert config.stdout.strip() == str(target / "moba_cp" / "configs" / "hybrid" / "switch_90_10.yaml")
     script = target / "bin" / "moba-cp"
     done = subprocess.run(
         [sys.executable, str(script), "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path

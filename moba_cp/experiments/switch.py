@@ -23,17 +23,6 @@ LABELS = {"moba": "MoBA", "full": "full attention", "switch": "MoBA, then full"}
 WINDOW = 8
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file whose attention is MoBA, such as configs/demo.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
-    parser.add_argument("--until", type=float, default=0.9, help="fraction of the steps with MoBA (default: 0.9)")
-    parser.add_argument("--directory", default="runs/switch", help="where the three runs go")
-    parser.add_argument("--picture", metavar="PNG", help="the chart (default: switch.png in the directory)")
-    parser.add_argument("--redraw", action="store_true", help="draw from runs that are there")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier runs")
-
-
 def main(args: argparse.Namespace) -> int:
     """Train what is to be trained, draw, and say how the loss goes on at the switch."""
     base = load(TrainConfig, args.config, args.overrides)

@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +23,23 @@ Config = TypeVar("Config")
 def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path`` into the dataclass ``cls``; ``overrides`` are texts such as ``"model.layers=8"``.
 
+    Where no such file exists, ``path`` may name a config that comes with the library (:func:`packaged_configs`), with
+    or without ``configs/`` and ``.yaml``.
+
     Raises:
         ValueError: the file is not there or no valid YAML, or a key or value is wrong.
         OSError: the file is there and cannot be read.
     """
+    packaged = packaged_configs()
+    file = Path(path)
+    if not file.exists():
+        name = file.as_posix().removeprefix("configs/").removesuffix(".yaml")
+        file = packaged.get(name, file)
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (FileNotFoundError, IsADirectoryError) as error:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
-        raise ValueError(f"{path}: {what}; give a YAML file such as configs/demo.yaml") from None
+        raise ValueError(f"{path}: {what}; give a YAML file or one of {', '.join(packaged)}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
     except UnicodeDecodeError as error:
@@ -39,6 +48,16 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
     for override in overrides:
         _override(values, override)
     return build(cls, values)
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The configs that come with the library: name (``demo``, ``hybrid/switch_90_10``) -> file."""
+    package = Path(str(resources.files("moba_cp")))
+    # An installed package holds them; in a checkout they stand beside it.
+    folder = package / "configs"
+    if not folder.is_dir():
+        folder = package.parent / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def build(cls: type[Config], values: Any, path: str = "") -> Config:

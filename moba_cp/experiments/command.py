@@ -1,0 +1,22 @@
+"""``moba-cp experiment switch``: the options. The experiment (:mod:`.switch`) is imported only to run it."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file whose attention is MoBA, or a packaged one's name")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    parser.add_argument("--until", type=float, default=0.9, help="fraction of the steps with MoBA (default: 0.9)")
+    parser.add_argument("--directory", default="runs/switch", help="where the three runs go")
+    parser.add_argument("--picture", metavar="PNG", help="the chart (default: switch.png in the directory)")
+    parser.add_argument("--redraw", action="store_true", help="draw from runs that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier runs")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the experiment; returns the exit code."""
+    # PyTorch and Megatron-core take seconds to import, and --help needs neither.
+    from .switch import main
+
+    return main(args)
