@@ -1,13 +1,13 @@
 """Triton kernels, in the order in which one attention call runs them.
 
 :mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
-:mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attend`
+:mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attention`
 launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the
 work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve
-a GPU. :mod:`.choices` counts, :mod:`.decision` decides and :mod:`.requests` tells what moves between ranks;
+a GPU. :mod:`.exchange.choices` counts, :mod:`.decision` decides and :mod:`.requests` tells what moves between ranks;
 :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs` where everything moves. The other functions below
-have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.choices`, :mod:`moba_cp.decision` and
-:mod:`moba_cp.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
+have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.eager.choices`, :mod:`moba_cp.eager.decision` and
+:mod:`moba_cp.eager.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
 under ``TRITON_INTERPRET=1``.
 Kernels know no autograd.
 
@@ -15,14 +15,14 @@ Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, 
 CAPITALS compile-time constants.
 """
 
-from .attend import attend, attend_backward, routing_index
-from .choices import count_choices, count_rows, list_rows
-from .decision import pick_cheapest, weigh_blocks
+from .attention import attend, attend_backward, routing_index
+from .exchange.choices import count_choices, count_rows, list_rows
+from .exchange.decision import pick_cheapest, weigh_blocks
+from .exchange.requests import list_pairs, relay_request, sum_up, write_request
 from .hopper import serving
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
-from .requests import list_pairs, relay_request, sum_up, write_request
 from .rows import gather_rows, row_ids
 from .select import select_blocks
 from .slabs import pack_slab, sum_shares

@@ -3,9 +3,10 @@
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
 
 A program holds a tile of rows and streams the block means from the newest candidate to the oldest. Scores become
-integers (see :mod:`.ranks`). The best S of a row live in registers as 64-bit keys, score above block id, in no order.
-While any row of the tile has a score above its S-th best, every row's best new score replaces its worst kept one; on
-long sequences most tiles need few such passes. Newest first and a strict comparison make the newer block win a tie.
+integers (see :mod:`.sort_keys`). The best S of a row live in registers as 64-bit keys, score above block id, in no
+order. While any row of the tile has a score above its S-th best, every row's best new score replaces its worst kept
+one; on long sequences most tiles need few such passes. Newest first and a strict comparison make the newer block win a
+tie.
 
 Where :func:`.hopper.selects` says so, :mod:`.hopper.select` does the same another way.
 """
@@ -16,16 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper, tuned
-from .common import (
-    cdiv,
-    check_head_dim,
-    check_unit_stride,
-    dot_precision,
-    next_power_of_2,
-    on_device,
-    padded_dim,
-)
-from .ranks import EMPTY, ordered
+from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, next_power_of_2, on_device, padded_dim
+from .sort_keys import EMPTY, ordered
 
 
 @triton.jit(do_not_specialize=["n_rows"])

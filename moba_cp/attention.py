@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import dense
+from .autograd import moba_attention_op
 from .blocks import check_cu_seqlens
 from .config import MoBAConfig
-from .local import moba_attention_op
 
 
 class _FullAttention(torch.autograd.Function):
@@ -106,7 +106,7 @@ def full_attention(
     """
     scale = check_inputs(q, k, v, softmax_scale)
     if cp is not None:
-        from .cp.full import full_attention as across_ranks
+        from .cp.full.attention import full_attention as across_ranks
 
         context = check_context(q, cp, cu_seqlens)
         out, lse = across_ranks(q, k, v, scale, context, method, backend, deterministic)

@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import choices, decision, eager, requests
+from . import eager
+from .eager import choices, decision, requests
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = range(1, 257)
@@ -46,42 +47,42 @@ def _integers(x: Tensor, plain):
 
 
 def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
-    """See :func:`moba_cp.choices.count_choices`."""
+    """See :func:`moba_cp.eager.choices.count_choices`."""
     return _integers(chosen, choices).count_choices(chosen, open_place, unit)
 
 
 def weigh_blocks(counts: Tensor, tables, prices, mode: str):
-    """See :func:`moba_cp.decision.weigh_blocks`."""
+    """See :func:`moba_cp.eager.decision.weigh_blocks`."""
     return _integers(counts, decision).weigh_blocks(counts, tables, prices, mode)
 
 
 def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
-    """See :func:`moba_cp.choices.count_rows`."""
+    """See :func:`moba_cp.eager.choices.count_rows`."""
     return _integers(chosen, choices).count_rows(chosen, place, fetched, n_candidates, n_owners)
 
 
 def pick_cheapest(weighed, rows: Tensor | None, place: Tensor, tables, prices) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moba_cp.decision.pick_cheapest`."""
+    """See :func:`moba_cp.eager.decision.pick_cheapest`."""
     return _integers(place, decision).pick_cheapest(weighed, rows, place, tables, prices)
 
 
 def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
-    """See :func:`moba_cp.choices.list_rows`."""
+    """See :func:`moba_cp.eager.choices.list_rows`."""
     return _integers(chosen, choices).list_rows(chosen, place, n_places)
 
 
 def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
-    """See :func:`moba_cp.requests.write_request`."""
+    """See :func:`moba_cp.eager.requests.write_request`."""
     return _integers(need, requests).write_request(need, source, ends, costs)
 
 
 def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
-    """See :func:`moba_cp.requests.relay_request`."""
+    """See :func:`moba_cp.eager.requests.relay_request`."""
     return _integers(fetch, requests).relay_request(fetch, arrived, asked_at)
 
 
 def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[requests.Pairs, requests.Pairs]:
-    """See :func:`moba_cp.requests.list_pairs`."""
+    """See :func:`moba_cp.eager.requests.list_pairs`."""
     return _integers(need, requests).list_pairs(need, arrived, tables, sizes)
 
 
@@ -95,12 +96,12 @@ def sum_up(
     n_kv: int,
     out: Tensor,
 ) -> None:
-    """See :func:`moba_cp.requests.sum_up`."""
+    """See :func:`moba_cp.eager.requests.sum_up`."""
     _integers(arrived, requests).sum_up(arrived, header_at, ends, costs, facts, candidates, n_kv, out)
 
 
 def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`moba_cp.choices.row_ids`."""
+    """See :func:`moba_cp.eager.choices.row_ids`."""
     return _integers(chosen, choices).row_ids(chosen, slots, place, number, dtype)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.distributed import TIME_SCALE
+from tests.helpers.distributed import TIME_SCALE
 
 
 @pytest.fixture(autouse=True, scope="session")

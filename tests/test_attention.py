@@ -5,7 +5,7 @@ import torch
 
 from moba_cp import MoBAConfig, full_attention, moba_attention, ops, reference
 from moba_cp.blocks import block_table
-from tests.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
+from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
 

@@ -13,8 +13,8 @@ from moba_cp import cli
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
 from moba_cp.train.yaml_config import build, load
-from tests.distributed import TIME_SCALE
-from tests.train.runs import DEMO, SHRUNKEN, train, write_text
+from tests.helpers.distributed import TIME_SCALE
+from tests.helpers.train_runs import DEMO, SHRUNKEN, train, write_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ import triton
 from moba_cp import dense, full_attention
 from moba_cp.cp.layout import LAYOUTS, positions_of, rank_segments
 from moba_cp.dense import backends, plain, sums
-from tests.cases import relative_error
+from tests.helpers.cases import relative_error
 
 
 def seen_by_hand(rows, keys, cu_seqlens) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moba_cp import dense, full_attention
-from tests.cases import Case, run, run_reference
+from tests.helpers.cases import Case, run, run_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import TIME_SCALE
+from tests.helpers.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[1]
 # Where the sources stand in the checkout, and where in the wheel.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp import reference
-from tests.cases import GOLDEN, golden, relative_error, run_reference
+from tests.helpers.cases import GOLDEN, golden, relative_error, run_reference
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)

@@ -3,7 +3,7 @@
 They take the place of those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
 :mod:`..tuned` say so, and of :mod:`..select` where :func:`selects` does, and mean the same.
 
-:mod:`.long_blocks` is the forward, :mod:`.keys` and :mod:`.queries` are the gradients. A program is three groups of
+:mod:`.long_blocks` is the forward, :mod:`.dkdv` and :mod:`.dq` are the gradients. A program is three groups of
 four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere, by cp.async. Two compute, each at its
 own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
 only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
@@ -38,9 +38,9 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .keys import key_kernel
+    from .dkdv import key_kernel
+    from .dq import query_kernel
     from .long_blocks import long_block_kernel
-    from .queries import query_kernel
     from .select import WIDTH, select_kernel
 
     MISSING = ""
@@ -181,7 +181,7 @@ def launch_select(q: Tensor, means: Tensor, first: Tensor, own: Tensor, chosen: 
 
 
 def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, parts_lse: Tensor, scale_log2) -> None:
-    """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attend`)."""
+    """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attention`)."""
     long_block_kernel[part.grid(tasks)](
         part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
         routing.visits, tasks.table, routing.list_start[part.lists], visible,

@@ -56,7 +56,7 @@ def compare(device: torch.device, forced) -> None:
 
 def run(dim: int, block_size: int, grad_dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Selection, forward and backward of a document of three blocks, the last one short, by either set of kernels."""
-    from ..attend import attend, attend_backward
+    from ..attention import attend, attend_backward
     from ..select import select_blocks
 
     n_tokens, n_heads, n_kv = 2 * block_size + block_size // 2 + 5, 4, 2

@@ -14,8 +14,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..ranks import EMPTY, NAN
-from ..ranks import ordered as _ordered
+from ..sort_keys import EMPTY, NAN
+from ..sort_keys import ordered as _ordered
 
 ordered = gluon.jit(_ordered.fn)
 

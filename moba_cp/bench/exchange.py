@@ -1,9 +1,9 @@
 """``moba-cp bench exchange``: bytes per rank of each exchange mode, for any number of ranks, on one machine.
 
-The decisions are those of training (:mod:`moba_cp.cp.decide`, :mod:`moba_cp.cp.gather_costs`), made for one rank after
-another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes, the links' speeds and
-the kernels' speed: what travels and what is computed meanwhile are taken not to slow each other, which is true of copy
-engines, while NCCL's kernels take a part of the GPU.
+The decisions are those of training (:mod:`moba_cp.cp.exchange.decide`, :mod:`moba_cp.cp.allgather.costs`), made for one
+rank after another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes, the links'
+speeds and the kernels' speed: what travels and what is computed meanwhile are taken not to slow each other, which is
+true of copy engines, while NCCL's kernels take a part of the GPU.
 
 Legend: T tokens, P ranks, L = T / P, Hq query heads, Hkv key/value heads, D head dim, B block size, k top-k,
 e bytes per element.
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from ..config import MoBAConfig
-from ..cp.decide import decide
-from ..cp.gather_costs import COPY_RATE, GatherCosts
+from ..cp.allgather.costs import COPY_RATE, GatherCosts
+from ..cp.exchange.decide import decide
+from ..cp.exchange.dispatch import id_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
-from ..cp.rows import id_dtype
 from .gates import GATES, RecordedGate, SyntheticGate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -82,7 +82,7 @@ def _draw_below(rng: np.random.Generator, below: np.ndarray, count: int) -> np.n
 
 
 class RecordedGate:
-    """A selection that a model made, saved by :class:`moba_cp.cp.observe.SelectionRecorder`."""
+    """A selection that a model made, saved by :class:`moba_cp.cp.recorder.SelectionRecorder`."""
 
     def __init__(self, path: str | Path, layer: int | None = None):
         try:

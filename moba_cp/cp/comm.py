@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .peer import PeerMemory, peer_memory
-from .side_stream import SideStream, wait_for
+from .streams import SideStream, wait_for
+from .symmetric_memory import PeerMemory, peer_memory
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

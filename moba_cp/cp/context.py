@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..blocks import check_cu_seqlens
 from .comm import Communicator, Counters
-from .full_plan import FullPlan
+from .exchange.tables import WireTables, build_wire_tables
+from .full.schedule import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import positions_of, rank_segments
 from .options import ExchangeOptions
-from .peer import PeerMemory
-from .wire import WireTables, build_wire_tables
+from .symmetric_memory import PeerMemory
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class CPContext:
     """What MoBA layers move, and how; a mode's name stands for the options with that mode."""
     observer: Callable[[str, Tensor, int, int], None] | None = None
     """Called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
-    :class:`moba_cp.cp.observe.SelectionRecorder`."""
+    :class:`moba_cp.cp.recorder.SelectionRecorder`."""
     comm: Communicator = field(init=False, repr=False)
     """The group's collectives and byte counters."""
     positions: Tensor = field(init=False, repr=False)

@@ -1,8 +1,8 @@
 """MoBA attention across ranks.
 
 Tails of straddling blocks go to the owners; block means are all-gathered; local queries choose among all blocks. Then
-either all K and V come here, some heads at a time (:mod:`.gather`), or what is needed is planned: the chosen blocks
-come here, or query rows go there (:mod:`.planned`).
+either all K and V come here, some heads at a time (:mod:`.allgather`), or what is needed is planned: the chosen blocks
+come here, or query rows go there (:mod:`.exchange`).
 
 Legend: L local tokens, X extra rows (assembled straddling blocks), Hq query heads, Hkv key/value heads, D head dim,
 S = k - 1 chosen blocks per row.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .. import ops
 from ..config import MoBAConfig
-from ..eager import wide_dtype
-from . import planned
+from ..dtypes import wide_dtype
+from .allgather.strategy import Gathering
 from .comm import BACKWARD, ring_bytes
 from .context import CPContext
-from .gather import Gathering
+from .exchange import strategy as planned
 from .options import GATHERING_MODES
 from .queries import OutputGradient, Queries
 from .straddle import assemble, assemble_backward, gather_means, owned_pages

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..eager import wide_dtype
+from ..dtypes import wide_dtype
 
 MODES = ("auto", "kv", "query", "allgather")
 GATHERING_MODES = ("auto", "allgather")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..eager import wide_dtype
+from ..dtypes import wide_dtype
 from . import plain
 from .ranges import Call, Ranges, build_ranges
 

@@ -9,7 +9,8 @@ Wide means float32, or float64 for float64 inputs.
 import torch
 from torch import Tensor
 
-from ..eager import SCRATCH_ELEMENTS, wide_dtype
+from ..dtypes import wide_dtype
+from ..eager.attention import SCRATCH_ELEMENTS
 
 ROWS = 256
 

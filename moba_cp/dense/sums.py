@@ -9,7 +9,7 @@ Legend: N query rows, Hq query heads, D head dim.
 import torch
 from torch import Tensor
 
-from ..eager import wide_dtype
+from ..dtypes import wide_dtype
 
 
 class Partials:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ..cp.observe import SelectionRecorder
+from ..cp.recorder import SelectionRecorder
 from ..megatron.model import build_model
 from . import checkpoint
 from .batch import Batches, MicroBatch

@@ -20,7 +20,7 @@ from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import positions_of, rank_segments
 from moba_cp.cp.options import MODES, ExchangeOptions
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--dim", "16", "--block-size", "32", "--top-k", "3"]

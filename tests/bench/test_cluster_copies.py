@@ -12,10 +12,10 @@ from moba_cp.bench.cluster.replay import ReplayCommunicator
 from moba_cp.bench.cluster.rows import Report, Row
 from moba_cp.bench.gates import GATES
 from moba_cp.bench.timing import Candidate
-from moba_cp.cp import gather_costs
+from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.options import ExchangeOptions
 from tests.bench.test_cluster import CPU, arguments, shape
-from tests.distributed import ThreadCommunicator, run_threads
+from tests.helpers.distributed import ThreadCommunicator, run_threads
 
 
 class Twin(ThreadCommunicator):

@@ -10,12 +10,12 @@ import torch
 from moba_cp import reference
 from moba_cp.bench import exchange
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
-from moba_cp.cp import gather_costs
+from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.options import MODES, ExchangeOptions
-from tests.cases import Case
+from tests.cp.test_allgather import _run
 from tests.cp.test_exchange import _moved
-from tests.cp.test_gather import _run
-from tests.distributed import run_threads
+from tests.helpers.cases import Case
+from tests.helpers.distributed import run_threads
 
 
 def _args(*given):

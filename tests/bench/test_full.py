@@ -8,7 +8,7 @@ import torch
 from moba_cp import CPContext, full_attention
 from moba_cp.bench import full as bench
 from moba_cp.bench.environment import environment
-from tests.cases import Case, relative_error, run, run_reference
+from tests.helpers.cases import Case, relative_error, run, run_reference
 
 SIZE = 4
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp.bench import peer
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 CPU = torch.device("cpu")
 

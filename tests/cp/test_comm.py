@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.cp.comm import Communicator, ExchangeError, Monitor
-from tests.distributed import TIME_SCALE, run_ranks
+from tests.helpers.distributed import TIME_SCALE, run_ranks
 
 TIMEOUT_S = 4 * TIME_SCALE
 

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
-from moba_cp.cp.peer import SymmetricMemory
+from moba_cp.cp.symmetric_memory import SymmetricMemory
 from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _as_good_as_one_rank, _batch, _errors, _on_one_rank
 from tests.cp.test_moba import across_ranks, divides
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, moba_attention, ops
-from moba_cp.cp import comm, gather, gather_stages, moba, peer
+from moba_cp.cp import comm, moba
+from moba_cp.cp import symmetric_memory as peer
+from moba_cp.cp.allgather import stages as gather_stages
+from moba_cp.cp.allgather import strategy as gather
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.cp.queries import Queries
-from tests import distributed
-from tests.cases import Case
-from tests.distributed import ThreadPeerMemory, run_threads
+from tests.helpers import distributed
+from tests.helpers.cases import Case
+from tests.helpers.distributed import ThreadPeerMemory, run_threads
 
 COMPUTING, COPYING = "computing", "copying"
 ALL = {

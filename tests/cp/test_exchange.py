@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
-from moba_cp.cp.decide import _prices
-from moba_cp.cp.gather import Gathering
+from moba_cp.cp.allgather.strategy import Gathering
+from moba_cp.cp.exchange.decide import _prices
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
-from tests.cases import Case, random_case, relative_error, run_reference
 from tests.cp.test_moba import NAMES, across_ranks
-from tests.distributed import run_ranks, run_threads
+from tests.helpers.cases import Case, random_case, relative_error, run_reference
+from tests.helpers.distributed import run_ranks, run_threads
 
 MOVED = ("kv", "kv_gradients", "rows", "partial_outputs", "rows_backward", "row_gradients")
 

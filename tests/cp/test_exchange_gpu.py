@@ -9,9 +9,9 @@ from moba_cp.blocks import block_table
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions
 from moba_cp.cp.straddle import assemble, gather_means
-from tests.cases import Case, run, run_reference
 from tests.cp.test_moba import NAMES, across_ranks
-from tests.distributed import run_ranks
+from tests.helpers.cases import Case, run, run_reference
+from tests.helpers.distributed import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

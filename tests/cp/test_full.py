@@ -5,11 +5,12 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, full_attention
-from moba_cp.cp import full, full_gather
-from moba_cp.cp.full_plan import FullPlan
+from moba_cp.cp.full import allgather as full_gather
+from moba_cp.cp.full import attention as full
+from moba_cp.cp.full.schedule import FullPlan
 from moba_cp.cp.layout import LAYOUTS, rank_segments
-from tests.cases import Case, relative_error, run_reference
-from tests.distributed import run_ranks, run_threads
+from tests.helpers.cases import Case, relative_error, run_reference
+from tests.helpers.distributed import run_ranks, run_threads
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
 METHODS = ("ring", "allgather")

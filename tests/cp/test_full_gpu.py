@@ -10,9 +10,9 @@ import torch.distributed as dist
 from moba_cp import CPContext, full_attention
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.layout import LAYOUTS
-from tests.cases import run, run_reference
 from tests.cp.test_full import METHODS, NAMES, across_ranks, batch
-from tests.distributed import run_ranks
+from tests.helpers.cases import run, run_reference
+from tests.helpers.distributed import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from moba_cp import eager, ops
 from moba_cp.cp import comm
 from moba_cp.cp.options import ExchangeOptions
-from tests.cases import Case, run_reference
 from tests.cp.test_moba import NAMES, across_ranks
-from tests.distributed import FilePeerMemory, run_ranks
+from tests.helpers.cases import Case, run_reference
+from tests.helpers.distributed import FilePeerMemory, run_ranks
 
 SIZE = 4
 

@@ -6,7 +6,7 @@ import torch
 
 from moba_cp import CPContext
 from moba_cp.cp.layout import LAYOUTS, positions_of, rank_segments
-from tests.distributed import run_threads
+from tests.helpers.distributed import run_threads
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.layout import LAYOUTS, rank_segments
-from tests.cases import GOLDEN, Case, golden, random_case, relative_error, run_reference
-from tests.distributed import run_ranks, run_threads
+from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run_reference
+from tests.helpers.distributed import run_ranks, run_threads
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from moba_cp.cp.rendezvous import Rendezvous, RenumberedStore
-from tests.distributed import TIME_SCALE, run_ranks
+from tests.helpers.distributed import TIME_SCALE, run_ranks
 
 LIMIT = timedelta(seconds=20 * TIME_SCALE)
 SHORT = timedelta(seconds=1)

@@ -8,7 +8,7 @@ import pytest
 from moba_cp.experiments import switch
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.yaml_config import load
-from tests.train.runs import DEMO, write_text
+from tests.helpers.train_runs import DEMO, write_text
 
 
 def test_the_runs_differ_in_attention_alone(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 import moba_cp
 from moba_cp import CPContext, MoBAConfig, moba_attention
-from tests.distributed import run_threads
+from tests.helpers.distributed import run_threads
 
 PACKAGE = os.path.dirname(moba_cp.__file__)
 KERNELS = os.path.join(os.path.dirname(PACKAGE), "kernels")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moba_cp import choices, eager, kernels
-from tests.kernels.inputs import DEVICE, poisoned
+from moba_cp import eager, kernels
+from moba_cp.eager import choices
+from tests.helpers.kernel_inputs import DEVICE, poisoned
 
 # N, (Hq, Hkv), S, n, owners, stages, share of slots without a block
 CASES = [
@@ -56,12 +57,12 @@ def test_counts_and_lists(case):
 
 def test_counters_have_copies(monkeypatch):
     """Many tiles on few blocks use all copies; their number is bounded by memory too."""
-    monkeypatch.setattr(kernels.choices, "TILE_SLOTS", 32)
+    monkeypatch.setattr(kernels.exchange.choices, "TILE_SLOTS", 32)
     chosen, place, fetch, n_owners, n_places = _case(*CASES[0])
     chosen = chosen[:40]
     expected = choices.count_choices(chosen, place, 1 << 16)
     for entries, copies in ((1 << 20, 32), (5 * place.numel(), 4), (place.numel() - 1, 1)):
-        monkeypatch.setattr(kernels.choices, "COUNT_ENTRIES", entries)
+        monkeypatch.setattr(kernels.exchange.choices, "COUNT_ENTRIES", entries)
         counts = kernels.count_choices(chosen, place, 1 << 16)
         assert counts.shape[1] == copies and torch.equal(counts.sum(1), expected.sum(1))
     assert counts[0].any() and _count_rows(kernels, chosen, place, fetch, n_owners).any()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moba_cp import decision, kernels
-from moba_cp.decision import BlockTables, Prices
-from tests.kernels.inputs import DEVICE, poisoned
+from moba_cp import kernels
+from moba_cp.eager import decision
+from moba_cp.eager.decision import BlockTables, Prices
+from tests.helpers.kernel_inputs import DEVICE, poisoned
 
 UNIT = 1 << 16
 

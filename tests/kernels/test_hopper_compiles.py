@@ -1,7 +1,7 @@
 """The kernels for Hopper, which no interpreter runs, compiled for it where there is no GPU.
 
-Calls go through :func:`moba_cp.kernels.attend` and its backward as on a GPU; instead of launching, kernels of Gluon are
-compiled, and the others do nothing.
+Calls go through :func:`moba_cp.kernels.attention` and its backward as on a GPU; instead of launching, kernels of Gluon
+are compiled, and the others do nothing.
 """
 
 import threading

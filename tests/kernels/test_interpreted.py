@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import TIME_SCALE
+from tests.helpers.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[2]
 NOT_HERE = ("test_interpreted", "test_hopper_compiles", "test_kernels_gpu")

@@ -6,7 +6,7 @@ import torch
 from moba_cp import MoBAConfig, kernels, moba_attention, reference
 from moba_cp.blocks import block_table, local_pages
 from moba_cp.kernels import hopper, tuned
-from tests.kernels.inputs import poisoned
+from tests.helpers.kernel_inputs import poisoned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

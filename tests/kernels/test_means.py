@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
-from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
+from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned, strided
 
 
 @pytest.mark.parametrize("lengths, block_size, dim", [([100], 16, 40), ([50, 0, 3, 79], 48, 32), ([1], 16, 64)])

@@ -5,7 +5,7 @@ import torch
 
 from moba_cp import eager, kernels
 from moba_cp.blocks import Pages
-from tests.kernels.inputs import DEVICE, strided
+from tests.helpers.kernel_inputs import DEVICE, strided
 
 BLOCK = 48
 

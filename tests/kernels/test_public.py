@@ -5,8 +5,8 @@ import torch
 
 from moba_cp import MoBAConfig, kernels, moba_attention, ops
 from moba_cp.blocks import block_table
-from tests.cases import GOLDEN, golden, run
-from tests.kernels.inputs import DEVICE
+from tests.helpers.cases import GOLDEN, golden, run
+from tests.helpers.kernel_inputs import DEVICE
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)

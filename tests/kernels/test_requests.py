@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from moba_cp import CPContext, kernels, requests
+from moba_cp import CPContext, kernels
 from moba_cp.cp.options import ExchangeOptions
-from tests.distributed import run_threads
-from tests.kernels.inputs import DEVICE, poisoned
+from moba_cp.eager import requests
+from tests.helpers.distributed import run_threads
+from tests.helpers.kernel_inputs import DEVICE, poisoned
 
 BLOCK_SIZE = 16
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from moba_cp.blocks import Pages
 from moba_cp.kernels import routing
 from moba_cp.kernels.work import MAX_VISITS
-from tests.kernels.inputs import DEVICE, Problem, poisoned
+from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned
 
 
 def expected_lists(chosen, own, visible, page_row):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
-from tests.kernels.inputs import DEVICE, Problem, poisoned, strided
+from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned, strided
 
 
 def select_both(p: Problem, q=None, means=None):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
-from tests.kernels.inputs import DEVICE
+from tests.helpers.kernel_inputs import DEVICE
 
 # Before the first row, inside of a tile of rows, behind all of them.
 CUTS = [0, 37, 95]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, build_model, load_hf, model_config_of, save_hf
 from moba_cp.megatron.spec import layer_spec
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 FULL = AttentionConfig(default="full")
 SHAPE = dict(

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moba_cp import CPContext
 from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, ModelConfig, build_model, with_moba
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 T = 192
 MODEL = ModelConfig(vocab_size=61, n_layers=3, hidden_size=48, n_heads=4, n_kv_heads=2, init_std=0.2)

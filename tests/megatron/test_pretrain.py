@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from tests.distributed import TIME_SCALE, environment_of, store_of
+from tests.helpers.distributed import TIME_SCALE, environment_of, store_of
 
 pytestmark = pytest.mark.gpu
 

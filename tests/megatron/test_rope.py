@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import CPContext
 from moba_cp.megatron import ContextRotaryEmbedding
-from tests.distributed import run_threads
+from tests.helpers.distributed import run_threads
 
 BOUNDS = torch.tensor([0, 16, 16, 28, 48])
 

@@ -18,19 +18,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from moba_cp.cp.options import ExchangeOptions
-from moba_cp.megatron import (
-    AttentionConfig,
-    MoBACoreAttention,
-    add_moba_args,
-    core_attention_spec,
-    layer,
-    layer_spec,
-)
+from moba_cp.megatron import AttentionConfig, MoBACoreAttention, add_moba_args, core_attention_spec, layer, layer_spec
 from moba_cp.megatron.arguments import attention_from_args
 from moba_cp.megatron.layer import MoBATransformerLayer
 from moba_cp.megatron.norm import TorchNorm
 from moba_cp.megatron.spec import block_spec, moba_block_spec, moba_layer_spec
-from tests.megatron.trainer import HYBRID, Run, model_config
+from tests.helpers.megatron_trainer import HYBRID, Run, model_config
 
 
 @pytest.fixture(scope="module", autouse=True)

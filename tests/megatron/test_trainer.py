@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.megatron import AttentionConfig
-from tests.distributed import run_ranks
-from tests.megatron.trainer import HYBRID, Run, local_part, train
+from tests.helpers.distributed import run_ranks
+from tests.helpers.megatron_trainer import HYBRID, Run, local_part, train
 
 SP = {"sequence_parallel": True}
 QK_NORM = {"qk_layernorm": True}

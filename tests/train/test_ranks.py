@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moba_cp.bench.gates import RecordedGate
-from tests.train.runs import logged, train, write_text
+from tests.helpers.train_runs import logged, train, write_text
 
 STEPS = range(1, 21)
 

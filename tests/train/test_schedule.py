@@ -5,7 +5,7 @@ import pytest
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
 from moba_cp.train.yaml_config import load
-from tests.train.runs import DEMO, SHRUNKEN, logged, train, write_text
+from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
 
 SHORT = ["run.steps=10", "run.checkpoint_every=4", "run.keep_checkpoints=0", "optimizer.warmup_steps=2"]
 SWITCH = "attention.schedule=[{until: 0.6, kind: moba}, {kind: full}]"

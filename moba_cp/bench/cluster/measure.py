@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import CPContext, full_attention, moba_attention
 from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
-from ...cp.peer import PeerMemory
+from ...cp.symmetric_memory import PeerMemory
 from ..attention_check import BOUND
 from ..timing import Candidate, time_once
 from ..torch_cp import ROTATE_METHODS, torch_context_parallel

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...cp.comm import Communicator
 from ...cp.context import CPContext
-from ...cp.peer import PeerMemory, peer_memory
 from ...cp.straddle import owned_means
+from ...cp.symmetric_memory import PeerMemory, peer_memory
 from .inputs import Shape, make_inputs
 from .measure import MOBA, Layer, Limits, exchange_options, measure, overlap
 from .ranks import Ranks

@@ -1,0 +1,1 @@
+"""The integer kernels that plan the exchange: counting, deciding, requesting."""

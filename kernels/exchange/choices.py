@@ -1,0 +1,177 @@
+"""Counting and listing the blocks that rows chose, for the exchange between ranks; nothing waits for the device.
+
+Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A
+*slot* is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner
+and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first
+slot that wants to.
+
+A program looks at BM rows of one query head; SP is S, padded. Programs of all heads are in flight together: their slots
+are neighbours in memory, and fewer of them add to the same counters. For the same reason there are R copies of these.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import cdiv, next_power_of_2, on_device
+
+TILE_SLOTS = 1024
+# Copies of counters: at most so many, and so many (KV head, block) entries in all, 16 MiB with shares.
+COUNT_COPIES = 32
+COUNT_ENTRIES = 1 << 20
+ROW_COPIES = 16
+
+
+@triton.jit
+def _slots(
+    chosen, table, n_rows, n_blocks, s_t,
+    H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Tile and query head of this program, the blocks of its slots [BM, SP] and what ``table`` [Hkv, n] holds for
+    them, -1 where there is none."""
+    i_m = tl.program_id(0) // H
+    i_q = tl.program_id(0) % H
+    o_m = tl.arange(0, BM)
+    o_s = tl.arange(0, SP)
+    m = (o_m < n_rows - i_m * BM)[:, None] & (o_s < S)[None, :]
+    p_chosen = chosen + (i_m * BM).to(tl.int64) * s_t + i_q * S
+    block = tl.load(p_chosen + o_m[:, None] * s_t + o_s[None, :], mask=m, other=-1)
+    value = tl.load(table + i_q // G * n_blocks + block, mask=block >= 0, other=-1)
+    return i_m, i_q, block, value
+
+
+@triton.jit
+def _column(x, s, SP: tl.constexpr):
+    """Column ``s`` of x [BM, SP], as [BM, 1]; without going to memory again."""
+    return tl.sum(tl.where((tl.arange(0, SP) == s)[None, :], x, 0), 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+def _count_kernel(
+    chosen, open_place, counts, n_rows, n_blocks, s_t,
+    R: tl.constexpr, UNIT: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    i_m, i_q, block, place = _slots(chosen, open_place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    n_kv = H // G
+    p_counts = counts + (i_m % R * n_kv + i_q // G) * n_blocks + block
+    tl.atomic_add(p_counts, 1, mask=block >= 0, sem="relaxed")
+    if UNIT > 0:
+        together = tl.zeros([BM, SP], tl.int32)
+        for s in range(S):
+            together += (place == _column(place, s, SP)).to(tl.int32)
+        part = UNIT // tl.maximum(together, 1)
+        tl.atomic_add(p_counts + R * n_kv * n_blocks, part.to(tl.int64), mask=place >= 0, sem="relaxed")
+
+
+@triton.jit
+def _first(at, wants, S: tl.constexpr, SP: tl.constexpr):
+    """``wants`` [BM, SP], a bit for each candidate, without those of slots that an earlier one of the row and place has
+    too; ``at`` [BM, SP] are the places."""
+    o_s = tl.arange(0, SP)
+    for s in range(S - 1):
+        later = (at == _column(at, s, SP)) & (o_s > s)[None, :]
+        wants = tl.where(later, wants & ~_column(wants, s, SP), wants)
+    return wants
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_owners"])
+def _rows_kernel(
+    chosen, place, fetched, rows, n_rows, n_blocks, n_owners, s_t,
+    R: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    _, i_q, block, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    bits = tl.load(fetched + i_q // G * n_blocks + block, mask=at >= 0, other=-1)
+    wants = _first(at, ~bits & ((1 << C) - 1), S, SP)
+    owner = tl.where(wants > 0, at % n_owners, -1)
+    lowest = tl.min(tl.min(tl.where(wants > 0, owner, n_owners), 1), 0)
+    highest = tl.max(tl.max(owner, 1), 0)
+    p_rows = rows + tl.program_id(0) % R * C * n_owners
+    for p in range(lowest, highest + 1):
+        here = tl.where(owner == p, wants, 0)
+        for c in tl.static_range(C):
+            count = tl.sum(tl.sum((here >> c) & 1, 1), 0)
+            tl.atomic_add(p_rows + c * n_owners + p, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_tiles"])
+def _list_kernel(
+    chosen, place, counts, ends, slots, n_rows, n_blocks, n_tiles, s_t,
+    WRITE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    i_m, i_q, _, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    at = tl.where(_first(at, (at >= 0).to(tl.int32), S, SP) > 0, at, -1)
+    lowest = tl.min(tl.min(tl.where(at >= 0, at, 2147483647), 1), 0)
+    highest = tl.max(tl.max(at, 1), 0)
+    # By head, then by token.
+    i_tile = i_q * (n_tiles // H) + i_m
+    slot = (i_q * n_rows + i_m * BM + tl.arange(0, BM))[:, None] * S + tl.arange(0, SP)[None, :]
+    for p in range(lowest, highest + 1):
+        here = (at == p).to(tl.int32)
+        p_tile = p * n_tiles + i_tile
+        if WRITE:
+            o_tile = tl.load(ends + p_tile) - tl.load(counts + p_tile)
+            flat = tl.reshape(here, [BM * SP])
+            place_in = o_tile + tl.cumsum(flat, 0) - 1
+            tl.store(slots + place_in, tl.reshape(slot, [BM * SP]), mask=flat > 0)
+        else:
+            tl.store(counts + p_tile, tl.sum(tl.sum(here, 1), 0))
+
+
+def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
+    """See :func:`moba_cp.eager.choices.count_choices`."""
+    numbers, n_tiles, constants = _launch(chosen, open_place)
+    # A power of two.
+    copies = max(1, min(COUNT_COPIES, n_tiles, COUNT_ENTRIES // max(1, open_place.numel())))
+    copies = 1 << copies.bit_length() - 1
+    counts = torch.zeros(2 if unit else 1, copies, *open_place.shape, dtype=torch.int64, device=chosen.device)
+    if n_tiles:
+        with on_device(chosen):
+            _count_kernel[(n_tiles,)](
+                chosen, open_place, counts, *numbers, R=copies, UNIT=unit, **constants, num_warps=4
+            )
+    return counts
+
+
+def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
+    """See :func:`moba_cp.eager.choices.count_rows`."""
+    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(chosen, place)
+    rows = torch.zeros(ROW_COPIES, n_candidates, n_owners, dtype=torch.int32, device=chosen.device)
+    if n_tiles:
+        with on_device(chosen):
+            _rows_kernel[(n_tiles,)](
+                chosen, place, fetched, rows, n_rows, n_blocks, n_owners, s_t,
+                R=ROW_COPIES, C=n_candidates, **constants, num_warps=4,
+            )  # fmt: skip
+    return rows
+
+
+def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+    """See :func:`moba_cp.eager.choices.list_rows`."""
+    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(chosen, place)
+    slots = torch.empty(chosen.numel(), dtype=torch.int32, device=chosen.device)
+    if not n_tiles:
+        return slots, torch.zeros(n_places, dtype=torch.int32, device=chosen.device)
+    counts = torch.zeros(n_places, n_tiles, dtype=torch.int32, device=chosen.device)
+    assert counts.numel() < 2**31
+    numbers = n_rows, n_blocks, n_tiles, s_t
+    with on_device(chosen):
+        _list_kernel[(n_tiles,)](chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, num_warps=4)
+        ends = counts.flatten().cumsum(0, dtype=torch.int32)
+        _list_kernel[(n_tiles,)](chosen, place, counts, ends, slots, *numbers, WRITE=True, **constants, num_warps=4)
+    return slots, ends.view(n_places, n_tiles)[:, -1]
+
+
+def _launch(chosen: Tensor, table: Tensor):
+    """Numbers, programs and constants of a launch over all slots of ``chosen`` [N, Hq, S]."""
+    n_rows, n_heads, n_slots = chosen.shape
+    assert chosen.numel() == 0 or chosen.stride(2) == 1 and chosen.stride(1) == n_slots
+    assert table.is_contiguous() and chosen.numel() < 2**31
+    padded = next_power_of_2(max(1, n_slots))
+    bm = max(1, TILE_SLOTS // padded)
+    constants = dict(H=n_heads, G=n_heads // table.shape[0], S=n_slots, SP=padded, BM=bm)
+    n_tiles = cdiv(n_rows, bm) * n_heads if chosen.numel() else 0
+    return (n_rows, table.shape[1], chosen.stride(0)), n_tiles, constants

@@ -1,0 +1,218 @@
+"""Requests between ranks and the lists that follow from them; nothing waits for the device.
+
+The names and the format of a request are those of :mod:`moba_cp.eager.requests`. Lists come from a running sum over all
+pairs that could move, in an order fixed beforehand. Programs look at BLOCK elements.
+
+Legend: P ranks, n blocks, Hkv key/value heads, m entries: pairs that can move.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import cdiv, on_device
+
+BLOCK = 512
+# Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.eager.requests`.
+TOTALS = 2
+
+
+@triton.jit
+def _rows_to(ends, s_ends, place, m):
+    """Rows of each ``place``; ``ends`` [places] says where each place's part of the list of rows ends."""
+    end = tl.load(ends + place * s_ends, mask=m, other=0)
+    return (end - tl.load(ends + (place - 1) * s_ends, mask=m & (place > 0), other=0)).to(tl.int64)
+
+
+@triton.jit
+def _word(arrived, at, m):
+    """int64 of the 8 bytes from ``at`` on."""
+    word = tl.load(arrived + at, mask=m, other=0).to(tl.int64)
+    for byte in tl.static_range(1, 8):
+        word |= tl.load(arrived + at + byte, mask=m, other=0).to(tl.int64) << (8 * byte)
+    return word
+
+
+@triton.jit(do_not_specialize=["n_bytes", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
+def _request_kernel(
+    need, source, ends, costs, request, n_bytes, n_owners, stages, s_ends,
+    HEADERS: tl.constexpr, TOTALS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_bytes
+    at = tl.load(source + o, mask=m, other=0).to(tl.int32)
+    if HEADERS:
+        width = 8 * (stages + TOTALS)
+        n_headers = n_owners * width
+        m_header = m & (at < n_headers)
+        stage = at % width // 8
+        rows = _rows_to(ends, s_ends, stage * n_owners + at // width, m_header & (stage < stages))
+        value = tl.where(stage == stages, tl.load(costs + n_owners), rows)
+        value = tl.where(stage > stages, tl.load(ends + (stages * n_owners - 1) * s_ends).to(tl.int64), value)
+        value = value >> (at % 8 * 8).to(tl.int64)
+        flag = tl.load(need + at - n_headers, mask=m & (at >= n_headers), other=0)
+        tl.store(request + o, tl.where(m_header, value & 255, (flag != 0).to(tl.int64)), mask=m)
+    else:
+        tl.store(request + o, tl.load(need + at, mask=m, other=0) != 0, mask=m)
+
+
+@triton.jit(do_not_specialize=["n_pairs", "n_peers"])
+def _relay_kernel(fetch, arrived, asked_at, need, n_pairs, n_peers, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_pairs
+    wanted = tl.load(fetch + o, mask=m, other=0) != 0
+    for peer in range(n_peers):
+        at = tl.load(asked_at + peer * n_pairs + o, mask=m, other=-1)
+        wanted |= tl.load(arrived + at, mask=at >= 0, other=0) != 0
+    tl.store(need + o, wanted, mask=m)
+
+
+@triton.jit(do_not_specialize=["n_entries", "n_want"])
+def _moved_kernel(need, arrived, flag_at, weight, moved, n_entries, n_want, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_entries
+    at = tl.load(flag_at + o, mask=m, other=0)
+    is_wanted = tl.load(need + at, mask=o < n_want, other=0) != 0
+    is_given = tl.load(arrived + at, mask=m & (o >= n_want), other=0) != 0
+    moves = (is_wanted | is_given).to(tl.int64)
+    tl.store(moved + o, moves * tl.load(weight + o, mask=m, other=0), mask=m)
+
+
+@triton.jit
+def _before(sums, entry, m):
+    """The running sum before ``entry``."""
+    return tl.load(sums + entry - 1, mask=m & (entry > 0), other=0)
+
+
+@triton.jit(do_not_specialize=["n_entries", "n_want", "n_owners", "stages"])
+def _lists_kernel(
+    sums, pairs, bounds, lists, offsets, sizes, n_entries, n_want, n_owners, stages,
+    PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_entries
+    before = _before(sums, o, m)
+    moves = tl.load(sums + o, mask=m, other=0) != before
+    # What is given is counted behind what is wanted, and listed behind what could have been.
+    wanted = tl.load(sums + n_want - 1, mask=n_want > 0, other=0)
+    is_want = o < n_want
+    place = before // PAIR + tl.where(is_want, 0, n_want - wanted // PAIR)
+    tl.store(lists + place, tl.load(pairs + o, mask=m, other=0), mask=m & moves)
+    tl.store(offsets + place, before % PAIR - tl.where(is_want, 0, wanted % PAIR), mask=m & moves)
+
+    m = o < 2 * stages * (n_owners + 1)
+    owner = o % (n_owners + 1)
+    side_stage = o // (n_owners + 1)
+    # Each side has one bound more than places. In the last column the pairs of the whole stage.
+    is_last = owner == n_owners
+    first = side_stage * n_owners + side_stage // stages + tl.where(is_last, 0, owner)
+    end = first + tl.where(is_last, n_owners, 1)
+    moved = _before(sums, tl.load(bounds + end, mask=m, other=0), m)
+    moved -= _before(sums, tl.load(bounds + first, mask=m, other=0), m)
+    tl.store(sizes + o, tl.where(is_last, moved // PAIR, moved % PAIR), mask=m)
+
+
+@triton.jit(do_not_specialize=["n_kv", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
+def _sum_up_kernel(
+    arrived, header_at, ends, costs, facts, candidates, out, n_kv, n_owners, stages, s_ends, BLOCK: tl.constexpr
+):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n_sizes = 2 * stages * (n_owners + 1)
+    m = o < n_sizes
+    owner = o % (n_owners + 1)
+    stage = o // (n_owners + 1) % stages
+    m_owner = m & (owner < n_owners)
+    m_received = m_owner & (o < n_sizes // 2)
+    at = tl.load(header_at + owner, mask=m_received, other=0)
+    sent = _rows_to(ends, s_ends, stage * n_owners + owner, m_owner & (o >= n_sizes // 2))
+    tl.store(out + o, _word(arrived, at + 8 * stage, m_received) + sent, mask=m)
+
+    total = tl.zeros([BLOCK], tl.int64)
+    rows = tl.zeros([BLOCK], tl.int64)
+    for p in range(0, n_owners, BLOCK):
+        o_p = p + tl.arange(0, BLOCK)
+        at = tl.load(header_at + o_p, mask=o_p < n_owners, other=0)
+        total += _word(arrived, at + 8 * stages, o_p < n_owners)
+        rows += _word(arrived, at + 8 * stages + 8, o_p < n_owners)
+    fact = tl.where(o == 0, tl.sum(total, 0), 0)
+    fact = tl.where(o == 5, tl.sum(rows, 0), fact)
+    fact = tl.where(o == 1, tl.load(facts), fact)
+    fact = tl.where(o == 2, tl.load(candidates) * n_kv, fact)
+    fact = tl.where(o == 3, tl.load(costs + n_owners), fact)
+    fact = tl.where(o == 4, tl.load(facts + 1), fact)
+    tl.store(out + n_sizes + o, fact, mask=m)
+
+
+class Pairs(NamedTuple):
+    """As :class:`moba_cp.eager.requests.Pairs`."""
+
+    ids: Tensor
+    before: Tensor
+
+
+def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
+    """See :func:`moba_cp.eager.requests.write_request`."""
+    request = torch.empty(source.numel(), dtype=torch.uint8, device=need.device)
+    assert need.is_contiguous() and source.numel() < 2**31
+    if request.numel():
+        n_owners = 0 if ends is None else costs.numel() - 1
+        stages, s_ends = (0, 0) if ends is None else (ends.numel() // n_owners, ends.stride(0))
+        with on_device(need):
+            _request_kernel[(cdiv(source.numel(), BLOCK),)](
+                need, source, ends, costs, request, source.numel(), n_owners, stages, s_ends,
+                HEADERS=ends is not None, TOTALS=TOTALS, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+    return request
+
+
+def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
+    """See :func:`moba_cp.eager.requests.relay_request`."""
+    need = torch.empty(fetch.shape, dtype=torch.uint8, device=fetch.device)
+    assert fetch.is_contiguous() and asked_at.is_contiguous()
+    if need.numel():
+        with on_device(fetch):
+            _relay_kernel[(cdiv(need.numel(), BLOCK),)](
+                fetch, arrived, asked_at, need, need.numel(), asked_at.shape[0], BLOCK=BLOCK, num_warps=4
+            )
+    return need.view(torch.bool)
+
+
+def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Pairs, Pairs]:
+    """See :func:`moba_cp.eager.requests.list_pairs`."""
+    n_entries, (_, stages, columns) = tables.pairs.numel(), sizes.shape
+    moved = torch.empty(n_entries, dtype=torch.int64, device=need.device)
+    lists, offsets = torch.empty(2, n_entries, dtype=torch.int64, device=need.device)
+    assert need.is_contiguous() and sizes.is_contiguous() and n_entries < 2**31
+    numbers = n_entries, tables.n_want
+    with on_device(need):
+        if n_entries:
+            _moved_kernel[(cdiv(n_entries, BLOCK),)](
+                need, arrived, tables.flag_at, tables.weight, moved, *numbers, BLOCK=BLOCK, num_warps=4
+            )
+        _lists_kernel[(cdiv(max(n_entries, sizes.numel()), BLOCK),)](
+            moved.cumsum(0), tables.pairs, tables.bounds, lists, offsets, sizes, *numbers, columns - 1, stages,
+            PAIR=tables.unit, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return tuple(Pairs(lists[side], offsets[side]) for side in (slice(0, tables.n_want), slice(tables.n_want, None)))
+
+
+def sum_up(
+    arrived: Tensor,
+    header_at: Tensor,
+    ends: Tensor,
+    costs: Tensor,
+    facts: Tensor,
+    candidates: Tensor,
+    n_kv: int,
+    out: Tensor,
+) -> None:
+    """See :func:`moba_cp.eager.requests.sum_up`."""
+    assert out.is_contiguous() and out[0].numel() >= 6
+    with on_device(arrived):
+        _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](
+            arrived, header_at, ends, costs, facts, candidates, out,
+            n_kv, header_at.numel(), out.shape[2], ends.stride(0), BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip

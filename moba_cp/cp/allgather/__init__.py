@@ -1,0 +1,1 @@
+"""All K and V come to every rank, some heads at a time."""

@@ -1,0 +1,146 @@
+"""Who can serve which blocks to whom, and where the flags of a request stand: tables made once per context.
+
+Legend: P ranks, n blocks, Hkv key/value heads. A pair is (KV head, block), numbered ``head * n + block``. A stage is
+one of the parts in which remote work is done.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...eager.requests import PAIR, TOTALS, PairTables
+from ..geometry import BlockGeometry
+from .decide import stage_of
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One transfer of blocks: which ranks can serve which blocks to this one."""
+
+    served: list[Tensor]
+    """per rank, int64 ids of the blocks it serves."""
+    peers: list[bool]
+    """ranks this one asks, and is asked by; not itself."""
+
+
+def node_hops(geometry: BlockGeometry, rank: int, ranks_per_node: int) -> tuple[Hop, Hop]:
+    """Two hops: between ranks of equal index in their nodes, then within the node.
+
+    Rank ``j`` of a node fetches, for all of its node, what the ranks ``j`` of other nodes own, so that a block crosses
+    the network once per node.
+    """
+    size = len(geometry.owned)
+    index, node = rank % ranks_per_node, rank // ranks_per_node
+    between = Hop(geometry.owned, [p != rank and p % ranks_per_node == index for p in range(size)])
+    by_index = [torch.cat(geometry.owned[j::ranks_per_node]).sort().values for j in range(ranks_per_node)]
+    within = Hop(
+        [by_index[p % ranks_per_node] for p in range(size)],
+        [p != rank and p // ranks_per_node == node for p in range(size)],
+    )
+    return between, within
+
+
+@dataclass(frozen=True)
+class HopTables:
+    """What is the same in every call of a hop."""
+
+    pairs: PairTables
+    """what this rank can ask for and be asked for."""
+    send: list[int]
+    """bytes of the request to each rank."""
+    receive: list[int]
+    """bytes of the request from each rank."""
+    source: Tensor
+    """int64, for every byte sent its place in the headers of all ranks followed by a flag for each pair."""
+    header_at: Tensor
+    """[P] int64, where the headers begin in what is received."""
+    asked_at: Tensor | None
+    """[peers, Hkv * n] int64, where the flag of each pair is in what is received, -1 for pairs not served; None unless
+    another hop brings what is asked for here."""
+
+
+@dataclass(frozen=True)
+class WireTables:
+    """Tables of one context for one block size and number of KV heads; building them waits for the device, once."""
+
+    stages: int
+    """parts of the remote work"""
+    hops: list[HopTables]
+    """one, or the hop between nodes and the one within."""
+
+
+def build_wire_tables(
+    geometry: BlockGeometry, n_kv: int, stages: int, ranks_per_node: int | None, rank: int
+) -> WireTables:
+    """:class:`WireTables` of one rank."""
+    size = len(geometry.owned)
+    stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
+    header = 8 * (stages + TOTALS)
+    if ranks_per_node in (None, 1) or ranks_per_node >= size:
+        hops = [(Hop(geometry.owned, [p != rank for p in range(size)]), header, False)]
+    else:
+        between, within = node_hops(geometry, rank, ranks_per_node)
+        hops = [(between, 0, False), (within, header, True)]
+    tables = [_hop_tables(*hop, geometry, stage, stages, rank) for hop in hops]
+    return WireTables(stages, tables)
+
+
+def _hop_tables(
+    hop: Hop, width: int, relays: bool, geometry: BlockGeometry, stage: Tensor, stages: int, rank: int
+) -> HopTables:
+    """:class:`HopTables` of one hop, whose headers have ``width`` bytes; ``relays`` if another hop brings what is asked
+    for in it; ``stage`` [Hkv, n]."""
+    n_kv, n = stage.shape
+    device, size = stage.device, len(hop.peers)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
+    served = [_pairs(ids, stage.flatten(), n_kv, n) for ids in hop.served]
+    wants = [ids if peer else empty for ids, peer in zip(served, hop.peers, strict=True)]
+    gives = [served[rank] if peer else empty for peer in hop.peers]
+
+    source, header_at, flag_at, asked_at, read = [], [], [], [], 0
+    for p in range(size):
+        head = torch.arange(width, device=device)
+        source += [p * width + head, size * width + wants[p]]
+        header_at.append(read)
+        flag_at.append(read + width + torch.arange(gives[p].numel(), device=device))
+        read += width + gives[p].numel()
+        if relays and hop.peers[p]:
+            asked_at.append(torch.full((n_kv * n,), -1, device=device).scatter_(0, gives[p], flag_at[p]))
+    want = _by_place(wants, torch.cat(wants), stage, stages)
+    give = _by_place(gives, torch.cat(flag_at), stage, stages)
+    pairs = torch.cat([want[0], give[0]])
+    tokens = geometry.length.long()[pairs % max(1, n)]
+    # The running sum of both.
+    assert pairs.numel() < 2**63 // PAIR and int(tokens.sum()) < PAIR
+    return HopTables(
+        pairs=PairTables(
+            n_want=want[0].numel(),
+            pairs=pairs,
+            flag_at=torch.cat([want[1], give[1]]),
+            weight=tokens + PAIR,
+            bounds=torch.stack([want[2], want[0].numel() + give[2]]),
+        ),
+        send=[width + ids.numel() for ids in wants],
+        receive=[width + ids.numel() for ids in gives],
+        source=torch.cat(source),
+        header_at=torch.tensor(header_at, device=device),
+        asked_at=torch.stack(asked_at) if relays else None,
+    )
+
+
+def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
+    """All pairs of the blocks ``ids``, by stage, head, block."""
+    pairs = (torch.arange(n_kv, device=ids.device)[:, None] * n + ids).flatten()
+    return pairs[stage[pairs].argsort(stable=True)]
+
+
+def _by_place(lists: list[Tensor], flag_at: Tensor, stage: Tensor, stages: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of all ranks and where their flags are, by stage, rank, head, block; and [stages * P + 1] where each
+    (stage, rank) begins, and the last ends."""
+    pairs, size = torch.cat(lists), len(lists)
+    rank = torch.cat([torch.full_like(ids, p) for p, ids in enumerate(lists)])
+    place = stage.flatten()[pairs] * size + rank
+    by_place = place.argsort(stable=True)
+    ends = torch.bincount(place, minlength=stages * size).cumsum(0)
+    return pairs[by_place], flag_at[by_place], torch.nn.functional.pad(ends, (1, 0))

@@ -1,0 +1,1 @@
+"""Exact full attention across ranks: by a ring or an all-gather."""

@@ -1,0 +1,256 @@
+"""Memory of the other GPUs of a node: what one rank lays out, the others copy.
+
+The copies are made by the GPUs' copy engines. They leave multiprocessors to attention, which NCCL's kernels share with
+it, and nobody has to send.
+"""
+
+import os
+import socket
+import uuid
+import warnings
+import weakref
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .rendezvous import Rendezvous
+from .streams import SideStream, wait_for
+
+# Bytes: what buffers are rounded up to, and the size of the one for meetings.
+_ROUND = 1 << 21
+_RENDEZVOUS_SECONDS = 60
+"""How long ranks that map one another's memory wait for one that does not come; NCCL brings K and V then."""
+
+
+class MissingMemory(RuntimeError):
+    """Some rank has no memory for copies; raised on all ranks."""
+
+
+class PeerMemory:
+    """Buffers that all ranks of a group read, and the stream on which their contents move.
+
+    A buffer has some slots. Stages of work, counted through all calls, take them in turn. On their streams for copies
+    all ranks do the same in the same order; when they meet, what each copied before has come. So whoever has met to
+    give K and V of a stage knows that nobody reads those of stages before any more, and may write to their slots; and
+    whoever has met to give back gradients of a stage knows it of the gradients of the stage before.
+    """
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._slots: dict[str, int] = {}
+        self._side = SideStream()
+        self._stages = 0
+        self._pass_open = False
+        self.generation = 0
+        """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
+        self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
+
+    @property
+    def stages(self) -> int:
+        """Stages of work that used it so far."""
+        return self._stages
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that this rank has given; PyTorch's allocator does not count it."""
+        return sum(parts[self.rank].nbytes for parts in self._buffers.values())
+
+    def reserve(self, name: str, slots: int, nbytes: int) -> None:
+        """Make the ``slots`` slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
+
+        Raises:
+            MissingMemory: on all ranks, if one has no such memory left.
+        """
+        # Sizes differ with the batch: a step of an eighth now saves many small ones.
+        step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
+        slot = -(-nbytes // step) * step
+        if name in self._buffers and self._buffers[name][self.rank].nbytes >= slots * slot:
+            return
+        if name in self._buffers:
+            # Nobody may be reading what is freed now.
+            self._settle()
+            del self._buffers[name]
+        self._buffers[name] = self._allocate(name, slots * slot)
+        self._slots[name] = slots
+        self.generation += 1
+
+    def open_pass(self, what: str) -> None:
+        """The stages of one pass begin.
+
+        Raises:
+            RuntimeError: those of an earlier pass did not end, because something failed here; the ranks' slots may
+                differ by now.
+        """
+        if self._pass_open:
+            raise RuntimeError(f"{what}: an earlier pass failed on this rank; all ranks have to start again")
+        self._pass_open = True
+
+    def close_pass(self) -> None:
+        """All its stages were issued."""
+        self._pass_open = False
+
+    def next_stage(self) -> int:
+        """The number of the next stage."""
+        self._stages += 1
+        return self._stages
+
+    def at(self, name: str, stage: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor at the beginning of a stage's slot of a rank's buffer."""
+        buffer = self._buffers[name][rank]
+        room = buffer.numel() // self._slots[name]
+        begin, count = self.slot(name, stage) * room, torch.Size(shape).numel() * dtype.itemsize
+        assert count <= room, f"{count} bytes in a slot of {name}, {room}"
+        return buffer[begin : begin + count].view(dtype).view(shape)
+
+    def beside(self, after: torch.cuda.Event | None):
+        """Context of the stream on which contents move, once it has passed ``after``; nothing for None."""
+        return self._side.beside(after)
+
+    def slot(self, name: str, stage: int) -> int:
+        """The number of a stage's slot of buffer ``name``."""
+        return stage % self._slots[name]
+
+    def release(self, name: str, stage: int, after: torch.cuda.Event | None) -> None:
+        """The stage needs its slot of this rank's buffer ``name`` no longer, once the device has passed ``after``."""
+        self._released[name, self.slot(name, stage)] = after
+
+    def claim(self, name: str, stage: int) -> None:
+        """Let the current stream wait until no stage before needs the slot."""
+        wait_for(self._released.get((name, self.slot(name, stage))))
+
+    def meet(self) -> None:
+        """What every rank wrote before on its current stream can be copied by all after this, on theirs."""
+        raise NotImplementedError
+
+    def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
+        """[nbytes] uint8 of every rank, as this rank reads it, in place of what had this name; a collective call."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Wait until all ranks have done what they issued."""
+        raise NotImplementedError
+
+
+class SymmetricMemory(PeerMemory):
+    """By PyTorch's symmetric memory: GPUs of one node that map each other's memory."""
+
+    def __init__(self, group: dist.ProcessGroup, token: str):
+        """``token``: equal on all ranks and new, see :class:`.rendezvous.Rendezvous`."""
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        # The table of memories lets go of a group that nobody else has; its memory must not keep it.
+        self._group = weakref.ref(group)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        timeout = group._get_backend(self._device).options._timeout
+        self._timeout_ms = int(timeout.total_seconds() * 1000)
+        # Views of a buffer do not keep it: this does.
+        self._owned: dict[str, tuple] = {}
+        # All have come this far together: nobody takes long.
+        limit = min(timeout, timedelta(seconds=_RENDEZVOUS_SECONDS))
+        self._meetings = Rendezvous(group, self._device, token, limit)
+        self._rendezvous("meeting", _ROUND)
+
+    def meet(self) -> None:
+        # A rank that waits in vain ends its process with an error, as NCCL's watchdog does.
+        self._owned["meeting"][1].barrier(0, self._timeout_ms)
+
+    def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
+        if self._owned.pop(name, None) is not None:
+            # Others still map what is to be freed.
+            self._settle()
+        torch.cuda.empty_cache()
+        handle = self._rendezvous(name, nbytes)
+        return [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)]
+
+    def _rendezvous(self, name: str, nbytes: int):
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        buffer, error = None, ""
+        try:
+            buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as failure:
+            error = _first_line(failure)
+        what = f"{nbytes >> 20} MiB for copies between GPUs; exchange copy_engines=False does without"
+        _agree(error, self._group(), what)
+        handle = None
+        try:
+            handle = self._meetings.map(buffer)
+        except RuntimeError as failure:
+            error = _first_line(failure)
+        _agree(error, self._group(), what)
+        self._owned[name] = buffer, handle
+        return handle
+
+    def _settle(self) -> None:
+        torch.cuda.synchronize()
+        dist.barrier(self._group(), device_ids=[self._device.index])
+
+
+_memories: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None]" = weakref.WeakKeyDictionary()
+
+
+def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
+    """The group's peer memory; None unless its ranks have different GPUs of one node that map each other's memory.
+
+    A collective call; what the first one finds is kept.
+    """
+    # The trainer's groups have a backend for the CPU too.
+    if group is None or dist.get_world_size(group) == 1 or "cuda:nccl" not in dist.get_backend_config(group):
+        return None
+    if group not in _memories:
+        _memories[group] = _mapped(group)
+    return _memories[group]
+
+
+def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    everybody: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, (_host(), str(properties.uuid), uuid.uuid4().hex), group)
+    hosts, gpus, tokens = (set(column) for column in zip(*everybody, strict=True))
+    if len(hosts) > 1 or len(gpus) < len(everybody):
+        return None
+    try:
+        return _symmetric_memory(group, min(tokens))
+    except MissingMemory as failure:
+        if dist.get_rank(group) == 0:
+            warnings.warn(
+                f"the group's GPUs do not map each other's memory, so NCCL brings K and V ({failure}); let every "
+                "process see all GPUs of the node (CUDA_VISIBLE_DEVICES), or set exchange copy_engines=False",
+                stacklevel=2,
+            )
+        return None
+
+
+def _symmetric_memory(group: dist.ProcessGroup, token: str) -> SymmetricMemory:
+    memory, error = None, ""
+    try:
+        memory = SymmetricMemory(group, token)
+    except MissingMemory:
+        # All ranks know.
+        raise
+    except (RuntimeError, ImportError, AttributeError, TypeError) as failure:
+        error = _first_line(failure)
+    _agree(error, group, "memory that all ranks read")
+    return memory
+
+
+def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
+    """Raise :class:`MissingMemory` on all ranks if any of them has an error; a collective call."""
+    errors: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group)
+    for rank, why in enumerate(errors):
+        if why:
+            raise MissingMemory(f"rank {rank}: {why} ({what})")
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).strip().split("\n")[0] or type(failure).__name__
+
+
+def _host() -> str:
+    """What all processes of one machine, or one container, have in common."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else os.uname().version}"
