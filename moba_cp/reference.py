@@ -58,7 +58,7 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens:
             for head in range(n_heads):
                 candidates = means[first_block : first_block + own, head // group]
                 # Candidates run from the newest to the oldest, so that a stable sort lets the newer win a tie.
-                score = (q[rows, head].detach().to(wide) @ candidates.T).flip(-1)
+                score = _dot(q[rows, head].detach(), candidates).to(wide).flip(-1)
                 number = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
                 order = number.argsort(dim=-1, descending=True, stable=True)
                 # NaN goes behind every number, -inf included.
@@ -66,6 +66,21 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens:
                 chosen[rows, head, :n_take] = first_block + own - 1 - order[:, :n_take]
         first_block += -(-(end - begin) // block_size)
     return chosen
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products [R, n] of all rows of a [R, D] and b [n, D], summed in float64.
+
+    Sums are elementwise, half of the terms to the other half: a score's rounding follows from its row and its block
+    alone. In a matrix product it also follows from the column, and equal blocks would not tie.
+    """
+    terms = a.double().T[:, :, None] * b.double().T[:, None, :]
+    n = terms.shape[0]
+    while n > 1:
+        half = n // 2
+        terms[:half] += terms[n - half : n]
+        n -= half
+    return terms[0]
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,17 @@ import torch
 
 from moba_cp import MoBAConfig, full_attention, moba_attention, ops, reference
 from moba_cp.blocks import block_table
+from moba_cp.eager.attention import _scores as eager_scores
 from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def _moba(case: Case):
@@ -59,6 +67,73 @@ def test_ties_and_special_scores_rank_as_in_the_reference():
     case = Case(q, k, k, q, torch.tensor([0, 60, 200], dtype=torch.int32), 16, 4)
     expected = reference.select_blocks(q, k, 16, 4, case.cu_seqlens)
     assert torch.equal(_selection(case), expected.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_tokens, dim", [(300, 7), (173, 64), (97, 40)])
+def test_equal_keys_tie(dtype, n_tokens, dim):
+    """Blocks of equal keys: the newest win, whatever the rounding of a score."""
+    g = torch.Generator().manual_seed(dim)
+    q = torch.randn(n_tokens, 4, dim, generator=g, dtype=torch.float64).to(dtype)
+    k = torch.randn(1, 2, dim, generator=g, dtype=torch.float64).expand(n_tokens, -1, -1).to(dtype)
+    newest = (torch.arange(n_tokens) // 16)[:, None] - torch.arange(1, 5)
+    expected = newest.clamp(min=-1)[:, None].expand(-1, 4, -1)
+    assert torch.equal(reference.select_blocks(q, k, 16, 5), expected)
+    assert torch.equal(_selection(Case(q, k, k, q, None, 16, 5)), expected.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [6, 64])
+def test_a_score_depends_on_its_row_and_its_block_alone(dtype, dim):
+    g = torch.Generator().manual_seed(dim)
+    q, means = (torch.randn(2, n, dim, generator=g, dtype=torch.float64).to(dtype) for n in (90, 70))
+    # Sums that cancel: their last bits are all there is.
+    q[:, ::3, dim // 2 :], means[:, ::2, dim // 2 :] = -q[:, ::3, : dim // 2], means[:, ::2, : dim // 2]
+    whole = eager_scores(q, means)
+    exact = torch.matmul(q.double(), means.double().transpose(1, 2))
+    bound = (
+        torch.finfo(whole.dtype).eps * dim * (q.double().norm(dim=-1)[..., None] * means.double().norm(dim=-1)[:, None])
+    )
+    assert ((whole.double() - exact).abs() <= bound).all()
+    for rows, blocks in ((slice(0, 1), slice(0, 1)), (slice(5, 90), slice(69, 70)), (slice(17, 18), slice(3, 70))):
+        assert torch.equal(eager_scores(q[:, rows], means[:, blocks]), whole[:, rows, blocks])
+    for row in (0, 3, 50):
+        assert torch.equal(reference._dot(q[0, row, None], means[0]).to(whole.dtype), whole[0, row, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_on_two_threads(dtype, two_threads):
+    """A hot block, whose keys get gradients from many tasks."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1024, heads, 64) for heads in (4, 1, 1, 4))
+    k[:64] += 2 * q.mean((0, 1))
+    case = Case(q, k, v, dout, None, 64, 3).to(dtype)
+    first, *others = (run(moba_attention, case, MoBAConfig(64, 3, deterministic=True)) for _ in range(4))
+    for results in others:
+        for name, actual, expected in zip(NAMES, results, first):
+            assert torch.equal(actual, expected), name
+
+
+def test_no_sum_in_the_order_of_threads():
+    """Of floating point: integers add up to the same in any order."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sums(TorchDispatchMode):
+        seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name.startswith(("index_add", "scatter_add", "scatter_reduce", "index_reduce")) or (
+                "index_put" in name and len(args) > 3 and args[3]
+            ):
+                self.seen.add((name, args[0].dtype.is_floating_point))
+            return function(*args, **(kwargs or {}))
+
+    case = random_case(3, dtype=torch.float32)
+    with Sums() as sums:
+        _moba(case)
+        run(full_attention, case, cu_seqlens=case.cu_seqlens)
+    assert not [name for name, floating in sums.seen if floating]
 
 
 def test_nan_stays_in_its_document_and_head():

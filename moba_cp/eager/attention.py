@@ -5,7 +5,7 @@ looking at one block. Visits are sorted by block, cut into tasks of at most ``TA
 small dense attention. Nothing of size tokens x tokens is ever made.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, n blocks,
-S chosen blocks per row, E visits, R rows per task. Wide means float32, or float64 for float64 inputs.
+S chosen blocks per row, E visits, R rows per task, W keys of a task. Wide means float32, or float64 for float64 inputs.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,22 @@ from ..dtypes import wide_dtype
 
 TASK_ROWS = 128
 SCRATCH_ELEMENTS = 1 << 24
+# Scores, or products that are summed to scores, at a time: on a CPU they stay in its cache.
+CACHE_ELEMENTS = 1 << 18
+
+
+def _sum_in_place(x: Tensor) -> Tensor:
+    """Sum over dimension 0, pair by pair; ``x`` is overwritten.
+
+    Additions are elementwise, in an order that follows from the length of that dimension alone. So the rounding of an
+    element does not depend on what is summed beside it, as it does in a matrix product or in ``x.sum(0)``.
+    """
+    n = x.shape[0]
+    while n > 1:
+        half = n // 2
+        x[:half] += x[n - half : n]
+        n -= half
+    return x[0]
 
 
 def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Tensor:
@@ -36,15 +52,16 @@ def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Te
     means = k.new_zeros(n, n_heads, dim)
     if k.shape[0] == 0:
         return means
-    step = max(1, SCRATCH_ELEMENTS // (block_size * n_heads * dim))
-    offset = torch.arange(block_size, device=k.device)
+    # Where no block is complete, none is a candidate, and the order of the sums does not matter.
+    width = max(1, min(block_size, int(length.max()))) if n else 1
+    step = max(1, SCRATCH_ELEMENTS // (width * n_heads * dim))
+    offset = torch.arange(width, device=k.device)[:, None]
     for lo in range(0, n, step):
         hi = min(lo + step, n)
-        inside = offset < length[lo:hi, None]
-        rows = torch.where(inside, start[lo:hi, None] + offset, 0)
+        inside = offset < length[lo:hi]
+        rows = torch.where(inside, start[lo:hi] + offset, 0)
         keys = k[rows].double().masked_fill(~inside[..., None, None], 0)
-        # Sums in float64, so that a mean does not depend on how many blocks are reduced together.
-        total = keys.sum(1) / length[lo:hi].clamp(min=1)[:, None, None]
+        total = _sum_in_place(keys) / length[lo:hi].clamp(min=1)[:, None, None]
         means[lo:hi] = total.to(wide_dtype(k.dtype)).to(k.dtype)
     return means
 
@@ -54,6 +71,39 @@ def _ordered_bits(score: Tensor) -> Tensor:
     bits = (score + 0.0).view(torch.int64)
     bits = bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max)
     return torch.where(score.isnan(), torch.iinfo(torch.int64).min + 1, bits)
+
+
+def _elements_at_once(x: Tensor) -> int:
+    return SCRATCH_ELEMENTS if x.is_cuda else CACHE_ELEMENTS
+
+
+def _scores(q: Tensor, means: Tensor) -> Tensor:
+    """Scores [H, N, n], wide, of rows q [H, N, D] and block means [H, n, D].
+
+    A score is the float64 sum of :func:`_sum_in_place`, rounded to the wide dtype: a function of its row and its mean
+    alone. So equal means have equal scores, and scores are the same on any number of ranks.
+    """
+    rows, keys = q.double(), means.double()
+    if q.dtype == torch.float64:
+        score = rows.new_empty(*rows.shape[:2], keys.shape[1])
+        step = max(1, _elements_at_once(q) // max(1, keys[0].numel()))
+        for of_head, head_rows, head_keys in zip(score, rows, keys):
+            for lo in range(0, rows.shape[1], step):
+                some = head_rows[lo : lo + step].T[:, :, None]
+                of_head[lo : lo + step] = _sum_in_place(some * head_keys.T[:, None, :])
+        return score
+    # The products are exact in float64. A sum of them in any order is off by at most D * 2 ** -53 times the norms:
+    # where that cannot change what it is rounded to, the order does not matter.
+    score = torch.matmul(rows, keys.transpose(1, 2))
+    norms = rows.norm(dim=-1)[:, :, None] * (keys.norm(dim=-1) * (q.shape[2] * 2.0**-51))[:, None, :]
+    wide = wide_dtype(q.dtype)
+    unsure = ((score - norms).to(wide) != (score + norms).to(wide)) & score.isfinite()
+    head, row, block = unsure.nonzero(as_tuple=True)
+    step = max(1, SCRATCH_ELEMENTS // q.shape[2])
+    for some in zip(*(x.split(step) for x in (head, row, block))):
+        head, row, block = some
+        score[some] = _sum_in_place((rows[head, row] * keys[head, block]).T.contiguous())
+    return score.to(wide)
 
 
 def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: int) -> Tensor:
@@ -74,16 +124,14 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     n_take = min(top_k - 1, n)
     if n_take == 0:
         return chosen
-    # In float64 a product of float32 numbers is exact and the sum nearly so: after rounding, the score does not
-    # depend on how many rows or blocks the product was computed with, hence not on the number of ranks.
-    keys = means.double().permute(1, 2, 0)
+    keys = means.transpose(0, 1)
     block = torch.arange(n, device=q.device)
     never = torch.iinfo(torch.int64).min
-    step = max(1, SCRATCH_ELEMENTS // (n_heads * n))
+    step = max(1, _elements_at_once(q) // (n_heads * n))
     for lo in range(0, n_rows, step):
         hi = min(lo + step, n_rows)
-        rows = q[lo:hi].double().view(hi - lo, n_kv, n_heads // n_kv, dim).transpose(0, 1)
-        score = torch.matmul(rows.flatten(1, 2), keys).to(wide_dtype(q.dtype)).double()
+        rows = q[lo:hi].view(hi - lo, n_kv, n_heads // n_kv, dim).transpose(0, 1)
+        score = _scores(rows.flatten(1, 2), keys).double()
         score = score.view(n_kv, hi - lo, -1, n).transpose(0, 1).flatten(1, 2)
         candidate = (block >= first[lo:hi, None]) & (block < own[lo:hi, None])
         rank = torch.where(candidate[:, None], _ordered_bits(score), never).flip(-1)
@@ -148,7 +196,10 @@ class _Head:
         task_rows = min(TASK_ROWS, max(16, q.shape[0] * group))
         self.tasks = _tasks(blocks, limits, pages.row.shape[1], task_rows)
         self.wide = wide_dtype(q.dtype)
-        self.chunk = max(1, SCRATCH_ELEMENTS // (task_rows * (pages.block_size + q.shape[2])))
+        # As many keys as are seen of any block: blocks may be far longer than any document.
+        most = int(self.tasks.limit.max()) if self.tasks.limit.numel() else 0
+        self.width = min(pages.block_size, (most + 15) // 16 * 16)
+        self.chunk = max(1, SCRATCH_ELEMENTS // (task_rows * (self.width + q.shape[2])))
 
     def chunks(self):
         """Slices of tasks small enough for the scratch limit."""
@@ -163,18 +214,42 @@ class _Head:
         return rows.masked_fill((visit < 0).view(*visit.shape, *[1] * (rows.dim() - 2)), 0)
 
     def key_rows(self, tasks: slice) -> tuple[Tensor, Tensor]:
-        """Storage row of every key of every task's block [tasks, B], and the head [tasks, 1]."""
+        """Storage row of every key of every task's block [tasks, W], and the head [tasks, 1]."""
         block = self.tasks.block[tasks]
-        offset = torch.arange(self.pages.block_size, device=block.device)
+        offset = torch.arange(self.width, device=block.device)
         last = (self.pages.length[block].long() - 1)[:, None]
         rows = self.pages.row[self.kv_head, block][:, None] + torch.minimum(offset, last)
         return rows, self.pages.head[self.kv_head, block].long()[:, None]
 
     def scores(self, q_rows: Tensor, k_rows: Tensor, scale: float, tasks: slice) -> Tensor:
-        """Masked, scaled scores [tasks, R, B]."""
-        offset = torch.arange(self.pages.block_size, device=q_rows.device)
+        """Masked, scaled scores [tasks, R, W]."""
+        offset = torch.arange(self.width, device=q_rows.device)
         score = torch.matmul(q_rows, k_rows.transpose(1, 2)) * scale
         return score.masked_fill(offset >= self.tasks.limit[tasks][..., None], -torch.inf)
+
+    def add_keys(self, totals, parts, rows: Tensor, storage_head: Tensor, tasks: slice) -> None:
+        """Add what each task gives its block's keys to sums over the storage, in a fixed order.
+
+        Args:
+            totals: sums shaped like the storage.
+            parts: for each of them [tasks, W, D], overwritten.
+            rows, storage_head: of :meth:`key_rows`.
+        """
+        block = self.tasks.block[tasks]
+        # Tasks of a block are neighbours: sum them pair by pair into the first. An index_put_ that accumulates adds in
+        # whatever order threads come.
+        number = torch.arange(block.numel(), device=block.device) - torch.searchsorted(block, block)
+        step = 1
+        while (late := (number % (2 * step) == step).nonzero()[:, 0]).numel():
+            for part in parts:
+                part[late - step] += part[late]
+            step *= 2
+        first = (number == 0).nonzero()[:, 0]
+        # A short block's missing keys were read from its last row.
+        inside = torch.arange(self.width, device=block.device) < self.pages.length[block[first]][:, None]
+        at = rows[first][inside], storage_head.expand_as(rows)[first][inside]
+        for total, part in zip(totals, parts, strict=True):
+            total[at] += part[first][inside]
 
 
 def attend(
@@ -249,7 +324,7 @@ def attend_backward(
         dout: [N, Hq, D], gradient of the final output.
         lse: [N, Hq], log-sum-exp over everything the row sees, in all storages.
         delta: [N, Hq], row sums of ``dout * out`` of the final output.
-        deterministic: accepted for symmetry with the kernels; this path always is.
+        deterministic: accepted for symmetry with the kernels; this path always is, on any number of threads.
         into: wide dq, dk and dv to add to instead of new ones; dk and dv with equal strides.
 
     Returns:
@@ -272,10 +347,8 @@ def attend_backward(
             dscore = prob * (dprob - head.gather_rows(delta, tasks)[..., None]) * scale
             real = head.tasks.visit[tasks] >= 0
             part[head.tasks.visit[tasks][real]] = torch.matmul(dscore, k_rows)[real]
-            # A short block's missing keys were read from its last row; their probability is zero, so is what is added.
-            at = (rows, storage_head.expand_as(rows))
-            dk.index_put_(at, torch.matmul(dscore.transpose(1, 2), q_rows), accumulate=True)
-            dv.index_put_(at, torch.matmul(prob.transpose(1, 2), do_rows), accumulate=True)
+            of_tasks = torch.matmul(dscore.transpose(1, 2), q_rows), torch.matmul(prob.transpose(1, 2), do_rows)
+            head.add_keys((dk, dv), of_tasks, rows, storage_head, tasks)
         dq[:, head.heads] += part.view(n_rows, group, head.n_slots, dim).sum(2)
     return dq, dk, dv
 

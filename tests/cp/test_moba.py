@@ -88,6 +88,21 @@ def test_many_ranks_equal_one(layout, size):
                     assert relative_error(actual, want) < 1e-10, f"seed {seed} full={full} {name}"
 
 
+@pytest.mark.parametrize("size", [2, 16])
+def test_ranks_choose_alike_among_equal_keys(size):
+    """Every block has the same mean: a selection that differs is off by far more than rounding."""
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        n, dim = 32 * 18, (16, 40, 64)[seed]
+        q, v, dout = (torch.randn(n, h, dim, generator=g, dtype=torch.float64) for h in (3, 1, 3))
+        k = torch.randn(1, 1, dim, generator=g, dtype=torch.float64).expand(n, -1, -1).contiguous()
+        case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), 16, 3)
+        expected = run_reference(case)
+        for results, _ in run_threads(size, across_ranks, case, "zigzag", False):
+            for name, actual, want in zip(NAMES, results, expected):
+                assert relative_error(actual, want) < 1e-10, f"seed {seed} {name}"
+
+
 def _counted(comm: Communicator, case: Case):
     return across_ranks(comm, case, "contiguous", full=False, exchange="kv")[1]
 
