@@ -8,7 +8,7 @@ import torch
 
 from moba_cp import reference
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 
 
 @dataclass
