@@ -46,8 +46,18 @@ class CheckpointMeta:
     """Of the run; with ``step`` it places the data and every random number."""
 
 
-def save(folder: Path, meta: CheckpointMeta, module: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write a checkpoint into ``folder``, the newest of the ``keep`` that stay (0: all); collective over all ranks."""
+def save(
+    folder: Path,
+    meta: CheckpointMeta,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    keep_step: int | None = None,
+) -> Path:
+    """Write a checkpoint into ``folder``, the newest of the ``keep`` that stay (0: all); collective over all ranks.
+
+    The checkpoint of ``keep_step`` stays whatever its age, and is not counted.
+    """
     target = folder / f"step-{meta.step:08d}"
     partial = target.with_name(target.name + _PARTIAL)
     first = dist.get_rank() == 0
@@ -61,7 +71,7 @@ def save(folder: Path, meta: CheckpointMeta, module: nn.Module, optimizer: torch
         # A run that went back to an older checkpoint comes by this step again.
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        others = [path for path in _list(folder) if path != target]
+        others = [path for path in find_all(folder) if path != target and step_of(path) != keep_step]
         for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
@@ -91,7 +101,7 @@ def find(path: Path) -> Path:
     if (path / META).is_file():
         return path
     for folder in (path / "checkpoints", path):
-        if found := _list(folder):
+        if found := find_all(folder):
             return found[-1]
     raise ValueError(f"{path}: no checkpoint there; give a run's folder or one of its checkpoints/step-* folders")
 
@@ -120,9 +130,22 @@ def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) ->
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints in ``folder`` of steps after ``step`` (0: all), and partial ones."""
-    later = [path for path in _list(folder) if _step(path.name) > step]
-    for path in [*later, *folder.glob(f"step-*{_PARTIAL}")]:
+    """Delete the checkpoints in ``folder`` of steps after ``step`` (0: all), and partial ones.
+
+    For a ``step`` above 0, the last checkpoint of a run that had ended stays, as ``finished-00000160``: a run that is
+    prolonged from before its decay does not take the trained model away.
+    """
+    for path in folder.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(path)
+    for path in find_all(folder):
+        if step_of(path) > step:
+            if step and _ended_a_run(path):
+                finished = path.with_name(f"finished-{step_of(path):08d}")
+                shutil.rmtree(finished, ignore_errors=True)
+                path.rename(finished)
+            else:
+                shutil.rmtree(path)
+    for path in [] if step else folder.glob("finished-*"):
         shutil.rmtree(path)
 
 
@@ -131,13 +154,23 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def _list(folder: Path) -> list[Path]:
+def _ended_a_run(path: Path) -> bool:
+    """Whether the checkpoint is of its run's last step."""
+    try:
+        meta = read_meta(path)
+    except ValueError:
+        return False
+    return meta.step == meta.config.get("run", {}).get("steps")
+
+
+def find_all(folder: Path) -> list[Path]:
     """Whole checkpoints in ``folder``, oldest step first."""
     if not folder.is_dir():
         return []
-    names = sorted(filter(_NAME.fullmatch, os.listdir(folder)), key=_step)
-    return [folder / name for name in names if (folder / name / META).is_file()]
+    paths = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+    return sorted((path for path in paths if (path / META).is_file()), key=step_of)
 
 
-def _step(name: str) -> int:
-    return int(_NAME.fullmatch(name)[1])
+def step_of(path: Path) -> int:
+    """Optimizer steps that the checkpoint ``path`` has done, by its name."""
+    return int(_NAME.fullmatch(path.name)[1])

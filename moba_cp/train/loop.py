@@ -45,6 +45,8 @@ class Trainer:
         self.module.to_empty(device=mesh.device)
         self.module.init_weights(config.run.seed)
         self.optimizer = build_optimizer(self.module, config.optimizer)
+        # A prolonged run goes on from the last step before the decay.
+        self._kept_step = config.optimizer.decay_start(config.run.steps) if config.optimizer.schedule == "wsd" else None
         self.step, self._start = 0, resume
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
@@ -71,7 +73,7 @@ class Trainer:
                     if (loss := self.validation_loss()) is not None:
                         record["validation_loss"] = loss
                 reporter.report(record)
-                if self.step % run.checkpoint_every == 0 or self.step == run.steps:
+                if self.step % run.checkpoint_every == 0 or self.step in (run.steps, self._kept_step):
                     self._save()
         return record
 
@@ -150,7 +152,7 @@ class Trainer:
             self.step, to_dict(self.config), self.plan.corpus.fingerprint, self.config.run.seed
         )
         keep = self.config.run.keep_checkpoints
-        checkpoint.save(self.folder / CHECKPOINTS, meta, self.module, self.optimizer, keep)
+        checkpoint.save(self.folder / CHECKPOINTS, meta, self.module, self.optimizer, keep, self._kept_step)
 
 
 def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with a linear warm-up and one of two schedules."""
 
     lr: float = 1e-3
     """Learning rate after warm-up."""
+
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """How the rate falls after warm-up. cosine: from the first step to the last, so that the whole schedule depends on
+    run.steps. wsd (warm-up, stable, decay): ``lr`` until the last steps, in which it falls linearly; a run with it can
+    be prolonged (``--resume`` with more steps) and then computes what it would have computed had it been longer from
+    the start. It writes a checkpoint before its decay, which stays."""
+
+    decay: int | float = 0.2
+    """Length of the decay at the end of wsd: below 1 a share of run.steps, else a number of steps; 0 for no decay."""
 
     final_lr_ratio: float = 0.1
     """The learning rate at the last step as a share of ``lr`` (0 to 1)."""
@@ -47,11 +57,20 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.decay < 0 or (self.decay > 1 and self.decay % 1):
+            raise ValueError(f"decay={self.decay} is neither a share below 1 nor a number of steps; 0.2 is usual")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio} must be between 0 and 1")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             name = "warmup_steps" if self.warmup_steps < 0 else "weight_decay"
             raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 for none")
+
+    def decay_start(self, steps: int) -> int:
+        """The last step of a run of ``steps`` before the rate falls."""
+        if self.schedule == "cosine":
+            return min(self.warmup_steps, steps)
+        decay = round(self.decay * steps) if self.decay < 1 else int(self.decay)
+        return min(steps, max(self.warmup_steps, steps - decay))
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -68,9 +87,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of ``step`` (1 to ``steps``)."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    floor = config.final_lr_ratio
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    start = config.decay_start(steps)
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * left)
 
 
 def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:

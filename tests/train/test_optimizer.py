@@ -17,6 +17,24 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
 
 
+@pytest.mark.parametrize("decay, start", [(0.2, 88), (22, 88), (0.999, 10), (200, 10), (0, 110)])
+def test_learning_rate_stays_until_the_decay(decay, start):
+    config = OptimizerConfig(lr=0.5, schedule="wsd", warmup_steps=10, decay=decay, final_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(1, 111)]
+    assert config.decay_start(110) == start
+    assert rates[:10] == pytest.approx([0.05 * step for step in range(1, 11)])
+    assert set(rates[10:start]) <= {0.5} and (decay == 0 or rates[-1] == pytest.approx(0.05))
+    steps = [a - b for a, b in zip(rates[start - 1 :], rates[start:])]
+    assert steps == pytest.approx([0.45 / max(1, 110 - start)] * len(steps)), "it falls linearly"
+
+
+def test_a_longer_run_has_the_same_rates_before_its_decay():
+    config = OptimizerConfig(schedule="wsd")
+    assert all(
+        learning_rate(config, s, 100) == learning_rate(config, s, 1000) for s in range(1, config.decay_start(100))
+    )
+
+
 def test_warm_up_may_be_absent_or_longer_than_the_run():
     assert learning_rate(OptimizerConfig(lr=0.5, warmup_steps=0), 1, 1) == pytest.approx(0.05)
     assert learning_rate(OptimizerConfig(lr=0.5, warmup_steps=100), 10, 10) == pytest.approx(0.05)
@@ -55,6 +73,8 @@ def test_clipping_scales_all_gradients_by_one_factor(clip_norm, factor):
         ("final_lr_ratio", 1.5),
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
+        ("decay", -0.1),
+        ("decay", 2.5),
         ("lr", math.nan),
     ],
 )

@@ -1,0 +1,131 @@
+"""From which checkpoint a run goes on, and what its user should know about that."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+from . import checkpoint
+from .checkpoint import CheckpointMeta
+from .log import is_own
+from .optimizer import OptimizerConfig, learning_rate
+from .plan import RunPlan
+from .yaml_config import to_dict
+
+# They decide the data and the learning rate of every step.
+_DECISIVE = (("run", "seed"), ("run", "steps"), ("data", "seq_len"), ("data", "sequences_per_step"))
+
+
+def find_checkpoint(resume: str | None, plan: RunPlan) -> Path | None:
+    """The checkpoint to start from, checked against the run.
+
+    A run whose schedule can be prolonged goes on from its newest checkpoint before its decay, unless ``resume`` names a
+    checkpoint: what it learned at the rates of the decay belongs to the end of a run.
+
+    Args:
+        resume: what ``--resume`` was given: a checkpoint, a run's folder, "" for run.directory; None to start anew.
+        plan: the run that is to start.
+
+    Returns:
+        the checkpoint's folder, None to start anew.
+
+    Raises:
+        ValueError: no checkpoint there, one of another model, or one that has done all steps of the run.
+    """
+    if resume is None:
+        if plan.config.run.start_from is not None:
+            _same_model(checkpoint.find(Path(plan.config.run.start_from)), plan)
+        return None
+    asked = Path(resume or plan.config.run.directory)
+    path = checkpoint.find(asked)
+    meta = _same_model(path, plan)
+    if meta.step >= plan.config.run.steps:
+        raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
+    return path if path == asked else _before_decay(path, meta, plan)
+
+
+def describe(path: Path, plan: RunPlan) -> list[str]:
+    """What a run that goes on from ``path`` says of it: steps done and done again, learning rate before and after."""
+    meta, run = checkpoint.read_meta(path), plan.config.run
+    lines = [f"resumed from {path}: {meta.step} of {run.steps} steps are done"]
+    newest = checkpoint.step_of(checkpoint.find_all(path.parent)[-1])
+    if newest > meta.step and _is_prolonged(meta, plan):
+        kept = f", and their model is kept as finished-{newest:08d}" if is_own(Path(run.directory), path) else ""
+        lines.append(f"steps {meta.step + 1} to {newest}, with a falling learning rate, are done again without{kept}")
+    before = _rate(meta)
+    if before is not None:
+        after = learning_rate(plan.config.optimizer, meta.step + 1, run.steps)
+        lines.append(f"learning rate: {before:.3g} in step {meta.step}, {after:.3g} in step {meta.step + 1}")
+    return lines
+
+
+def notes(path: Path, plan: RunPlan) -> list[str]:
+    """Why a run resumed from ``path`` will not go on exactly as the run that wrote it would have."""
+    meta, saved, config = checkpoint.read_meta(path), checkpoint.read_meta(path).config, to_dict(plan.config)
+    lines = []
+    if meta.data_fingerprint != plan.corpus.fingerprint:
+        lines.append(f"{path} was trained on other data than {plan.corpus.source} holds now")
+    different = [
+        f"{section}.{key} ({saved[section][key]} there, {config[section][key]} here)"
+        for section, key in _DECISIVE
+        if key in saved.get(section, {}) and saved[section][key] != config[section][key]
+    ]
+    if different:
+        lines.append(f"this run differs from that of {path} in {', '.join(different)}")
+    before, here = _rate(meta), plan.config.optimizer
+    if before is not None and not math.isclose(
+        before, learning_rate(here, meta.step, plan.config.run.steps), rel_tol=0.01
+    ):
+        lines.append("the learning rate jumps" + _why(meta, plan))
+    return lines
+
+
+def _before_decay(newest: Path, meta: CheckpointMeta, plan: RunPlan) -> Path:
+    """The newest checkpoint from before the decay, if ``newest`` is from within it and the run is prolonged."""
+    if not _is_prolonged(meta, plan):
+        return newest
+    last = _optimizer_of(meta).decay_start(meta.config["run"]["steps"])
+    earlier = [path for path in checkpoint.find_all(newest.parent) if checkpoint.step_of(path) <= last]
+    return earlier[-1] if earlier else newest
+
+
+def _is_prolonged(meta: CheckpointMeta, plan: RunPlan) -> bool:
+    """Whether the run that wrote the checkpoint had a schedule that can be prolonged, and now has more steps."""
+    there, here = _optimizer_of(meta), plan.config.optimizer
+    steps = meta.config.get("run", {}).get("steps")
+    return (
+        steps is not None
+        and there is not None
+        and there.schedule == here.schedule == "wsd"
+        and there.decay_start(steps) < here.decay_start(plan.config.run.steps)
+    )
+
+
+def _why(meta: CheckpointMeta, plan: RunPlan) -> str:
+    """The reason for a jump of the learning rate, where it is the usual one."""
+    there, here, steps = _optimizer_of(meta), plan.config.optimizer, plan.config.run.steps
+    if there.schedule == here.schedule == "cosine" and there.lr == here.lr and meta.config["run"]["steps"] < steps:
+        return (
+            f": a cosine schedule over {meta.config['run']['steps']} steps is prolonged to {steps}; a run that may be "
+            "prolonged starts with optimizer.schedule: wsd"
+        )
+    return "; name an earlier checkpoint (--resume PATH), or set optimizer.lr to the rate to go on with"
+
+
+def _rate(meta: CheckpointMeta) -> float | None:
+    """The learning rate of the checkpoint's last step; None where its config does not say."""
+    optimizer, steps = _optimizer_of(meta), meta.config.get("run", {}).get("steps")
+    return learning_rate(optimizer, meta.step, steps) if optimizer is not None and steps and meta.step else None
+
+
+def _optimizer_of(meta: CheckpointMeta) -> OptimizerConfig | None:
+    """The optimizer section of the config in a checkpoint; a key of a later version is left out."""
+    section = meta.config.get("optimizer")
+    if section is None:
+        return None
+    return OptimizerConfig(**{f.name: section[f.name] for f in fields(OptimizerConfig) if f.name in section})
+
+
+def _same_model(path: Path, plan: RunPlan) -> CheckpointMeta:
+    meta = checkpoint.read_meta(path)
+    checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
+    return meta
