@@ -12,7 +12,7 @@ from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
 from moba_cp.train.resume import describe, find_checkpoint, notes
 from moba_cp.train.yaml_config import load, to_dict
-from tests.train.runs import DEMO, SHRUNKEN, logged, train, write_text
+from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
 
 
 @pytest.fixture(scope="module")
