@@ -29,13 +29,13 @@ def attend(
     own: Tensor | None,
     visible: Tensor | None,
     scale: float,
-    out_dtype: torch.dtype = torch.float32,
-    scratch_bytes: int | None = None,
+    out_dtype: torch.dtype | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     whole: bool = False,
     shared: dict | None = None,
+    scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -46,7 +46,7 @@ def attend(
         own: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
         visible: [N] int32, with ``own``.
         scale: factor of the scores.
-        out_dtype: of the output.
+        out_dtype: of the output; float32 if it is None.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows; by default
             FORWARD_SCRATCH, or the size of q if that is more.
         index: of :func:`routing_index`, made here for these ``pages`` if it is None.
@@ -62,10 +62,11 @@ def attend(
         out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
     """
     check_head_dim(q.shape[2])
+    out_dtype = out_dtype or torch.float32
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, out_dtype, scratch_bytes
-        attend(*some, into=tuple(x[:, at] for x in into), whole=whole)
+        some = q[:, at], pages.of_heads(kv_heads), chosen[:, at], own, visible, scale, out_dtype
+        attend(*some, into=tuple(x[:, at] for x in into), whole=whole, scratch_bytes=scratch_bytes)
         return into
     q, pages, chosen = _kernel_inputs(q, pages, chosen)
     n_rows, n_heads, dim = q.shape
@@ -105,7 +106,6 @@ def attend_backward(
     delta: Tensor,
     deterministic: bool = False,
     local_dtype: torch.dtype | None = None,
-    scratch_bytes: int | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -113,6 +113,7 @@ def attend_backward(
     whole: bool = False,
     keys_done: Callable[[], None] | None = None,
     shared: dict | None = None,
+    scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import ops
 from .blocks import BlockTable, block_count, block_table, local_pages
 from .dtypes import wide_dtype
+from .ops import backend
 
 
 @lru_cache(maxsize=8)
@@ -46,6 +46,7 @@ def moba_attention_op(
     """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, chosen [T, Hq, k - 1] int32, and the kernels' routing index for
     the backward (empty where there is none)."""
     table = _table(q, block_size, cu_seqlens)
+    ops = backend(q)
     means = ops.block_means(k, table.start, table.length, block_size)
     chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
     pages = local_pages(k, v, table)
@@ -71,6 +72,7 @@ def moba_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtype."""
     table = _table(q, block_size, cu_seqlens)
+    ops = backend(q)
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
         q, local_pages(k, v, table), chosen, table.own, table.visible, scale, dout, lse, delta,
@@ -85,7 +87,7 @@ def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
     lse = q.new_empty(n_tokens, n_heads, dtype=wide_dtype(q.dtype))
     chosen = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
     n_blocks = block_count(n_tokens, block_size, cu_seqlens)
-    return out, lse, chosen, q.new_empty(ops.index_size(q, k.shape[1], n_blocks, top_k), dtype=torch.int32)
+    return out, lse, chosen, q.new_empty(backend(q).index_size(q, k.shape[1], n_blocks, top_k), dtype=torch.int32)
 
 
 @moba_attention_backward_op.register_fake

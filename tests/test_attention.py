@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, full_attention, moba_attention, ops, reference
+from moba_cp import MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.blocks import block_table
 from moba_cp.eager.attention import _scores as eager_scores
+from moba_cp.ops import backend
 from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
@@ -24,8 +25,8 @@ def _moba(case: Case):
 
 def _selection(case: Case):
     table = block_table(case.q.shape[0], case.block_size, case.cu_seqlens, case.q.device)
-    means = ops.block_means(case.k, table.start, table.length, table.block_size)
-    return ops.select_blocks(case.q, means, table.first, table.own, case.top_k)
+    means = backend(case.k).block_means(case.k, table.start, table.length, table.block_size)
+    return backend(case.q).select_blocks(case.q, means, table.first, table.own, case.top_k)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)

@@ -11,9 +11,9 @@ S = k - 1 chosen blocks per row.
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..config import MoBAConfig
 from ..dtypes import wide_dtype
+from ..ops import backend
 from .allgather.strategy import Gathering
 from .comm import BACKWARD, ring_bytes
 from .context import CPContext
@@ -50,7 +50,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         stages = gathering.stages(k_rows, v_rows, False, differentiated) if at_once else None
 
         means = gather_means(k_rows, geometry, comm)
-        chosen = ops.select_blocks(q, means, geometry.first, geometry.own, config.top_k)
+        chosen = backend(q).select_blocks(q, means, geometry.first, geometry.own, config.top_k)
         if cp.observer is not None:
             cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
         ready, way = comm.mark(q), None
@@ -85,7 +85,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         rows = Queries(q, chosen, geometry, ctx.scale, index)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         stages = ctx.way.stages(k_rows, v_rows, True) if isinstance(ctx.way, Gathering) else None
-        output = OutputGradient(dout, lse, ops.row_sums(dout, out), config.deterministic)
+        output = OutputGradient(dout, lse, backend(dout).row_sums(dout, out), config.deterministic)
         if stages is None:
             dq, grads = planned.backward(ctx.way, rows, output, owned_pages(k_rows, v_rows, geometry), cp)
         else:

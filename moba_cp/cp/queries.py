@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import ops
 from ..blocks import Pages
+from ..ops import backend
 from .geometry import BlockGeometry
 
 
@@ -20,14 +20,14 @@ class Queries:
     geometry: BlockGeometry
     scale: float
     index: Tensor | None
-    """Of all blocks wherever they lie, see :func:`moba_cp.ops.routing_index`: calls pass over those that their storage
-    does not have."""
+    """Of all blocks wherever they lie, see :func:`moba_cp.eager.routing_index`: calls pass over those that their
+    storage does not have."""
 
     @staticmethod
     def of(q: Tensor, chosen: Tensor, geometry: BlockGeometry, scale: float, n_kv: int) -> "Queries":
         """With a new index, for ``n_kv`` KV heads."""
         own, visible = geometry.own, geometry.visible
-        index = ops.routing_index(q, chosen, own, visible, geometry.somewhere.expand(n_kv, -1))
+        index = backend(q).routing_index(q, chosen, own, visible, geometry.somewhere.expand(n_kv, -1))
         return Queries(q, chosen, geometry, scale, index)
 
     @property
@@ -35,15 +35,17 @@ class Queries:
         return self.chosen, self.geometry.own, self.geometry.visible, self.scale
 
     def attend(self, pages: Pages, kv_heads: slice | None, into: tuple[Tensor, Tensor], **how) -> None:
-        """Attention to the blocks in ``pages``; arguments as of :func:`moba_cp.ops.attend`."""
-        ops.attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, into=into, **how)
+        """Attention to the blocks in ``pages``; arguments as of :func:`moba_cp.eager.attend`."""
+        backend(self.q).attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, into=into, **how)
 
     def attend_backward(
         self, pages: Pages, kv_heads: slice, into: tuple[Tensor, Tensor, Tensor], output: "OutputGradient", **how
     ) -> None:
-        """Gradients of :meth:`attend`; ``how`` as of :func:`moba_cp.ops.attend_backward`."""
+        """Gradients of :meth:`attend`; ``how`` as of :func:`moba_cp.eager.attend_backward`."""
         rows = output.dout, output.lse, output.delta, output.deterministic
-        ops.attend_backward(self.q, pages, *self._seen, *rows, index=self.index, kv_heads=kv_heads, into=into, **how)
+        backend(self.q).attend_backward(
+            self.q, pages, *self._seen, *rows, index=self.index, kv_heads=kv_heads, into=into, **how
+        )
 
 
 @dataclass(frozen=True)

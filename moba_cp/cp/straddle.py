@@ -6,8 +6,8 @@ Legend: P ranks, L local tokens, X extra rows (assembled straddling blocks), n b
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..blocks import Pages
+from ..ops import backend
 from .comm import Communicator
 from .geometry import BlockGeometry
 
@@ -46,7 +46,7 @@ def owned_means(k: Tensor, geometry: BlockGeometry, rank: int) -> Tensor:
     if "owned" not in geometry.tables:
         mine = geometry.owned[rank]
         geometry.tables["owned"] = geometry.row[mine], geometry.length[mine]
-    means = ops.block_means(k, *geometry.tables["owned"], geometry.block_size)
+    means = backend(k).block_means(k, *geometry.tables["owned"], geometry.block_size)
     widest = max(ids.numel() for ids in geometry.owned)
     if means.shape[0] < widest:
         means = torch.cat([means, means.new_zeros(widest - means.shape[0], *means.shape[1:])])

@@ -8,6 +8,7 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 S chosen blocks per row, E visits, R rows per task, W keys of a task. Wide means float32, or float64 for float64 inputs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -259,7 +260,12 @@ def attend(
     own: Tensor | None,
     visible: Tensor | None,
     scale: float,
+    out_dtype: torch.dtype | None = None,
+    index: Tensor | None = None,
+    kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    whole: bool = False,
+    shared: dict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
@@ -270,11 +276,34 @@ def attend(
         own: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
         visible: [N] int32, with ``own``.
         scale: factor of the scores.
+        out_dtype: of the output; wide if it is None.
+        index: of :func:`routing_index`.
+        kv_heads: with ``into``: the KV heads to do; all if it is None.
         into: wide out and lse over other keys, to join the result to; out may hold anything where lse is -inf.
+        whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
+        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike, with
+            the very same ``q``, ``chosen``, ``index``, ``pages.row`` and ``pages.head``: the kernels leave in it what
+            serves the calls that follow; not used here.
 
     Returns:
-        out [N, Hq, D] and lse [N, Hq], both wide; a row that sees nothing has out 0 and lse -inf.
+        out [N, Hq, D] and lse [N, Hq] wide; a row that sees nothing has out 0 and lse -inf.
     """
+    if kv_heads is not None:
+        at = pages.query_heads(kv_heads, q.shape[1])
+        q, pages, chosen = q[:, at], pages.of_heads(kv_heads), chosen[:, at]
+    out, lse = _attend(q, pages, chosen, own, visible, scale)
+    if into is None:
+        return out.to(out_dtype or out.dtype), lse
+    to_out, to_lse = into if kv_heads is None else (x[:, at] for x in into)
+    if not whole:
+        before = torch.where(to_lse[..., None] == -torch.inf, 0, to_out)
+        out, lse = merge([before, out], [to_lse, lse])
+    to_out.copy_(out), to_lse.copy_(lse)
+    return into
+
+
+def _attend(q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float):
+    """:func:`attend`: out and lse, wide."""
     n_rows, n_heads, dim = q.shape
     wide = wide_dtype(q.dtype)
     out = torch.zeros(n_rows, n_heads, dim, dtype=wide, device=q.device)
@@ -297,11 +326,6 @@ def attend(
         out[:, head.heads], lse[:, head.heads] = merge(
             part.view(n_rows, group, head.n_slots, dim).unbind(2), part_lse.view(n_rows, group, head.n_slots).unbind(2)
         )
-    if into is not None:
-        before = torch.where(into[1][..., None] == -torch.inf, 0, into[0])
-        for target, joined in zip(into, merge([before, out], [into[1], lse]), strict=True):
-            target.copy_(joined)
-        return into
     return out, lse
 
 
@@ -316,7 +340,14 @@ def attend_backward(
     lse: Tensor,
     delta: Tensor,
     deterministic: bool = False,
+    local_dtype: torch.dtype | None = None,
+    index: Tensor | None = None,
+    kv_heads: slice | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh: bool = False,
+    whole: bool = False,
+    keys_done: Callable[[], None] | None = None,
+    shared: dict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -325,14 +356,46 @@ def attend_backward(
         lse: [N, Hq], log-sum-exp over everything the row sees, in all storages.
         delta: [N, Hq], row sums of ``dout * out`` of the final output.
         deterministic: accepted for symmetry with the kernels; this path always is, on any number of threads.
-        into: wide dq, dk and dv to add to instead of new ones; dk and dv with equal strides.
+        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`.
+        index, kv_heads: as in :func:`attend`.
+        into: wide dq, dk and dv to add to instead of new ones; dk and dv with equal strides; not with ``local_dtype``.
+        fresh: dk and dv of ``into`` hold nothing yet, and may have any dtype: the rows of the blocks here are written,
+            others are left or zeroed, so that one call has to serve the whole storage.
+        whole: no other storage has a part in dq: that of ``into`` holds nothing yet, and may have any dtype.
+        keys_done: called once dk and dv are on their way to be written; dq may follow.
+        shared: as in :func:`attend`.
 
     Returns:
-        dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; all wide.
+        dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; wide unless ``local_dtype``.
     """
+    if kv_heads is not None:
+        at = pages.query_heads(kv_heads, q.shape[1])
+        q, pages, chosen = q[:, at], pages.of_heads(kv_heads), chosen[:, at]
+        dout, lse, delta = dout[:, at], lse[:, at], delta[:, at]
+    targets = into or (None, None, None)
+    if kv_heads is not None and into is not None:
+        targets = into[0][:, at], *into[1:]
+    sums = [
+        torch.zeros(x.shape, dtype=lse.dtype, device=q.device) if target is None or new else target
+        for x, target, new in zip((q, pages.k, pages.v), targets, (whole, fresh, fresh))
+    ]
+    _add_gradients(q, pages, chosen, own, visible, scale, dout, lse, delta, *sums)
+    if into is not None:
+        for target, total in zip(targets, sums):
+            if target is not total:
+                target.copy_(total)
+    if keys_done is not None:
+        keys_done()
+    return into or tuple(x.to(local_dtype or x.dtype) for x in sums)
+
+
+def _add_gradients(
+    q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float,
+    dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """:func:`attend_backward`: add to dq, dk and dv, wide."""
     n_rows, n_heads, dim = q.shape
-    wide = wide_dtype(q.dtype)
-    dq, dk, dv = into or (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, pages.k, pages.v))
+    wide = dq.dtype
     for kv_head in range(pages.row.shape[0]):
         head = _Head(q, pages, kv_head, chosen, own, visible)
         group = head.heads.stop - head.heads.start
@@ -350,44 +413,33 @@ def attend_backward(
             of_tasks = torch.matmul(dscore.transpose(1, 2), q_rows), torch.matmul(prob.transpose(1, 2), do_rows)
             head.add_keys((dk, dv), of_tasks, rows, storage_head, tasks)
         dq[:, head.heads] += part.view(n_rows, group, head.n_slots, dim).sum(2)
-    return dq, dk, dv
+
+
+def routing_index(
+    q: Tensor, chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor
+) -> Tensor | None:
+    """Which rows visit each block, for :func:`attend` and :func:`attend_backward` over any storages of these blocks.
+
+    Args:
+        q: [N, Hq, D].
+        chosen, own, visible: as in :func:`attend`.
+        page_row: [Hkv, n] int64, -1 for blocks that nobody will attend to by this index.
+
+    Returns:
+        int32 that the kernels understand; None where there is nothing to share, as always here.
+    """
+    return None
+
+
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
+    """Elements of what :func:`routing_index` returns for ``n_slots`` visits per row and head; 0 for None."""
+    return 0
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
     """Wide sums of ``a * b`` over D: a, b [N, Hq, D] -> [N, Hq]. Of dout and out: ``delta`` of the backward."""
     wide = wide_dtype(a.dtype)
     return torch.linalg.vecdot(a.to(wide), b.to(wide))
-
-
-def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
-    """Rows of x [N, H, D] at slots [M] int32, places in [H, N, n_slots] -> [M, D] in ``dtype``."""
-    row = slots.long() // n_slots
-    return x[row % x.shape[0], row // x.shape[0]].to(dtype)
-
-
-def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
-    """Join partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
-
-    Args:
-        out: [N, Hq, D], lse: [N, Hq], wide.
-        part: [M, D], part_lse: [M], wide.
-        index: [N, Hq, S] int32, which partial result belongs to each slot, -1 for none.
-    """
-    if part.shape[0] == 0:
-        return
-    for places in index.long().unbind(2):
-        there, at = places >= 0, places.clamp(min=0)
-        joined, joined_lse = merge([out, part[at]], [lse, torch.where(there, part_lse[at], -torch.inf)])
-        out.copy_(torch.where(there[..., None], joined, out))
-        lse.copy_(joined_lse)
-
-
-def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
-    """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
-    if part.shape[0] == 0:
-        return
-    for places in index.long().unbind(2):
-        out += torch.where((places >= 0)[..., None], part[places.clamp(min=0)], 0)
 
 
 def merge(outs, lses) -> tuple[Tensor, Tensor]:
@@ -398,81 +450,3 @@ def merge(outs, lses) -> tuple[Tensor, Tensor]:
     for part, part_lse in zip(outs, lses):
         out += part * (part_lse - shift).exp()[..., None]
     return out, lse
-
-
-def copy_pages(pages: Pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
-    """Copy K and V of the blocks ``pairs`` that lie in ``pages`` to ``out``; others leave their rows as they are.
-
-    Args:
-        pages: the storage.
-        pairs: [m] int64, (KV head, block) as ``head * n + block``.
-        offset: [m] int64, row of ``out`` at which each begins; the next one begins where it ends.
-        out: [R, 2, D] contiguous, K beside V.
-    """
-    to, row, head = _page_rows(pages, pairs, offset, 0, out.shape[0])
-    out[to, 0], out[to, 1] = pages.k[row, head], pages.v[row, head]
-
-
-def add_pages(
-    dk: Tensor, dv: Tensor, pages: Pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int
-) -> None:
-    """Add gradients of blocks to those of the storage where they lie; blocks that do not lie there are passed over.
-
-    Args:
-        dk, dv: gradients of ``pages.k`` and ``pages.v``, wide, with equal strides.
-        pairs, offset: as in :func:`copy_pages`; those that begin in rows ``begin .. end``, all of them different, are
-            added.
-        arrived: [R, 2, D] contiguous, any floating dtype.
-    """
-    at, row, head = _page_rows(pages, pairs, offset, begin, end)
-    dk[row, head] += arrived[at, 0].to(dk.dtype)
-    dv[row, head] += arrived[at, 1].to(dv.dtype)
-
-
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
-    """Lay K beside V: first each head's rows before the cut, head by head, then the others likewise.
-
-    Args:
-        k, v: [R, H, D].
-        slab: [H * W, 2, D] contiguous, W >= R; places of rows past R are left as they are.
-    """
-    for rows, part in _slab_parts(k, slab, cut):
-        part[:, :, 0], part[:, :, 1] = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
-
-
-def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
-    """Write the sums of all ranks' shares of the gradients of some rows; wide sums.
-
-    Args:
-        own: [H * W, 2, D] contiguous, any floating dtype: the share of this rank, a slab as of :func:`pack_slab`.
-        shares: [M, 2, D] contiguous, any floating dtype: what others return.
-        places: [S, 3] int64: share i begins at row ``places[i, 0]`` of ``shares`` and has the slab's rows
-            ``places[i, 1] .. places[i, 2]``. They are summed in this order.
-        dk, dv: [R, H, D] with R <= W and equal strides, written in their dtype.
-    """
-    total = own.to(wide_dtype(own.dtype), copy=True)
-    for start, first, end in places.tolist():
-        total[first:end] += shares[start : start + end - first]
-    for rows, part in _slab_parts(dk, total, cut):
-        dk[rows], dv[rows] = part[:, :, 0].transpose(0, 1).to(dk.dtype), part[:, :, 1].transpose(0, 1).to(dv.dtype)
-
-
-def _slab_parts(rows: Tensor, slab: Tensor, cut: int) -> list[tuple[slice, Tensor]]:
-    """For rows [R, H, D]: those before the cut and the others, and where they lie in a slab, [H, rows, 2, D]."""
-    n_rows, n_heads, _ = rows.shape
-    before, after = slab.tensor_split([n_heads * cut])
-    parts = (0, min(cut, n_rows), before), (min(cut, n_rows), n_rows, after)
-    return [(slice(a, b), x.view(n_heads, -1, *x.shape[1:])[:, : b - a]) for a, b, x in parts if a < b]
-
-
-def _page_rows(pages: Pages, pairs: Tensor, offset: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the rows ``begin .. end`` of a message whose block lies in ``pages``: row of the message, row of the storage
-    and its head, int64 each."""
-    n = pages.row.shape[1]
-    message = torch.arange(begin, end, device=pairs.device)
-    index = torch.searchsorted(offset, message, right=True) - 1
-    head, block = pairs[index] // n, pairs[index] % n
-    start = pages.row[head, block]
-    here = start >= 0
-    row = start + message - offset[index]
-    return message[here], row[here], pages.head[head, block].long()[here]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, ops
+from moba_cp import MoBAConfig
 from moba_cp.bench.cluster import check, command, goals, profile
 from moba_cp.bench.cluster.inputs import Shape, make_inputs
 from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, exchange_options, measure, overlap
@@ -20,6 +20,7 @@ from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import positions_of, rank_segments
 from moba_cp.cp.options import MODES, ExchangeOptions
+from moba_cp.ops import backend
 from tests.helpers.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -206,8 +207,8 @@ def test_queries_choose_what_the_concentrated_gate_draws():
     q, k, _, _ = make_inputs(it, n, torch.arange(n), CPU)
     rows = torch.arange(n - 4096, n)
     table = block_table(n, size, None, CPU)
-    means = ops.block_means(k.bfloat16(), table.start, table.length, size)
-    chosen = ops.select_blocks(q[rows].bfloat16(), means, table.first[rows], table.own[rows], 8)
+    means = backend(k.bfloat16()).block_means(k.bfloat16(), table.start, table.length, size)
+    chosen = backend(k.bfloat16()).select_blocks(q[rows].bfloat16(), means, table.first[rows], table.own[rows], 8)
     drawn = it.drawn()(rows.numpy())  # a whole chunk, as the inputs draw it
     found = (drawn[..., None] == chosen[..., None, :]).any(-1)
     assert found.float().mean() > 0.99 and found.all(-1).float().mean() > 0.95

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moba_cp import CPContext, MoBAConfig, moba_attention, ops
+from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions
 from moba_cp.cp.straddle import assemble, gather_means
+from moba_cp.ops import backend
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, run, run_reference
 from tests.helpers.distributed import run_ranks
@@ -32,8 +33,8 @@ def _batch(seed: int, lengths: list[int], heads: tuple[int, int], dim: int, bloc
 
 def _one_rank_selection(case: Case) -> torch.Tensor:
     table = block_table(case.q.shape[0], case.block_size, case.cu_seqlens, "cuda")
-    means = ops.block_means(case.k, table.start, table.length, table.block_size)
-    return ops.select_blocks(case.q, means, table.first, table.own, case.top_k)
+    means = backend(case.k).block_means(case.k, table.start, table.length, table.block_size)
+    return backend(case.q).select_blocks(case.q, means, table.first, table.own, case.top_k)
 
 
 def _errors(results, exact) -> list[float]:
@@ -72,7 +73,7 @@ def _on_nccl(rank):
             geometry = cp.geometry(case.block_size)
             q, k, v = (cp.shard(x) for x in (case.q, case.k, case.v))
             means = gather_means(assemble(k, v, geometry, cp.comm)[0], geometry, cp.comm)
-            mine = ops.select_blocks(q, means, geometry.first, geometry.own, case.top_k)
+            mine = backend(q).select_blocks(q, means, geometry.first, geometry.own, case.top_k)
             same = torch.equal(mine, cp.shard(chosen))
             for index, mode in enumerate(MODES):
                 options = ExchangeOptions(mode, stages=1 + index, ranks_per_node=2 if index % 2 else None)

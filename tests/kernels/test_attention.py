@@ -110,7 +110,7 @@ def test_storages_of_any_layout_merge_to_the_whole():
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).to(p.q.device)
     visits = p.chosen[order], p.own[order], p.visible[order]
     parts = [kernels.attend(p.q[order], pages, *visits, p.scale) for pages in (here, there)]
-    ours, ours_lse = eager.merge(*zip(*parts))
+    ours, ours_lse = eager.attention.merge(*zip(*parts))
     close(ours, out[order])
     close(ours_lse, lse[order])
 
@@ -253,7 +253,7 @@ def test_merge_keeps_its_inputs():
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     parts, parts_lse = torch.stack(outs, 2), torch.stack(lses, 2)
     merge_visits(parts, parts_lse, out, lse)
-    expected, expected_lse = eager.merge([x.double() for x in outs], [x.double() for x in lses])
+    expected, expected_lse = eager.attention.merge([x.double() for x in outs], [x.double() for x in lses])
     close(lse, expected_lse)
     close(out, expected)
     assert all(torch.equal(x, y) for x, y in zip([*parts.unbind(2), *parts_lse.unbind(2)], kept, strict=True))

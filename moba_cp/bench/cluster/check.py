@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import CPContext, eager, full_attention, moba_attention, ops
+from ... import CPContext, eager, full_attention, moba_attention
 from ...blocks import block_table, local_pages
 from ...cp.options import ExchangeOptions
 from ...dense import plain
+from ...ops import backend
 from ..attention_check import BOUND
 from .inputs import Shape, make_inputs
 from .measure import exchange_options
@@ -89,8 +90,8 @@ def _errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 def _one_rank_selection(shape: Shape, q: Tensor, k: Tensor) -> Tensor:
     table = block_table(q.shape[0], shape.moba.block_size, None, q.device)
-    means = ops.block_means(k, table.start, table.length, table.block_size)
-    return ops.select_blocks(q, means, table.first, table.own, shape.moba.top_k)
+    means = backend(k).block_means(k, table.start, table.length, table.block_size)
+    return backend(q).select_blocks(q, means, table.first, table.own, shape.moba.top_k)
 
 
 def _exact_moba(shape: Shape, inputs: list[Tensor], chosen: Tensor) -> list[Tensor]:

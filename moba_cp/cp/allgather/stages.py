@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...blocks import Pages
+from ...ops import backend
 from ..comm import Communicator, used_here
 from ..geometry import BlockGeometry
 from ..symmetric_memory import PeerMemory
@@ -155,7 +155,7 @@ class Stage:
         """All that needs the storage was issued."""
 
     def _pack(self, k_rows: Tensor, v_rows: Tensor, slab: Tensor) -> None:
-        ops.pack_slab(k_rows[:, self.heads], v_rows[:, self.heads], slab, self.layer.geometry.cut)
+        backend(slab).pack_slab(k_rows[:, self.heads], v_rows[:, self.heads], slab, self.layer.geometry.cut)
 
     def _own(self, storage: Tensor) -> Tensor:
         """[H * W, 2, D], this rank's slab."""
@@ -170,7 +170,9 @@ class Stage:
         """
         used_here(dk, dv)
         sums, layer = (x[:, self.heads] for x in (dk, dv)), self.layer
-        ops.sum_shares(self._own(grads), arrived, layer.share_places(self.count), *sums, layer.geometry.cut)
+        backend(arrived).sum_shares(
+            self._own(grads), arrived, layer.share_places(self.count), *sums, layer.geometry.cut
+        )
 
 
 class CollectiveStage(Stage):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...eager.decision import CANDIDATES, BlockTables, Prices
+from ...ops import integer_backend
 from ..geometry import BlockGeometry
 from ..options import Weighing, WireCosts
 
@@ -90,6 +90,7 @@ def decide(
     size, n_candidates = len(geometry.owned), CANDIDATES[mode]
     tables, place, open_place = _tables(geometry, n_kv, stages)
     prices = _prices(geometry, n_kv, costs, weighing, rank)
+    ops = integer_backend(chosen)
     counts = ops.count_choices(chosen, open_place, _SHARE if mode == "auto" else 0)
     weighed = ops.weigh_blocks(counts, tables, prices, mode)
     rows = ops.count_rows(chosen, place, weighed.fetched, n_candidates, size) if mode != "kv" else None

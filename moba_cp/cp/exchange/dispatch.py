@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...blocks import Pages
+from ...ops import backend, integer_backend
 from ..comm import Communicator, used_here
 from ..geometry import BlockGeometry
 from .negotiate import RowLists
@@ -63,8 +63,8 @@ class RowStage:
         q, ids = self._received
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
         rows = q[:, None], ids[:, None], None, None
-        self._index = ops.routing_index(*rows, pages.row)
-        out, lse = ops.attend(q[:, None], pages, *rows[1:], scale, index=self._index)
+        self._index = backend(q).routing_index(*rows, pages.row)
+        out, lse = backend(q).attend(q[:, None], pages, *rows[1:], scale, index=self._index)
         if not self.keep:
             self._received = None
         waits = self._back("partial_outputs", out[:, 0], lse[:, 0])
@@ -97,7 +97,7 @@ class RowStage:
         lse, delta = sums[:, :1].contiguous(), sums[:, 1:].contiguous()
         pages = _single_head(self.owned, self.geometry, self.comm.rank)
         dq = torch.zeros(q.shape[0], 1, q.shape[1], dtype=owned.dtype, device=q.device)
-        ops.attend_backward(
+        backend(q).attend_backward(
             q[:, None], pages, ids[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
             index=self._index, into=(dq, *owned),
         )  # fmt: skip
@@ -119,7 +119,7 @@ class RowStage:
 
     def _rows_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[M, D] of x [L, Hq, D], for each row sent."""
-        return ops.gather_rows(x, self.slots, self.n_slots, dtype or x.dtype)
+        return backend(x).gather_rows(x, self.slots, self.n_slots, dtype or x.dtype)
 
     def _ids(self) -> Tensor:
         """For each row sent, the pairs its owner attends to, numbered by the owner; -1 for none.
@@ -131,7 +131,9 @@ class RowStage:
         if key not in geometry.tables:
             count = geometry.owned_count[geometry.owner]
             geometry.tables[key] = torch.arange(n_kv, device=count.device)[:, None] * count + geometry.place
-        ids = ops.row_ids(self.chosen, self.slots, self.place, geometry.tables[key], id_dtype(geometry, n_kv))
+        ids = integer_backend(self.chosen).row_ids(
+            self.chosen, self.slots, self.place, geometry.tables[key], id_dtype(geometry, n_kv)
+        )
         return ids.view(-1).view(torch.uint8).view(ids.shape[0], self.n_slots * ids.itemsize)
 
     def _numbers(self, ids: Tensor) -> Tensor:

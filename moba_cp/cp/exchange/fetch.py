@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...blocks import Pages
 from ...dtypes import wide_dtype
 from ...eager.requests import Pairs
+from ...ops import backend
 from ..comm import Communicator, used_here
 from ..geometry import BlockGeometry
 from .negotiate import PairLists
@@ -49,7 +49,7 @@ class HopStage:
         """
         packed = sources[0].k.new_empty(sum(self.send), 2, sources[0].k.shape[2])
         for source in sources:
-            ops.copy_pages(source, self.give, self.give_offset, packed)
+            backend(packed).copy_pages(source, self.give, self.give_offset, packed)
         # Made before the transfer starts: who waits for that finds both.
         geometry, row = self.geometry, self.rows(sources[0].row.shape[0])
         wait = self.comm.all_to_all(packed, self.send, self.receive, "kv")
@@ -79,7 +79,7 @@ class HopStage:
             used_here(self.give, offset)
             for count in self.send:
                 for pages, dk, dv in targets if count else ():
-                    ops.add_pages(dk, dv, pages, self.give, offset, arrived, begin, begin + count)
+                    backend(arrived).add_pages(dk, dv, pages, self.give, offset, arrived, begin, begin + count)
                 begin += count
 
         return finish

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...eager.requests import Pairs
+from ...ops import integer_backend
 from ..comm import Communicator, HostCopy
 from ..geometry import BlockGeometry
 from .decide import Decision
@@ -94,7 +94,7 @@ def negotiate(
     """
     size, device, stages = comm.size, chosen.device, wire.stages
     if decision.with_rows:
-        slots, ends = ops.list_rows(chosen, decision.place, stages * size)
+        slots, ends = integer_backend(chosen).list_rows(chosen, decision.place, stages * size)
     else:
         slots = torch.empty(0, dtype=torch.int32, device=device)
         ends = torch.zeros(stages * size, dtype=torch.int32, device=device)
@@ -102,17 +102,19 @@ def negotiate(
     numbers = torch.empty(n_hops + 2, 2, stages, size + 1, dtype=torch.int64, device=device)
 
     inner = wire.hops[-1]
-    request = ops.write_request(decision.fetch, inner.source, ends, decision.costs)
+    request = integer_backend(decision.fetch).write_request(decision.fetch, inner.source, ends, decision.costs)
     arrived = _ask(inner, request, comm)
     hops = [_lists(inner, decision.fetch, arrived, numbers[n_hops - 1])]
     if n_hops == 2:
         # For all of the node: what its ranks want from here that lies on other nodes, and what this rank wants itself.
         outer = wire.hops[0]
-        need = ops.relay_request(decision.fetch, arrived, inner.asked_at)
-        from_nodes = _ask(outer, ops.write_request(need, outer.source), comm)
+        need = integer_backend(decision.fetch).relay_request(decision.fetch, arrived, inner.asked_at)
+        from_nodes = _ask(outer, integer_backend(need).write_request(need, outer.source), comm)
         hops.insert(0, _lists(outer, need, from_nodes, numbers[0]))
     facts, candidates, n_kv = decision.facts, geometry.n_candidates, decision.fetch.shape[0]
-    ops.sum_up(arrived, inner.header_at, ends, decision.costs, facts, candidates, n_kv, numbers[n_hops:])
+    integer_backend(arrived).sum_up(
+        arrived, inner.header_at, ends, decision.costs, facts, candidates, n_kv, numbers[n_hops:]
+    )
     return Plan(hops, RowLists(slots, decision.place, numbers[n_hops]), HostCopy(numbers))
 
 
@@ -122,4 +124,4 @@ def _ask(tables: HopTables, request: Tensor, comm: Communicator) -> Tensor:
 
 
 def _lists(tables: HopTables, need: Tensor, arrived: Tensor, sizes: Tensor) -> PairLists:
-    return PairLists(*ops.list_pairs(need, arrived, tables.pairs, sizes), sizes)
+    return PairLists(*integer_backend(need).list_pairs(need, arrived, tables.pairs, sizes), sizes)

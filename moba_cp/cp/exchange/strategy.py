@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...blocks import Pages
 from ...dtypes import wide_dtype
+from ...ops import backend
 from ..allgather.costs import GatherCosts
 from ..context import CPContext
 from ..options import WireCosts
@@ -117,7 +117,7 @@ def forward(
         if answer is not None:
             part, part_lse = answer()
             if part.shape[0]:
-                ops.merge_rows(out[:, stage.heads], lse[:, stage.heads], part, part_lse, stage.rows.index())
+                backend(out).merge_rows(out[:, stage.heads], lse[:, stage.heads], part, part_lse, stage.rows.index())
 
     _pipeline(stages, begin, compute, collect)
     planned = Planned(stages)
@@ -171,7 +171,7 @@ def backward(
         if answer is not None:
             part = answer()
             if part.shape[0]:
-                ops.add_rows(dq[:, stage.heads], part, stage.rows.index())
+                backend(dq).add_rows(dq[:, stage.heads], part, stage.rows.index())
         if finish is not None:
             finish()
 
