@@ -85,17 +85,98 @@ def batch_context(
             f"packed_seq_params.local_cp_size={packed_seq_params.local_cp_size}: a context-parallel size that changes "
             "from batch to batch is not served; leave hybrid_context_parallel off"
         )
-    # All layers of a batch share the object, and it goes when the batch goes.
-    context = getattr(packed_seq_params, "_moba_context", None)
-    if context is None:
-        context = _context_of_documents(packed_seq_params, n_tokens, group, device, exchange)
-        packed_seq_params._moba_context = context
-    return context
+    if packed_seq_params.cp_group not in (None, group):
+        raise ValueError(
+            "packed_seq_params.cp_group is not the layer's context-parallel group: a group that changes from batch to "
+            "batch is not served; leave cp_group=None"
+        )
+    # All layers of a batch share the object, and what is kept goes when the batch goes.
+    where = n_tokens, group, device, exchange
+    kept = getattr(packed_seq_params, "_moba_context", None)
+    if kept is None or not kept.holds(packed_seq_params, where):
+        context = _context_of_documents(_bounds(packed_seq_params), *where)
+        kept = packed_seq_params._moba_context = _Kept(packed_seq_params, where, context)
+    return kept.context
 
 
 def group_size(group) -> int:
     """Ranks of a process group; None is one."""
     return 1 if group is None else group.size()
+
+
+_BOUNDS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+
+
+class _Kept:
+    """A context, and the state of the PackedSeqParams that it was made of.
+
+    The object can get other boundaries, in place or not, and can be copied together with what is kept in it. A tensor
+    on the CPU is compared with a copy. To read one on a GPU would stop the host in every layer: there PyTorch's count
+    of changes tells, which does not see what ``tensor.data`` or another library's kernel changes in place.
+    """
+
+    def __init__(self, params: PackedSeqParams | None = None, where=None, context: CPContext | None = None):
+        self.where, self.context = where, context
+        self.states = [_state(getattr(params, name)) for name in _BOUNDS] if params is not None else []
+
+    def holds(self, params: PackedSeqParams, where: tuple) -> bool:
+        """Whether the context is still that of ``params``; ``where`` is all else that it depends on."""
+        if self.where != where:
+            return False
+        return all(_unchanged(getattr(params, name), state) for name, state in zip(_BOUNDS, self.states))
+
+    def __reduce__(self):
+        # A process group can neither be copied nor pickled: a deep copy of the batch starts without a context.
+        return _Kept, ()
+
+
+def _state(x: Tensor | None) -> tuple:
+    """What tells whether a tensor still has the values it has now."""
+    if x is None or x.is_cpu:
+        return (None if x is None else x.clone(),)
+    return () if x.is_inference() else (x, x._version, x.data_ptr(), x.shape, x.stride())
+
+
+def _unchanged(x: Tensor | None, state: tuple) -> bool:
+    if not state:
+        return False
+    if x is None or state[0] is None:
+        return x is state[0]
+    if x.is_cpu:
+        return x.shape == state[0].shape and x.dtype == state[0].dtype and state[0].is_cpu and torch.equal(x, state[0])
+    return x is state[0] and not x.is_inference() and (x._version, x.data_ptr(), x.shape, x.stride()) == state[1:]
+
+
+def _bounds(params: PackedSeqParams) -> tuple[int, ...]:
+    """The documents' boundaries, read to the host; those of queries and of keys must be equal."""
+    values, read = {}, {}
+    for name in _BOUNDS:
+        bounds = getattr(params, name)
+        if bounds is None:
+            values[name] = None
+            continue
+        if not isinstance(bounds, Tensor) or bounds.dim() != 1:
+            what = f"shape {tuple(bounds.shape)}" if isinstance(bounds, Tensor) else f"type {type(bounds).__name__}"
+            raise ValueError(f"packed_seq_params.{name} has {what}; pass a tensor of integers, [documents + 1]")
+        if id(bounds) not in read:
+            read[id(bounds)] = tuple(bounds.tolist())
+        values[name] = read[id(bounds)]
+    for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
+        other, mine = values[name], values[name.replace("_kv", "_q")]
+        if other is not None and mine is not None and other != mine:
+            raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
+    # Padding stands at the end of a document. There it is seen by itself alone: attention is causal, and a block that
+    # holds padding lies behind no real token. So padded documents are documents.
+    bounds = values["cu_seqlens_q"] if values["cu_seqlens_q_padded"] is None else values["cu_seqlens_q_padded"]
+    if bounds is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q=None; thd batches need the boundaries of their documents")
+    return bounds
+
+
+# A context's tables can be large: few are kept for batches to come.
+@lru_cache(maxsize=2)
+def _context_of_documents(bounds: tuple[int, ...], n_tokens: int, group, device, exchange) -> CPContext:
+    return _context(group, "zigzag_per_document", n_tokens, torch.tensor(bounds), device, exchange)
 
 
 @lru_cache(maxsize=8)
@@ -108,17 +189,3 @@ def _context(group, layout: str, n_tokens: int, cu_seqlens: Tensor | None, devic
     # On one rank all layouts are one, but contiguous takes any length.
     layout = layout if size > 1 else "contiguous"
     return CPContext(group, layout, n_tokens * size, cu_seqlens=cu_seqlens, device=device, exchange=exchange)
-
-
-def _context_of_documents(params: PackedSeqParams, n_tokens: int, group, device, exchange) -> CPContext:
-    # Padding stands at the end of a document. There it is seen by itself alone: attention is causal, and a block that
-    # holds padding lies behind no real token. So padded documents are documents.
-    padded = params.cu_seqlens_q_padded
-    cu_seqlens = params.cu_seqlens_q if padded is None else padded
-    if cu_seqlens is None:
-        raise ValueError("packed_seq_params.cu_seqlens_q=None; thd batches need the boundaries of their documents")
-    for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
-        other, mine = getattr(params, name), getattr(params, name.replace("_kv", "_q"))
-        if other is not None and mine is not None and other is not mine and not torch.equal(other, mine):
-            raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
-    return _context(group, "zigzag_per_document", n_tokens, cu_seqlens, device, exchange)
