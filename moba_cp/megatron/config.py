@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from ..model.rope import RopeScaling
 from .hybrid import AttentionConfig
 
 
@@ -37,6 +38,9 @@ class ModelConfig:
 
     rope_base: float = 10000.0
     """Base of the rotary frequencies; larger for longer sequences."""
+
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's change of the rotary frequencies; none by default."""
 
     norm_eps: float = 1e-5
     """Epsilon of the RMSNorms."""

@@ -43,7 +43,7 @@ class MoBAGPTModel(GPTModel):
         )
         self.model_config = model
         self.layout = attention.layout
-        self.rotary = ContextRotaryEmbedding(model.head_dim, model.rope_base)
+        self.rotary = ContextRotaryEmbedding(model.head_dim, model.rope_base, scaling=model.rope_scaling)
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw the initial weights; they depend on ``seed`` alone, whatever the ranks, sharding and device."""
