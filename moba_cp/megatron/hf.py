@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .batch import group_size
+from .hf_check import check_same_model
+from .hf_config import describe, read_config
+from .hf_files import CONFIG, INDEX, WEIGHTS, CheckpointFiles, Export, is_inverse_frequency
 from .init import distribute_like
 
 # Megatron's name of a layer's parameter: the checkpoint's names of what it consists of.
@@ -51,17 +53,20 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: as built, or inside of Megatron's wrappers.
-        path: folder with ``*.safetensors``.
+        path: folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
 
     Raises:
-        ValueError: names, shapes or dtypes of model and checkpoint do not fit one another.
+        ValueError: the checkpoint's model is not served, or not the one that was built; its files contradict one
+            another; names, shapes or dtypes of model and checkpoint do not fit.
     """
-    model = _unwrap(model)
-    files = _Files(Path(path))
+    model, path = _unwrap(model), Path(path)
+    files = CheckpointFiles(path)
+    hf = describe(read_config(path), f"{path}/config.json")
+    check_same_model(model, hf, f"{path}/config.json")
     used = set()
     for name, parameter in model.named_parameters():
         names = _names(model, name)
-        if names == [_OUTPUT] and _OUTPUT not in files:
+        if names == [_OUTPUT] and hf.tie_embeddings:
             names = [_EMBEDDING]
         whole = _join(model, [files.read(n, wanted_by=name) for n in names])
         used.update(names)
@@ -72,8 +77,8 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
             )
         parameter.copy_(distribute_like(_part(model, name, parameter, whole), parameter))
     if group_size(model.pg_collection.pp) == 1:
-        left = {n for n in files.names() - used if not n.endswith("rotary_emb.inv_freq")}
-        if model.share_embeddings_and_output_weights:
+        left = {n for n in files.names() - used if not is_inverse_frequency(n)}
+        if hf.tie_embeddings:
             left.discard(_OUTPUT)
         if left:
             raise ValueError(
@@ -92,7 +97,8 @@ def save_hf(
 ) -> None:
     """Write the parameters of a GPTModel as a checkpoint that Hugging Face's classes load.
 
-    Under FSDP2 every rank must call it, and rank 0 writes.
+    A checkpoint that ``path`` holds already is replaced once the new one is whole, with all its files; other files
+    stay. Under FSDP2 every rank must call it, rank 0 writes, and no rank returns before that is done.
 
     Args:
         model: not split by tensor or pipeline parallelism.
@@ -103,7 +109,7 @@ def save_hf(
         shard_bytes: one file holds at most so much, and so much is held in memory.
 
     Raises:
-        ValueError: the model is split.
+        ValueError: the model is split, or is not the one that ``hf_config`` describes.
     """
     model, path = _unwrap(model), Path(path)
     for name in ("tp", "pp"):
@@ -112,51 +118,47 @@ def save_hf(
                 f"{name}_size={size}: save_hf writes whole models; save with Megatron's torch_dist format, load that "
                 "without tensor and pipeline parallelism, and write it then"
             )
-    rows = hf_config["vocab_size"]
-    shards = _shards(model, dtype, shard_bytes)
-    writes = not dist.is_initialized() or dist.get_rank() == 0
+    hf = describe(hf_config, "hf_config")
+    check_same_model(model, hf, "hf_config")
+    rows = model.embedding.word_embeddings.weight.shape[0]
+    if rows < hf.vocab_size:
+        raise ValueError(f"vocab_size={hf.vocab_size} in hf_config but the model has {rows} rows of embeddings")
+    if hf.tie_embeddings and not model.share_embeddings_and_output_weights:
+        raise ValueError(
+            "tie_word_embeddings=True in hf_config but the model has an output layer of its own; set it to False"
+        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    export = Export(path) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    try:
+        _write(model, export, hf_config, dtype, _shards(model, dtype, shard_bytes))
+    except BaseException:
+        if export is not None:
+            export.discard()
+        raise
+    if export is not None:
+        export.commit()
+    if sharded:
+        dist.barrier()
+
+
+def _write(model, export: Export | None, hf_config: dict, dtype: torch.dtype | None, shards: list) -> None:
+    """Every file of the checkpoint into the export's folder; without one only the gathering that others wait for."""
     weight_map, total = {}, 0
-    if writes:
-        path.mkdir(parents=True, exist_ok=True)
     for i, parameters in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name, parameter in parameters:
-            for key, tensor in _split(model, name, parameter, rows):
+            for key, tensor in _split(model, name, parameter, hf_config["vocab_size"]):
                 tensors[key] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-        if writes:
-            save_file(tensors, path / file, metadata={"format": "pt"})
-    if writes:
-        (path / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        if export is not None:
+            save_file(tensors, export.folder / file, metadata={"format": "pt"})
+    if export is not None:
+        (export.folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-class _Files:
-    """The tensors of a checkpoint, by name; files are mapped, not read."""
-
-    def __init__(self, path: Path):
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"path={str(path)!r} holds no *.safetensors; name a folder that does")
-        self._files = {}
-        for file in files:
-            opened = safe_open(file, framework="pt")
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def read(self, name: str, wanted_by: str) -> Tensor:
-        if name not in self._files:
-            raise ValueError(f"the checkpoint has no {name}, which {wanted_by} needs; give the model the same parts")
-        return self._files[name].get_tensor(name)
+            (export.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -13,9 +13,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+)
 
-from moba_cp.megatron import AttentionConfig, ContextRotaryEmbedding, build_model, load_hf, model_config_of, save_hf
+from moba_cp.megatron import (
+    AttentionConfig,
+    ContextRotaryEmbedding,
+    ModelConfig,
+    build_model,
+    load_hf,
+    model_config_of,
+    save_hf,
+)
 from moba_cp.megatron.spec import layer_spec
 from tests.helpers.distributed import run_ranks
 
@@ -54,11 +75,12 @@ def checkpoint(kind, path, dtype=torch.float32):
     return model.eval(), json.loads((path / "config.json").read_text())
 
 
-def megatron_model(hf, dtype=torch.float32, vocab_size=61, tp=1):
+def megatron_model(hf, dtype=torch.float32, vocab_size=61, tp=1, **rotary):
     """Megatron's GPTModel of the same shape."""
     config = TransformerConfig(
-        num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], num_attention_heads=4, num_query_groups=2,
-        kv_channels=hf.get("head_dim") or 12, ffn_hidden_size=hf["intermediate_size"], normalization="RMSNorm",
+        num_layers=hf["num_hidden_layers"], hidden_size=hf["hidden_size"], num_query_groups=2,
+        num_attention_heads=hf["num_attention_heads"], kv_channels=hf.get("head_dim") or 12,
+        ffn_hidden_size=hf["intermediate_size"], normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"], gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
         add_qkv_bias=hf["model_type"] == "qwen2", qk_layernorm=hf["model_type"] == "qwen3", attention_dropout=0.0,
         hidden_dropout=0.0, use_cpu_initialization=True, perform_initialization=False, transformer_impl="local",
@@ -68,10 +90,10 @@ def megatron_model(hf, dtype=torch.float32, vocab_size=61, tp=1):
     tied = hf["tie_word_embeddings"]
     model = GPTModel(
         config, layer_spec(FULL), vocab_size, 128, position_embedding_type="rope",
-        share_embeddings_and_output_weights=tied,
+        share_embeddings_and_output_weights=tied, **rotary,
     )  # fmt: skip
     rope = hf.get("rope_parameters") or hf
-    model.rotary_pos_emb = ContextRotaryEmbedding(config.kv_channels, rope["rope_theta"])
+    model.rotary_pos_emb = ContextRotaryEmbedding(config.kv_channels, None if rotary else rope["rope_theta"])
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model.to(dtype)
@@ -160,34 +182,203 @@ def test_tensor_parallel_ranks_load_their_parts(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     _, hf = checkpoint("llama", tmp_path)
     refusals = {
-        "model.layers.0.self_attn.q_proj.bias, which": megatron_model({**hf, "model_type": "qwen2"}),
         "but the checkpoint's (61, 48)": megatron_model(hf, vocab_size=60),
         "which embedding.word_embeddings.weight of torch.bfloat16 cannot hold": megatron_model(hf, torch.bfloat16),
-        "holds 9 tensors that the model has no place for": megatron_model({**hf, "num_hidden_layers": 2}),
     }
     for message, model in refusals.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             load_hf(model, tmp_path)
-    with pytest.raises(ValueError, match="holds no \\*.safetensors"):
+    with pytest.raises(ValueError, match="nowhere' holds no \\*.safetensors"):
         load_hf(megatron_model(hf), tmp_path / "nowhere")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds no config.json, which says what the weights are for"):
+        load_hf(megatron_model(hf), tmp_path)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen2"}, "model_type='qwen2' has parts that ModelConfig has not"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type='llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type='linear'"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers=3 in {} but the model has num_layers=2"),
+        # Projections of queries are as wide as the checkpoint's.
+        (
+            {"num_attention_heads": 2, "head_dim": 20},
+            "num_attention_heads=4 in {} but the model has num_attention_heads=2",
+        ),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-05 in {} but the model has layernorm_epsilon=1e-06"),
+        ({"model_type": "qwen2"}, "the model has add_qkv_bias=True, but model_type='llama' in {} needs False"),
+        ({"model_type": "qwen3"}, "the model has qk_layernorm=True, but model_type='llama' in {} needs False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=False in {} but the model has share_embeddings"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "the model's rotary frequencies are not those of rope_theta=5000 in",
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_the_checkpoints_is_refused(change, message, tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    model = megatron_model({**hf, **change})
+    for where, call in (
+        (f"{tmp_path}/config.json", lambda: load_hf(model, tmp_path)),
+        ("hf_config", lambda: save_hf(model, tmp_path / "never", hf)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message.format(where))):
+            call()
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rotary_interleaved": True}, "the model has rotary_interleaved=True"),
+        ({"normalization": "LayerNorm"}, "the model has normalization='LayerNorm'"),
+        ({"activation_func": F.gelu}, "the model has activation_func=gelu, but hidden_act"),
+        ({"softmax_scale": 1.0}, "the model has softmax_scale=1.0"),
+        ({"no_rope_freq": [0, 0, 1]}, "the model has no_rope_freq=[0, 0, 1], but in"),
+        ({"qk_l2_norm": True}, "the model has qk_l2_norm=True"),
+        ({"layernorm_zero_centered_gamma": True}, "the model has layernorm_zero_centered_gamma=True"),
+    ],
+    ids=str,
+)
+def test_a_model_that_computes_something_else_is_refused(fields, message, tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    model = megatron_model(hf)
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_hf(model, tmp_path)
+
+
+def test_a_model_without_rotary_embedding_is_refused(tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    model = megatron_model(hf)
+    model.rotary_pos_emb, model.position_embedding_type = None, "none"
+    with pytest.raises(ValueError, match="the model has position_embedding_type='none', but"):
+        load_hf(model, tmp_path)
+
+
+ONE = {"num_hidden_layers": 1, "vocab_size": 61, "hidden_size": 48, "intermediate_size": 40, "head_dim": 12,
+       "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+WITHOUT_HEAD_DIM = {name: value for name, value in ONE.items() if name != "head_dim"}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+OTHERS = {
+    "gemma": (GemmaConfig(**ONE), "model_type='gemma' in {} is not served: use one of llama, mistral, qwen2, qwen3"),
+    "gemma 2": (Gemma2Config(**ONE), "model_type='gemma2' in {} is not served"),
+    "granite": (GraniteConfig(**WITHOUT_HEAD_DIM), "model_type='granite' in {} is not served"),
+    "smollm 3": (SmolLM3Config(**WITHOUT_HEAD_DIM, pad_token_id=0), "model_type='smollm3' in {} is not served"),
+    "mistral": (MistralConfig(**ONE, sliding_window=16), "sliding_window=16 in {} is not served"),
+    "qwen 2": (Qwen2Config(**WITHOUT_HEAD_DIM, use_sliding_window=True, sliding_window=16, max_window_layers=0),
+               "use_sliding_window=True in {} is not served"),
+    "yarn": (LlamaConfig(**ONE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+             "rope_type='yarn' in {} is not served: use 'default', 'linear' or 'llama3'"),
+    "biases": (LlamaConfig(**ONE, attention_bias=True), "attention_bias=True in {} is not served"),
+    "gelu": (LlamaConfig(**ONE, hidden_act="gelu"), "hidden_act='gelu' in {} is not served"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_transformers_that_are_not_served_are_refused(name, tmp_path):
+    config, message = OTHERS[name]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = build_model(ModelConfig(61, 1, 48, 4, 2, 12, 40), FULL)
+    for call in (lambda: model_config_of(tmp_path), lambda: load_hf(model, tmp_path)):
+        with pytest.raises(ValueError, match=re.escape(message.format(f"{tmp_path}/config.json"))) as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+
+
+SCALED = {
+    "llama 3.1": LlamaConfig(**ONE, rms_norm_eps=1e-5, initializer_range=0.3, rope_parameters=LLAMA3),
+    "mistral": MistralConfig(**ONE, sliding_window=None, initializer_range=0.3),
+    "linear": LlamaConfig(**ONE, initializer_range=0.3,
+                          rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_with_scaled_angles(name, tmp_path):
+    torch.manual_seed(1)
+    theirs = AutoModelForCausalLM.from_config(SCALED[name]).eval()
+    theirs.save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    expected = theirs(TOKENS).logits
+    if name == "linear":
+        with pytest.raises(
+            ValueError, match="GPTModel of Megatron's own with seq_len_interpolation_factor=4 and load_hf"
+        ):
+            model_config_of(tmp_path)
+        ours = megatron_model(hf, seq_len_interpolation_factor=4.0)
+        got = ours(TOKENS, None, None) if load_hf(ours, tmp_path) is None else None
+    else:
+        ours = build_model(model_config_of(tmp_path), FULL)
+        load_hf(ours, tmp_path)
+        got = ours(TOKENS)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    plain = build_model(ModelConfig(61, 1, 48, 4, 2, 12, 40, norm_eps=hf["rms_norm_eps"]), FULL)
+    if name == "mistral":
+        load_hf(plain, tmp_path)
+    else:
+        with pytest.raises(ValueError, match="the model's rotary frequencies are not those of rope_theta=10000 and"):
+            load_hf(plain, tmp_path)
+
+
+def test_tied_embeddings_are_the_embedding_whatever_the_file_holds(tmp_path):
+    """A left-over lm_head.weight is nothing to a model of transformers whose embeddings are tied."""
+    theirs, hf = checkpoint("llama tied", tmp_path)
+    expected = theirs(TOKENS).logits
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(61, 48)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for tied in (False, True):
+        model = megatron_model({**hf, "tie_word_embeddings": tied})
+        load_hf(model, tmp_path)
+        assert (model(TOKENS, None, None) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_output_layer_that_is_missing_is_refused(tmp_path):
+    _, hf = checkpoint("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the checkpoint has no lm_head.weight, which output_layer.weight needs"):
+        load_hf(megatron_model(hf), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen2"}, "model_type='qwen2' in {} has parts that ModelConfig has not"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' in {}"),
+        ({"attention_bias": True}, "attention_bias=True in {}"),
+        ({"sliding_window": 4096}, "sliding_window=4096 in {}"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=['sliding_attention'] in {}"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 in {}"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2 in {}"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in {}"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={{'quant_method': 'fp8'}} in {}"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "{} has no factor, which rope_type='llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type='linear' in {}"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": None}, "rope_type='dynamic' in {}"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section=[1, 2] in {}"),
     ],
     ids=str,
 )
 def test_configs_that_are_not_served_are_refused(change, message, tmp_path):
     config = {**KINDS["llama"][1].to_dict(), **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message.format(f"{tmp_path}/config.json"))):
+        model_config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "config.json is no JSON"), ("[]", "config.json holds a list"),
+     ('{"model_type": "llama"}', "config.json has no vocab_size")],
+)  # fmt: skip
+def test_a_broken_config_is_refused(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         model_config_of(tmp_path)
 
 
