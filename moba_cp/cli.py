@@ -19,10 +19,8 @@ from moba_cp import __version__
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
     "bench attention": ("moba_cp.bench.attention", "time MoBA on one GPU beside dense attention; table, JSON, chart"),
-    "bench cluster": ("moba_cp.bench.cluster.command", "measure attention and training over several ranks"),
+    "bench cluster": ("moba_cp.bench.cluster.command", "measure attention over several ranks"),
     "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
-    "bench full": ("moba_cp.bench.full", "measure what one rank computes of full attention across ranks"),
-    "bench peer": ("moba_cp.bench.peer", "try which layouts and batches ours and PyTorch's context_parallel serve"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 

@@ -7,19 +7,21 @@ Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, B block size,
 """
 
 import argparse
-import json
-import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import MoBAConfig, dense, full_attention, moba_attention
-from .attention_chart import draw
-from .attention_check import check
-from .environment import environment
+from .chart import Curve, Panel, draw
+from .environment import described, environment
+from .judge import judge_moba
+from .rows import Report, Row, Table, find, number
+from .timing import Candidate, time_passes
 
+PART, MOBA = "attention", "moba"
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # T, Hq, Hkv, D, B, k
 SHAPES = (
@@ -36,35 +38,11 @@ CHART_SHAPE = "16,16,128,512,8"
 CHART_TOKENS = tuple(2**i for i in range(13, 21))
 # Dense attention on more tokens would take minutes: its time grows with the square of T.
 DENSE_MOST = 131072
-
-
-@dataclass
-class Time:
-    """Median and spread (largest minus smallest) of repeated runs, ms."""
-
-    forward: float
-    forward_spread: float
-    forward_backward: float
-    forward_backward_spread: float
-
-
-@dataclass
-class Row:
-    """One shape's measurements."""
-
-    shape: tuple[int, ...]
-    """T, Hq, Hkv, D, B, k"""
-    moba: Time
-    peak_gib: float
-    """Most memory of forward and backward above the inputs; output and gradients are included."""
-    errors: dict[str, float]
-    """Largest error of the sampled rows over the largest value, against float64."""
-    dense: dict[str, Time] = field(default_factory=dict)
-
-    def factor(self, name: str) -> tuple[float, float]:
-        """Dense time over ours, forward and forward + backward."""
-        other = self.dense[name]
-        return other.forward / self.moba.forward, other.forward_backward / self.moba.forward_backward
+STYLES = {
+    "cudnn": ("dense, cuDNN", "tab:red"),
+    "flash": ("dense, FlashAttention-2", "tab:orange"),
+    "fa4": ("dense, flash-attn-4", "tab:green"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
     parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
-    parser.add_argument("--json", metavar="FILE", help="write rows and environment to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and environment to FILE")
     parser.add_argument("--chart", metavar="FILE", help="also time 8K to 1M tokens and draw time against T to this PNG")
     parser.add_argument("--chart-shape", default=CHART_SHAPE, metavar="HQ,HKV,D,B,K", help="(default: %(default)s)")
 
@@ -91,18 +69,36 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("bench attention measures a GPU, and this machine has none that PyTorch sees")
     if args.dense is None:
         args.dense = [*DENSE, *(["fa4"] if _has_fa4() else [])]
-    where = environment()
+    where = environment(torch.device("cuda"))
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    rows = _measure_all(shapes, args)
-    curve = _measure_all([(t, *chart_shape) for t in CHART_TOKENS], args) if args.chart and rows else []
-    if rows is None or curve is None:
-        return 1
+    table = Table(
+        (
+            ("T, Hq, Hkv, D, B, k", 30, lambda row: ", ".join(map(str, (row.tokens, *row.shape)))),
+            ("what", 7, lambda row: row.name),
+            ("fwd ms", 10, number("forward")),
+            ("spread", 8, number("forward_spread")),
+            ("fwd+bwd", 10, number("both")),
+            ("spread", 8, number("both_spread")),
+            ("GiB", 7, number("peak_gib")),
+            ("over MoBA", 16, lambda row: _over_moba(report.rows, row)),
+        )
+    )
+    report = Report(where, {"graph": args.graph, "deterministic": args.deterministic}, table, args.json)
+    print(table.header())
+    drawn = [(tokens, *chart_shape) for tokens in CHART_TOKENS] if args.chart else []
+    for shape in dict.fromkeys([*shapes, *drawn]):
+        problem = _measure(shape, args, report)
+        if problem:
+            print(f"{shape}: {problem}; nothing more is measured")
+            return 1
     if args.chart:
-        draw(args.chart, curve, where)
-    if args.json:
-        with open(args.json, "w") as file:
-            content = {"environment": where, "rows": [asdict(r) for r in rows], "curve": [asdict(r) for r in curve]}
-            json.dump(content, file, indent=1)
+        curve = [row for row in report.rows if (row.tokens, *row.shape) in drawn]
+        n_q, n_kv, dim, block_size, top_k = chart_shape
+        title = (
+            f"{n_q} query heads, {n_kv} KV heads, head dim {dim}, block {block_size}, top-k {top_k}, bf16, causal\n"
+            f"{described(where, 'torch', 'triton')}"
+        )
+        draw(args.chart, panels(curve), title)
     return 0
 
 
@@ -119,21 +115,32 @@ def parse_shape(text: str, count: int) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _measure_all(shapes, args) -> list[Row] | None:
-    print(f"{'T, Hq, Hkv, D, B, k':30s} {'MoBA fwd / fwd+bwd ms':>24s} {'spread':>13s} {'peak GiB':>9s}  dense")
-    rows, dense_times = [], {}
-    for shape in shapes:
-        row, problem = _measure(shape, args, dense_times)
-        if problem:
-            print(f"{shape}: {problem}; nothing is published")
-            return None
-        rows.append(row)
-        print(_line(row), flush=True)
-    return rows
+def panels(rows: list[Row]) -> list[Panel]:
+    """Time against T, of rows that differ in T alone.
+
+    Where dense attention was not measured it is drawn dashed, with the square of T from its longest measured sequence.
+    """
+    tokens = sorted({row.tokens for row in rows})
+    out = []
+    for title, pick in (("forward", lambda row: row.forward), ("forward + backward", lambda row: row.both)):
+        ours = [(row.tokens, pick(row)) for row in rows if row.name == MOBA]
+        curves = [Curve("MoBA, this library", ours, {"color": "tab:blue"})]
+        for name, (label, color) in STYLES.items():
+            measured = sorted((row.tokens, pick(row)) for row in rows if row.name == name)
+            if not measured:
+                continue
+            curves.append(Curve(label, measured, {"color": color, "marker": "s"}))
+            last, time = measured[-1]
+            beyond = [(n, time * (n / last) ** 2) for n in tokens if n >= last]
+            if len(beyond) > 1:
+                style = {"color": color, "marker": "s", "linestyle": "--", "fillstyle": "none"}
+                curves.append(Curve(f"{label}, extrapolated", beyond, style))
+        out.append(Panel("tokens", "ms", curves, title))
+    return out
 
 
-def _measure(shape, args, dense_times: dict) -> tuple[Row | None, str | None]:
-    """One shape's row, or what is wrong with it; ``dense_times`` keeps dense times of shapes seen before."""
+def _measure(shape: tuple[int, ...], args: argparse.Namespace, report: Report) -> str | None:
+    """Add the rows of one shape, or tell what is wrong with its results."""
     n_tokens, n_q, n_kv, dim, block_size, top_k = shape
     config = MoBAConfig(block_size, top_k, deterministic=args.deterministic)
     g = torch.Generator("cuda").manual_seed(0)
@@ -141,106 +148,63 @@ def _measure(shape, args, dense_times: dict) -> tuple[Row | None, str | None]:
         torch.randn(n_tokens, h, dim, generator=g, device="cuda", dtype=torch.bfloat16) for h in (n_q, n_kv, n_kv, n_q)
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
+    row = Row(PART, MOBA, n_tokens, shape=shape[1:])
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out, lse = moba_attention(*leaves, config, return_lse=True)
     out.backward(dout)
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    errors, problem = check(*(x.detach() for x in leaves), dout, out.detach(), lse, [x.grad for x in leaves], config)
+    row.peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+    results = [out.detach(), *(x.grad for x in leaves)]
+    row.errors, problem = judge_moba([*(x.detach() for x in leaves), dout], results, lse.detach(), config)
     if problem:
-        return None, problem
-    del out, lse
-    moba = _time(lambda: moba_attention(*leaves, config), leaves, dout, args)
-    row = Row(shape, moba, peak, errors)
+        return problem
+    del out, lse, results
+    torch.cuda.empty_cache()
+    _time(row, Candidate(MOBA, lambda: moba_attention(*leaves, config), dout, leaves, inference=True), args)
+    report.add(row)
     for name in args.dense if n_tokens <= DENSE_MOST else ():
-        key = name, *shape[:4]
-        if key not in dense_times:
-            dense_times[key] = _time_dense(name, leaves, dout, args)
-        if dense_times[key]:
-            row.dense[name] = dense_times[key]
-    return row, None
+        other = Row(PART, name, n_tokens, shape=shape[1:])
+        same = [r for r in report.rows if (r.name, r.tokens, *r.shape[:3]) == (name, *shape[:4])]
+        if same:
+            # Dense attention does not depend on the block size and on top-k.
+            other = replace(same[0], shape=shape[1:])
+        else:
+            try:
+                _time(other, _dense(name, leaves, dout), args)
+            except (RuntimeError, ValueError) as error:
+                other.note = f"does not take this shape: {str(error).splitlines()[0][:100]}"
+        report.add(other)
+    return None
 
 
-def _time(forward, leaves, dout, args) -> Time:
-    """Times of ``forward()``, without and with its backward."""
-
-    def forward_backward():
-        for x in leaves:
-            x.grad = None
-        forward().backward(dout)
-
-    def forward_alone():
-        with torch.no_grad():
-            forward()
-
-    runs = []
-    for function in (forward_alone, forward_backward):
-        runs.append(_run(_captured(function) if args.graph else function, args.repeats))
-        for x in leaves:
-            x.grad = None
-    return Time(*(f(times) for times in runs for f in (statistics.median, lambda t: max(t) - min(t))))
-
-
-def _captured(function):
-    """A replay of ``function`` as a CUDA graph."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def _run(function, repeats: int) -> list[float]:
-    """Times of runs that follow one another without a pause, as the layers of a model do."""
-    for _ in range(2):
-        function()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for mark in marks[1:]:
-        function()
-        mark.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
+def _time(row: Row, candidate: Candidate, args: argparse.Namespace) -> None:
+    row.fill(*(time_passes(candidate, both, args.repeats, warm_up=2, graph=args.graph) for both in (False, True)))
 
 
 def _has_fa4() -> bool:
     return dense.BACKENDS["fa4"].refusal(torch.empty(1, 1, 128, device="cuda", dtype=torch.bfloat16), False) is None
 
 
-def _time_dense(name: str, leaves, dout, args) -> Time | None:
-    """Dense causal attention by one of PyTorch's backends or by flash-attn-4; None where it does not take the shape."""
+def _dense(name: str, leaves: list[torch.Tensor], dout: torch.Tensor) -> Candidate:
+    """Dense causal attention by one of PyTorch's backends or by flash-attn-4, on q, k, v and dout [T, heads, D]."""
     if name == "fa4":
+        return Candidate(name, lambda: full_attention(*leaves, backend="fa4"), dout, leaves, inference=True)
+    heads_first = [x.detach().transpose(0, 1)[None].requires_grad_() for x in leaves]
+    grouped = leaves[0].shape[1] != leaves[1].shape[1]
 
-        def forward():
-            return full_attention(*leaves, backend="fa4")
-    else:
-        dout = dout.transpose(0, 1)[None]
-        leaves = [x.detach().transpose(0, 1)[None].requires_grad_() for x in leaves]
-        grouped = leaves[0].shape[1] != leaves[1].shape[1]
+    def forward() -> torch.Tensor:
+        with sdpa_kernel(DENSE[name]):
+            return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
 
-        def forward():
-            with sdpa_kernel(DENSE[name]):
-                return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=grouped)
-
-    try:
-        return _time(forward, leaves, dout, args)
-    except (RuntimeError, ValueError) as error:
-        print(f"{name} does not take {tuple(leaves[0].shape)}: {str(error).splitlines()[0][:100]}")
-        return None
+    return Candidate(name, forward, dout.transpose(0, 1)[None], heads_first, inference=True)
 
 
-def _line(row: Row) -> str:
-    time = row.moba
-    text = f"{', '.join(map(str, row.shape)):30s} {time.forward:11.2f} / {time.forward_backward:10.2f}"
-    text += f" {time.forward_spread:5.2f} / {time.forward_backward_spread:5.2f} {row.peak_gib:9.2f}"
-    for name, other in row.dense.items():
-        factors = row.factor(name)
-        text += f"  {name} {other.forward:.2f} / {other.forward_backward:.2f} = {factors[0]:.2f}x / {factors[1]:.2f}x"
-    return text
+def _over_moba(rows: list[Row], row: Row) -> str:
+    """A dense row's times over MoBA's, forward and forward + backward."""
+    same = [other for other in rows if other.shape == row.shape]
+    moba = find(same, PART, row.tokens, 1, MOBA)
+    if row.name == MOBA or moba is None or row.both is None:
+        return ""
+    return f"{row.forward / moba.forward:.2f}x / {row.both / moba.both:.2f}x"

@@ -9,7 +9,7 @@ import triton
 import moba_cp
 
 
-def environment() -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """GPU, versions and the commit of the checkout, if the package runs from one."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -20,6 +20,12 @@ def environment() -> dict[str, str]:
         "moba_cp": moba_cp.__version__,
         "commit": _commit(),
     }
+
+
+def described(where: dict[str, str], *names: str) -> str:
+    """Some of :func:`environment` as a line for a chart's title."""
+    titles = {"torch": "PyTorch ", "triton": "Triton ", "nccl": "NCCL ", "commit": "commit "}
+    return ", ".join(titles.get(name, "") + where[name] for name in ("gpu", *names, "commit"))
 
 
 def _commit() -> str:

@@ -1,32 +1,54 @@
 """``moba-cp bench exchange``: bytes per rank of each exchange mode, for any number of ranks, on one machine.
 
-The decisions are those of training (:mod:`moba_cp.cp.exchange.decide`, :mod:`moba_cp.cp.allgather.costs`), made for one
-rank after another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes, the links'
-speeds and the kernels' speed: what travels and what is computed meanwhile are taken not to slow each other, which is
-true of copy engines, while NCCL's kernels take a part of the GPU.
+The decisions are those of training (:mod:`moba_cp.cp.exchange.decide`, :mod:`moba_cp.cp.allgather.costs`), made for one rank after
+another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes, the speed of the links
+and the speed of the kernels, as if communication and computation did not slow each other down. That holds for copy
+engines; NCCL's kernels take a part of the GPU.
 
 Legend: T tokens, P ranks, L = T / P, Hq query heads, Hkv key/value heads, D head dim, B block size, k top-k,
 e bytes per element.
 """
 
 import argparse
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..config import MoBAConfig
 from ..cp.allgather.costs import COPY_RATE, GatherCosts
 from ..cp.exchange.decide import decide
 from ..cp.exchange.dispatch import id_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
+from .chart import Curve, Panel, draw
 from .gates import GATES, RecordedGate, SyntheticGate
+from .rows import Report, Row, Table, number
+from .shape import Shape, whole_numbers
+from .shape import add_arguments as add_shape_arguments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TABLE = Table(
+    (
+        ("ranks", 5, lambda row: str(row.ranks)),
+        ("mode", 10, lambda row: row.name),
+        ("GB", 9, number("predicted_gb", 3)),
+        ("between", 9, number("between_gb", 3)),
+        ("of ring", 9, number("of_ring", 3)),
+        ("needed", 8, number("needed")),
+        ("busiest", 9, number("busiest")),
+        ("ms", 9, number("predicted_ms")),
+        ("exposed", 9, number("exposed_ms")),
+    )
+)
+# auto is a broad band under the others, so that it is seen where it equals one of them.
+STYLES = {
+    "auto": {"color": "tab:blue", "linewidth": 6, "alpha": 0.45, "markersize": 12},
+    "kv": {"color": "tab:orange", "marker": "s"},
+    "query": {"color": "tab:green", "marker": "^"},
+    "allgather": {"color": "tab:red", "marker": "v"},
+}
 
 
 def _speed(default: float, meaning: str):
@@ -49,64 +71,20 @@ class Links:
     )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: one layer, forward and backward, means over the ranks looked at."""
-
-    ranks: int
-    mode: str
-    gb: float
-    """GB that a rank receives, and as many that it sends; block means and requests included, tails of straddling blocks
-    not."""
-    between_gb: float
-    """the part of it that crosses nodes, with each block once per node."""
-    of_ring: float
-    """bytes over those of a dense ring."""
-    needed: float
-    """share of the (KV head, block) pairs of other ranks that could be chosen that are needed."""
-    busiest: float
-    """bytes that the busiest rank asks for over the mean."""
-    layer_ms: float
-    """predicted time of the layer's attention."""
-    exposed_ms: float
-    """the part of it in which a GPU waits for the wire."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    add_shape_arguments(parser, heads=32, kv_heads=8, gate="concentrated")
+    parser.add_argument("--gate-layer", type=int, help="--gate may be a file: its layer (default: the middle one)")
     parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks, by commas (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1 << 20, help="T (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--dim", type=int, default=128, help="head dim (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    parser.add_argument("--layout", choices=("contiguous", "zigzag"), default="zigzag", help="default: %(default)s")
-    parser.add_argument(
-        "--gate", default="concentrated", help=f"{', '.join(GATES)}, or a file of recorded selections (%(default)s)"
-    )
-    parser.add_argument("--gate-layer", type=int, help="layer of a recorded selection (default: the middle one)")
     parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
-    parser.add_argument(
-        "--gradient-dtype", choices=WIRE_DTYPES, default=ExchangeOptions.gradient_dtype, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--row-weight",
-        type=float,
-        help="how much more a byte of rows counts in auto (default: 4 within a node, 1 between nodes)",
-    )
+    parser.add_argument("--gradient-dtype", choices=WIRE_DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--row-weight", type=float, help="see ExchangeOptions (default: 4 in a node, 1 between nodes)")
     parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
-    parser.add_argument(
-        "--no-copy-engines",
-        dest="copy_engines",
-        action="store_false",
-        help="GPUs of a node do not map each other's memory, or are not to use it",
-    )
-    parser.add_argument(
-        "--nodes", type=int, default=1, help="nodes to look at per P, evenly spaced; 0: all (%(default)s)"
-    )
+    parser.add_argument("--no-copy-engines", action="store_true", help="GPUs of a node map no memory of each other")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes to count per P, 0 for all (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="where to count: cpu, cuda, or auto for a GPU if there is one")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     for speed in fields(Links):
@@ -118,34 +96,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table."""
-    MoBAConfig(args.block_size, args.top_k)
-    modes = args.modes.split(",")
-    for mode in modes:
-        ExchangeOptions(mode, row_weight=args.row_weight)
-    if args.heads % args.kv_heads:
-        raise ValueError(f"heads={args.heads} is not a multiple of kv-heads={args.kv_heads}")
     if args.gate in GATES:
-        gate = SyntheticGate(args.gate, args.heads, args.kv_heads, args.block_size, args.top_k, args.seed)
+        shape = Shape.of(args)
+        gate = SyntheticGate(args.gate, shape.heads, shape.kv_heads, args.block_size, args.top_k, args.seed)
     else:
         gate = RecordedGate(args.gate, args.gate_layer)
         args.tokens, args.heads, n_slots = gate.chosen.shape
         args.kv_heads, args.top_k, args.block_size = gate.n_kv, n_slots + 1, gate.block_size
-    try:
-        sizes = [int(size) for size in args.ranks.split(",")]
-    except ValueError:
-        raise ValueError(f"ranks={args.ranks!r} is not a list of whole numbers; use 2,8,64") from None
-    rows = []
-    print(_header(args))
+        shape = Shape.of(args)
+    modes, sizes = args.modes.split(","), whole_numbers("ranks", args.ranks)
+    for mode in modes:
+        ExchangeOptions(mode, row_weight=args.row_weight)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
+    report = Report({}, settings, TABLE, args.json)
+    title = f"{args.tokens} tokens, {shape}"
+    print(f"{title}, {args.dtype}; per rank and layer, forward and backward\n{TABLE.header()}", flush=True)
     for size in sizes:
         for row in measure(size, gate, modes, args):
-            rows.append(row)
-            print(_line(row), flush=True)
-    if args.json:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if not callable(v)}
-        args.json.write_text(json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+            report.add(row)
     if args.plot:
-        _plot(rows, args)
+        draw(args.plot, panels(report.rows), title)
     return 0
+
+
+def panels(rows: list[Row]) -> list[Panel]:
+    """Bytes of each mode against P, beside those of a dense ring."""
+    ring = {row.ranks: row.predicted_gb / row.of_ring for row in rows if row.of_ring}
+    curves = [Curve("dense ring", list(ring.items()), {"color": "black", "linestyle": "--", "marker": ""})]
+    for mode in dict.fromkeys(row.name for row in rows):
+        points = [(row.ranks, row.predicted_gb) for row in rows if row.name == mode]
+        curves.append(Curve(mode, points, STYLES[mode]))
+    return [Panel("ranks", "GB per rank and layer, forward and backward", curves)]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A layer whose bytes are counted."""
+
+    shape: Shape
+    tokens: int
+    dtype: torch.dtype
+    options: ExchangeOptions
+    """``ranks_per_node`` is set."""
+    links: Links = Links()
+
+    def by_mode(self, mode: str) -> "Counted":
+        """The same layer in an exchange mode."""
+        return replace(self, options=replace(self.options, mode=mode))
+
+    def gather_costs(self, geometry: BlockGeometry) -> GatherCosts:
+        """What all-gather moves; any rank's geometry serves."""
+        by_copies = self.options.may_copy(len(geometry.owned))
+        return GatherCosts(geometry, self.shape.kv_heads, self.shape.dim, self.dtype, self.options, by_copies)
+
+    def wire_costs(self, geometry: BlockGeometry) -> WireCosts:
+        """What a token of a block costs, and a row."""
+        ids = id_dtype(geometry, self.shape.kv_heads)
+        return WireCosts.of(self.dtype, self.shape.dim, self.shape.moba.top_k - 1, self.options, ids)
+
+    def compute_ms(self, n_local: int) -> float:
+        """Forward and backward of ``n_local`` tokens: k - 1 whole blocks and half of the current one each."""
+        heads, _, dim, block_size, top_k = self.shape.numbers
+        flop = 4 * n_local * heads * dim * block_size * (top_k - 0.5)
+        return 1e3 * flop * (1 + 2.5) / (self.links.tflops * 1e12)
 
 
 @dataclass
@@ -154,9 +167,9 @@ class Asked:
 
     total: int
     between: int
-    """rows to other nodes; blocks are counted per node."""
-    fetch: torch.Tensor | None
-    """[Hkv, n] bool."""
+    """Rows to other nodes; blocks are counted per node."""
+    fetch: torch.Tensor
+    """[Hkv, n] bool, blocks that come to this rank."""
     needed: float
 
 
@@ -166,34 +179,42 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
     bounds = getattr(gate, "bounds", np.array([0, args.tokens]))
     segments = rank_segments(args.layout, args.tokens, size, bounds)
     per_node = min(args.ranks_per_node, size)
+    options = ExchangeOptions(
+        keep=args.keep,
+        gradient_dtype=args.gradient_dtype,
+        ranks_per_node=per_node,
+        row_weight=args.row_weight,
+        copy_engines=not args.no_copy_engines,
+    )
+    links = Links(**{speed.name: getattr(args, speed.name) for speed in fields(Links)})
+    layer = Counted(Shape.of(args), args.tokens, DTYPES[args.dtype], options, links)
     n_nodes = -(-size // per_node)
     count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
     # From both ends, so that the early and the late ranks of a contiguous layout count alike.
     nodes = sorted({round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)})
-    sums = {mode: _Sums() for mode in _counted(modes)}
+    sums = {mode: _Sums(layer.by_mode(mode)) for mode in _counted(modes)}
     for node in nodes:
         asked: dict[str, list[Asked]] = {mode: [] for mode in sums}
-        geometry = None
         for rank in range(node * per_node, min(size, (node + 1) * per_node)):
             geometry = build_geometry(segments, rank, bounds, args.block_size, device)
-            chosen = gate(positions_of(segments[rank])).to(device)
+            selection = gate(positions_of(segments[rank])).to(device)
             for mode in sums:
-                asked[mode].append(ask(rank, chosen, geometry, mode, per_node, args))
+                asked[mode].append(ask(layer.by_mode(mode), rank, selection, geometry))
         for mode in sums:
-            sums[mode].add_node(asked[mode], geometry, node, per_node, _costs(geometry, args))
-    return [_row(size, mode, sums, geometry, n_nodes, args) for mode in modes]
+            sums[mode].add_node(asked[mode], geometry, node)
+    return [_row(size, mode, sums, geometry) for mode in modes]
 
 
-def predict(size: int, mode: str, asked: list[Asked], geometry: BlockGeometry, args: argparse.Namespace) -> Row:
-    """The row of ``mode`` from what each of all ``size`` ranks asks; ``geometry`` is that of any of them."""
-    per_node = min(args.ranks_per_node, size)
-    sums = {mode: _Sums() for mode in _counted([mode])}
+def predict(layer: Counted, asked: list[Asked], geometry: BlockGeometry) -> Row:
+    """The row of the layer's mode from what each of all ranks asks; ``geometry`` is that of any of them."""
+    size, per_node, mode = len(asked), layer.options.ranks_per_node, layer.options.mode
+    sums = {name: _Sums(layer.by_mode(name)) for name in _counted([mode])}
     for first in range(0, size, per_node):
         ranks = range(first, min(size, first + per_node))
-        for name in sums:
-            node = [asked[p] if name == mode else ask(p, None, geometry, name, per_node, args) for p in ranks]
-            sums[name].add_node(node, geometry, first // per_node, per_node, _costs(geometry, args))
-    return _row(size, mode, sums, geometry, -(-size // per_node), args)
+        for name, total in sums.items():
+            node = [asked[p] if name == mode else ask(total.layer, p, None, geometry) for p in ranks]
+            total.add_node(node, geometry, first // per_node)
+    return _row(size, mode, sums, geometry)
 
 
 def _counted(modes: list[str]) -> list[str]:
@@ -202,139 +223,78 @@ def _counted(modes: list[str]) -> list[str]:
 
 
 class _Sums:
-    """Totals over the nodes looked at."""
+    """Totals of one mode over the nodes looked at."""
 
-    def __init__(self):
+    def __init__(self, layer: Counted):
+        self.layer = layer
         self.ranks, self.total, self.between, self.needed, self.busiest = 0, 0, 0, 0.0, 0
 
-    def add_node(self, asked: list[Asked], geometry: BlockGeometry, node: int, per_node: int, costs: WireCosts) -> None:
+    def add_node(self, asked: list[Asked], geometry: BlockGeometry, node: int) -> None:
         """``geometry`` is that of any rank of the node."""
         self.ranks += len(asked)
         self.total += sum(a.total for a in asked)
         self.needed += sum(a.needed for a in asked)
         self.busiest = max(self.busiest, *(a.total for a in asked), 0)
-        elsewhere = geometry.owner // per_node != node
+        elsewhere = geometry.owner // self.layer.options.ranks_per_node != node
         union = torch.stack([a.fetch for a in asked]).any(0) & elsewhere
-        self.between += sum(a.between for a in asked) + int((union * geometry.length).sum()) * costs.kv_token
+        tokens = int((union * geometry.length).sum())
+        self.between += sum(a.between for a in asked) + tokens * self.layer.wire_costs(geometry).kv_token
 
 
-def _options(mode: str, per_node: int, args) -> ExchangeOptions:
-    return ExchangeOptions(
-        mode,
-        keep=args.keep,
-        gradient_dtype=args.gradient_dtype,
-        ranks_per_node=per_node,
-        row_weight=args.row_weight,
-        copy_engines=args.copy_engines,
-    )
+def ask(layer: Counted, rank: int, selection: torch.Tensor | None, geometry: BlockGeometry) -> Asked:
+    """What ``rank`` asks of the others for its selection [L, Hq, k - 1]; ``geometry`` is its own.
 
-
-def _costs(geometry: BlockGeometry, args) -> WireCosts:
-    options = _options("auto", 1, args)
-    return WireCosts.of(DTYPES[args.dtype], args.dim, args.top_k - 1, options, id_dtype(geometry, args.kv_heads))
-
-
-def _gather_costs(geometry: BlockGeometry, mode: str, per_node: int, args) -> GatherCosts:
-    options = _options(mode, per_node, args)
-    by_copies = options.may_copy(len(geometry.owned))
-    return GatherCosts(geometry, args.kv_heads, args.dim, DTYPES[args.dtype], options, by_copies)
-
-
-def ask(rank: int, chosen: torch.Tensor | None, geometry: BlockGeometry, mode: str, per_node: int, args) -> Asked:
-    """What ``rank`` asks of the others for its selection ``chosen`` [L, Hq, S]; ``geometry`` is its own.
-
-    For ``allgather`` nothing need be chosen, and any rank's geometry serves.
+    For ``allgather`` the selection is not looked at, and any rank's geometry serves.
     """
-    if mode == "allgather":
-        total = _gather_costs(geometry, mode, per_node, args).bytes_of(rank)
-        return Asked(total, 0, (geometry.owner != rank).expand(args.kv_heads, -1), 1.0)
-    costs, candidates = _costs(geometry, args), args.kv_heads * max(1, int(geometry.remote_candidate.sum()))
-    weighing = _options(mode, per_node, args).weighing(len(geometry.owned))
-    decision = decide(chosen, geometry, args.kv_heads, 1, costs, mode, weighing, rank)
-    elsewhere = torch.arange(len(geometry.owned), device=chosen.device) // per_node != rank // per_node
+    options = layer.options
+    if options.mode == "allgather":
+        total = layer.gather_costs(geometry).bytes_of(rank)
+        return Asked(total, 0, (geometry.owner != rank).expand(layer.shape.kv_heads, -1), 1.0)
+    costs, candidates = layer.wire_costs(geometry), layer.shape.kv_heads * max(1, int(geometry.remote_candidate.sum()))
+    weighing = options.weighing(len(geometry.owned))
+    decision = decide(selection, geometry, layer.shape.kv_heads, 1, costs, options.mode, weighing, rank)
+    ranks = torch.arange(len(geometry.owned), device=selection.device)
+    elsewhere = ranks // options.ranks_per_node != rank // options.ranks_per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)
     owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)
     rows_between = int((decision.cost - owner_fetch * costs.kv_token)[elsewhere].sum())
     return Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
 
 
-def _row(
-    size: int, mode: str, all_sums: dict[str, _Sums], geometry: BlockGeometry, n_nodes: int, args: argparse.Namespace
-) -> Row:
-    e, links = DTYPES[args.dtype].itemsize, Links(**{f.name: getattr(args, f.name) for f in fields(Links)})
-    others, local = (size - 1) / size, args.tokens // size
+def _row(size: int, mode: str, all_sums: dict[str, _Sums], geometry: BlockGeometry) -> Row:
     sums = plan = all_sums[mode]
-    everything = _gather_costs(geometry, mode, min(args.ranks_per_node, size), args)
-    at_once = everything.at_once(local * args.heads, args.top_k)
+    layer, links = plan.layer, plan.layer.links
+    e, others, local = layer.dtype.itemsize, (size - 1) / size, layer.tokens // size
+    everything = layer.gather_costs(geometry)
+    at_once = everything.at_once(local * layer.shape.heads, layer.shape.moba.top_k)
     if mode == "auto" and (at_once or everything.instead_of(plan.total / plan.ranks * size)):
         sums = all_sums["allgather"]
     # Means are padded to the most blocks that any rank owns; requests have a byte for each (KV head, block).
     most = max(ids.numel() for ids in geometry.owned)
-    means = (size - 1) * most * args.kv_heads * args.dim * e
-    overhead = means + others * geometry.n_blocks * args.kv_heads * (not at_once)
+    means = (size - 1) * most * layer.shape.kv_heads * layer.shape.dim * e
+    overhead = means + others * geometry.n_blocks * layer.shape.kv_heads * (not at_once)
+    several_nodes = layer.options.ranks_per_node < size
     per_rank = sums.total / sums.ranks + overhead
-    between = sums.between / sums.ranks + (overhead if n_nodes > 1 else 0)
-    ring = 3 * (size - 1) * local * 2 * args.kv_heads * args.dim * e
-    compute = _compute_ms(local, args, links)
+    between = sums.between / sums.ranks + (overhead if several_nodes else 0)
+    ring = 3 * (size - 1) * local * 2 * layer.shape.kv_heads * layer.shape.dim * e
+    compute = layer.compute_ms(local)
     by_copies = everything.by_copies and sums is all_sums.get("allgather")
     within_gbps = links.copy_gbps if by_copies else links.within_gbps
     wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / within_gbps / 1e6
-    latency = (links.between_latency_us if n_nodes > 1 else links.within_latency_us) / 1e3
+    latency = (links.between_latency_us if several_nodes else links.within_latency_us) / 1e3
     # Means and requests come before anything can overlap; the first messages of either direction too.
     exposed = max(0.0, wire - compute) + 4 * latency if size > 1 else 0.0
-    busiest = sums.busiest / (sums.total / sums.ranks) if sums.total else 1.0
     return Row(
-        ranks=size,
-        mode=mode,
-        gb=per_rank / 1e9,
+        "exchange",
+        mode,
+        layer.tokens,
+        size,
+        layer.shape.numbers,
+        predicted_gb=per_rank / 1e9,
         between_gb=between / 1e9,
         of_ring=per_rank / ring if ring else 0.0,
         needed=plan.needed / plan.ranks,
-        busiest=busiest,
-        layer_ms=compute + exposed,
+        busiest=sums.busiest / (sums.total / sums.ranks) if sums.total else 1.0,
+        predicted_ms=compute + exposed,
         exposed_ms=exposed,
     )
-
-
-def _compute_ms(local: int, args, links: Links) -> float:
-    """Block attention of ``local`` tokens, forward and backward: k - 1 whole blocks and half of the own one each."""
-    flop = 4 * local * args.heads * args.dim * args.block_size * (args.top_k - 0.5)
-    return 1e3 * flop * (1 + 2.5) / (links.tflops * 1e12)
-
-
-def _header(args) -> str:
-    return (
-        f"{args.tokens} tokens, {args.heads} heads ({args.kv_heads} KV), D={args.dim}, B={args.block_size}, "
-        f"k={args.top_k}, {args.dtype}, {args.layout}, gate {args.gate}; per rank and layer, forward and backward\n"
-        f"{'ranks':>5} {'mode':>9} {'GB':>8} {'between':>8} {'of ring':>8} {'needed':>7} {'busiest':>8} "
-        f"{'ms':>8} {'exposed':>8}"
-    )
-
-
-def _line(row: Row) -> str:
-    return (
-        f"{row.ranks:5d} {row.mode:>9} {row.gb:8.3f} {row.between_gb:8.3f} {row.of_ring:8.3f} {row.needed:7.2f} "
-        f"{row.busiest:8.2f} {row.layer_ms:8.2f} {row.exposed_ms:8.2f}"
-    )
-
-
-def _plot(rows: list[Row], args) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    sizes = sorted({row.ranks for row in rows})
-    ring = [next(row.gb / row.of_ring for row in rows if row.ranks == size and row.of_ring) for size in sizes]
-    axes.plot(sizes, ring, "k--", label="dense ring")
-    for mode in dict.fromkeys(row.mode for row in rows):
-        axes.plot(sizes, [row.gb for row in rows if row.mode == mode], marker="o", label=mode)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("ranks")
-    axes.set_ylabel("GB per rank and layer, forward and backward")
-    axes.set_title(f"{args.tokens} tokens, B={args.block_size}, k={args.top_k}, gate: {Path(args.gate).name}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=150)

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig
-from moba_cp.bench.cluster import check, command, goals, profile
-from moba_cp.bench.cluster.inputs import Shape, make_inputs
-from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, exchange_options, measure, overlap
+from moba_cp.bench.chart import figure
+from moba_cp.bench.cluster import chart, check, command, measure, profile
+from moba_cp.bench.cluster.inputs import drawn_gate, make_inputs
+from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, exchange_options, overlap
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
-from moba_cp.bench.cluster.rows import COLUMNS, Report, Row, header
+from moba_cp.bench.rows import Report, Row
+from moba_cp.bench.shape import Shape
 from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import positions_of, rank_segments
@@ -25,7 +27,7 @@ from tests.helpers.distributed import run_ranks
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--heads", "4", "--kv-heads", "2", "--dim", "16", "--block-size", "32", "--top-k", "3"]
-SMALL += ["--check-tokens", "256", "--training-tokens", "256", "--repeats", "2"]
+SMALL += ["--check-tokens", "256", "--repeats", "2"]
 
 
 def arguments(*given) -> argparse.Namespace:
@@ -49,10 +51,11 @@ def shape(gate="uniform", heads=4, kv_heads=2, dim=16, block_size=32, top_k=3) -
 def _two_ranks(rank, folder):
     torch.set_num_threads(1)
     whole = run("--tokens", "512", "--json", f"{folder}/two.json", "--chart", f"{folder}/two.png")
-    real = check.moba_attention
-    check.moba_attention = lambda *leaves, cp=None: real(*leaves, cp=cp) * (1.0 if cp is None or rank == 0 else 1.01)
+    late = run("--tokens", "512", "--seconds", "1e-9", "--json", f"{folder}/late.json")
+    real = measure.moba_attention
+    measure.moba_attention = lambda *leaves, cp=None: real(*leaves, cp=cp) * (1.0 if cp is None or rank == 0 else 1.01)
     refused = run("--tokens", "512", "--json", f"{folder}/refused.json")
-    return whole, refused
+    return whole, refused, late
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,7 @@ def two_ranks(tmp_path_factory):
 
 
 def test_the_whole_command(two_ranks):
-    pytest.importorskip("megatron.core")
-    folder, ((whole, _), (other, _)) = two_ranks
+    folder, ((whole, *_), (other, *_)) = two_ranks
     assert whole[0] == other[0] == 0 and other[1] == "", "all ranks succeed and one speaks"
     report = json.loads((folder / "two.json").read_text())
     rows = {(row["part"], row["tokens"], row["ranks"], row["name"]): row for row in report["rows"]}
@@ -71,76 +73,56 @@ def test_the_whole_command(two_ranks):
     expected = {("attention", 512, 1, name) for name in ("moba", "full")}
     expected |= {("attention", 512, 2, name) for name in (*moba, "full")}
     expected |= {("overlap", 512, 2, name) for name in moba}
-    expected |= {("training", 256, size, name) for size in (1, 2) for name in ("moba", "full")}
     assert set(rows) == expected
     for key, row in rows.items():
-        assert row["both"] > 0 and not row["note"], key
+        assert row["both"] > 0 and not row["note"] and row["shape"] == [4, 2, 16, 32, 3], key
         if key[0] == "overlap":
             assert row["off_both"] > 0 and row["off_error"] == 0
         if key[0] == "attention" and key[2] == 2 and key[3] != "full":
             # Means and requests come on top, and rows carry the numbers of their blocks.
             assert row["received_gb"] == pytest.approx(row["predicted_gb"], rel=0.02), key
-        if key[0] == "training":
-            assert 5 < row["loss"] < 6
-    assert report["environment"]["ranks"] == "2" and report["settings"]["gate"] == "uniform"
-    assert {goal["met"] for goal in report["goals"]} <= {True, False, None}
+    assert report["environment"]["ranks"] == "2"
+    assert report["settings"]["gate"] == "uniform" and report["settings"]["tokens"] == "512"
     assert (folder / "two.png").stat().st_size > 10_000
     lines = whole[1].splitlines()
-    table = lines[lines.index(header()) + 1 :][: len(rows)]
+    table = lines[lines.index(command.TABLE.header()) + 1 :][: len(rows)]
     assert [line.split()[0] for line in table] == [row["part"] for row in report["rows"]]
-    assert all(len(line) == sum(width for _, width in COLUMNS) for line in table), "the columns are aligned"
+    assert all(len(line) == len(command.TABLE.header()) for line in table), "the columns are aligned"
+
+
+def test_no_measurement_begins_when_the_time_is_over(two_ranks):
+    folder, results = two_ranks
+    assert [late[0] for *_, late in results] == [0, 0]
+    rows = json.loads((folder / "late.json").read_text())["rows"]
+    assert [(row["part"], row["ranks"]) for row in rows] == [("skipped", 1), ("skipped", 2)]
+    assert all("give more by --seconds" in row["note"] for row in rows)
 
 
 def test_a_failed_check_publishes_nothing(two_ranks):
     folder, results = two_ranks
-    for rank, (_, (code, printed)) in enumerate(results):
+    for rank, (_, (code, printed), _) in enumerate(results):
         assert code == 1
         assert ("MoBA by auto on 2 ranks: dk is off by" in printed) == (rank == 0)
         assert printed.count("nothing is published") == (rank == 0)
     assert not (folder / "refused.json").exists()
 
 
-def _four_ranks(rank, folder):
-    torch.set_num_threads(1)
-    return run("--tokens", "1024", "--nodes", "2", "--gate", "concentrated", "--json", f"{folder}/nodes.json")
-
-
-def test_nodes_send_each_block_once(tmp_path):
-    results = run_ranks(4, _four_ranks, str(tmp_path))
-    assert [code for code, _ in results] == [0] * 4
-    rows = {row["name"]: row for row in json.loads((tmp_path / "nodes.json").read_text())["rows"]}
-    assert set(rows) == {f"moba {m} {kind}" for m in MODES for kind in ("flat", "by node")} - {"moba allgather by node"}
-    assert all("emulated" in row["note"] and row["part"] == "nodes" for row in rows.values())
-    flat, by_node = rows["moba kv flat"], rows["moba kv by node"]
-    assert 0 < by_node["between_gb"] < 0.95 * flat["between_gb"]
-    gathered = rows["moba allgather flat"]
-    assert gathered["between_gb"] == pytest.approx(gathered["received_gb"] * 2 / 3, rel=1e-3)
-
-
-def _with_the_wire_off(rank):
+def _without_communication(rank):
     """For every candidate: whether results, twice, equal the real ones, and the row of the whole measurement."""
     torch.set_num_threads(1)
     ranks = Ranks("cpu")
     layer = Layer(shape(), 512, 2, ranks)
     report = {}
     for candidate in [layer.moba(mode) for mode in MODES] + [layer.full()]:
-
-        def results():
-            for x in candidate.leaves:
-                x.grad = None
-            out = candidate.forward()
-            out.backward(candidate.dout)
-            return [out.detach(), *(x.grad for x in candidate.leaves)]
-
         with layer.comm.recording():
-            wanted = results()
+            wanted = candidate.results()
         kept = layer.comm.kept_bytes
         same = []
         # One rank after the other: nothing is sent, or they would wait for ever.
         for alone in range(2):
             for _ in range(2 if rank == alone else 0):
                 with layer.comm.replaying():
-                    same.append(all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True)))
+                    same.append(all(torch.equal(a, b) for a, b in zip(candidate.results(), wanted, strict=True)))
             ranks.meet()
         layer.comm.forget()
         row = overlap(layer, candidate, Limits(2, 1e9))
@@ -149,7 +131,7 @@ def _with_the_wire_off(rank):
 
 
 def test_a_replay_equals_the_real_pass():
-    for report in run_ranks(2, _with_the_wire_off):
+    for report in run_ranks(2, _without_communication):
         assert set(report) == {*(f"moba {mode}" for mode in MODES), "full"}
         for name, (same, kept, left, row) in report.items():
             assert same == [True, True], name
@@ -183,7 +165,7 @@ def test_what_fails_or_takes_too_long_is_said_and_loses_nothing_else(one_rank):
 
     bad = Candidate("bad", fails, good.dout, good.leaves)
     slow = Candidate("slow", good.forward, good.dout, good.leaves)
-    rows = measure(layer, "attention", [bad, slow, good], Limits(2, 100.0), lambda name: 1e3 * (name == "slow"))
+    rows = measure.measure(layer, "attention", [bad, slow, good], Limits(2, 100.0), lambda name: 1e3 * (name == "slow"))
     assert [row.name for row in rows] == ["bad", "slow", "moba"]
     assert rows[0].note == "failed: RuntimeError: no such kernel" and rows[0].both is None
     assert rows[1].note == "skipped: about 1000 ms, more than 100" and rows[1].both is None
@@ -209,17 +191,17 @@ def test_queries_choose_what_the_concentrated_gate_draws():
     table = block_table(n, size, None, CPU)
     means = backend(k.bfloat16()).block_means(k.bfloat16(), table.start, table.length, size)
     chosen = backend(k.bfloat16()).select_blocks(q[rows].bfloat16(), means, table.first[rows], table.own[rows], 8)
-    drawn = it.drawn()(rows.numpy())  # a whole chunk, as the inputs draw it
+    drawn = drawn_gate(it)(rows.numpy())  # a whole chunk, as the inputs draw it
     found = (drawn[..., None] == chosen[..., None, :]).any(-1)
     assert found.float().mean() > 0.99 and found.all(-1).float().mean() > 0.95
-    early = it.drawn()(np.arange(2 * size))
+    early = drawn_gate(it)(np.arange(2 * size))
     assert (early[:size] < 0).all(), "the first block's queries have nothing to choose"
 
 
 def test_the_check_finds_a_wrong_selection(one_rank, monkeypatch):
-    real = check._one_rank_selection
+    real = check.select
     assert check.check(shape(), 256, ["auto"], (1,), one_rank) is None
-    monkeypatch.setattr(check, "_one_rank_selection", lambda *inputs: real(*inputs).clamp(max=1))
+    monkeypatch.setattr(check, "select", lambda *inputs: real(*inputs).clamp(max=1))
     assert "MoBA on one rank: out is wrong by" in check.check(shape(), 256, ["auto"], (1,), one_rank)
 
 
@@ -235,35 +217,45 @@ def test_names_of_modes():
 
 
 def _row(part, tokens, ranks, name, both, **rest):
-    return Row(part, tokens, ranks, name, forward=both / 3, both=both, **rest)
+    return Row(part, name, tokens, ranks, forward=both / 3, both=both, **rest)
 
 
-def test_goals_are_judged_by_what_was_measured():
-    report = Report({}, {}, None)
-    assert [goal["met"] for goal in goals.judge(report)] == [None] * 6
-    report.rows = [
-        _row("attention", 131072, 2, "full", 231.0),
-        _row("attention", 524288, 1, "moba", 240.0),
-        _row("attention", 524288, 2, "moba auto", 130.0),
-        _row("attention", 524288, 2, "moba allgather", 135.0),
-        _row("attention", 524288, 4, "moba auto", 71.0),
-        _row("attention", 524288, 4, "moba allgather", 72.0),
-        _row("attention", 524288, 4, "moba allgather-nccl", 68.0),
-        _row("overlap", 131072, 2, "moba auto", 130.0, off_both=90.0),
-        _row("overlap", 524288, 2, "moba auto", 130.0, off_both=120.0),
-        _row("overlap", 524288, 4, "moba kv", 130.0, off_both=20.0),
-    ]
-    judged = goals.judge(report)
-    assert [goal["met"] for goal in judged] == [False, True, False, None, False, True]
-    measured = ["231.0 ms", "1.85 times", "84.5%", "not measured"]
-    assert [goal["measured"] for goal in judged[:4]] == measured
-    assert judged[4]["measured"] == "worst 1.044 (T=524288, 4 ranks)"
-    assert judged[5]["measured"] == "worst 1.083 (T=524288, 2 ranks)"
-    assert [line.split()[-1] for line in goals.lines(judged)] == ["missed", "met", "missed", "-", "missed", "met"]
+def test_the_chart_compares_with_the_fastest_on_one_rank():
+    """Times as measured, by growing tokens and ranks; nothing is compared with itself where another is faster."""
+    rows = []
+    for n in (4096, 2048, 1024):
+        rows += [_row("attention", n, 1, "moba", n / 100), _row("attention", n, 1, "full", n / 10)]
+        rows.append(_row("attention", n, 1, "torch cudnn", n / 20))
+        for size in (4, 2):
+            rows += [_row("attention", n, size, "moba auto", n / 90 / size), _row("attention", n, size, "full", n / 10)]
+            rows.append(_row("attention", n, size, "torch alltoall", n / 16 / size))
+    rows += [_row("overlap", 1024, 4, "moba auto", 1.0), Row("attention", "moba kv", 1024, 4, note="failed")]
+    by_tokens, by_ranks, shares = chart.panels(rows)
+    curves = {curve.label: sorted(curve.points) for curve in by_tokens.curves}
+    assert set(curves) == {
+        *("moba, 1 rank", "full, 1 rank", "torch cudnn, 1 rank"),
+        *("moba auto, 4 ranks", "full, 4 ranks", "torch alltoall, 4 ranks"),
+    }
+    assert curves["moba auto, 4 ranks"] == [(n, n / 360) for n in (1024, 2048, 4096)]
+    assert curves["torch cudnn, 1 rank"] == [(n, n / 20) for n in (1024, 2048, 4096)]
+    curves = {curve.label: sorted(curve.points) for curve in by_ranks.curves}
+    assert curves["moba auto, 4K tokens"] == [(1, 40.96), (2, 4096 / 180), (4, 4096 / 360)]
+    assert curves["torch alltoall, 4K tokens"] == [(1, 204.8), (2, 128.0), (4, 64.0)]
+    curves = {curve.label: dict(curve.points) for curve in shares.curves}
+    assert curves["moba auto"] == {n: pytest.approx(90.0) for n in (1024, 2048, 4096)}
+    assert curves["torch alltoall"] == {n: pytest.approx(80.0) for n in (1024, 2048, 4096)}
+    assert curves["full"][1024] == pytest.approx(12.5), "cuDNN is faster on one rank"
+    assert chart.panels([row for row in rows if row.ranks > 1]) == []
+    two = chart.panels([row for row in rows if row.ranks < 4])
+    assert [panel.x_label for panel in two] == ["tokens", "tokens"], "two points make no curve against ranks"
+    pytest.importorskip("matplotlib")
+    for axis, panel in zip(figure([by_tokens, by_ranks, shares], "").axes, (by_tokens, by_ranks, shares), strict=True):
+        for line, curve in zip(axis.lines, panel.curves, strict=True):
+            assert list(zip(*line.get_data(), strict=True)) == sorted(curve.points)
 
 
 def test_rows_are_written_as_they_come(tmp_path, capsys):
-    report = Report({"gpu": "g"}, {"heads": 1}, tmp_path / "rows.json")
+    report = Report({"gpu": "g"}, {"heads": 1}, command.TABLE, tmp_path / "rows.json")
     for count in (1, 2):
         report.add(_row("attention", 1024, 1, "moba", 3.0))
         assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == count
@@ -300,16 +292,13 @@ def test_a_profile_says_what_overlaps():
         (["--modes", "all-nccl"], "modes: 'all-nccl': exchange mode='all' is not one of auto, kv, query, allgather"),
         (["--modes", "auto-kept"], "modes: 'auto-kept': -kept is none of -nccl, -keep, -rounded"),
         (["--modes", "auto:x"], "modes: 'auto:x': could not convert string to float"),
-        (["--parts", "attention,nodes"], "with nodes=1: the part nodes, and no other, goes with --nodes"),
-        (["--nodes", "0"], "nodes=0 is not positive"),
-        (["--nodes", "2"], "nodes=2 does not divide the 1 ranks"),
         (["--ranks", "2"], "ranks=2 is none of 1"),
-        (["--stand-in", "4"], "stand-in=4 on 1 ranks: two stand in for two or more"),
-        (["--stand-in", "4", "--nodes", "2"], "stand-in=4 with nodes=2: nodes share no memory"),
-        (["--parts", "stand-in"], "'stand-in' is not one of attention"),
+        (["--parts", "attention,nodes"], "parts='attention,nodes' is not a list of attention, overlap"),
+        (["--gate", "gate.pt"], "gate='gate.pt' is not one of uniform, concentrated"),
+        (["--seconds", "0"], "seconds=0.0 is not positive"),
         (["--kv-heads", "3"], "kv-heads=3 does not divide heads=4"),
         (["--repeats", "0"], "repeats=0 is not positive"),
-        (["--max-ms", "0"], "max-ms=0.0 is not above 0"),
+        (["--max-ms", "0"], "max-ms=0.0 is not positive"),
         (["--block-size", "20"], "block_size=20 is not a positive multiple of 16"),
         (["--json", "/nowhere/x.json"], "the folder /nowhere is not there"),
     ],

@@ -9,6 +9,7 @@ import torch
 
 from moba_cp import reference
 from moba_cp.bench import exchange
+from moba_cp.bench.chart import figure
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
 from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.options import MODES, ExchangeOptions
@@ -66,7 +67,7 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents, copies, monkey
     args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", per_node)
     args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
     n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
-    rows = {row.mode: row for row in exchange.measure(size, RecordedGate(path), list(MODES), args)}
+    rows = {row.name: row for row in exchange.measure(size, RecordedGate(path), list(MODES), args)}
     for mode, row in rows.items():
         options = ExchangeOptions(mode, stages=1, ranks_per_node=int(per_node))
         counters = [c for _, c, _ in run_threads(size, _run, copies != "none", case, "zigzag", options)]
@@ -74,24 +75,51 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents, copies, monkey
         asks = mode != "allgather" and (mode, copies) != ("auto", "fast")
         assert all(("received_requests_bytes" in c) == asks for c in counters)
         requests = (size - 1) * n_blocks * 2 * asks
-        assert row.gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), mode
+        assert row.predicted_gb * 1e9 * size == pytest.approx(sum(map(_moved, counters)) + means + requests), mode
     # With copy engines a plan must save much; for packed documents it does, since they see little of one another.
     gathers = copies == "fast" or (copies == "slow" and len(documents) == 2)
     assert (rows["auto"].busiest == rows["allgather"].busiest) == gathers
 
 
-def test_the_command_prints_writes_and_draws(tmp_path, capsys):
-    table, chart = tmp_path / "table.json", tmp_path / "chart.png"
-    shape = ["--row-weight", "1", "--ranks", "2,4", "--tokens", "16384", "--heads", "4", "--kv-heads", "2"]
-    shape += ["--block-size", "128"]
-    shape += ["--no-copy-engines"]
-    assert exchange.main(_args(*shape, "--json", str(table), "--plot", str(chart))) == 0
+def test_the_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
+    """Ranks in any order: the chart shows for each number of ranks what the table says of it."""
+    table, chart, drawn = tmp_path / "table.json", tmp_path / "chart.png", []
+    real = exchange.draw
+    monkeypatch.setattr(exchange, "draw", lambda *all: drawn.append(all) or real(*all))
+    shape = ["--ranks", "4,2,8", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
+    assert exchange.main(_args(*shape, "--no-copy-engines", "--json", str(table), "--plot", str(chart))) == 0
     rows = json.loads(table.read_text())["rows"]
-    assert [(row["ranks"], row["mode"]) for row in rows] == [(p, mode) for p in (2, 4) for mode in MODES]
+    assert [(row["ranks"], row["name"]) for row in rows] == [(p, mode) for p in (2, 4, 8) for mode in MODES]
     assert "allgather" in capsys.readouterr().out and chart.stat().st_size > 1000
-    for size in (2, 4):
-        gb = {row["mode"]: row["gb"] for row in rows if row["ranks"] == size}
+    ((_, (panel,), _),) = drawn
+    curves = {curve.label: dict(curve.points) for curve in panel.curves}
+    for row in rows:
+        assert curves[row["name"]][row["ranks"]] == row["predicted_gb"]
+        assert curves["dense ring"][row["ranks"]] == pytest.approx(row["predicted_gb"] / row["of_ring"])
+    for size in (2, 4, 8):
+        gb = {row["name"]: row["predicted_gb"] for row in rows if row["ranks"] == size}
         assert gb["auto"] <= 1.02 * min(gb["kv"], gb["query"], gb["allgather"])
+
+
+def test_the_chart_mirrors_nothing_and_hides_nothing():
+    """Rows as they come, by falling number of ranks, with auto equal to kv."""
+    pytest.importorskip("matplotlib")
+    gb = {"auto": lambda p: 16 / p, "kv": lambda p: 16 / p, "query": lambda p: 64 / p, "allgather": lambda p: 2.0 * p}
+    rows = [
+        exchange.Row("exchange", mode, 1024, p, predicted_gb=f(p), of_ring=0.5)
+        for p in (256, 16, 2)
+        for mode, f in gb.items()
+    ]
+    drawn = figure(exchange.panels(rows), "title").axes[0]
+    lines = {line.get_label(): line for line in drawn.lines}
+    for mode, f in gb.items():
+        x, y = lines[mode].get_data()
+        assert list(x) == [2, 16, 256] and list(y) == [f(p) for p in (2, 16, 256)]
+    assert [text.get_text() for text in drawn.get_xticklabels()] == ["2", "16", "256"]
+    auto, kv = lines["auto"], lines["kv"]
+    assert auto.get_linewidth() > 2 * kv.get_linewidth() and auto.get_markersize() > 1.5 * kv.get_markersize()
+    order = list(lines)
+    assert order.index("auto") < order.index("kv"), "the broad one lies below"
 
 
 @pytest.mark.parametrize("kind, share", [("concentrated", 0.134), ("uniform", 0.488)])
@@ -110,7 +138,7 @@ def test_copy_engines_change_what_is_gathered_within_a_node():
 
     def gigabytes(*given: str) -> dict[str, float]:
         args = _args(*shape, *given)
-        return {row.mode: row.gb for row in exchange.measure(4, gate, ["auto", "kv", "allgather"], args)}
+        return {row.name: row.predicted_gb for row in exchange.measure(4, gate, ["auto", "kv", "allgather"], args)}
 
     copied, collective = gigabytes(), gigabytes("--no-copy-engines")
     assert copied["auto"] == pytest.approx(copied["allgather"], rel=0.01)
@@ -124,9 +152,9 @@ def test_copy_engines_change_what_is_gathered_within_a_node():
     "given, says",
     [
         (["--gate", "nothing.pt"], "gate='nothing.pt' is no recorded selection"),
-        (["--ranks", "two"], "ranks='two' is not a list of whole numbers"),
+        (["--ranks", "two"], "ranks='two' is not a list of positive whole numbers"),
         (["--modes", "all"], "exchange mode='all' is not one of"),
-        (["--heads", "3"], "heads=3 is not a multiple of kv-heads=8"),
+        (["--heads", "3"], "kv-heads=8 does not divide heads=3"),
         (["--top-k", "0"], "top_k=0 is not between"),
         (["--row-weight", "-1"], "exchange row_weight=-1.0 is not a number in"),
     ],
@@ -143,7 +171,7 @@ def test_auto_counts_a_block_that_its_node_shares_once(gate):
         "--tokens", "32768", "--heads", "4", "--kv-heads", "2", "--dim", "32", "--block-size", "64", "--device", "cpu"
     )
     gate = SyntheticGate(gate, 4, 2, 64, 8)
-    for per_node, measure_of in ((4, "between_gb"), (1, "gb")):
+    for per_node, measure_of in ((4, "between_gb"), (1, "predicted_gb")):
         args.ranks_per_node, args.nodes = per_node, 2
-        rows = {row.mode: getattr(row, measure_of) for row in exchange.measure(16, gate, list(MODES), args)}
+        rows = {row.name: getattr(row, measure_of) for row in exchange.measure(16, gate, list(MODES), args)}
         assert rows["auto"] <= 1.02 * min(rows.values()), rows

@@ -1,71 +1,66 @@
-"""Speed-up and efficiency against the number of ranks, as a PNG."""
+"""What ``bench cluster`` draws: times of each way, and how efficient it is on several ranks."""
 
-from .goals import efficiency
-from .measure import FULL, MOBA, PEER
-from .rows import Report
+from ..chart import Curve, Panel
+from ..rows import Row, find, short
+from .measure import FULL, MOBA, TORCH
 
-COLORS = {
-    "moba auto": "tab:blue", "moba kv": "tab:cyan", "moba query": "tab:purple", "moba allgather": "tab:green",
-    "moba auto-nccl": "navy", "moba allgather-nccl": "tab:olive",
-    "full": "tab:orange", "torch allgather": "tab:red", "torch alltoall": "tab:pink",
-}  # fmt: skip
-LINES = ("-", "--", ":", "-.")
+STYLES = {
+    MOBA: {"color": "tab:blue"},
+    "moba auto": {"color": "tab:blue"},
+    "moba kv": {"color": "tab:cyan", "marker": "s"},
+    "moba query": {"color": "tab:purple", "marker": "^"},
+    "moba allgather": {"color": "tab:green", "marker": "v"},
+    "moba auto-nccl": {"color": "navy", "marker": "D"},
+    "moba allgather-nccl": {"color": "tab:olive", "marker": "<"},
+    FULL: {"color": "tab:orange", "marker": "P"},
+    f"{TORCH} cudnn": {"color": "tab:red", "marker": "X"},
+    "torch allgather": {"color": "tab:red", "marker": "X"},
+    "torch alltoall": {"color": "tab:pink", "marker": "*"},
+}
+ONE_RANK = {"linestyle": ":", "fillstyle": "none"}
 
 
-def baseline(name: str) -> str:
-    """The row on one rank that ``name`` is compared with."""
-    return {MOBA: MOBA, FULL: FULL, PEER: f"{PEER} cudnn"}[name.split()[0]]
+def one_rank(rows: list[Row], row: Row) -> Row | None:
+    """The fastest way to compute on one rank what ``row`` computes on several, at the same T."""
+    names = (MOBA,) if row.name.split()[0] == MOBA else (FULL, f"{TORCH} cudnn")
+    found = [one for name in names if (one := find(rows, "attention", row.tokens, 1, name))]
+    return min(found, key=lambda one: one.both, default=None)
 
 
-def draw(path: str, report: Report) -> bool:
-    """Draw what was measured on one rank and more; False if nothing was."""
-    rows = [row for row in report.rows if row.part == "attention" and row.ranks > 1 and row.both]
-    series: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for row in rows:
-        share = efficiency(report, row.tokens, row.ranks, row.name, baseline(row.name))
-        if share is not None:
-            series.setdefault((row.name, row.tokens), []).append((row.ranks, share))
-    if not series:
-        return False
-    import matplotlib
+def efficiency(rows: list[Row], row: Row) -> float | None:
+    """t(1) / (P t(P)) of forward and backward, by :func:`one_rank`; None where that was not measured."""
+    one = one_rank(rows, row)
+    return one.both / (row.ranks * row.both) if one else None
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    # The longest sequence of each, and the longest that everything was measured with.
-    names = list(dict.fromkeys(name for name, _ in series))
-    lengths = {name: {n for other, n in series if other == name} for name in names}
-    common = set.intersection(*lengths.values())
-    shown = {name: sorted({max(found), max(common)} if common else {max(found)}) for name, found in lengths.items()}
-    most = max(row.ranks for row in rows)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
-    for (name, tokens), points in series.items():
-        if tokens not in shown[name]:
+def panels(rows: list[Row]) -> list[Panel]:
+    """ms of each way against T on one rank and on the most ranks, ms against P at the longest T that one rank served,
+    and efficiency against T; forward and backward. Empty if nothing was measured both on one rank and on more."""
+    rows = [row for row in rows if row.part == "attention" and row.both]
+    several = [row for row in rows if row.ranks > 1 and one_rank(rows, row)]
+    if not several:
+        return []
+    most = max(row.ranks for row in several)
+    names = list(dict.fromkeys(row.name for row in rows))
+    by_tokens, by_ranks, shares = [], [], []
+    for name in names:
+        for size, style in ((1, ONE_RANK), (most, {})):
+            points = [(row.tokens, row.both) for row in rows if (row.name, row.ranks) == (name, size)]
+            if points:
+                label = f"{name}, {size} rank{'s' * (size > 1)}"
+                by_tokens.append(Curve(label, points, STYLES.get(name, {}) | style))
+        mine = [row for row in several if row.name == name]
+        if not mine:
             continue
-        sizes, shares = zip(*[(1, 1.0), *sorted(points)])
-        line = LINES[shown[name][::-1].index(tokens)]
-        style = {"color": COLORS.get(name, "tab:brown"), "linestyle": line, "marker": "o"}
-        label = f"{name}, {tokens // 1024}K tokens" if tokens >= 1024 else f"{name}, {tokens} tokens"
-        axes[0].plot(sizes, [p * share for p, share in zip(sizes, shares)], label=label, **style)
-        axes[1].plot(sizes, [100 * share for share in shares], **style)
-    sizes = [2**i for i in range(most.bit_length())]
-    axes[0].plot(sizes, sizes, color="grey", linewidth=0.8, label="ideal")
-    axes[1].axhline(100, color="grey", linewidth=0.8)
-    for axis, label in zip(axes, ("speed-up over one rank", "efficiency, %")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_xlabel("ranks")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, handlelength=4)
-    s, e = report.settings, report.environment
-    figure.suptitle(
-        f"one layer, forward + backward: {s['heads']} query heads, {s['kv_heads']} KV heads, head dim {s['dim']}, "
-        f"block {s['block_size']}, top-k {s['top_k']}, {s['layout']}, {s['gate']} gate\n"
-        f"{e['gpu']}, PyTorch {e['torch']}, Triton {e['triton']}, NCCL {e['nccl']}, commit {e['commit']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
+        longest = max(row.tokens for row in mine)
+        points = [(row.ranks, row.both) for row in mine if row.tokens == longest]
+        one = one_rank(rows, mine[0] if mine[0].tokens == longest else next(r for r in mine if r.tokens == longest))
+        by_ranks.append(Curve(f"{name}, {short(longest)} tokens", [(1, one.both), *points], STYLES.get(name, {})))
+        points = [(row.tokens, 100 * efficiency(rows, row)) for row in mine if row.ranks == most]
+        shares.append(Curve(name, points, STYLES.get(name, {})))
+    out = [
+        Panel("tokens", "ms, forward + backward", by_tokens, f"1 and {most} ranks"),
+        Panel("ranks", "ms, forward + backward", by_ranks, "the longest sequence that one rank was measured with"),
+        Panel("tokens", "efficiency, %", shares, f"{most} ranks against the fastest on one rank", log_y=False),
+    ]
+    return out if most > 2 else [out[0], out[2]]

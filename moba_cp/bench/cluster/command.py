@@ -1,4 +1,4 @@
-"""``moba-cp bench cluster``: attention and a training step on several ranks, under torchrun.
+"""``moba-cp bench cluster``: attention on several ranks, under torchrun.
 
 Equality with one rank is checked first; then the first 1, 2, 4, ... ranks measure while the others wait.
 """
@@ -8,188 +8,203 @@ from pathlib import Path
 
 import torch
 
-from ...config import MoBAConfig
-from ...cp.layout import LAYOUTS, rank_segments
-from ..environment import environment
+from ...cp.layout import rank_segments
+from ..chart import draw
+from ..environment import described, environment
 from ..gates import GATES
-from .chart import draw
+from ..rows import Report, Row, Table, number, ratio, short
+from ..shape import Shape, whole_numbers
+from ..shape import add_arguments as add_shape_arguments
+from .chart import panels
 from .check import check
-from .goals import judge, lines
-from .inputs import Shape
-from .measure import DEFAULT_MODES, Limits, exchange_options
-from .parts import PARTS, Settings, standing_in
+from .measure import DEFAULT_MODES, MOBA, Layer, Limits, dense_estimate, exchange_options, measure, overlap
+from .predict import predictions
+from .profile import write_profile
 from .ranks import Ranks
-from .rows import Report, header
 
-TOKENS = tuple(2**i for i in range(15, 21))
-DEFAULT_PARTS = ("attention", "overlap", "training")
+PARTS = ("attention", "overlap")
+TABLE = Table(
+    (
+        ("part", 9, lambda row: row.part),
+        ("T", 6, lambda row: short(row.tokens)),
+        ("P", 3, lambda row: str(row.ranks)),
+        ("what", 28, lambda row: row.name),
+        ("fwd ms", 9, number("forward")),
+        ("fwd+bwd", 9, number("both")),
+        ("spread", 8, number("both_spread")),
+        ("GB", 8, number("received_gb", 3)),
+        ("pred GB", 9, number("predicted_gb", 3)),
+        ("pred ms", 9, number("predicted_ms")),
+        ("GiB", 7, number("peak_gib")),
+        ("on/off f", 10, ratio("forward", "off_forward")),
+        ("f+b", 7, ratio("both", "off_both")),
+    )
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--tokens", help="lengths T, by commas (default: 32768 to 1048576; with --nodes 65536)")
+    add_shape_arguments(parser, heads=16, kv_heads=None, gate="uniform")
+    parser.add_argument("--tokens", default="32768,131072,524288", help="lengths T, by commas (default: %(default)s)")
     parser.add_argument(
         "--modes",
         default=",".join(DEFAULT_MODES),
         help="of the exchange, by commas; auto:2 for a row_weight, and options behind: -rounded for gradient_dtype "
         "input, -keep, -nccl for no copy engines (%(default)s)",
     )
-    parser.add_argument("--parts", help=f"by commas, of {', '.join(PARTS)} (default: all but nodes; with --nodes: it)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="by commas (default: %(default)s)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")
-    parser.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, help="default: as many as query heads")
-    parser.add_argument("--dim", type=int, default=128, help="head dim (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--layout", choices=LAYOUTS[:2], default="zigzag", help="default: %(default)s")
-    parser.add_argument("--gate", choices=GATES, default="uniform", help="what queries choose (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each, after warming up (%(default)s)")
     parser.add_argument("--max-ms", type=float, default=1000.0, help="skip dense passes that take longer (%(default)s)")
-    parser.add_argument("--check-tokens", type=int, default=16384, help="T of the check before (default: %(default)s)")
-    parser.add_argument("--training-tokens", default="131072", help="T of the training step (default: %(default)s)")
-    parser.add_argument("--stand-in", help="let two GPUs stand in for the first and last of so many ranks, by commas")
-    parser.add_argument("--nodes", type=int, default=1, help="let one machine act as so many nodes (default: 1)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument("--check-tokens", type=int, default=8192, help="T of the check before (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=240.0, help="begin no measurement later (default: %(default)s)"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds until a hanging collective ends the run")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write environment, settings and rows here, row by row")
-    parser.add_argument("--chart", type=Path, help="draw speed-up and efficiency against ranks here (PNG)")
+    parser.add_argument("--chart", type=Path, help="draw times and efficiency here (PNG)")
     parser.add_argument("--profile", type=Path, help="write where the time goes on rank 0 here, as text")
 
 
 def main(args: argparse.Namespace) -> int:
     """Check, measure, print; 1 on every rank if a check fails."""
-    settings = _settings(args)
-    ranks = Ranks(args.device, args.nodes, args.timeout)
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    shape = _parse(args)
+    ranks = Ranks(args.device, args.timeout)
     try:
-        return _run(settings, ranks, args)
+        _check_sizes(args, ranks)
+        where = environment(ranks.device) | {"ranks": str(ranks.size), "nccl": _nccl()}
+        report = Report(where, settings, TABLE, args.json if ranks.first else None)
+        return _run(shape, args, ranks, report)
     finally:
         ranks.close()
 
 
-def _run(settings: Settings, ranks: Ranks, args: argparse.Namespace) -> int:
-    _check_sizes(settings, ranks)
-    where = environment() | {"ranks": str(ranks.size), "nccl": _nccl()}
-    report = Report(where, settings.described(), args.json if ranks.first else None)
-    if ranks.first:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
-        print(", ".join(f"{name} {value}" for name, value in report.settings.items()), flush=True)
-    problem = check(settings.shape, settings.check_tokens, list(settings.modes), settings.sizes, ranks)
+def _run(shape: Shape, args: argparse.Namespace, ranks: Ranks, report: Report) -> int:
+    ranks.print(", ".join(f"{name} {value}" for name, value in (report.environment | report.settings).items()))
+    problem = check(shape, args.check_tokens, args.modes, args.ranks, ranks)
     if problem is not None:
-        if ranks.first:
-            print(f"{problem}; nothing is published", flush=True)
+        ranks.print(f"{problem}; nothing is published")
         return 1
-    if ranks.first:
-        print(
-            f"on {settings.sizes} ranks results equal one rank's at T={settings.check_tokens}\n{header()}", flush=True
-        )
-    for part in settings.parts:
-        PARTS[part](settings, ranks, report)
-    standing_in(settings, ranks, report)
-    if ranks.first:
-        _finish(report, args)
+    ranks.print(f"on {args.ranks} ranks results equal one rank's at T={args.check_tokens}\n{TABLE.header()}")
+    for n_tokens in args.tokens:
+        for size in args.ranks:
+            if ranks.rank < size:
+                _measure(shape, args, ranks, report, n_tokens, size)
+                if ranks.on_gpu:
+                    torch.cuda.empty_cache()
+            ranks.meet()
+    if ranks.first and args.chart:
+        drawn = panels(report.rows)
+        if drawn:
+            draw(args.chart, drawn, f"one layer: {shape}\n{described(report.environment, 'torch', 'triton', 'nccl')}")
+        else:
+            print(f"{args.chart} is not drawn: nothing was measured both on one rank and on more")
     ranks.meet()
     return 0
 
 
-def _finish(report: Report, args: argparse.Namespace) -> None:
-    if any(row.part in ("attention", "overlap") for row in report.rows):
-        report.goals = judge(report)
-        print("\ngoal / measured / met or missed", *lines(report.goals), sep="\n", flush=True)
-    report.write()
-    if args.chart and not draw(str(args.chart), report):
-        print(f"{args.chart} is not drawn: nothing was measured both on one rank and on more")
+def _measure(shape: Shape, args: argparse.Namespace, ranks: Ranks, report: Report, n_tokens: int, size: int) -> None:
+    """All parts with one length on the first ``size`` ranks; collective over these."""
+
+    def add(rows: list[Row]) -> None:
+        for row in rows if ranks.first else ():
+            report.add(row)
+
+    def late(what: str) -> bool:
+        """Whether the time for measurements is over; says so in a row."""
+        if ranks.elapsed(size) <= args.seconds:
+            return False
+        note = f"skipped: {args.seconds:.0f} s are over; give more by --seconds, or fewer --tokens or --modes"
+        add([Row("skipped", what, n_tokens, size, note=note)])
+        return True
+
+    if late("all"):
+        return
+    try:
+        layer = Layer(shape, n_tokens, size, ranks)
+    except torch.OutOfMemoryError:
+        layer = None
+    if ranks.problem(None if layer else "out of memory", size):
+        return add([Row("skipped", "all", n_tokens, size, note="out of memory")])
+    modes = [layer.moba(mode) for mode in args.modes] if size > 1 else [layer.moba("auto", MOBA)]
+    able = modes
+    if "attention" in args.parts:
+        ranks.say(f"attention of {n_tokens} tokens on {size} ranks")
+        rows = measure(layer, "attention", modes, args.limits, lambda name: 0.0)
+        for name, predicted in predictions(layer, args.modes).items() if size > 1 else ():
+            row = next(row for row in rows if row.name == name)
+            row.predicted_gb, row.predicted_ms = predicted.predicted_gb, predicted.predicted_ms
+        add(rows)
+        able = [candidate for candidate, row in zip(modes, rows, strict=True) if not row.note]
+        add(_measure_dense(layer, args.limits, report.rows))
+    for candidate in able if "overlap" in args.parts and size > 1 else ():
+        if late(f"overlap of {candidate.name}"):
+            return None
+        add([overlap(layer, candidate, args.limits)])
+    if args.profile is not None:
+        write_profile(args.profile, layer, modes)
+    return None
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    """The options, checked.
+def _measure_dense(layer: Layer, limits: Limits, before: list[Row]) -> list[Row]:
+    """Rows of our full attention and of PyTorch's; ``before`` are those of shorter sequences, on the first rank."""
+
+    def estimate(name: str) -> float:
+        return layer.ranks.most(dense_estimate(layer, name, before) if layer.ranks.first else 0.0, layer.size)
+
+    candidates = [layer.full()]
+    if estimate(candidates[0].name) <= limits.most_ms:
+        candidates += layer.torch()
+    rows = measure(layer, "attention", candidates, limits, estimate)
+    for candidate, row in zip(candidates[1:], rows[1:], strict=True):
+        if row.both is not None:
+            row.note = layer.disagreement(candidates[0], candidate) or ""
+    return rows
+
+
+def _parse(args: argparse.Namespace) -> Shape:
+    """Check the options and put lists in the place of texts.
 
     Raises:
         ValueError: one is wrong; the message names it, its value and the rule.
     """
-    if args.nodes < 1:
-        raise ValueError(f"nodes={args.nodes} is not positive; use 1 for the machine as it is")
-    modes = tuple(dict.fromkeys(args.modes.split(",")))
-    for mode in modes:
+    if args.gate not in GATES:
+        raise ValueError(f"gate={args.gate!r} is not one of {', '.join(GATES)}")
+    shape = Shape.of(args)
+    args.modes = tuple(dict.fromkeys(args.modes.split(",")))
+    for mode in args.modes:
         exchange_options(mode)
-    default = ("nodes",) if args.nodes > 1 else DEFAULT_PARTS
-    parts = _words("parts", args.parts, tuple(PARTS)) if args.parts else default
-    if ("nodes" in parts) != (args.nodes > 1) or "nodes" in parts and len(parts) > 1:
-        raise ValueError(
-            f"parts={','.join(parts)} with nodes={args.nodes}: the part nodes, and no other, goes with --nodes 2 or "
-            "more, since links between such nodes are not those of the machine; run the command twice"
-        )
-    if args.stand_in and args.nodes > 1:
-        raise ValueError(f"stand-in={args.stand_in} with nodes={args.nodes}: nodes share no memory; leave one out")
-    for name in ("repeats", "check_tokens", "heads", "dim"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not positive; use 1 or more")
-    kv_heads = args.heads if args.kv_heads is None else args.kv_heads
-    if kv_heads < 1 or args.heads % kv_heads:
-        raise ValueError(f"kv-heads={kv_heads} does not divide heads={args.heads}")
-    for name in ("max_ms", "timeout"):
+    args.parts = args.parts.split(",")
+    if not {*args.parts} <= {*PARTS}:
+        raise ValueError(f"parts={','.join(args.parts)!r} is not a list of {', '.join(PARTS)}")
+    for name in ("repeats", "check_tokens", "max_ms", "timeout", "seconds"):
         if not getattr(args, name) > 0:
-            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not above 0")
+            raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not positive")
     for path in (args.json, args.chart, args.profile):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
-    tokens = args.tokens or ("65536" if args.nodes > 1 else ",".join(map(str, TOKENS)))
-    return Settings(
-        shape=Shape(args.heads, kv_heads, args.dim, MoBAConfig(args.block_size, args.top_k), args.layout, args.gate),
-        tokens=_numbers("tokens", tokens),
-        training_tokens=_numbers("training-tokens", args.training_tokens),
-        check_tokens=args.check_tokens,
-        modes=modes,
-        parts=parts,
-        sizes=_numbers("ranks", args.ranks) if args.ranks else (),
-        stand_in=_numbers("stand-in", args.stand_in) if args.stand_in else (),
-        limits=Limits(args.repeats, args.max_ms),
-        nodes=args.nodes,
-        profile=args.profile,
-    )
+    args.tokens = whole_numbers("tokens", args.tokens)
+    args.ranks = whole_numbers("ranks", args.ranks) if args.ranks else ()
+    args.limits = Limits(args.repeats, args.max_ms)
+    return shape
 
 
-def _check_sizes(settings: Settings, ranks: Ranks) -> None:
+def _check_sizes(args: argparse.Namespace, ranks: Ranks) -> None:
     """Take the ranks there are where none were named, and see that every length fits them."""
-    if not settings.sizes:
-        settings.sizes = tuple(ranks.sizes)
-    if settings.stand_in and (ranks.size < 2 or min(settings.stand_in) < 2):
-        raise ValueError(
-            f"stand-in={','.join(map(str, settings.stand_in))} on {ranks.size} ranks: two stand in for two or more; "
-            "start 2 under torchrun"
-        )
-    for size in settings.sizes:
+    args.ranks = args.ranks or tuple(ranks.sizes)
+    for size in args.ranks:
         if size not in ranks.sizes:
             raise ValueError(
                 f"ranks={size} is none of {', '.join(map(str, ranks.sizes))}, the powers of two up to the {ranks.size} "
                 "ranks of this run; leave it out or start more under torchrun"
             )
-        lengths = {"tokens": settings.tokens, "check-tokens": (settings.check_tokens,)}
-        if "training" in settings.parts:
-            lengths["training-tokens"] = settings.training_tokens
-        for name, values in lengths.items():
-            for n_tokens in values:
-                try:
-                    rank_segments(settings.shape.layout, n_tokens, size, None)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-
-
-def _words(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(text.split(",")))
-    for word in words:
-        if word not in known:
-            raise ValueError(f"{name}={text!r}: {word!r} is not one of {', '.join(known)}")
-    return words
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        numbers = (0,)
-    if numbers[0] < 1:
-        raise ValueError(f"{name}={text!r} is not a list of positive whole numbers; use e.g. 65536,131072")
-    return numbers
+        for name, n_tokens in (("check-tokens", args.check_tokens), *(("tokens", n) for n in args.tokens)):
+            try:
+                rank_segments(args.layout, n_tokens, size, None)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 def _nccl() -> str:

@@ -5,15 +5,14 @@ per row, n blocks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...blocks import block_count
-from ...config import MoBAConfig
 from ..gates import SyntheticGate
+from ..shape import Shape
 
 CHUNK = 4096
 """Tokens that are drawn with one seed."""
@@ -21,21 +20,9 @@ LOGIT = 2.0
 """Scaled score of a query with the mean key of a block that it is to choose."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One layer's attention, T aside."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    moba: MoBAConfig
-    layout: str
-    gate: str
-    """``uniform``: q and k are noise, and so is the choice; ``concentrated``: see :class:`SyntheticGate`."""
-
-    def drawn(self) -> SyntheticGate:
-        """What the queries of the concentrated gate are to choose."""
-        return SyntheticGate("concentrated", self.heads, self.kv_heads, self.moba.block_size, self.moba.top_k)
+def drawn_gate(shape: Shape) -> SyntheticGate:
+    """What the queries of the concentrated gate are to select."""
+    return SyntheticGate("concentrated", shape.heads, shape.kv_heads, shape.moba.block_size, shape.moba.top_k)
 
 
 def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.device) -> list[Tensor]:
@@ -53,7 +40,7 @@ def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.de
         if codes is not None:
             # What a query is to choose depends on where a run of queries begins, so it is drawn for whole chunks.
             where = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, n_tokens))
-            chosen = shape.drawn()(where)[inside].to(device).long()
+            chosen = drawn_gate(shape)(where)[inside].to(device).long()
             drawn[0] = _queries(shape, chosen, codes, drawn[0])
             drawn[1] += codes[torch.from_numpy(where[inside] // shape.moba.block_size).to(device)]
         for target, part in zip(out, drawn, strict=True):
@@ -64,7 +51,7 @@ def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.de
 def _chunks(positions: np.ndarray) -> Iterator[tuple[slice, int, slice]]:
     """Runs of ``positions`` within a chunk: their places, the chunk, and where in it they are."""
     cuts = np.flatnonzero((np.diff(positions) != 1) | (positions[1:] % CHUNK == 0)) + 1
-    for begin, end in zip([0, *cuts], [*cuts, len(positions)]):
+    for begin, end in zip([0, *cuts], [*cuts, len(positions)], strict=True):
         first = int(positions[begin])
         inside = first % CHUNK
         yield slice(int(begin), int(end)), first // CHUNK, slice(inside, inside + int(end - begin))

@@ -1,10 +1,9 @@
-"""Attention on the first P ranks: all candidates in turn, and MoBA with the wire on and off.
+"""Attention on the first P ranks: all candidates in turn, and MoBA with and without communication.
 
 Legend: T tokens, P ranks, L = T / P local tokens, Hq query heads, Hkv key/value heads, D head dim.
 """
 
 import functools
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,20 +15,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ... import CPContext, full_attention, moba_attention
 from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
 from ...cp.symmetric_memory import PeerMemory
-from ..attention_check import BOUND
-from ..timing import Candidate, time_once
+from ..judge import BOUND
+from ..rows import Row
+from ..shape import Shape
+from ..timing import Candidate, time_passes
 from ..torch_cp import ROTATE_METHODS, torch_context_parallel
-from .inputs import Shape, make_inputs
+from .inputs import make_inputs
 from .ranks import Ranks
 from .replay import ReplayCommunicator
-from .rows import Row
 
-MOBA, FULL, PEER = "moba", "full", "torch"
+MOBA, FULL, TORCH = "moba", "full", "torch"
 WITHOUT_COPIES = "-nccl"
 VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
 """What may follow the name of a mode, and the options that it stands for."""
 DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
-PASS_TFLOPS = 450e12
+PASS_FLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
 
 
@@ -47,8 +47,8 @@ class Limits:
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it.
 
-    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype,
-    ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
+    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype, ``-keep`` keeps for backward what was received,
+    ``-nccl`` does without copy engines.
     """
     name, _, weight = mode.partition(":")
     name, *endings = name.split("-")
@@ -63,8 +63,8 @@ def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOp
             f"{' or '.join(GATHERING_MODES)}"
         )
     try:
-        weight = float(weight) if weight else None
-        return ExchangeOptions(name, row_weight=weight, ranks_per_node=ranks_per_node, **options)
+        row_weight = float(weight) if weight else None
+        return ExchangeOptions(name, row_weight=row_weight, ranks_per_node=ranks_per_node, **options)
     except ValueError as error:
         raise ValueError(f"modes: {mode!r}: {error}") from None
 
@@ -82,21 +82,16 @@ class PeerUse:
 
 
 class Layer:
-    """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks.
+    """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks."""
 
-    Where ``comm`` is given, the first ``present`` ranks act as ranks of P by it.
-    """
-
-    def __init__(
-        self, shape: Shape, n_tokens: int, size: int, ranks: Ranks,
-        comm: ReplayCommunicator | None = None, present: int | None = None,
-    ):  # fmt: skip
+    def __init__(self, shape: Shape, n_tokens: int, size: int, ranks: Ranks):
         self.shape, self.n_tokens, self.size, self.ranks = shape, n_tokens, size, ranks
-        self.present = present or size
-        group = ranks.group(size) if comm is None and size > 1 else None
-        self.comm = comm or ReplayCommunicator(group, ranks.per_node)
-        positions = self.context(ExchangeOptions()).positions
-        q, k, v, self.dout = make_inputs(shape, n_tokens, positions, ranks.device)
+        self.comm = ReplayCommunicator(ranks.group(size) if size > 1 else None)
+        # One node, unless the launcher says otherwise.
+        self.per_node = self.comm.ranks_per_node() or size
+        cp = self.context(ExchangeOptions())
+        self.shard = cp.shard
+        q, k, v, self.dout = make_inputs(shape, n_tokens, cp.positions, ranks.device)
         self.leaves = [x.requires_grad_() for x in (q, k, v)]
         self._torch_leaves: list[Tensor] | None = None
         self._mesh = None
@@ -107,19 +102,22 @@ class Layer:
             self.comm, self.shape.layout, self.n_tokens, device=self.ranks.device, exchange=options, observer=observer
         )
 
-    def moba(self, mode: str, name: str | None = None, ranks_per_node: int | None = None) -> Candidate:
-        """MoBA in one exchange mode, with the nodes there are or others; on one rank as on any single GPU."""
-        per_node = ranks_per_node or min(self.size, self.ranks.per_node)
-        cp = self.context(exchange_options(mode, per_node)) if self.size > 1 else None
-        forward = lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp)
-        return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)
+    def moba(self, mode: str, name: str | None = None, observer=None) -> Candidate:
+        """MoBA in one exchange mode; on one rank as on any single GPU."""
+        cp = self.context(exchange_options(mode, self.per_node), observer) if self.size > 1 else None
+        return Candidate(
+            name or f"{MOBA} {mode}",
+            lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp),
+            self.dout,
+            self.leaves,
+        )
 
-    def full(self) -> Candidate:
-        """Our full attention, with the method and kernels that it chooses."""
+    def full(self, method: str = "auto") -> Candidate:
+        """Our full attention, by the kernels that it chooses."""
         cp = self.context(ExchangeOptions()) if self.size > 1 else None
-        return Candidate(FULL, lambda: full_attention(*self.leaves, cp=cp), self.dout, self.leaves)
+        return Candidate(FULL, lambda: full_attention(*self.leaves, cp=cp, method=method), self.dout, self.leaves)
 
-    def peers(self) -> list[Candidate]:
+    def torch(self) -> list[Candidate]:
         """PyTorch's attention by cuDNN: its context_parallel by both rotate methods; on one rank by itself."""
         if not self.ranks.on_gpu or self.shape.layout != "zigzag":
             return []
@@ -134,35 +132,35 @@ class Layer:
 
         if self.size == 1:
             inside = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
-            return [Candidate(f"{PEER} cudnn", forward, dout, leaves, inside)]
+            return [Candidate(f"{TORCH} cudnn", forward, dout, leaves, inside)]
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh
 
             self._mesh = DeviceMesh.from_group(self.ranks.group(self.size), "cuda")
         return [
             Candidate(
-                f"{PEER} {method}", forward, dout, leaves,
+                f"{TORCH} {method}", forward, dout, leaves,
                 functools.partial(torch_context_parallel, self._mesh, self.n_tokens, method),
             )
             for method in ROTATE_METHODS
         ]  # fmt: skip
 
-    def disagreement(self, ours: Candidate, peer: Candidate) -> str | None:
+    def disagreement(self, ours: Candidate, theirs: Candidate) -> str | None:
         """How far the output of PyTorch's attention is from ours, if it is too far."""
         with torch.no_grad():
             mine = ours.forward()
-            with peer.inside():
-                theirs = peer.forward()[0].transpose(0, 1)
-        error = self.ranks.most(_difference(theirs, mine), self.size)
+            with theirs.inside():
+                other = theirs.forward()[0].transpose(0, 1)
+        error = self.ranks.most(_difference(other, mine), self.size)
         return None if error < BOUND else f"wrong: the output differs from ours by {error:.1e}"
 
-    def peer_use(self) -> PeerUse:
-        """Watches from now on; nodes, also emulated ones, share no memory."""
-        return PeerUse(self.comm.peers() if self.ranks.nodes == 1 else None)
+    def peers(self) -> PeerMemory | None:
+        """The memory that copy engines use; ranks on several nodes have none."""
+        return self.comm.peers() if self.per_node >= self.size else None
 
     def row(self, part: str, name: str) -> Row:
         """An empty row."""
-        return Row(part, self.n_tokens, self.size, name)
+        return Row(part, name, self.n_tokens, self.size, self.shape.numbers)
 
 
 def measure(
@@ -182,80 +180,71 @@ def measure(
         row.note = _warm(layer, candidate, row) or ""
         if not row.note:
             able.append(candidate)
-    times = in_turn(layer, [c.name for c in able], able, limits)
-    for name, measured in times.items():
-        _fill(rows[name], measured)
+    for name, times in in_turn(layer, [c.name for c in able], able, limits).items():
+        rows[name].fill(*times)
     return list(rows.values())
 
 
 def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     """First forward and backward pass: compiles, counts bytes and memory; what went wrong on any rank."""
-    ranks, comm = layer.ranks, layer.comm
+    ranks, comm, size = layer.ranks, layer.comm, layer.size
     problem = None
     for x in candidate.leaves:
         x.grad = None
     comm.reset_counters()
-    comm.between_bytes = 0
-    shared = layer.peer_use()
+    shared = PeerUse(layer.peers())
     if ranks.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     try:
-        time_once(candidate, True)
-    except Exception as error:  # out of memory, or a peer that cannot run: a result too
+        time_passes(candidate, True)
+    except Exception as error:  # out of memory, or PyTorch's attention cannot run: a result too
         lines = str(error).strip().splitlines()
         problem = f"failed: {type(error).__name__}: {lines[0][:120] if lines else ''}"
         del error
-    problem = ranks.problem(problem, layer.present)
+    problem = ranks.problem(problem, size)
     if problem is not None:
         return problem
-    if not candidate.name.startswith(PEER):
-        row.received_gb = ranks.total(sum(comm.counters.received.values()), layer.present) / layer.present / 1e9
-        if ranks.nodes > 1:
-            row.between_gb = ranks.total(comm.between_bytes, layer.present) / layer.present / 1e9
+    if not candidate.name.startswith(TORCH):
+        row.received_gb = ranks.total(sum(comm.counters.received.values()), size) / size / 1e9
     if ranks.on_gpu:
         peak = torch.cuda.max_memory_allocated() - before + shared.nbytes
-        row.peak_gib = ranks.most(peak / 2**30, layer.present)
+        row.peak_gib = ranks.most(peak / 2**30, size)
     return None
 
 
 def in_turn(
     layer: Layer, names: list[str], candidates: list[Candidate], limits: Limits
 ) -> dict[str, list[list[float]]]:
-    """Times [forward, forward + backward] of warm candidates, of the slowest rank each; all in turn, so that clocks
-    change for all alike; collective over the layer's ranks."""
-    ready = layer.ranks.ready(layer.present)
+    """Times [forward, forward + backward] of warm candidates, of the slowest rank each; collective over the layer's
+    ranks. Candidates take turns, so that changes of the clock affect all of them alike."""
+    ready = layer.ranks.ready(layer.size)
     times: dict[str, list[list[float]]] = {name: [[], []] for name in names}
     for repeat in range(limits.repeats):
         for name, candidate in zip(names, candidates, strict=True):
             if repeat >= 2 and sum(map(sum, times[name])) > limits.budget_ms:
                 continue
             for measured, backward in zip(times[name], (False, True), strict=True):
-                measured.append(layer.ranks.most(time_once(candidate, backward, ready), layer.present))
+                (mine,) = time_passes(candidate, backward, before=ready)
+                measured.append(layer.ranks.most(mine, layer.size))
     for candidate in candidates:
         for x in candidate.leaves:
             x.grad = None
     return times
 
 
-def _fill(row: Row, times: list[list[float]]) -> None:
-    forward, both = times
-    row.forward, row.both = statistics.median(forward), statistics.median(both)
-    row.forward_spread, row.both_spread = max(forward) - min(forward), max(both) - min(both)
-    row.repeats = len(both)
-
-
 def overlap(layer: Layer, candidate: Candidate, limits: Limits) -> Row:
-    """A row with the wire on and off; collective over the layer's ranks."""
+    """A row with communication and with its replay from memory; collective over the layer's ranks."""
     row, ranks, comm = layer.row("overlap", candidate.name), layer.ranks, layer.comm
     try:
         row.note = _record(layer, candidate, row) or ""
         if not row.note:
             off = Candidate(candidate.name, candidate.forward, candidate.dout, candidate.leaves, comm.replaying)
             times = in_turn(layer, ["on", "off"], [candidate, off], limits)
-            _fill(row, times["on"])
-            row.off_forward, row.off_both = (statistics.median(t) for t in times["off"])
+            row.fill(*times["off"])
+            row.off_forward, row.off_both = row.forward, row.both
+            row.fill(*times["on"])
     finally:
         comm.forget()
         if ranks.on_gpu:
@@ -266,41 +255,33 @@ def overlap(layer: Layer, candidate: Candidate, limits: Limits) -> Row:
 def _record(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     """Record a pass and play it back; what went wrong on any rank."""
     ranks, comm, problem = layer.ranks, layer.comm, None
-
-    def results() -> list[Tensor]:
-        for x in candidate.leaves:
-            x.grad = None
-        out = candidate.forward()
-        out.backward(candidate.dout)
-        return [out.detach(), *(x.grad for x in candidate.leaves)]
-
     if ranks.on_gpu:
         # What collectives and copies hand out is kept, and results twice.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         comm.handed_bytes = 0
-        results()
+        candidate.results()
         need = comm.handed_bytes + 2 * sum(x.nbytes for x in (layer.dout, *layer.leaves))
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-        short = ranks.most(need - free, layer.present)
+        short = ranks.most(need - free, layer.size)
         if short > 0:
             return f"memory is short by {short / 2**30:.1f} GiB for a recording"
     try:
         with comm.recording():
-            wanted = results()
-        # A replay meets nobody before it writes what others may still be reading.
-        ranks.settle(layer.present)
+            wanted = candidate.results()
+        # A replay does not wait for the others before it writes what they may still be reading.
+        ranks.settle(layer.size)
         with comm.replaying():
-            errors = [_difference(a, b) for a, b in zip(results(), wanted, strict=True)]
+            errors = [_difference(a, b) for a, b in zip(candidate.results(), wanted, strict=True)]
         row.off_error = max(errors)
     except torch.OutOfMemoryError:
         problem = "out of memory while recording"
-    problem = ranks.problem(problem, layer.present)
+    problem = ranks.problem(problem, layer.size)
     if problem is None:
-        row.off_error = ranks.most(row.off_error, layer.present)
+        row.off_error = ranks.most(row.off_error, layer.size)
         # Sums by atomics differ from run to run by a rounding of bfloat16.
-        if not row.off_error <= (2e-2 if ranks.on_gpu else 0.0):
-            problem = f"wrong: with the wire off results differ by {row.off_error:.1e}"
+        if not row.off_error <= (BOUND if ranks.on_gpu else 0.0):
+            problem = f"wrong: without communication results differ by {row.off_error:.1e}"
     return problem
 
 
@@ -309,7 +290,14 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max().float() / b.abs().max().float().clamp(min=1e-30)).item()
 
 
-def dense_estimate(shape: Shape, n_tokens: int, size: int, on_gpu: bool) -> float:
-    """ms of a forward and a backward pass of dense attention, from its FLOPs; 0 on a CPU, of which nothing is known."""
-    flop = 3.5 * 2 * n_tokens**2 * shape.heads * shape.dim
-    return 1e3 * flop / (size * PASS_TFLOPS) if on_gpu else 0.0
+def dense_estimate(layer: Layer, name: str, before: list[Row]) -> float:
+    """ms that a forward and a backward pass of dense attention may take; 0 on a CPU, of which nothing is known.
+
+    By the square of T from what it took ``before``, otherwise by its FLOPs.
+    """
+    n_tokens, size = layer.n_tokens, layer.size
+    for row in reversed(before):
+        if (row.part, row.name, row.ranks) == ("attention", name, size) and row.both is not None:
+            return row.both * (n_tokens / row.tokens) ** 2
+    flop = 3.5 * 2 * n_tokens**2 * layer.shape.heads * layer.shape.dim
+    return 1e3 * flop / (size * PASS_FLOPS) if layer.ranks.on_gpu else 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-from ..timing import Candidate, time_once
+from ..timing import Candidate, time_passes
 from .measure import Layer
 
 ROWS = 24
@@ -16,11 +16,11 @@ TRANSFERS = ("nccl", "Memcpy PtoP")
 
 def write_profile(path: Path, layer: Layer, candidates: list[Candidate]) -> None:
     """Append the kernels of one forward and backward pass of each; collective over the layer's ranks."""
-    ready = layer.ranks.ready(layer.present)
+    ready = layer.ranks.ready(layer.size)
     for candidate in candidates if layer.ranks.on_gpu else ():
-        time_once(candidate, True, ready)
+        time_passes(candidate, True, before=ready)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            elapsed = time_once(candidate, True, ready)
+            (elapsed,) = time_passes(candidate, True, before=ready)
         if layer.ranks.first:
             kernels = [
                 (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())

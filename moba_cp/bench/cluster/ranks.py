@@ -1,6 +1,8 @@
-"""The ranks of the measurement: groups of the first P of them, and meeting on the host without keeping a GPU busy."""
+"""The ranks of the measurement: groups of the first P of them, and a barrier on the host that keeps no GPU busy."""
 
 import os
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,24 +20,19 @@ class Ranks:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        nodes: as how many nodes the ranks should look to NCCL.
         timeout_s: how long a collective of a measurement may take before the run is ended.
 
     Raises:
-        ValueError: the device is not there, or the nodes do not divide the ranks.
+        ValueError: the device is not there.
     """
 
-    def __init__(self, device: str = "auto", nodes: int = 1, timeout_s: float = 120.0):
+    def __init__(self, device: str = "auto", timeout_s: float = 120.0):
+        self._began = time.monotonic()
         started = dist.is_initialized()
         self.size = dist.get_world_size() if started else launched_size()
         self.rank = dist.get_rank() if started else launched_rank()
-        if self.size % nodes:
-            raise ValueError(f"nodes={nodes} does not divide the {self.size} ranks of this run; nodes must be equal")
-        self.nodes, self.per_node = nodes, self.size // nodes
         self.device = _device(device)
         self.on_gpu = self.device.type == "cuda"
-        if nodes > 1 and self.on_gpu:
-            _look_like_nodes(self.rank // self.per_node)
         self._ours = not started
         if not started:
             # Ranks that take no part in a measurement wait for those that do, however long it takes: over gloo, which
@@ -54,6 +51,20 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank prints and writes."""
         return self.rank == 0
+
+    def elapsed(self, size: int) -> float:
+        """Seconds since the start, the most of the first ``size`` ranks; collective over these."""
+        return self.most(time.monotonic() - self._began, size)
+
+    def print(self, text: str) -> None:
+        """Print on the first rank."""
+        if self.first:
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """Tell on the first rank's stderr what is going on."""
+        if self.first:
+            print(f"[{time.monotonic() - self._began:3.0f} s] {text}", file=sys.stderr, flush=True)
 
     def group(self, size: int) -> dist.ProcessGroup:
         """The first ``size`` ranks."""
@@ -128,8 +139,3 @@ def _device(wanted: str) -> torch.device:
     device = torch.device("cuda", local % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _look_like_nodes(node: int) -> None:
-    """Make NCCL take this process for one of node ``node``, reached through sockets; before any group is made."""
-    os.environ.update(NCCL_HOSTID=f"node{node}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")

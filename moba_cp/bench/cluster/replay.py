@@ -28,18 +28,12 @@ class ReplayCommunicator(Communicator):
     What copy engines bring is kept and given back likewise: a replayed pass neither meets the other ranks nor reads
     their memory. But it writes its own, which they read: all of them must have done what they issued when a replay
     begins, and when the next pass begins after it.
-
-    It also counts what crosses nodes.
     """
 
-    def __init__(self, group, ranks_per_node: int | None = None):
+    def __init__(self, group):
         super().__init__(group)
         self._messages: list[_Message | None] = []
         self._mode, self._next = "live", 0
-        node = self.rank // (ranks_per_node or self.size)
-        self._elsewhere = [p // (ranks_per_node or self.size) != node for p in range(self.size)]
-        self.between_bytes = 0
-        """Bytes received from ranks of other nodes."""
         self.handed_bytes = 0
         """Memory that a recording of the passes since this was 0 would have taken."""
 
@@ -76,22 +70,6 @@ class ReplayCommunicator(Communicator):
     def kept_bytes(self) -> int:
         """Memory that the recording takes."""
         return sum(m.kept.nbytes + (m.given.nbytes if m.given is not m.kept else 0) for m in self._messages)
-
-    def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
-        """See :meth:`Communicator.all_gather_async`."""
-        self.between_bytes += x.nbytes * sum(self._elsewhere)
-        return super().all_gather_async(x, kind)
-
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
-        """See :meth:`Communicator.all_to_all`."""
-        row = x.element_size() * x.shape[1:].numel()
-        self.between_bytes += row * sum(n for n, far in zip(receive, self._elsewhere, strict=True) if far)
-        return super().all_to_all(x, send, receive, kind)
-
-    def copied(self, kind: str, sent: int, received: int, start: Callable) -> Callable[[], Tensor]:
-        """See :meth:`Communicator.copied`."""
-        assert not any(self._elsewhere), f"copy engines are to bring {kind} from other nodes"
-        return super().copied(kind, sent, received, start)
 
     def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         if self._mode == "replay":
