@@ -7,6 +7,7 @@ import torch
 import triton
 
 import moba_cp
+from moba_cp.kernels import serving
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -17,6 +18,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton.__version__,
+        "kernels": serving(device),
         "moba_cp": moba_cp.__version__,
         "commit": _commit(),
     }

@@ -81,7 +81,7 @@ def test_the_whole_command(two_ranks):
         if key[0] == "attention" and key[2] == 2 and key[3] != "full":
             # Means and requests come on top, and rows carry the numbers of their blocks.
             assert row["received_gb"] == pytest.approx(row["predicted_gb"], rel=0.02), key
-    assert report["environment"]["ranks"] == "2"
+    assert report["environment"]["ranks"] == "2" and report["environment"]["kernels"]
     assert report["settings"]["gate"] == "uniform" and report["settings"]["tokens"] == "512"
     assert (folder / "two.png").stat().st_size > 10_000
     lines = whole[1].splitlines()

@@ -47,8 +47,8 @@ class Limits:
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
     """The options of a mode as the command names it.
 
-    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype, ``-keep`` keeps for backward what was received,
-    ``-nccl`` does without copy engines.
+    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype,
+    ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
     """
     name, _, weight = mode.partition(":")
     name, *endings = name.split("-")
