@@ -132,6 +132,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(place, capsys, tm
     assert config.optimizer.lr == 2e-4 and config.data.seq_len == 256
     assert set(yaml.safe_load(shown.out)["run"]) >= {"steps", "seed", "timeout_seconds"}
     assert "# ranks: 4 = 1 data x 4 context, 64 tokens of a sequence on each" in shown.out
+    assert re.search(r"^# first sequence: '.*(def|return)", shown.out, re.MULTILINE)
     assert re.search(r"# model: [\d.]+ k parameters, 2 layers, full attention in \[2\]", shown.out)
 
 
@@ -140,11 +141,24 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(place, capsys, tm
     [(2**20, 1, "zigzag", 2**20), (255, 3, "zigzag", 86), (253, 3, "contiguous", 85)],
 )
 def test_the_share_of_a_rank_is_shown_in_full(tmp_path, tokens, ranks, layout, share):
-    (tmp_path / "text").write_bytes(bytes(2**21))
+    (tmp_path / "text").write_bytes(b"x" * 2**21)
     settings = {"path": str(tmp_path / "text"), "seq_len": tokens, "pad_to_multiple": True, "validation_share": 0.5}
     config = build(TrainConfig, {"data": settings, "attention": {"layout": layout}})
     summary = plan_run(config, ranks).summary()
     assert f"ranks: {ranks} = 1 data x {ranks} context, {share} tokens of a sequence on each" in summary
+
+
+def test_dry_run_shows_what_was_taken_and_left(place, capsys):
+    for name, content in {"a.gz": b"\x1f\x8b\x08", "b.jsonl": b'{"text": "x"}\n', "c.bin": b"\0" * 9}.items():
+        (place / "text" / name).write_bytes(content)
+    (place / "text" / "gone").symlink_to("nowhere")
+    assert cli.main(arguments(place, flags=("--dry-run",))) == 0
+    shown = capsys.readouterr().out
+    assert "# left out: 3 files that are no text (1 gzip, 1 binary, 1 not readable); data.not_text decides" in shown
+    assert "# note: 1 files hold JSON lines" in shown
+    assert cli.main(arguments(place, "data.pattern=*.py", flags=("--dry-run",))) == 0
+    shown = capsys.readouterr().out
+    assert "left out" not in shown and "JSON" not in shown
 
 
 def test_padding_lets_odd_lengths_through(place, capsys):

@@ -19,6 +19,8 @@ from .checkpoint import remove_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
 SELECTION = "selection.pt"
+# What a run writes or replaces in its folder beside the log.
+_WRITTEN = (CONFIG, VERSIONS, CHECKPOINTS, CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png")))
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
 
 
@@ -41,6 +43,12 @@ def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
         raise ValueError(
             f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
             "or name another folder"
+        )
+    foreign = [name for name in _WRITTEN if (folder / name).exists()]
+    if foreign and not own and not (folder / LOG).exists():
+        raise ValueError(
+            f"run.directory={folder}: holds {', '.join(foreign)} but no {LOG}, so not of an earlier run; the run would "
+            "replace it: name another folder"
         )
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir():

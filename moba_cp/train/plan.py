@@ -1,6 +1,7 @@
 """Everything about a run that can be known, and refused, before it starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from ..megatron.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
 from .mesh import context_size, divisors
-from .packing import PackedSequence, pad_documents, pad_end
+from .packing import PackedSequence, Packer, pad_documents, pad_end
 from .text import VOCABULARY, Corpus, open_corpus
 
 # Weight, gradient and the two moments of AdamW, in float32.
@@ -62,6 +63,7 @@ class RunPlan:
             *self._schedule(),
             f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
             f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
+            *self._remarks_on_data(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{self._tokens_per_rank()} tokens of a sequence on each",
             f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
@@ -69,6 +71,26 @@ class RunPlan:
             f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
         ]
+
+    def first_text(self, length: int = 200) -> str:
+        """The first characters that would be trained on, escaped: what a wrong file or pattern shows in."""
+        tokens = Packer(self.corpus.training, self.config.data.seq_len, self.config.run.seed).sequence(0).tokens
+        text = bytes(tokens[: 4 * length].tolist()).decode("utf-8", "replace")
+        return repr(text[:length])
+
+    def _remarks_on_data(self) -> list[str]:
+        """Which files were left out, and which are taken though their user may not want it."""
+        corpus, lines = self.corpus, []
+        if corpus.left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.left_out)
+            total = sum(count for _, count in corpus.left_out)
+            lines.append(f"left out: {total} files that are no text ({kinds}); data.not_text decides")
+        if corpus.json_lines:
+            lines.append(
+                f"note: {corpus.json_lines} files hold JSON lines; their keys, quotes and escapes are trained on too, "
+                "as bytes: write their text into files to avoid that"
+            )
+        return lines
 
     def _tokens_per_rank(self) -> int:
         """Tokens of a sequence on one context rank, with the padding at the end but without that of documents."""
@@ -120,7 +142,7 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
             f"use one of {divisors(context)}, or null to go by the launcher"
         )
     _check_length(config, context)
-    return RunPlan(config, size, context, open_corpus(data))
+    return RunPlan(config, size, context, open_corpus(data, Path(config.run.directory)))
 
 
 def _check_length(config: TrainConfig, context: int) -> None:

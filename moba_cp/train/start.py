@@ -34,7 +34,8 @@ def start(arguments: argparse.Namespace) -> int:
         for note in notes(resumed, plan) if resumed is not None else []:
             print(f"note: {note}", file=sys.stderr)
         if arguments.dry_run:
-            print(to_yaml(config), *(f"# {line}\n" for line in plan.summary() + told), sep="", end="")
+            lines = [*plan.summary(), *told, f"first sequence: {plan.first_text()}"]
+            print(to_yaml(config), *(f"# {line}\n" for line in lines), sep="", end="")
         else:
             print(*plan.summary(), *told, sep="\n", flush=True)
     if arguments.dry_run:

@@ -46,7 +46,7 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
     values = {} if values is None else values
     for override in overrides:
-        _override(values, override)
+        _override(cls, values, override)
     return build(cls, values)
 
 
@@ -108,15 +108,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _override(values: Any, override: str) -> None:
+def _override(cls: type, values: Any, override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise ValueError(f"--set {override}: expected SECTION.KEY=VALUE, such as --set attention.top_k=4")
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {override}: {_one_line(error)}") from None
+    value = _parse_override(text, _members(cls, keys), override)
     for depth, key in enumerate(keys):
         if not isinstance(values, dict):
             place = ".".join(keys[:depth]) or "the file"
@@ -126,6 +123,29 @@ def _override(values: Any, override: str) -> None:
         elif values.get(key) is None:
             values[key] = {}
         values = values[key]
+
+
+def _parse_override(text: str, members: set[Any], override: str) -> Any:
+    """The value in ``override``. For a key that takes only text it is what was typed, ``*.txt``, ``2024`` and ``a # b``
+    included, but for null and for quotes; else it is YAML, or, where the key takes text too, what YAML cannot read."""
+    typed = text.strip()
+    if members <= {str, type(None)} and str in members and typed[:1] not in ("'", '"'):
+        return None if typed in ("", "~", "null") else typed
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        if str in members:
+            return typed
+        raise ValueError(f"--set {override}: {_one_line(error)}") from None
+
+
+def _members(cls: type, keys: Sequence[str]) -> set[Any]:
+    """The types that the field ``keys`` of ``cls`` takes, members of a union one by one; none if there is no such."""
+    hint: Any = cls
+    for key in keys:
+        sections = [member for member in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(member)]
+        hint = typing.get_type_hints(sections[0]).get(key) if sections else None
+    return set(typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,))
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
@@ -228,4 +248,6 @@ def _show(value: Any) -> str:
 def _one_line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    if "alias" in (getattr(error, "context", None) or "") or "undefined alias" in problem:
+        problem += "; put quotes around text that begins with *"
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem

@@ -66,6 +66,16 @@ def test_folder_of_an_earlier_run_needs_a_word(tmp_path, own, overwrite):
         check_folder(tmp_path, False, False)
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("name", ["config.yaml", "loss.png", "checkpoints"])
+def test_what_no_run_has_written_is_not_replaced(tmp_path, name, overwrite):
+    (tmp_path / name).mkdir()
+    with pytest.raises(
+        ValueError, match=f"holds {name} but no log.jsonl, so not of an earlier run; the run would repl"
+    ):
+        check_folder(tmp_path, False, overwrite)
+
+
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ValueError, match=f"{tmp_path} is not writable"):

@@ -1,11 +1,15 @@
 """Which files are documents, which of them are held out, and what is refused."""
 
+import gzip
 import os
 from pathlib import Path
 
 import pytest
 
 from moba_cp.train.text import DataConfig, open_corpus
+
+GZIP = gzip.compress(b"some text that is longer than its header", mtime=0)
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 def write(folder: Path, **files: bytes) -> None:
@@ -24,7 +28,7 @@ def names(documents) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path / "text", **{f"doc{i:02}": bytes([i]) * (10 + i) for i in range(20)})
+    write(tmp_path / "text", **{f"doc{i:02}": bytes([65 + i]) * (10 + i) for i in range(20)})
     return tmp_path / "text"
 
 
@@ -53,7 +57,7 @@ def test_two_files_give_one_to_each_side(tmp_path, share):
 
 
 def test_single_file_holds_out_its_tail(tmp_path):
-    data = bytes(range(200))
+    data = bytes(range(1, 201))
     write(tmp_path, a=data)
     corpus = open_corpus(config(tmp_path / "a", validation_share=0.2))
     (train,), (held_out,) = corpus.training, corpus.validation
@@ -91,10 +95,33 @@ def test_default_is_the_standard_library():
         (lambda p: write(p, a=b"", b=b""), {}, "all 2 files are empty; give text"),
         (lambda p: write(p, a=b"x" * 7, b=b"y" * 20), {"seq_len": 64}, "bytes to train on are fewer than one sequence"),
         (lambda p: write(p, a=b"x" * 90), {"validation_share": 0.01}, "1 held-out bytes are fewer than one sequence"),
-        (lambda p: write(p) or (p / "a").symlink_to("nowhere"), {}, "/a: is not a readable file"),
-        (lambda p: write(p) or os.mkfifo(p / "a"), {}, "/a: is not a readable file"),
+        (
+            lambda p: write(p) or (p / "a").symlink_to("nowhere"),
+            {"not_text": "refuse"},
+            "/a: not readable, no text; remo",
+        ),
+        (lambda p: write(p) or os.mkfifo(p / "a"), {"not_text": "refuse"}, "/a: not readable, no text; remove"),
+        (
+            lambda p: write(p, a=b"x" * 99, b=GZIP),
+            {"not_text": "refuse"},
+            "/b: gzip, no text; remove it, narrow data.pa",
+        ),
+        (lambda p: write(p, a=GZIP), {}, "gzip, no text; give text, or set data.not_text: take"),
+        (lambda p: write(p, a=GZIP, b=PNG), {}, r"none of 2 files is text \(1 gzip, 1 PNG\); give text, or set"),
     ],
-    ids=["missing", "empty-folder", "no-match", "empty-files", "short", "short-held-out", "dangling-link", "pipe"],
+    ids=[
+        "missing",
+        "empty-folder",
+        "no-match",
+        "empty-files",
+        "short",
+        "short-held-out",
+        "dangling-link",
+        "pipe",
+        "gzip",
+        "one",
+        "none",
+    ],
 )
 def test_refused(tmp_path, make, fields, message):
     make(tmp_path / "text")
@@ -109,8 +136,51 @@ def test_unreadable_file(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ValueError, match="doc00: cannot be read: Permission denied"):
+    with pytest.raises(ValueError, match=r"none of 20 files is text \(20 not readable\)"):
         open_corpus(config(folder))
+
+
+def test_what_is_no_text_is_left_out_and_counted(folder):
+    whole = open_corpus(config(folder))
+    write(folder, **{"a.gz": GZIP, "b.gz": GZIP, "c.png": PNG, "d.txt": "text".encode("utf-16"), "e.bin": b"ab\0cd"})
+    (folder / "dangling").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    corpus = open_corpus(config(folder))
+    assert dict(corpus.left_out) == {"gzip": 2, "not readable": 2, "PNG": 1, "UTF-16": 1, "binary": 1}
+    assert (corpus.training, corpus.validation, corpus.fingerprint) == (
+        whole.training, whole.validation, whole.fingerprint
+    )  # fmt: skip
+    taken = open_corpus(config(folder, not_text="take"))
+    assert taken.left_out == (("not readable", 2),) and len(taken.training + taken.validation) == 25
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_text_of_any_one_byte_encoding_is_text(folder, encoding):
+    write(folder, umlauts="größer, schöner".encode(encoding))
+    corpus = open_corpus(config(folder))
+    assert corpus.left_out == () and "umlauts" in names(corpus.training + corpus.validation)
+
+
+def test_json_lines_are_taken_and_counted(folder):
+    write(
+        folder, **{"a.jsonl": b'{"text": "x"}\n{"text": "y"}\n', "b.txt": b"{braces} are text\n", "c.json": b'{"a": 1}'}
+    )
+    assert open_corpus(config(folder)).json_lines == 2
+
+
+def test_folders_of_runs_are_no_data(folder):
+    """Neither that of the run itself, whatever it holds by now, nor those of earlier ones."""
+    whole = open_corpus(config(folder))
+    write(folder / "run" / "checkpoints" / "step-00000001", **{"meta.json": b"x" * 99, "shard": b"y" * 99})
+    write(folder / "earlier" / "run", **{"log.jsonl": b"x" * 99, "config.yaml": b"a: 1", "versions.json": b"{}"})
+    assert open_corpus(config(folder), folder / "run") == whole
+
+
+def test_the_folder_of_the_run_is_not_its_data(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    for run in (folder, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is run.directory too, where the run writes; name another folder for the"):
+            open_corpus(config(folder), run)
 
 
 def test_file_that_shrinks_is_noticed(folder):

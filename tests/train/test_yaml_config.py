@@ -30,6 +30,7 @@ class Outer:
     limit: float | None = None
     kind: Literal["fast", "exact"] = "fast"
     pair: tuple[int, float] = (1, 2.0)
+    pattern: str | None = None
     inner: Inner = field(default_factory=Inner)
 
 
@@ -61,7 +62,7 @@ def test_taken(values, expected):
     "values, message",
     [
         ({"counts": 1}, "counts: unknown key; did you mean count?"),
-        ({"zzz": 1}, "zzz: unknown key; expected one of name, rate, count, flag, limit, kind, pair, inner"),
+        ({"zzz": 1}, "zzz: unknown key; expected one of name, rate, count, flag, limit, kind, pair, pattern, inner"),
         ({"inner": {"blocksize": 1}}, "inner.blocksize: unknown key; did you mean block_size?"),
         ({"inner": {"block_size": 100}}, "inner.block_size=100 is not a multiple of 16; use 64"),
         ({"inner": {"layers": "all"}}, "inner: too many layers"),
@@ -104,6 +105,33 @@ def test_overrides_replace_values_and_keep_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "typed, value",
+    [
+        ("*.txt", "*.txt"),
+        ("'*.txt'", "*.txt"),
+        ("2024", "2024"),
+        ("true", "true"),
+        ("a: b", "a: b"),
+        ("[x", "[x"),
+        ("#1 & #2 ", "#1 & #2"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_the_value_of_a_text_key_is_text(tmp_path, typed, value):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: x\n")
+    assert load(Outer, path, [f"pattern={typed}"]).pattern == value
+
+
+def test_a_key_that_takes_text_too_takes_what_yaml_cannot_read(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: x\n")
+    assert load(Outer, path, ["inner.layers=[1, 2]"]).inner.layers == (1, 2)
+    assert load(Outer, path, ["inner.layers=*x"]).inner.layers == "*x"
+
+
+@pytest.mark.parametrize(
     "override, message",
     [
         ("rate", "--set rate: expected SECTION.KEY=VALUE, such as --set attention.top_k=4"),
@@ -128,6 +156,8 @@ def test_refused_overrides(tmp_path, override, message):
         ("name: x\nname: y\n", "line 2, column 1: key 'name' stands twice"),
         ("name: [x\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
         ("- name\n", "config=['name']: expected keys and values"),
+        ("name: *.txt\n", "put quotes around text that begins with *"),
+        ("name: *x\n", "found undefined alias 'x'; put quotes around text that begins with *"),
         ("name: !!python/object:os.system x\n", "could not determine a constructor"),
     ],
 )
