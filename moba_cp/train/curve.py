@@ -6,7 +6,7 @@ from .log import read_log
 
 
 def draw(log: Path, picture: Path, title: str) -> None:
-    """Draw training and held-out loss by step from a JSONL ``log`` into the PNG ``picture``."""
+    """Draw training and validation loss by step from a JSONL ``log`` into the PNG ``picture``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,12 +20,13 @@ def draw(log: Path, picture: Path, title: str) -> None:
         axes.plot(*zip(*training), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")
         axes.plot(*zip(*_smoothed(training)), color="tab:blue", label="training, running mean")
     if validation:
-        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="held out")
+        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=4, label="validation")
         step, loss = validation[-1]
         axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(-4, 8), ha="right")
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if training or validation:
+        axes.legend()
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
@@ -33,9 +34,10 @@ def draw(log: Path, picture: Path, title: str) -> None:
 
 
 def _smoothed(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
-    """Exponential running mean that starts at the first value."""
-    smoothed, mean = [], points[0][1]
+    """Exponential running mean, unbiased: each is a weighted mean of the values so far, with weights that sum to 1."""
+    smoothed, total, weight = [], 0.0, 0.0
     for step, value in points:
-        mean = decay * mean + (1 - decay) * value
-        smoothed.append((step, mean))
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        smoothed.append((step, total / weight))
     return smoothed

@@ -1,13 +1,14 @@
 """What a run leaves behind and shows: the JSONL log, the resolved config, the versions, one line of progress.
 
 Only rank 0 writes. In the run's folder: ``log.jsonl`` (one object per step), ``config.yaml``, ``versions.json``,
-``checkpoints/``, and at the end ``loss.png``.
+``checkpoints/``, and ``loss.png``, drawn anew with each checkpoint and at the end.
 """
 
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -116,7 +117,11 @@ def versions() -> dict[str, Any]:
 
 
 class Progress:
-    """One line that follows the run: rewritten in place on a terminal, else a new line every few seconds."""
+    """One line that follows the run: rewritten in place on a terminal, else a new line every few seconds.
+
+    A line with a validation loss stays. A line is never wider than the terminal, or 80 columns where it is no terminal:
+    a wrapped line could not be rewritten.
+    """
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -127,25 +132,27 @@ class Progress:
         self.terminal = self.stream.isatty()
 
     def show(
-        self, step: int, loss: float, tokens_per_second: float, exchanged: float, validation: float | None = None
+        self, step: int, loss: float, tokens_per_second: float, sent: float, validation: float | None = None
     ) -> None:
-        """Show the state after ``step``; ``exchanged`` is the bytes all ranks sent in it."""
+        """Show the state after ``step``; ``sent`` is the bytes that all ranks sent in it."""
         now = time.monotonic()
         left = (now - self.started) / max(1, step - self.first) * (self.steps - step)
-        parts = [
-            f"step {step}/{self.steps}",
-            f"loss {loss:.4f}",
-            human(tokens_per_second, "tokens/s"),
-            f"{human(exchanged, 'B', 1024)} exchanged",
-            f"{_minutes(left)} left",
-        ]
-        if validation is not None:
-            parts.insert(2, f"held-out {validation:.4f}")
-        line = "  ".join(parts)
+        line = _fit(
+            [
+                f"step {step}/{self.steps}",
+                f"loss {loss:.4f}",
+                f"validation {validation:.4f}" if validation is not None else "",
+                human(tokens_per_second, "tokens/s"),
+                f"{human(sent, 'B', 1024)} sent",
+                f"{_minutes(left)} left",
+            ],
+            self._columns() - 1,
+        )
+        stays = validation is not None
         if self.terminal:
-            self.stream.write("\r" + line.ljust(self.width))
-            self.width = len(line)
-        elif now - self.shown >= self.SECONDS_BETWEEN_LINES or step == self.steps or validation is not None:
+            self.stream.write("\r" + line.ljust(min(self.width, self._columns() - 1)) + ("\n" if stays else ""))
+            self.width = 0 if stays else len(line)
+        elif now - self.shown >= self.SECONDS_BETWEEN_LINES or step == self.steps or stays:
             self.stream.write(line + "\n")
             self.shown = now
         self.stream.flush()
@@ -153,14 +160,27 @@ class Progress:
     def note(self, text: str) -> None:
         """Show a line that stays."""
         self.close()
-        self.width = 0
         self.stream.write(text + "\n")
+        self.stream.flush()
 
     def close(self) -> None:
         """Leave the line as it is and go to the next."""
         if self.terminal and self.width:
             self.stream.write("\n")
             self.stream.flush()
+        self.width = 0
+
+    def _columns(self) -> int:
+        return shutil.get_terminal_size((80, 24)).columns if self.terminal else 80
+
+
+def _fit(parts: list[str], width: int) -> str:
+    """``parts`` in one line of at most ``width`` characters; where they are too long, bytes and speed go first."""
+    for left_out in ((), (4,), (3, 4), (3, 4, 5)):
+        line = "  ".join(part for i, part in enumerate(parts) if part and i not in left_out)
+        if len(line) <= width:
+            break
+    return line[:width]
 
 
 def human(number: float, unit: str, base: int = 1000) -> str:

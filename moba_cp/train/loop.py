@@ -75,6 +75,7 @@ class Trainer:
                 reporter.report(record)
                 if self.step % run.checkpoint_every == 0 or self.step in (run.steps, self._kept_step):
                     self._save()
+                    reporter.draw()
         return record
 
     def train_step(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The reports of a run while it goes and when it ends: log, progress line, curve. Only rank 0 reports."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .yaml_config import to_yaml
 
 
 class Reporter:
-    """Opens the run's folder on entering, closes the log on leaving, and draws the curve if all went well."""
+    """Opens the run's folder on entering; closes the log and draws the curve on leaving, however the run ends."""
 
     def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int, start: Path | None):
         self.plan, self.mesh, self.start_step = plan, mesh, start_step
@@ -34,9 +35,10 @@ class Reporter:
         return self
 
     def start(self, validation_loss: float) -> None:
-        """Report the held-out loss before the first step."""
+        """Report the validation loss before the first step."""
         if self._log is not None:
             self._log.write({"step": 0, "validation_loss": validation_loss})
+            self._progress.note(f"step 0/{self.plan.config.run.steps}  validation {validation_loss:.4f}")
 
     def report(self, record: dict[str, Any]) -> None:
         """Report one step; ``record`` becomes its line in the log."""
@@ -45,18 +47,24 @@ class Reporter:
             if self._attention not in (None, record["attention"]):
                 self._progress.note(f"step {record['step']}: attention is {record['attention']} from here on")
             self._attention = record["attention"]
-            exchanged = record["exchange"]["sent_bytes"]
+            sent = record["exchange"]["sent_bytes"]
             self._progress.show(
-                record["step"], record["loss"], record["tokens_per_second"], exchanged, record.get("validation_loss")
+                record["step"], record["loss"], record["tokens_per_second"], sent, record.get("validation_loss")
             )
+
+    def draw(self) -> None:
+        """Draw the curve of all steps so far, with each checkpoint: a run that is killed has one too."""
+        if self._log is not None:
+            draw(self.folder / LOG, self.folder / CURVE, f"{self.folder.name} on {self.plan.size} ranks")
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         if self._log is None:
             return
         self._log.close()
         self._progress.close()
-        if exception_type is None:
-            draw(self.folder / LOG, self.folder / CURVE, f"{self.folder.name} on {self.plan.size} ranks")
+        # The error that ends a run is the one to be read, not one of drawing.
+        with contextlib.nullcontext() if exception_type is None else contextlib.suppress(Exception):
+            self.draw()
 
 
 def closing_lines(folder: Path) -> list[str]:

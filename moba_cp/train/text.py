@@ -1,8 +1,8 @@
 """Documents: the files that training reads, and which of them are held out.
 
 A document is a file (or, where there is only one file, a part of it), read as bytes: token = byte, vocabulary 256.
-Nothing is loaded up front but sizes and the first bytes, so a corpus may be larger than memory. By these bytes, files that
-are no text (compressed, images, UTF-16) are found and left out.
+Only sizes and the first bytes are read up front, so a corpus may be larger than memory. The first bytes show which
+files are no text (compressed, images, UTF-16).
 """
 
 import hashlib
@@ -53,9 +53,9 @@ class DataConfig:
     Names that start with a dot, and the folders of training runs, are left out."""
 
     not_text: Literal["skip", "refuse", "take"] = "skip"
-    """Files that are no text (compressed, images, UTF-16, others with zero bytes), and what cannot be read: links without
-    a target, pipes, files without permission. skip: leave them out and say how many; refuse: end with an error; take:
-    train on their bytes, and leave out only what cannot be read."""
+    """Files that are no text (compressed, images, UTF-16, others with zero bytes) or cannot be read (links without a
+    target, pipes, no permission). skip: leave them out and say how many; refuse: end with an error; take: train on
+    their bytes, and leave out only what cannot be read."""
 
     seq_len: int = 4096
     """Tokens (bytes) per sequence, over all ranks that share it."""

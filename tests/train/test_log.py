@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_cp.train.curve import draw
+from moba_cp.train.curve import _smoothed, draw
 from moba_cp.train.log import Progress, RunLog, check_folder, human, is_own, read_log
 
 
@@ -90,12 +90,37 @@ class Terminal(io.StringIO):
 def test_progress_is_one_line_on_a_terminal():
     stream = Terminal()
     progress = Progress(120, 0, stream)
-    progress.show(9, 2.5, 12345.0, 3 * 2**20, None)
-    progress.show(10, 2.25, 12345.0, 3 * 2**20, 2.75)
+    for step in (8, 9, 10, 11):
+        progress.show(step, 2.25, 12345.0, 3 * 2**20, 2.75 if step == 9 else None)
     progress.close()
-    text = stream.getvalue()
-    assert text.count("\n") == 1 and text.count("\r") == 2
-    assert "step 10/120  loss 2.2500  held-out 2.7500  12.3 k tokens/s  3.00 MiB exchanged  0:00 left" in text
+    first, second = stream.getvalue().removesuffix("\n").split("\n")
+    assert first.count("\r") == second.count("\r") == 2, "a validation loss stays, all else is rewritten"
+    assert first.endswith("step 9/120  loss 2.2500  validation 2.7500  12.3 k tokens/s  0:00 left")
+    assert second.endswith("step 11/120  loss 2.2500  12.3 k tokens/s  3.00 MiB sent  0:00 left")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("validation", [None, 12.3456])
+def test_progress_fits_the_terminal_and_leaves_nothing_of_a_longer_line(monkeypatch, columns, validation):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    progress = Progress(28610, 0, stream)
+    progress.show(28600, 12.3456, 812345.0, 999 * 2**40)
+    progress.started -= 1e6
+    progress.show(28601, 12.3456, 812345.0, 999 * 2**40, validation)
+    progress.show(28602, 2.3, 1.0, 0)
+    lines = [line for line in stream.getvalue().replace("\n", "\r").split("\r") if line]
+    assert all(len(line) < columns for line in lines) and len(lines) == 3
+    assert validation is not None or len(lines[2]) >= len(lines[1])
+    assert all(line.startswith("step 286") and "loss" in line for line in lines)
+    assert columns == 40 or "left" in lines[1]
+
+
+def test_running_mean_starts_unbiased():
+    points = [(1, 8.0), (2, 2.0), (3, 2.0)]
+    means = [mean for _, mean in _smoothed(points)]
+    # Weights 0.9 and 1, then 0.81, 0.9 and 1: a mean of what there is.
+    assert means == pytest.approx([8.0, (0.9 * 8 + 2) / 1.9, (0.81 * 8 + 0.9 * 2 + 2) / 2.71])
 
 
 def test_progress_in_a_file_is_a_line_now_and_then():
