@@ -178,67 +178,45 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     bounds = getattr(gate, "bounds", np.array([0, args.tokens]))
     segments = rank_segments(args.layout, args.tokens, size, bounds)
-    per_node = min(args.ranks_per_node, size)
     options = ExchangeOptions(
         keep=args.keep,
         gradient_dtype=args.gradient_dtype,
-        ranks_per_node=per_node,
+        ranks_per_node=min(args.ranks_per_node, size),
         row_weight=args.row_weight,
         copy_engines=not args.no_copy_engines,
     )
     links = Links(**{speed.name: getattr(args, speed.name) for speed in fields(Links)})
     layer = Counted(Shape.of(args), args.tokens, DTYPES[args.dtype], options, links)
-    n_nodes = -(-size // per_node)
+    n_nodes = -(-size // options.ranks_per_node)
     count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
     # From both ends, so that the early and the late ranks of a contiguous layout count alike.
-    nodes = sorted({round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)})
-    sums = {mode: _Sums(layer.by_mode(mode)) for mode in _counted(modes)}
-    for node in nodes:
-        asked: dict[str, list[Asked]] = {mode: [] for mode in sums}
-        for rank in range(node * per_node, min(size, (node + 1) * per_node)):
+    nodes = {round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)}
+    asked: dict[str, dict[int, Asked]] = {mode: {} for mode in _counted(modes)}
+    for rank in range(size):
+        if rank // options.ranks_per_node in nodes:
             geometry = build_geometry(segments, rank, bounds, args.block_size, device)
             selection = gate(positions_of(segments[rank])).to(device)
-            for mode in sums:
-                asked[mode].append(ask(layer.by_mode(mode), rank, selection, geometry))
-        for mode in sums:
-            sums[mode].add_node(asked[mode], geometry, node)
-    return [_row(size, mode, sums, geometry) for mode in modes]
+            for mode in asked:
+                asked[mode][rank] = ask(layer.by_mode(mode), rank, selection, geometry)
+    return [_row(size, layer.by_mode(mode), asked, geometry) for mode in modes]
 
 
 def predict(layer: Counted, asked: list[Asked], geometry: BlockGeometry) -> Row:
     """The row of the layer's mode from what each of all ranks asks; ``geometry`` is that of any of them."""
-    size, per_node, mode = len(asked), layer.options.ranks_per_node, layer.options.mode
-    sums = {name: _Sums(layer.by_mode(name)) for name in _counted([mode])}
-    for first in range(0, size, per_node):
-        ranks = range(first, min(size, first + per_node))
-        for name, total in sums.items():
-            node = [asked[p] if name == mode else ask(total.layer, p, None, geometry) for p in ranks]
-            total.add_node(node, geometry, first // per_node)
-    return _row(size, mode, sums, geometry)
+    size, mode = len(asked), layer.options.mode
+    by_mode = {
+        name: {
+            rank: asked[rank] if name == mode else ask(layer.by_mode(name), rank, None, geometry)
+            for rank in range(size)
+        }
+        for name in _counted([mode])
+    }
+    return _row(size, layer, by_mode, geometry)
 
 
 def _counted(modes: list[str]) -> list[str]:
     """The modes of which bytes must be known: ``auto`` may end in all-gather."""
     return list(dict.fromkeys([*modes, "allgather"] if "auto" in modes else modes))
-
-
-class _Sums:
-    """Totals of one mode over the nodes looked at."""
-
-    def __init__(self, layer: Counted):
-        self.layer = layer
-        self.ranks, self.total, self.between, self.needed, self.busiest = 0, 0, 0, 0.0, 0
-
-    def add_node(self, asked: list[Asked], geometry: BlockGeometry, node: int) -> None:
-        """``geometry`` is that of any rank of the node."""
-        self.ranks += len(asked)
-        self.total += sum(a.total for a in asked)
-        self.needed += sum(a.needed for a in asked)
-        self.busiest = max(self.busiest, *(a.total for a in asked), 0)
-        elsewhere = geometry.owner // self.layer.options.ranks_per_node != node
-        union = torch.stack([a.fetch for a in asked]).any(0) & elsewhere
-        tokens = int((union * geometry.length).sum())
-        self.between += sum(a.between for a in asked) + tokens * self.layer.wire_costs(geometry).kv_token
 
 
 def ask(layer: Counted, rank: int, selection: torch.Tensor | None, geometry: BlockGeometry) -> Asked:
@@ -261,24 +239,38 @@ def ask(layer: Counted, rank: int, selection: torch.Tensor | None, geometry: Blo
     return Asked(int(decision.cost.sum()), rows_between, decision.fetch, int(decision.needed) / candidates)
 
 
-def _row(size: int, mode: str, all_sums: dict[str, _Sums], geometry: BlockGeometry) -> Row:
-    sums = plan = all_sums[mode]
-    layer, links = plan.layer, plan.layer.links
+def _between(layer: Counted, asked: dict[int, Asked], geometry: BlockGeometry) -> int:
+    """Bytes that cross nodes for the ranks in ``asked``, which are all of their nodes; each block once per node."""
+    per_node, total = layer.options.ranks_per_node, sum(one.between for one in asked.values())
+    for node in {rank // per_node for rank in asked}:
+        needed = torch.stack([one.fetch for rank, one in asked.items() if rank // per_node == node]).any(0)
+        tokens = int((needed * (geometry.owner // per_node != node) * geometry.length).sum())
+        total += tokens * layer.wire_costs(geometry).kv_token
+    return total
+
+
+def _row(size: int, layer: Counted, by_mode: dict[str, dict[int, Asked]], geometry: BlockGeometry) -> Row:
+    """The row of the layer's mode from what ranks ask in every mode."""
+    mode, shape, links = layer.options.mode, layer.shape, layer.links
     e, others, local = layer.dtype.itemsize, (size - 1) / size, layer.tokens // size
+    plan = moves = by_mode[mode]
+    n_ranks = len(plan)
     everything = layer.gather_costs(geometry)
-    at_once = everything.at_once(local * layer.shape.heads, layer.shape.moba.top_k)
-    if mode == "auto" and (at_once or everything.instead_of(plan.total / plan.ranks * size)):
-        sums = all_sums["allgather"]
+    at_once = everything.at_once(local * shape.heads, shape.moba.top_k)
+    planned = sum(one.total for one in plan.values()) / n_ranks
+    if mode == "auto" and (at_once or everything.instead_of(planned * size)):
+        moves = by_mode["allgather"]
+    mean = sum(one.total for one in moves.values()) / n_ranks
     # Means are padded to the most blocks that any rank owns; requests have a byte for each (KV head, block).
     most = max(ids.numel() for ids in geometry.owned)
-    means = (size - 1) * most * layer.shape.kv_heads * layer.shape.dim * e
-    overhead = means + others * geometry.n_blocks * layer.shape.kv_heads * (not at_once)
+    means = (size - 1) * most * shape.kv_heads * shape.dim * e
+    overhead = means + others * geometry.n_blocks * shape.kv_heads * (not at_once)
     several_nodes = layer.options.ranks_per_node < size
-    per_rank = sums.total / sums.ranks + overhead
-    between = sums.between / sums.ranks + (overhead if several_nodes else 0)
-    ring = 3 * (size - 1) * local * 2 * layer.shape.kv_heads * layer.shape.dim * e
+    per_rank = mean + overhead
+    between = _between(layer, moves, geometry) / n_ranks + (overhead if several_nodes else 0)
+    ring = 3 * (size - 1) * local * 2 * shape.kv_heads * shape.dim * e
     compute = layer.compute_ms(local)
-    by_copies = everything.by_copies and sums is all_sums.get("allgather")
+    by_copies = everything.by_copies and moves is by_mode.get("allgather")
     within_gbps = links.copy_gbps if by_copies else links.within_gbps
     wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / within_gbps / 1e6
     latency = (links.between_latency_us if several_nodes else links.within_latency_us) / 1e3
@@ -289,12 +281,12 @@ def _row(size: int, mode: str, all_sums: dict[str, _Sums], geometry: BlockGeomet
         mode,
         layer.tokens,
         size,
-        layer.shape.numbers,
+        shape.numbers,
         predicted_gb=per_rank / 1e9,
         between_gb=between / 1e9,
         of_ring=per_rank / ring if ring else 0.0,
-        needed=plan.needed / plan.ranks,
-        busiest=sums.busiest / (sums.total / sums.ranks) if sums.total else 1.0,
+        needed=sum(one.needed for one in plan.values()) / n_ranks,
+        busiest=max(one.total for one in moves.values()) / mean if mean else 1.0,
         predicted_ms=compute + exposed,
         exposed_ms=exposed,
     )

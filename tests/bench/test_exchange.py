@@ -12,7 +12,7 @@ from moba_cp.bench import exchange
 from moba_cp.bench.chart import figure
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
 from moba_cp.cp.allgather import costs as gather_costs
-from moba_cp.cp.options import MODES, ExchangeOptions
+from moba_cp.cp.options import MODES, ExchangeOptions, Weighing
 from tests.cp.test_allgather import _run
 from tests.cp.test_exchange import _moved
 from tests.helpers.cases import Case
@@ -175,3 +175,37 @@ def test_auto_counts_a_block_that_its_node_shares_once(gate):
         args.ranks_per_node, args.nodes = per_node, 2
         rows = {row.name: getattr(row, measure_of) for row in exchange.measure(16, gate, list(MODES), args)}
         assert rows["auto"] <= 1.02 * min(rows.values()), rows
+
+
+def _wire_ms(row, within: float, between: float) -> float:
+    """ms on the network at GB/s within a node and between nodes."""
+    return (row.predicted_gb - row.between_gb) / within * 1e3 + row.between_gb / between * 1e3
+
+
+def _auto(monkeypatch, kv_heads: int, size: int, *given, weighing=None):
+    """The row of auto for a uniform gate, with another way to weigh blocks and rows if one is given."""
+    shape = ["--tokens", "16384", "--heads", "4", "--kv-heads", str(kv_heads), "--block-size", "64", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        if weighing is not None:
+            patch.setattr(ExchangeOptions, "weighing", lambda self, n_ranks: weighing)
+        gate = SyntheticGate("uniform", 4, kv_heads, 64, 8)
+        (row,) = exchange.measure(size, gate, ["auto"], _args(*shape, "--no-copy-engines", *given))
+    return row
+
+
+def test_counting_a_block_by_the_ranks_that_share_it_pays(monkeypatch):
+    """Under grouped queries, on any network that is slower between nodes than within them."""
+    shared = _auto(monkeypatch, 1, 16)
+    alone = _auto(monkeypatch, 1, 16, weighing=Weighing(4.0, 1.0, 1, 8))
+    assert shared.between_gb < 0.5 * alone.between_gb
+    for within, between in ((370, 48), (370, 12), (25, 12), (25, 3)):
+        assert _wire_ms(shared, within, between) < _wire_ms(alone, within, between), (within, between)
+
+
+def test_a_row_weight_of_one_pays_where_a_node_is_slow(monkeypatch):
+    """GPUs of a node that share no fast links, each query head with K and V of its own."""
+    default, least = _auto(monkeypatch, 4, 8), _auto(monkeypatch, 4, 8, "--row-weight", "1")
+    assert least.predicted_gb < 0.7 * default.predicted_gb
+    slow = "--within-gbps", "25", "--tflops", "1000"
+    default, least = _auto(monkeypatch, 4, 8, *slow), _auto(monkeypatch, 4, 8, *slow, "--row-weight", "1")
+    assert least.exposed_ms < 0.7 * default.exposed_ms

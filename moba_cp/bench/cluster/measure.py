@@ -69,18 +69,6 @@ def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOp
         raise ValueError(f"modes: {mode!r}: {error}") from None
 
 
-class PeerUse:
-    """What has been given of the memory that other GPUs read, if anything uses it from now on."""
-
-    def __init__(self, memory: PeerMemory | None):
-        self._memory, self._begun = memory, memory.stages if memory is not None else 0
-
-    @property
-    def nbytes(self) -> int:
-        """It was allocated once, of the largest size that was needed so far; PyTorch's allocator does not count it."""
-        return self._memory.nbytes if self._memory is not None and self._memory.stages > self._begun else 0
-
-
 class Layer:
     """One layer's inputs on the first P ranks, and ways to attend to them; collective over these ranks."""
 
@@ -105,12 +93,11 @@ class Layer:
     def moba(self, mode: str, name: str | None = None, observer=None) -> Candidate:
         """MoBA in one exchange mode; on one rank as on any single GPU."""
         cp = self.context(exchange_options(mode, self.per_node), observer) if self.size > 1 else None
-        return Candidate(
-            name or f"{MOBA} {mode}",
-            lambda: moba_attention(*self.leaves, self.shape.moba, cp=cp),
-            self.dout,
-            self.leaves,
-        )
+
+        def forward() -> Tensor:
+            return moba_attention(*self.leaves, self.shape.moba, cp=cp)
+
+        return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)
 
     def full(self, method: str = "auto") -> Candidate:
         """Our full attention, by the kernels that it chooses."""
@@ -192,7 +179,8 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     for x in candidate.leaves:
         x.grad = None
     comm.reset_counters()
-    shared = PeerUse(layer.peers())
+    shared = layer.peers()
+    stages = shared.stages if shared is not None else 0
     if ranks.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -209,7 +197,9 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
     if not candidate.name.startswith(TORCH):
         row.received_gb = ranks.total(sum(comm.counters.received.values()), size) / size / 1e9
     if ranks.on_gpu:
-        peak = torch.cuda.max_memory_allocated() - before + shared.nbytes
+        # What other GPUs map was allocated once, of the largest size so far, outside of PyTorch's allocator.
+        mapped = shared.nbytes if shared is not None and shared.stages > stages else 0
+        peak = torch.cuda.max_memory_allocated() - before + mapped
         row.peak_gib = ranks.most(peak / 2**30, size)
     return None
 
