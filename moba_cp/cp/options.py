@@ -23,7 +23,7 @@ class ExchangeOptions:
     mode: str = "auto"
     """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
-    all-gather where a plan would save little (``allgather_share``), or where it costs attention nothing
+    all-gather where a plan would save little (:meth:`share_to_gather`), or where it costs attention nothing
     (``copy_engines``).
     ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see."""
 
@@ -47,11 +47,6 @@ class ExchangeOptions:
     a slow network pays back. 1 moves the fewest bytes. None: 4 within a node (``ranks_per_node``), 1 between nodes, and
     there a block counts by the part that this rank has in it if its node's ranks need as much as it does."""
 
-    allgather_share: float | None = None
-    """Once it has planned, ``auto`` all-gathers where the plan would move at least this share of all-gather's bytes.
-    None: 0.98, or 0.6 where copy engines bring them, which leave the GPU to attention. It has no part in whether to
-    plan at all; see ``copy_engines``."""
-
     copy_engines: bool = True
     """Where the ranks' GPUs map each other's memory, all-gather by their copy engines; ``auto`` then does so at once
     where that hides behind attention. Not where ``ranks_per_node`` says that ranks are on several nodes."""
@@ -70,9 +65,6 @@ class ExchangeOptions:
         weight = self.row_weight
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
             raise ValueError(f"exchange row_weight={weight!r} is not a number in (0, 1e6); leave it out, or use 1 to 8")
-        share = self.allgather_share
-        if share is not None and (not _is_number(share) or not 0 < share <= 1):
-            raise ValueError(f"exchange allgather_share={share!r} is not a number in (0, 1]; leave it out, or use 0.98")
         if not isinstance(self.copy_engines, bool):
             raise ValueError(
                 f"exchange copy_engines={self.copy_engines!r} is not True or False; leave it out, or use False for NCCL"
@@ -83,9 +75,10 @@ class ExchangeOptions:
         return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
 
     def share_to_gather(self, by_copy_engines: bool) -> float:
-        """``allgather_share``, or what stands for it."""
-        if self.allgather_share is not None:
-            return self.allgather_share
+        """``auto`` all-gathers where its plan would move at least this share of all-gather's bytes.
+
+        Copy engines leave the GPU to attention, so they are the faster way to move more bytes.
+        """
         return 0.6 if by_copy_engines else 0.98
 
     def may_copy(self, size: int) -> bool:

@@ -20,12 +20,13 @@ from tests.cp.test_moba import NAMES, across_ranks, fits, in_context
 from tests.helpers import distributed
 from tests.helpers.cases import Case, random_case, relative_error, run, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
+from tests.helpers.gathering import GatheringFrom
 
 OPTIONS = [
     ExchangeOptions("allgather"),
     ExchangeOptions("allgather", stages=3, keep=True),
     ExchangeOptions("allgather", stages=64),
-    ExchangeOptions("auto", allgather_share=0.01, gradient_dtype="input"),
+    GatheringFrom("auto", gradient_dtype="input"),
 ]
 
 
@@ -296,20 +297,20 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
 @pytest.mark.parametrize(
     "options, rate, expected",
     [
-        ({}, 3e11, ("Planned", False)),
-        ({}, 1e20, ("Gathering", True)),
-        ({"ranks_per_node": 4}, 1e20, ("Gathering", True)),
-        ({"ranks_per_node": 2}, 1e20, ("Planned", False)),
-        ({"copy_engines": False}, 1e20, ("Planned", False)),
-        ({"mode": "kv"}, 1e20, ("Planned", False)),
-        ({"mode": "allgather", "ranks_per_node": 2}, 3e11, ("Gathering", False)),
-        ({"allgather_share": 0.01}, 3e11, ("Gathering", True)),
+        (ExchangeOptions(), 3e11, ("Planned", False)),
+        (ExchangeOptions(), 1e20, ("Gathering", True)),
+        (ExchangeOptions(ranks_per_node=4), 1e20, ("Gathering", True)),
+        (ExchangeOptions(ranks_per_node=2), 1e20, ("Planned", False)),
+        (ExchangeOptions(copy_engines=False), 1e20, ("Planned", False)),
+        (ExchangeOptions(mode="kv"), 1e20, ("Planned", False)),
+        (ExchangeOptions(mode="allgather", ranks_per_node=2), 3e11, ("Gathering", False)),
+        (GatheringFrom(), 3e11, ("Gathering", True)),
     ],
 )
 def test_auto_gathers_where_copies_hide(options, rate, expected, monkeypatch):
     """A sequence so short that copies take longer than attention, unless they are very fast."""
     monkeypatch.setattr(gather_costs, "COPY_RATE", rate)
-    assert run_threads(4, _ways, ExchangeOptions(**options), True) == [expected] * 4
+    assert run_threads(4, _ways, options, True) == [expected] * 4
 
 
 def test_auto_plans_where_nobody_reads_anothers_memory(monkeypatch):

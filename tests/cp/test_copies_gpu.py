@@ -11,6 +11,7 @@ from moba_cp.cp.symmetric_memory import SymmetricMemory
 from tests.cp.test_exchange_gpu import CASES, WIDE_CASES, _as_good_as_one_rank, _batch, _errors, _on_one_rank
 from tests.cp.test_moba import across_ranks, divides
 from tests.helpers.distributed import run_ranks
+from tests.helpers.gathering import GatheringFrom
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.gpu
 OPTIONS = [
     ExchangeOptions("allgather"),
     ExchangeOptions("allgather", stages=8, keep=True),
-    ExchangeOptions("auto", allgather_share=0.01, stages=1),
+    GatheringFrom("auto", stages=1),
     ExchangeOptions("allgather", gradient_dtype="input"),
 ]
 

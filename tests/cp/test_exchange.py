@@ -15,6 +15,7 @@ from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, random_case, relative_error, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
+from tests.helpers.gathering import GatheringFrom
 
 MOVED = ("kv", "kv_gradients", "rows", "partial_outputs", "rows_backward", "row_gradients")
 
@@ -145,7 +146,7 @@ def test_rows_count_more_within_a_node():
     case = random_case(9, multiple=8)
     sent = []
     for weight in (0.2, 1, 1e5):
-        options = ExchangeOptions("auto", row_weight=weight, allgather_share=1.0)
+        options = GatheringFrom("auto", row_weight=weight, share=1.0)
         counters = [c for _, c in run_threads(4, across_ranks, case, "zigzag", False, options)]
         kinds = [sum(c.get(f"sent_{kind}_bytes", 0) for c in counters) for kind in ("rows", "kv")]
         sent.append(kinds)
@@ -176,7 +177,7 @@ def test_auto_gathers_where_everything_is_needed():
     n = 256
     q, k, v, dout = (torch.randn(n, 4, 8, dtype=torch.float64) for _ in range(4))
     case = Case(q, k[:, :1], v[:, :1], dout, torch.tensor([0, n], dtype=torch.int32), 16, 16)
-    options = ExchangeOptions("auto", allgather_share=0.4)
+    options = GatheringFrom("auto", share=0.4)
     counters = [c for _, c in run_threads(2, across_ranks, case, "zigzag", False, options)]
     assert all("sent_rows_bytes" not in c for c in counters)
     assert all(c["planned_bytes"] == 2 * (n // 2) * 8 * 8 * 3 for c in counters)
@@ -287,9 +288,7 @@ def test_costs():
         (dict(ranks_per_node=2.0), "exchange ranks_per_node=2.0 is not a positive integer"),
         (dict(row_weight=0), "exchange row_weight=0 is not a number in"),
         (dict(row_weight="much"), "exchange row_weight='much' is not a number in"),
-        (dict(allgather_share=2.0), "exchange allgather_share=2.0 is not a number in"),
         (dict(copy_engines=1), "exchange copy_engines=1 is not True or False"),
-        (dict(allgather_share="all"), "exchange allgather_share='all' is not a number in"),
     ],
 )
 def test_bad_options_are_named(kwargs, says):

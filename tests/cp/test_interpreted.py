@@ -10,6 +10,7 @@ from moba_cp.cp.options import ExchangeOptions
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, run_reference
 from tests.helpers.distributed import FilePeerMemory, run_ranks
+from tests.helpers.gathering import GatheringFrom
 
 SIZE = 4
 
@@ -46,7 +47,7 @@ RUNS = [
     (_aligned, "zigzag", ExchangeOptions("allgather"), False),
     (_straddling, "zigzag", ExchangeOptions("allgather"), True),
     (_aligned, "zigzag", ExchangeOptions("allgather", keep=True), True),
-    (_aligned, "contiguous", ExchangeOptions("auto", allgather_share=0.01), True),
+    (_aligned, "contiguous", GatheringFrom("auto"), True),
 ]
 
 
