@@ -4,6 +4,8 @@ Legend: L tokens of one sequence on this rank, b sequences, h query heads and g 
 tensor-parallel rank, D head dim.
 """
 
+from dataclasses import replace
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,7 +26,8 @@ class MoBACoreAttention(MegatronModule):
     """Built by Megatron's attention layer from the spec of :func:`moba_cp.megatron.core_attention_spec`.
 
     Args:
-        config: of the model; ``context_parallel_size`` and the context-parallel group must agree.
+        config: of the model; ``context_parallel_size`` and the context-parallel group must agree. With
+            ``deterministic_mode`` attention is deterministic too.
         layer_number: counted from 1 through the whole model; picks MoBA or full attention.
         attn_mask_type: causal.
         attention_type: ``self``.
@@ -71,7 +74,9 @@ class MoBACoreAttention(MegatronModule):
     def set_attention(self, attention: AttentionConfig) -> None:
         """Attend by another configuration from the next forward pass on; no weight depends on it."""
         self.kind = attention.kind(self.layer_number, self.config.num_layers)
-        self.moba = attention.moba
+        # deterministic_mode is Megatron's, for the whole model.
+        deterministic = attention.deterministic or self.config.deterministic_mode
+        self.moba = replace(attention.moba, deterministic=deterministic)
         self.layout = attention.layout
 
     def extra_repr(self) -> str:
@@ -133,6 +138,35 @@ class MoBACoreAttention(MegatronModule):
             )
 
 
+_KERNELS = "the kernels are MoBA's own"
+_SIZES_ON_HOST = "the exchange reads sizes on the host"
+_ONE_GROUP = "the context-parallel group is the same for every batch"
+# Fields of TransformerConfig by which Megatron's own core attention does something that this one does not: the value at
+# which it does nothing, and the reason. The softcapping is that of configurations derived from Megatron's.
+_REFUSED = {
+    "softmax_type": ("vanilla", "attention sinks and off-by-one softmax are not served"),
+    "window_size": (None, "MoBA attends to chosen blocks, not to a sliding window"),
+    "attn_logit_softcapping": (None, "scores are not capped"),
+    "apply_query_key_layer_scaling": (False, "scores are scaled by softmax_scale alone"),
+    "qk_clip": (False, "the largest score of a head is not recorded"),
+    "log_max_attention_logit": (False, "the largest score of a head is not recorded"),
+    "fp8_dot_product_attention": (False, "attention runs in the dtype of its inputs"),
+    "fp8_multi_head_attention": (False, "attention runs in the dtype of its inputs"),
+    "use_kitchen_attention": (False, _KERNELS),
+    "flash_attention_version": (None, _KERNELS),
+    "batch_invariant_mode": (False, "the kernels' shapes follow the batch's"),
+    "flash_decode": (False, "decoding with a key/value cache is not served"),
+    "experimental_attention_variant": (None, "the attention is MoBA"),
+    "linear_attention_freq": (None, "layers of linear attention are not served"),
+    "hybrid_context_parallel": (False, _ONE_GROUP),
+    "dynamic_context_parallel": (False, _ONE_GROUP),
+    "hierarchical_context_parallel_sizes": (None, "the exchange is MoBA's own"),
+    "enable_cuda_graph": (False, _SIZES_ON_HOST),
+    "external_cuda_graph": (False, _SIZES_ON_HOST),
+    "cuda_graph_impl": ("none", _SIZES_ON_HOST),
+}
+
+
 def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, cp_comm_type) -> None:
     def refuse(name: str, value, rule: str):
         raise ValueError(f"{name}={value!r}: {rule}")
@@ -153,20 +187,7 @@ def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, c
         )
     if config.multi_latent_attention:
         refuse("multi_latent_attention", True, "values narrower than keys are not served; use grouped-query attention")
-    for name, neutral, rule in (
-        ("softmax_type", "vanilla", "attention sinks and off-by-one softmax are not served"),
-        ("window_size", None, "MoBA attends to chosen blocks, not to a sliding window"),
-        ("apply_query_key_layer_scaling", False, "scores are scaled by softmax_scale alone"),
-        ("qk_clip", False, "the largest score of a head is not recorded"),
-        ("log_max_attention_logit", False, "the largest score of a head is not recorded"),
-        ("fp8_dot_product_attention", False, "attention runs in the dtype of its inputs"),
-        ("fp8_multi_head_attention", False, "attention runs in the dtype of its inputs"),
-        ("hybrid_context_parallel", False, "the context-parallel group is the same for every batch"),
-        ("hierarchical_context_parallel_sizes", None, "the exchange is MoBA's own"),
-        ("enable_cuda_graph", False, "the exchange reads sizes on the host"),
-        ("external_cuda_graph", False, "the exchange reads sizes on the host"),
-        ("cuda_graph_impl", "none", "the exchange reads sizes on the host"),
-    ):
+    for name, (neutral, rule) in _REFUSED.items():
         # Other versions of megatron-core lack some of these.
         value = getattr(config, name, neutral)
         if value != neutral:

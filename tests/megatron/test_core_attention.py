@@ -1,7 +1,9 @@
 """The core attention in Megatron's own models, and what it refuses."""
 
 import copy
+import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moba_cp import CPContext, reference
 from moba_cp.megatron import (
@@ -20,6 +23,7 @@ from moba_cp.megatron import (
     MoBAPackedSeqParams,
     ModelConfig,
     build_model,
+    core_attention,
     core_attention_spec,
     with_moba,
 )
@@ -131,6 +135,14 @@ def test_softmax_scale_is_passed_on(scale):
         ({"fields": {"apply_query_key_layer_scaling": True}}, "apply_query_key_layer_scaling=True: scores are"),
         ({"fields": {"multi_latent_attention": True}}, "multi_latent_attention=True: values narrower than keys"),
         ({"fields": {"qk_clip": True}}, "qk_clip=True: the largest score of a head is not recorded; set it to False"),
+        ({"fields": {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping=50.0: scores are not capped"),
+        ({"fields": {"use_kitchen_attention": True}}, "use_kitchen_attention=True: the kernels are MoBA's own"),
+        ({"fields": {"flash_attention_version": 3}}, "flash_attention_version=3: the kernels are MoBA's own"),
+        ({"fields": {"batch_invariant_mode": True}}, "batch_invariant_mode=True: the kernels' shapes"),
+        ({"fields": {"flash_decode": True}}, "flash_decode=True: decoding with a key/value cache"),
+        ({"fields": {"experimental_attention_variant": "dsa"}}, "experimental_attention_variant='dsa': the attention"),
+        ({"fields": {"linear_attention_freq": 2}}, "linear_attention_freq=2: layers of linear attention"),
+        ({"fields": {"hybrid_context_parallel": True}}, "hybrid_context_parallel=True: the context-parallel group"),
         ({"fields": {"context_parallel_size": 2}}, "context_parallel_size=2 but the context-parallel group has 1"),
         ({"attention": AttentionConfig(full_layers="last 9")}, "full_layers='last 9' asks for 9 of 3 layers"),
     ],
@@ -139,6 +151,46 @@ def test_softmax_scale_is_passed_on(scale):
 def test_what_moba_has_not_is_refused_at_build(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         core(**changes)
+
+
+# What a configuration of Megatron-core (0.16 to 0.19) says of attention and is none of the core attention's business:
+# Megatron does it around it, or it says where, in which order and with which kernels other modules run.
+AROUND = """
+add_qkv_bias qk_layernorm qk_l2_norm attention_output_gate no_rope_freq rotary_interleaved mrope_section
+apply_rope_fusion fused_single_qkv_rope masked_softmax_fusion attention_softmax_in_fp32 hidden_dropout use_kitchen
+bias_dropout_fusion window_attn_skip_freq qk_clip_alpha qk_clip_threshold kitchen_attention_backend
+cuda_graph_retain_backward_graph cuda_graph_scope cuda_graph_modules cuda_graph_use_single_mempool
+cuda_graph_warmup_steps inference_cuda_graph_scope moe_pad_experts_for_cuda_graph_inference
+delay_offload_until_cuda_graph ep_overlap_early_attn_memory_release tp_comm_overlap_disable_qkv
+experimental_attention_variant_loss_scale_func linear_key_head_dim linear_num_key_heads linear_num_value_heads
+linear_value_head_dim max_seqlen_per_dp_cp_rank moe_router_pre_softmax mtp_detach_heads mamba_head_dim mamba_num_heads
+mup_base_head_dim mup_attn_scale_power
+""".split()
+SERVED = {
+    "num_attention_heads", "num_query_groups", "kv_channels", "attention_dropout", "softmax_scale", "cp_comm_type",
+    "context_parallel_size", "attention_backend", "multi_latent_attention", "deterministic_mode",
+}  # fmt: skip
+ABOUT = """attn attention softmax softcap sink window qk rope rotary head context_parallel cp_ cuda_graph determin
+latent_att batch_inv kitchen dropout decode""".split()
+
+
+def test_each_field_about_attention_is_served_refused_or_none_of_its_business():
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    about = {name for name in fields if any(word in name for word in ABOUT)}
+    about = {name for name in about if not name.startswith("dsa_")}  # of an attention variant, which is refused
+    assert len(about) > 40
+    assert about - SERVED - set(AROUND) - set(core_attention._REFUSED) == set()
+
+
+@pytest.mark.parametrize("name, refused", core_attention._REFUSED.items())
+def test_what_is_refused_is_let_through_where_it_asks_for_nothing(name, refused):
+    assert core(fields={name: refused[0]}).kind == "moba"
+
+
+def test_deterministic_mode_of_megatron_is_served():
+    assert core(fields={"deterministic_mode": True}).moba.deterministic
+    assert not core().moba.deterministic
+    assert core(attention=replace(SPARSE, deterministic=True)).moba.deterministic
 
 
 def test_refusals_pass_through_megatrons_builder():
