@@ -37,6 +37,16 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Prints a help text as it is where a ``%`` in it is no placeholder: megatron-core 0.19 has some."""
+
+    def _expand_help(self, action):
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return self._get_help_string(action)
+
+
 def attention_from_args(args: argparse.Namespace) -> AttentionConfig:
     """The configuration that the flags of :func:`add_moba_args` ask for.
 

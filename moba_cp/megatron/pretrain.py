@@ -6,25 +6,36 @@ What Megatron-LM's ``pretrain_gpt.py`` does, from the ``megatron.training`` that
 0.19 on, with MoBA's flags in the parser and ``--spec moba_cp.megatron.spec moba_block_spec`` by default.
 """
 
+import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.datasets import utils as dataset_utils
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.enums import ModelType
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from .arguments import add_moba_args, attention_from_args
+from .arguments import HelpFormatter, add_moba_args, attention_from_args
+
+try:
+    from megatron.core import parallel_state
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.enums import ModelType
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args, get_timers, pretrain, print_rank_0
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(
+        f"moba_cp.megatron.pretrain: Megatron-LM's trainer cannot be imported ({error}); it needs Python 3.12 and "
+        'pip install "megatron-core>=0.19", or a checkout of Megatron-LM in PYTHONPATH'
+    )
 
 _DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer", "spec": ["moba_cp.megatron.spec", "moba_block_spec"]}
 _BATCH = ("tokens", "labels", "loss_mask", "position_ids")
@@ -32,13 +43,28 @@ _BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 
 def main() -> None:
     """Parse Megatron-LM's and MoBA's flags, then train."""
-    args = parse_and_validate_args(extra_args_provider=add_moba_args, args_defaults=_DEFAULTS)
-    check_args(args)
-    print_rank_0(f"MoBA: {attention_from_args(args)}")
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    if not {"-h", "--help"} & set(sys.argv) and not torch.cuda.is_available():
+        # Megatron says so too, but after a page of arguments, and by an assertion.
+        sys.exit("moba_cp.megatron.pretrain: no CUDA GPU; Megatron-LM trains on GPUs only (moba-cp train: on CPUs too)")
+    args = parse_and_validate_args(extra_args_provider=_add_flags, args_defaults=_DEFAULTS)
+    try:
+        check_args(args)
+        attention = attention_from_args(args)
+    except ValueError as error:
+        sys.exit(f"moba_cp.megatron.pretrain: {error}")
+    print_rank_0(f"MoBA: {attention}")
+    model_config = gpt_config_from_args(args)
+    # megatron-core 0.19 leaves this flag out.
+    model_config.rope_scaling_factor = args.rope_scaling_factor
+    config = pretrain_cfg_container_from_args(args, model_config)
     build_datasets.is_distributed = True
     use_compiled_helpers()
     pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.formatter_class = HelpFormatter
+    return add_moba_args(parser)
 
 
 def check_args(args) -> None:
@@ -49,11 +75,24 @@ def check_args(args) -> None:
         ("dataloader_inter_document_masking", False, "documents of a sequence see one another here; leave it off"),
         ("reset_attention_mask", False, "MoBA takes no mask; leave it off"),
         ("hybrid_context_parallel", False, "the context-parallel group is the same for every batch; leave it off"),
+        ("hybrid_layer_pattern", None, "the model is Megatron's GPTModel; leave it out"),
+        ("hybrid_override_pattern", None, "the model is Megatron's GPTModel; leave it out"),
+        ("yaml_cfg", None, "MoBA's flags are no part of it; give flags"),
+        ("perform_rl_step", False, "this script pretrains; leave it off"),
+        ("logits_save_dir", None, "this script pretrains, without a teacher; leave it out"),
+        ("logits_load_dir", None, "this script pretrains, without a teacher; leave it out"),
+        ("modelopt_enabled", False, "this script pretrains without ModelOpt; leave it off"),
+        ("inprocess_restart", False, "use Megatron-LM's pretrain_gpt.py with a --spec of your own"),
         ("create_attention_mask_in_dataloader", False, "MoBA is causal; add --no-create-attention-mask-in-dataloader"),
     ):
         value = getattr(args, name, neutral)
         if value != neutral:
             raise ValueError(f"{name}={value!r} is not served by moba_cp.megatron.pretrain: {fix}")
+    if getattr(args, "position_embedding_type", None) == "relative":
+        raise ValueError(
+            "position_embedding_type='relative' is not served by moba_cp.megatron.pretrain: MoBA adds no bias to its "
+            "scores; use rope, learned_absolute or none"
+        )
     if args.use_distributed_optimizer and not _fused_adam():
         print_rank_0(
             "WARNING: --use-distributed-optimizer without TransformerEngine or Apex: training is right, but "
