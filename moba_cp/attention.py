@@ -5,17 +5,22 @@ Legend: T tokens (the local share under context parallelism), Hq query heads, Hk
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import dense
 from .autograd import moba_attention_op
-from .blocks import check_cu_seqlens
+from .blocks import check_cu_seqlens, check_cu_seqlens_kind
 from .config import MoBAConfig
+from .transforms import cast_inputs, check_no_tangent, once_differentiable, without_autocast
+
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 class _FullAttention(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, ranges: dense.Ranges, scale: float, backend, deterministic: bool):
         q, k, v = (x.contiguous() for x in (q, k, v))
         partials = dense.Partials(q)
@@ -28,6 +33,8 @@ class _FullAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse = ctx.saved_tensors
         ranges, scale, backend, deterministic = ctx.rest
@@ -49,9 +56,10 @@ def moba_attention(
     """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and the best k - 1 others.
 
     Args:
-        q: [T, Hq, D] floating point.
+        q: [T, Hq, D] float64, float32, bfloat16 or float16.
         k, v: [T, Hkv, D], same dtype and device; Hq must be a multiple of Hkv. Keys as attention sees them, after
-            RoPE and any norm.
+            RoPE and any norm. Under autocast q, k and v are cast to its dtype, float64 excepted, as PyTorch's own
+            attention does.
         config: block size and top-k.
         cu_seqlens: [n_docs + 1] int32, boundaries of packed documents; None for one document. Not with ``cp``.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
@@ -59,15 +67,17 @@ def moba_attention(
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        out [T, Hq, D] in q's dtype; with ``return_lse`` also lse [T, Hq], natural log, in float32 (float64 for float64
-        inputs), through which no gradient flows.
+        out [T, Hq, D] in q's dtype, or autocast's; with ``return_lse`` also lse [T, Hq], natural log, in float32
+        (float64 for float64 inputs), through which no gradient flows.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``.
+        ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``; or
+            an input has a tangent: there is no forward-mode differentiation.
+        RuntimeError: a gradient is differentiated again.
     """
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config={config!r} is not a MoBAConfig; pass MoBAConfig(block_size=512, top_k=3)")
-    scale = check_inputs(q, k, v, softmax_scale)
+    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale)
     if cp is not None:
         from .cp.moba import moba_attention as across_ranks
 
@@ -104,7 +114,7 @@ def full_attention(
     Raises:
         ValueError: also where a named backend cannot serve; the message says why.
     """
-    scale = check_inputs(q, k, v, softmax_scale)
+    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale)
     if cp is not None:
         from .cp.full.attention import full_attention as across_ranks
 
@@ -119,18 +129,31 @@ def full_attention(
 
 def _own_ranges(n_tokens: int, cu_seqlens: Tensor | None) -> dense.Ranges:
     """What the rows of a sequence see of the sequence itself."""
-    cu_seqlens = torch.tensor([0, n_tokens]) if cu_seqlens is None else cu_seqlens.cpu()
-    check_cu_seqlens(cu_seqlens, n_tokens)
-    tokens = [(0, n_tokens)]
-    return dense.build_ranges(tokens, tokens, cu_seqlens.long().numpy())
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
-    """Raise ValueError unless q, k, v fit one another; return the softmax scale."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3 or not x.is_floating_point():
+    bounds = np.array([0, n_tokens])
+    if cu_seqlens is not None:
+        if cu_seqlens.is_meta:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; pass floating point [tokens, heads, head_dim]"
+                "cu_seqlens is on the meta device and has no values; full_attention needs them, pass values"
+            )
+        cu_seqlens = cu_seqlens.cpu()
+        check_cu_seqlens(cu_seqlens, n_tokens)
+        bounds = cu_seqlens.long().numpy()
+    tokens = [(0, n_tokens)]
+    return dense.build_ranges(tokens, tokens, bounds)
+
+
+def checked_inputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, softmax_scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k, v as autocast wants them, and the softmax scale; ValueError unless the arguments fit one another."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; pass a tensor [tokens, heads, head_dim]")
+        if x.dim() != 3 or x.dtype not in DTYPES:
+            hint = f"; a batch is {name}.flatten(0, 1) with the ends of sequences in cu_seqlens" if x.dim() == 4 else ""
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; pass [tokens, heads, head_dim] in float32, "
+                f"bfloat16, float16 or float64{hint}"
             )
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
@@ -138,14 +161,24 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -
         raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; tokens and head_dim must be equal")
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, not a positive multiple of the {k.shape[1]} heads of k and v")
-    if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; move them to one device")
+    check_no_tangent(q=q, k=k, v=v)
+    q, k, v = cast_inputs(q, k, v)
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if q.shape[2] == 0:
         raise ValueError("head_dim=0; it must be positive")
+    if cu_seqlens is not None:
+        check_cu_seqlens_kind(cu_seqlens)
+        if cu_seqlens.is_meta and not q.is_meta:
+            raise ValueError(f"cu_seqlens is on the meta device and has no values, but q is on {q.device}; pass values")
+    return q, k, v, _checked_scale(softmax_scale, q.shape[2])
+
+
+def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
-        return q.shape[2] ** -0.5
+        return head_dim**-0.5
     if not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
         raise ValueError(f"softmax_scale={softmax_scale!r} is not a finite number; leave it out for head_dim ** -0.5")
     return float(softmax_scale)
@@ -155,6 +188,12 @@ def check_context(q: Tensor, cp, cu_seqlens):
     """Raise ValueError unless ``q`` is the local share of ``cp``'s sequence; return ``cp``."""
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens was passed together with cp; give it to CPContext(..., cu_seqlens=...) instead")
+    from .cp.context import CPContext
+
+    if not isinstance(cp, CPContext):
+        raise ValueError(f"cp is a {type(cp).__name__}; pass CPContext(group, layout, seq_len=...)")
+    if q.device.type != cp.device.type:
+        raise ValueError(f"q is on {q.device} but cp's tables are on {cp.device}; pass CPContext(..., device=...)")
     if q.shape[0] != cp.local_len:
         raise ValueError(
             f"q has {q.shape[0]} tokens but rank {cp.rank} of {cp.size} holds {cp.local_len} of seq_len={cp.seq_len}; "

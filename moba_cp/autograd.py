@@ -10,9 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .blocks import BlockTable, block_count, block_table, local_pages
+from .blocks import BlockTable, block_count, block_table, fitted_block_size, local_pages
 from .dtypes import wide_dtype
 from .ops import backend
+from .transforms import refuse_second_derivatives, without_autocast
 
 
 @lru_cache(maxsize=8)
@@ -22,6 +23,7 @@ def _one_document(n_tokens: int, block_size: int, device: torch.device, stream: 
 
 def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
     """Block geometry of the tokens of ``x``; kept from call to call where there are no documents."""
+    block_size = fitted_block_size(block_size, x.shape[0])
     if cu_seqlens is not None:
         return block_table(x.shape[0], block_size, cu_seqlens, x.device)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -33,6 +35,7 @@ def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
 
 
 @torch.library.custom_op("moba_cp::moba_attention", mutates_args=())
+@without_autocast
 def moba_attention_op(
     q: Tensor,
     k: Tensor,
@@ -56,6 +59,7 @@ def moba_attention_op(
 
 
 @torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
+@without_autocast
 def moba_attention_backward_op(
     dout: Tensor,
     q: Tensor,
@@ -109,3 +113,4 @@ def _backward(ctx, dout, _dlse, _dchosen, _dindex):
 
 
 moba_attention_op.register_autograd(_backward, setup_context=_save)
+moba_attention_backward_op.register_autograd(refuse_second_derivatives)

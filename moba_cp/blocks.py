@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .config import BLOCK_SIZE_MULTIPLE
+
 
 @dataclass(frozen=True)
 class BlockTable:
@@ -93,16 +95,21 @@ def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:
     return Pages(k, v, table.row.expand(n_heads, -1), table.heads(n_heads), table.length, table.block_size)
 
 
+def check_cu_seqlens_kind(cu_seqlens: Tensor) -> None:
+    """Raise ValueError unless ``cu_seqlens`` is a tensor of boundaries, whatever their values."""
+    rule = "pass a 1-D int32 tensor [0, end of document 1, ..., number of tokens]"
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}; {rule}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; {rule}")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
     """Raise ValueError unless ``cu_seqlens`` cuts ``n_tokens`` tokens into documents.
 
     Values on a GPU are checked there (a device-side assertion), because reading them would stall the host.
     """
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
-            "pass a 1-D int32 tensor [0, end of document 1, ..., number of tokens]"
-        )
+    check_cu_seqlens_kind(cu_seqlens)
     ok = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()
     if cu_seqlens.is_cuda:
         torch._assert_async(ok)
@@ -111,6 +118,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
             f"cu_seqlens={cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else '[...]'} must start at 0, never "
             f"decrease and end at the number of tokens, {n_tokens}"
         )
+
+
+def fitted_block_size(block_size: int, n_tokens: int) -> int:
+    """A block size no larger than it takes to hold ``n_tokens`` in one block: the blocks are the same."""
+    return min(block_size, (n_tokens // BLOCK_SIZE_MULTIPLE + 1) * BLOCK_SIZE_MULTIPLE)
 
 
 def block_count(n_tokens: int, block_size: int, cu_seqlens: Tensor | None) -> int:

@@ -10,6 +10,8 @@ Source: MoBA, arXiv 2502.13189, section 2.2, and its authors' ``moba_naive``.
 import torch
 from torch import Tensor
 
+from .transforms import without_autocast
+
 
 def _documents(n_tokens: int, cu_seqlens) -> list[tuple[int, int]]:
     ends = [0, n_tokens] if cu_seqlens is None else [int(x) for x in cu_seqlens]
@@ -86,8 +88,26 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """One head: q [Tq, D], k, v [Tk, D], mask [Tq, Tk] -> out [Tq, D], lse [Tq]."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    score = (q.to(wide) @ k.to(wide).T * scale).masked_fill(~mask, -torch.inf)
-    return score.softmax(-1) @ v.to(wide), score.logsumexp(-1)
+    score = (_Product.apply(q.to(wide), k.to(wide).T) * scale).masked_fill(~mask, -torch.inf)
+    return _Product.apply(score.softmax(-1), v.to(wide)), score.logsumexp(-1)
+
+
+class _Product(torch.autograd.Function):
+    """``a @ b`` in their dtype, and gradients likewise: products are what autocast would round."""
+
+    @staticmethod
+    @without_autocast
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return _Product.apply(grad, b.T), _Product.apply(a.T, grad)
 
 
 def moba_attention(

@@ -1,9 +1,15 @@
 """moba_attention and full_attention on one device against the reference."""
 
+import ast
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba_cp import MoBAConfig, full_attention, moba_attention, reference
+import moba_cp
+from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.blocks import block_table
 from moba_cp.eager.attention import _scores as eager_scores
 from moba_cp.ops import backend
@@ -117,7 +123,6 @@ def test_deterministic_on_two_threads(dtype, two_threads):
 
 def test_no_sum_in_the_order_of_threads():
     """Of floating point: integers add up to the same in any order."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Sums(TorchDispatchMode):
         seen = set()
@@ -162,23 +167,24 @@ def test_softmax_scale():
     torch.testing.assert_close(moba_attention(q, k, v, MoBAConfig(16, 3), softmax_scale=0.1), expected)
 
 
-def test_nothing_of_size_tokens_squared(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
+class _Largest(TorchDispatchMode):
+    """The largest number of elements that an operator returns."""
 
-    class Largest(TorchDispatchMode):
-        numel = 0
+    numel = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):
-                    self.numel = max(self.numel, x.numel())
-            return out
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
 
+
+def test_nothing_of_size_tokens_squared():
     n = 8192
     q, k, v = (torch.randn(n, 1, 8, requires_grad=True) for _ in range(3))
     for attention in (lambda: moba_attention(q, k, v, MoBAConfig(64, 3)), lambda: full_attention(q, k, v)):
-        with Largest() as largest:
+        with _Largest() as largest:
             attention().sum().backward()
         assert largest.numel < n * n // 3
 
@@ -200,6 +206,14 @@ def _good():
         (dict(cu_seqlens=torch.tensor([0, 31])), r"cu_seqlens=\[0, 31\] must start at 0"),
         (dict(cu_seqlens=torch.tensor([0, 20, 10, 32])), r"never decrease"),
         (dict(cu_seqlens=torch.tensor([0.0, 32.0])), r"dtype torch.float32"),
+        (dict(cu_seqlens=[0, 32]), r"cu_seqlens is a list; pass a 1-D int32 tensor"),
+        (dict(cu_seqlens=np.array([0, 32])), r"cu_seqlens is a ndarray; pass a 1-D int32 tensor"),
+        (dict(cu_seqlens=torch.tensor([0, 32], device="meta")), r"cu_seqlens is on the meta device and has no values"),
+        (dict(q=[1.0]), r"q is a list; pass a tensor"),
+        (dict(q=torch.randn(2, 16, 4, 8)), r"q has shape \(2, 16, 4, 8\) .* a batch is q.flatten\(0, 1\)"),
+        (dict(k=torch.randn(32, 2, 8).to(torch.float8_e4m3fn)), r"k has shape .* dtype torch.float8_e4m3fn"),
+        (dict(v=torch.randn(32, 2, 8, device="meta")), r"q, k, v are on cpu, cpu, meta"),
+        (dict(cp="zigzag"), r"cp is a str; pass CPContext"),
     ],
 )
 def test_bad_inputs_are_named(change, says):
@@ -213,3 +227,112 @@ def test_bad_inputs_are_named(change, says):
 def test_config_must_be_a_config():
     with pytest.raises(ValueError, match="pass MoBAConfig"):
         moba_attention(**_good(), config=512)
+
+
+ATTENTION = {
+    "moba": lambda *x, **how: moba_attention(*x, MoBAConfig(16, 3), **how),
+    "full": full_attention,
+    "reference": lambda *x: reference.moba_attention(*x, 16, 3),
+}
+
+
+def _gradients(attention, leaves, dout, **how):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    out = attention(*leaves, **how)
+    out.backward(dout.to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("name", ["moba", "full"])
+@pytest.mark.parametrize("context", [False, True], ids=["", "cp"])
+def test_autocast_casts_inputs_and_nothing_inside(name, context):
+    """Under autocast, backward included, the results are those of inputs cast by hand, bit for bit."""
+    how = {"cp": CPContext(None, "zigzag", 96)} if context else {}
+    q, k, v, dout = (torch.randn(96, h, 8) for h in (2, 1, 1, 2))
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    mixed = [x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
+    expected = _gradients(ATTENTION[name], [x.bfloat16() for x in mixed], dout, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = _gradients(ATTENTION[name], mixed, dout, **how)
+        wide = _gradients(ATTENTION[name], [x.double() for x in mixed], dout, **how)
+    assert [x.dtype for x in actual] == [torch.bfloat16, *dtypes]
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y.to(x.dtype))
+    plain = _gradients(ATTENTION[name], [x.double() for x in mixed], dout, **how)
+    for x, y in zip(wide, plain, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_does_not_reach_the_reference():
+    inputs, dout = [torch.randn(96, h, 8) for h in (2, 1, 1)], torch.randn(96, 2, 8)
+    expected = _gradients(ATTENTION["reference"], inputs, dout)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(_gradients(ATTENTION["reference"], inputs, dout), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_autocast_of_the_caller_of_backward_does_not_matter():
+    inputs, dout = [torch.randn(96, h, 8) for h in (2, 1, 1)], torch.randn(96, 2, 8)
+    for name, attention in ATTENTION.items():
+        expected = _gradients(attention, inputs, dout)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attention(*leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.backward(dout)
+        for x, y in zip(leaves, expected[1:], strict=True):
+            assert torch.equal(x.grad, y), name
+
+
+@pytest.mark.parametrize("name", ["moba", "full"])
+@pytest.mark.parametrize("context", [False, True], ids=["", "cp"])
+def test_second_derivatives_and_forward_mode_are_refused(name, context):
+    how = {"cp": CPContext(None, "zigzag", 64)} if context else {}
+    q, k, v = (torch.randn(64, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    attention = ATTENTION[name]
+    (grad,) = torch.autograd.grad(attention(q, k, v, **how).square().sum(), q, create_graph=True)
+    for wanted in (q, k):
+        with pytest.raises(RuntimeError, match="second derivatives of moba_cp's functions are not implemented"):
+            torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="k has a tangent, but forward-mode"):
+        attention(q, torch.autograd.forward_ad.make_dual(k.detach(), torch.ones_like(k)), v, **how)
+    with pytest.raises(ValueError, match="q has a tangent"):
+        torch.func.jvp(lambda x: attention(x, k, v, **how), (q.detach(),), (torch.ones_like(q),))
+
+
+def test_every_function_refuses_second_derivatives():
+    """Of the whole package: a Function is differentiated as if what it saved were constants, unless it refuses."""
+    functions = 0
+    for path in Path(moba_cp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or "torch.autograd.Function" not in map(ast.unparse, node.bases):
+                continue
+            decorators = {x.name: list(map(ast.unparse, x.decorator_list)) for x in node.body if hasattr(x, "name")}
+            # The first refuses, and the second is made of itself.
+            if node.name not in ("_Refused", "_Product"):
+                assert decorators["forward"] == ["staticmethod", "without_autocast"], node.name
+                assert decorators["backward"] == ["staticmethod", "once_differentiable", "without_autocast"], node.name
+                functions += 1
+    assert functions >= 4
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["", "cp"])
+def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
+    how = {"cp": CPContext(None, "zigzag", 64)} if context else {}
+    q, k, v = (torch.randn(64, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = full_attention(q, k, v)
+    with _Largest() as largest:
+        out = moba_attention(q, k, v, MoBAConfig(1 << 20, 3), **how)
+        out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    # Documents, too, can be shorter than a block.
+    cu_seqlens = torch.arange(0, 65, 4)
+    with largest:
+        moba_attention(q, k, v, MoBAConfig(1 << 20, 3), cu_seqlens=cu_seqlens)
+    assert largest.numel < 1 << 16
+
+
+def test_shapes_on_the_meta_device():
+    q, k, v = (torch.randn(64, h, 8, device="meta") for h in (2, 1, 1))
+    for name in ("moba", "full"):
+        out, lse = ATTENTION[name](q, k, v, return_lse=True, cu_seqlens=torch.tensor([0, 20, 64]))
+        assert out.shape == q.shape and lse.shape == q.shape[:2] and out.is_meta

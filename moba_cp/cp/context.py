@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..blocks import check_cu_seqlens
+from ..blocks import check_cu_seqlens, fitted_block_size
 from .comm import Communicator, Counters
 from .exchange.tables import WireTables, build_wire_tables
 from .full.schedule import FullPlan
@@ -109,6 +109,7 @@ class CPContext:
 
     def geometry(self, block_size: int) -> BlockGeometry:
         """Block owners and rows for one block size; built at the first call and kept."""
+        block_size = fitted_block_size(block_size, self.seq_len)
         if block_size not in self._geometry:
             bounds = self.cu_seqlens.numpy().astype(np.int64)
             self._geometry[block_size] = build_geometry(self._segments, self.rank, bounds, block_size, self.device)

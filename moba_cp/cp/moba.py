@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import MoBAConfig
 from ..dtypes import wide_dtype
 from ..ops import backend
+from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import Gathering
 from .comm import BACKWARD, ring_bytes
 from .context import CPContext
@@ -39,6 +40,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
 
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, differentiated: bool):
         geometry, comm, mode = cp.geometry(config.block_size), cp.comm, cp.exchange.mode
         comm.direction = ""
@@ -77,6 +79,8 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse, chosen, index = ctx.saved_tensors
         cp, config = ctx.cp, ctx.config

@@ -6,6 +6,8 @@ Legend: T tokens, H hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
+from ..transforms import cast_inputs, once_differentiable, without_autocast
+
 IGNORED_LABEL = -100
 # Elements of the logits that stand at a time: 256 MiB in float32.
 MAX_LOGITS = 2**26
@@ -15,6 +17,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Logits are computed slice by slice, in forward and again in backward; only lse [T] is kept between."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, slice_len: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         lse = hidden.new_empty(labels.shape, dtype=wide)
@@ -31,6 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.where(valid, loss, 0)
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, grad_loss: Tensor):
         hidden, weight, target, valid, lse = ctx.saved_tensors
         scale = torch.where(valid, grad_loss, 0).to(lse.dtype)
@@ -51,12 +56,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, slice_l
 
     Args:
         hidden: [T, H], last hidden states.
-        weight: [V, H] of the output layer, same dtype.
+        weight: [V, H] of the output layer, same dtype. Both are cast where autocast is on, float64 excepted.
         labels: [T] int64 in [0, V), or -100 for tokens without a label.
         slice_len: tokens whose logits stand at a time; by default as many as keep them within 256 MiB.
 
     Returns:
         [T] float32 (float64 for float64 inputs), 0 where the label is -100.
     """
+    hidden, weight = cast_inputs(hidden, weight)
     slice_len = slice_len or max(1, MAX_LOGITS // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, slice_len)

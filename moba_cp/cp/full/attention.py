@@ -7,6 +7,7 @@ Wide means float32, or float64 for float64 inputs.
 import torch
 from torch import Tensor
 
+from ...transforms import once_differentiable, without_autocast
 from ..comm import BACKWARD, ring_bytes
 from ..context import CPContext
 from . import allgather as full_gather
@@ -48,6 +49,7 @@ def choose_method(k: Tensor, cp: CPContext) -> str:
 
 class _FullAcrossRanks(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
         cp.comm.direction = ""
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -62,6 +64,8 @@ class _FullAcrossRanks(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse = ctx.saved_tensors
         scale, cp, method, backend, deterministic = ctx.rest
