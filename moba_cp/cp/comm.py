@@ -24,6 +24,8 @@ from .symmetric_memory import PeerMemory, peer_memory
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+UNNAMED_LAYER = "an unnamed layer"
+"""A layer's name where the model gives none."""
 BACKWARD = "the backward of "
 """What stands before a layer's name in the errors of its backward pass."""
 
@@ -107,7 +109,7 @@ class Communicator:
         self.counters = Counters()
         self.by_layer: dict[str, Counters] = {}
         """The same counts apart for each layer, by its name."""
-        self.layer = "an unnamed layer"
+        self.layer = UNNAMED_LAYER
         """What is being computed, for counters and error messages; whoever calls a layer sets it."""
         self.direction = ""
         """Put before the layer in error messages."""

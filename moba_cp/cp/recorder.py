@@ -8,18 +8,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .comm import UNNAMED_LAYER
 from .context import CPContext
+
+# More document starts than this would hide what they mark.
+MOST_DOCUMENTS = 64
 
 
 class SelectionRecorder:
-    """Keeps every MoBA layer's selection of one sequence; pass it as ``CPContext(..., observer=recorder)``."""
+    """Keeps the selection of every MoBA layer in one forward pass over one sequence.
+
+    Pass it as ``CPContext(..., observer=recorder)``, a new one for each pass. A model that gives its layers no names
+    (``moba_attention`` called directly) has them recorded as ``layer 1``, ``layer 2``, ... in the order of the calls.
+    """
 
     def __init__(self):
         self.layers: dict[str, Tensor] = {}
         """layer -> [L, Hq, S] int32 on the CPU."""
         self.block_size = self.n_kv_heads = 0
+        self._unnamed = 0
 
     def __call__(self, layer: str, chosen: Tensor, n_kv_heads: int, block_size: int) -> None:
+        # Activation checkpointing repeats a layer's forward within backward: it was recorded the first time.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if layer == UNNAMED_LAYER:
+            self._unnamed += 1
+            layer = f"layer {self._unnamed}"
         self.layers[layer] = chosen.cpu()
         self.block_size, self.n_kv_heads = block_size, n_kv_heads
 
@@ -34,7 +49,7 @@ class SelectionRecorder:
         if cp.rank == 0 and layers:
             shape = {"block_size": self.block_size, "n_kv_heads": self.n_kv_heads, "cu_seqlens": cp.cu_seqlens}
             torch.save({"layers": layers, **shape}, path)
-            draw_heat_maps(layers, cp.geometry(self.block_size).n_blocks, Path(path).with_suffix(".png"))
+            draw_heat_maps(layers, cp.cu_seqlens, self.block_size, Path(path).with_suffix(".png"))
 
 
 def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
@@ -53,24 +68,48 @@ def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
     return counts.view(chunks, n_blocks + 1)[:, :n_blocks]
 
 
-def draw_heat_maps(layers: dict[str, Tensor], n_blocks: int, path: str | Path) -> None:
-    """Draw :func:`heat_map` of every layer side by side, logarithmic, as a PNG; ``n_blocks`` of all documents."""
+def draw_heat_maps(layers: dict[str, Tensor], cu_seqlens: Tensor, block_size: int, path: str | Path) -> None:
+    """Draw :func:`heat_map` of every layer side by side, logarithmic, as a PNG.
+
+    Args:
+        layers: layer -> [T, Hq, S] int32 block ids, -1 for none.
+        cu_seqlens: [n_docs + 1] int, document boundaries; where a document starts, thin lines are drawn.
+        block_size: B.
+        path: where the picture goes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
 
+    lengths = cu_seqlens.diff()
+    first_blocks = torch.cat([lengths.new_zeros(1), ((lengths + block_size - 1) // block_size).cumsum(0)])
+    n_tokens, n_blocks = int(cu_seqlens[-1]), int(first_blocks[-1])
+    maps = {layer: heat_map(chosen, n_blocks) for layer, chosen in layers.items()}
+    scale = LogNorm(1, max(2, *(int(counts.max()) for counts in maps.values())))
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
-    for place in axes.flat[len(layers) :]:
-        place.axis("off")
-    for place, (layer, chosen) in zip(axes.flat, layers.items(), strict=False):
-        counts = heat_map(chosen, n_blocks)
-        place.imshow(counts.log1p().numpy(), aspect="auto", interpolation="nearest", origin="upper")
-        place.set_title(layer, fontsize=9)
-        place.set_xlabel("key/value block", fontsize=8)
-        place.set_ylabel("query chunk", fontsize=8)
-    figure.tight_layout()
+    size = (max(6, 3.2 * columns + 1), 3 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(layers) :]:
+        axis.axis("off")
+    for axis, (layer, counts) in zip(axes.flat, maps.items(), strict=False):
+        # A block that no query of the chunk chose stays white.
+        shown = counts.double().masked_fill(counts == 0, float("nan")).numpy()
+        image = axis.imshow(
+            shown, norm=scale, aspect="auto", interpolation="nearest", origin="upper", extent=(0, n_blocks, n_tokens, 0)
+        )
+        if 2 < len(cu_seqlens) <= MOST_DOCUMENTS:
+            axis.hlines(cu_seqlens[1:-1].numpy(), 0, n_blocks, colors="tab:red", linewidth=0.4)
+            axis.vlines(first_blocks[1:-1].numpy(), 0, n_tokens, colors="tab:red", linewidth=0.4)
+        axis.set_title(layer, fontsize=9)
+        axis.set_xlabel("key/value block", fontsize=8)
+        axis.set_ylabel("query position (tokens)", fontsize=8)
+    n_heads = next(iter(layers.values())).shape[1]
+    lines = "; red: documents start" if 2 < len(cu_seqlens) <= MOST_DOCUMENTS else ""
+    figure.suptitle(f"Blocks chosen: {n_tokens} tokens, blocks of {block_size}, {n_heads} heads{lines}", fontsize=10)
+    chunk = n_tokens / next(iter(maps.values())).shape[0]
+    figure.colorbar(image, ax=axes, label=f"times chosen by {chunk:.0f} tokens, all heads", shrink=0.9)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moba_cp import CPContext, MoBAConfig, moba_attention, reference
 from moba_cp.bench.gates import RecordedGate
@@ -36,5 +37,56 @@ def test_a_recorded_selection_is_the_whole_sequence_in_order(tmp_path, documents
 def test_heat_map_counts_choices(tmp_path):
     chosen = torch.tensor([[[-1, -1]], [[0, -1]], [[0, 1]], [[1, 2]]], dtype=torch.int32)
     assert heat_map(chosen, 4, chunks=2).tolist() == [[1, 0, 0, 0], [1, 2, 1, 0]]
-    draw_heat_maps({"layer 1": chosen, "layer 2": chosen}, 4, tmp_path / "map.png")
+
+
+def drawn(tmp_path, monkeypatch, layers, documents, block_size):
+    """The figure that is drawn."""
+    import matplotlib.figure
+
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    draw_heat_maps(layers, torch.tensor(documents), block_size, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
+    return figures[0]
+
+
+def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
+    """Two layers, documents of 24 and 40 tokens in blocks of 16: 2 blocks and 3."""
+    chosen = torch.full((64, 2, 1), -1, dtype=torch.int32)
+    chosen[16:24, :, 0], chosen[40:, 1, 0] = 0, 2
+    figure = drawn(tmp_path, monkeypatch, {"layer 1": chosen, "layer 2": chosen}, [0, 24, 64], 16)
+    first, second, bar = figure.axes
+    assert figure.get_suptitle() == "Blocks chosen: 64 tokens, blocks of 16, 2 heads; red: documents start"
+    assert bar.get_ylabel() == "times chosen by 1 tokens, all heads"
+    assert (first.get_title(), second.get_title()) == ("layer 1", "layer 2")
+    (image,) = first.images
+    assert image.get_extent() == [0, 5, 64, 0] or tuple(image.get_extent()) == (0, 5, 64, 0)
+    counts = image.get_array().filled(0)
+    assert counts.shape == (64, 5) and counts[20].tolist() == [2, 0, 0, 0, 0] and counts[50].tolist() == [0, 0, 1, 0, 0]
+    starts = [line.get_segments()[0].tolist() for line in first.collections]
+    assert starts == [[[0, 24], [5, 24]], [[2, 0], [2, 64]]], "a line at the second document's first token and block"
+
+
+def test_one_document_and_nothing_chosen(tmp_path, monkeypatch):
+    chosen = torch.full((32, 2, 0), -1, dtype=torch.int32)
+    figure = drawn(tmp_path, monkeypatch, {"layer 1": chosen}, [0, 32], 16)
+    assert not figure.axes[0].collections and "documents" not in figure.get_suptitle()
+
+
+def test_layers_without_names_are_counted():
+    """Each in the order of its calls; what activation checkpointing repeats in backward is recorded once."""
+    recorder = SelectionRecorder()
+    cp = CPContext(None, "zigzag", 64, observer=recorder)
+    weights = torch.nn.Parameter(torch.randn(3, 64, 2, 8))
+
+    def layer(x):
+        return moba_attention(x, x, x, MoBAConfig(16, 2), cp=cp)
+
+    for x in weights:
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert list(recorder.layers) == ["layer 1", "layer 2", "layer 3"]
+    for number, x in enumerate(weights.detach(), 1):
+        assert torch.equal(recorder.layers[f"layer {number}"].long(), reference.select_blocks(x, x, 16, 2))
