@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..megatron.schedule import Phase
+from ..model.schedule import Phase
 from ..train.config import TrainConfig
 from ..train.log import LOG, check_folder, read_log
 from ..train.loop import Trainer

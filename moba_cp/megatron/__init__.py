@@ -6,9 +6,8 @@ The configurations import without megatron-core; everything else loads on first 
 import importlib
 import warnings
 
+from ..model import AttentionConfig, ModelConfig, RopeScaling
 from .arguments import add_moba_args
-from .config import ModelConfig
-from .hybrid import AttentionConfig
 
 # Optional accelerators that nothing here uses; megatron-core reports each of them at import.
 warnings.filterwarnings(
@@ -30,7 +29,7 @@ _LAZY = {
     "save_hf": "hf",
 }
 
-__all__ = ["AttentionConfig", "ModelConfig", "add_moba_args", *_LAZY]
+__all__ = ["AttentionConfig", "ModelConfig", "RopeScaling", "add_moba_args", *_LAZY]
 
 
 def __getattr__(name: str):

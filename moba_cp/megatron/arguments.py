@@ -6,7 +6,7 @@ args = parse_and_validate_args(extra_args_provider=add_moba_args)
 import argparse
 
 from ..cp.options import MODES, ExchangeOptions
-from .hybrid import AttentionConfig
+from ..model.attention import AttentionConfig
 
 _DEFAULT = AttentionConfig()
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..attention import full_attention, moba_attention
 from ..cp.options import ExchangeOptions
+from ..model.attention import AttentionConfig
 from .batch import MoBAPackedSeqParams, batch_context, group_size
-from .hybrid import AttentionConfig
 
 __all__ = ["MoBACoreAttention", "MoBAPackedSeqParams"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..model.config import ModelConfig
 from ..model.rope import RopeScaling, rope_frequencies
-from .config import ModelConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields that change what the model computes, and the values at which they change nothing.

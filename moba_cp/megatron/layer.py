@@ -20,10 +20,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from ..cp.options import ExchangeOptions
+from ..model.attention import AttentionConfig
 from .arguments import options_of_trainer
 from .batch import group_size
 from .core_attention import MoBACoreAttention
-from .hybrid import AttentionConfig
 from .norm import TorchNorm
 
 

@@ -13,12 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..cp.context import CPContext
+from ..model.attention import AttentionConfig
+from ..model.config import ModelConfig
+from ..model.loss import linear_cross_entropy
 from .batch import MoBAPackedSeqParams, batch_context, group_size
-from .config import ModelConfig
 from .core_attention import MoBACoreAttention
-from .hybrid import AttentionConfig
 from .init import init_weights
-from .loss import linear_cross_entropy
 from .parallel import process_groups
 from .rope import ContextRotaryEmbedding
 from .spec import context_layer_spec

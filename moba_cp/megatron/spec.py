@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..cp.options import ExchangeOptions
+from ..model.attention import AttentionConfig
 from .batch import MoBAPackedSeqParams
 from .core_attention import MoBACoreAttention
-from .hybrid import AttentionConfig
 from .layer import MoBATransformerLayer, final_norm
 
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ..model.rope import RopeScaling
-from .hybrid import AttentionConfig
+from .attention import AttentionConfig
+from .rope import RopeScaling
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cp.comm import Communicator
 from ..cp.context import CPContext
-from ..megatron.loss import IGNORED_LABEL
+from ..model.loss import IGNORED_LABEL
 from .mesh import Mesh
 from .packing import PackedSequence, Packer
 from .plan import RunPlan

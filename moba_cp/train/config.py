@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cp.options import ExchangeOptions
-from ..megatron.config import ModelConfig
-from ..megatron.hybrid import AttentionConfig
+from ..model.attention import AttentionConfig
+from ..model.config import ModelConfig
 from .optimizer import OptimizerConfig
 from .text import DataConfig
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..megatron.loss import IGNORED_LABEL
+from ..model.loss import IGNORED_LABEL
 from .text import Document
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ..cp.layout import rank_segments
-from ..megatron.hybrid import AttentionConfig
-from ..megatron.schedule import phase_ends
+from ..model.attention import AttentionConfig
+from ..model.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
 from .mesh import context_size, divisors

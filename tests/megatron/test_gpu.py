@@ -8,7 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moba_cp import CPContext
 from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
-from moba_cp.megatron.loss import linear_cross_entropy
+from moba_cp.model.loss import linear_cross_entropy
 
 pytestmark = pytest.mark.gpu
 

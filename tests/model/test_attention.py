@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moba_cp.megatron import AttentionConfig, ModelConfig
-from moba_cp.megatron.config import moba_keys_per_query
+from moba_cp.model import AttentionConfig, ModelConfig
+from moba_cp.model.config import moba_keys_per_query
 
 
 @pytest.mark.parametrize(

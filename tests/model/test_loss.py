@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moba_cp.megatron.loss import linear_cross_entropy
+from moba_cp.model.loss import linear_cross_entropy
 
 T, H, V = 37, 24, 53
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from moba_cp.megatron import AttentionConfig
-from moba_cp.megatron.schedule import Phase
+from moba_cp.model.schedule import Phase
 
 RECIPE = [Phase("moba", 0.9), Phase("full")]
 

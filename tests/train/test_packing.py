@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moba_cp.megatron.loss import IGNORED_LABEL
+from moba_cp.model.loss import IGNORED_LABEL
 from moba_cp.train.packing import PackedSequence, Packer, pad_documents, pad_end
 from moba_cp.train.text import Document
 
