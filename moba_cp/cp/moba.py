@@ -33,6 +33,10 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
     """
+    if torch.is_inference_mode_enabled():
+        # Buffers and tables made by the way outlive it, and serve training too.
+        with torch.inference_mode(False), torch.no_grad():
+            return moba_attention(q, k, v, config, scale, cp)
     # Within the function nothing says so.
     differentiated = torch.is_grad_enabled()
     return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, differentiated)
@@ -53,52 +57,57 @@ class _MoBAAcrossRanks(torch.autograd.Function):
 
         means = gather_means(k_rows, geometry, comm)
         chosen = backend(q).select_blocks(q, means, geometry.first, geometry.own, config.top_k)
-        if cp.observer is not None:
-            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
-        ready, way = comm.mark(q), None
+        ready, saved = comm.mark(q), None
         if not at_once:
             owned = owned_pages(k_rows, v_rows, geometry)
             plan = planned.make_plan(chosen, owned, ready, cp)
         rows = Queries.of(q, chosen, geometry, scale, k.shape[1])
         if not at_once:
-            out, lse, way = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp)
-        if way is None:
-            way = gathering
+            out, lse, saved = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp)
+        gathers = saved is None
+        if gathers:
             for counters in comm.books():
                 counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
             for stage in stages or gathering.stages(k_rows, v_rows, False, differentiated):
                 gathering.attend(stage, rows, (out, lse), whole=at_once)
+            saved = gathering.take_kept()
         out = out.to(q.dtype)
         for counters in comm.books():
             counters.dense_ring += ring_bytes(k, comm.size)
-        ctx.save_for_backward(q, k, v, out, lse, chosen, rows.index)
-        ctx.way, ctx.config, ctx.scale, ctx.cp, ctx.layer = way, config, scale, cp, comm.layer
+        # Nothing that takes memory may hang on ctx by itself: a checkpoint drops only what autograd has saved, and
+        # backward needs the choice, the plan and the log-sum-exp of one and the same forward.
+        ctx.save_for_backward(q, k, v, out, lse, chosen, rows.index, *saved)
+        ctx.gathering = gathering if gathers else None
+        ctx.config, ctx.scale, ctx.cp, ctx.layer = config, scale, cp, comm.layer
         ctx.mark_non_differentiable(lse)
+        if cp.observer is not None:
+            # At the end: where it fails, nothing is left half done.
+            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
         return out, lse
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, chosen, index = ctx.saved_tensors
-        cp, config = ctx.cp, ctx.config
+        q, k, v, out, lse, chosen, index, *saved = ctx.saved_tensors
+        cp, config, gathering = ctx.cp, ctx.config, ctx.gathering
         geometry, comm = cp.geometry(config.block_size), cp.comm
         comm.layer, comm.direction = ctx.layer, BACKWARD
         rows = Queries(q, chosen, geometry, ctx.scale, index)
         k_rows, v_rows = assemble(k, v, geometry, comm)
-        stages = ctx.way.stages(k_rows, v_rows, True) if isinstance(ctx.way, Gathering) else None
+        stages = gathering.stages(k_rows, v_rows, True, kept=saved) if gathering is not None else None
         output = OutputGradient(dout, lse, backend(dout).row_sums(dout, out), config.deterministic)
         if stages is None:
-            dq, grads = planned.backward(ctx.way, rows, output, owned_pages(k_rows, v_rows, geometry), cp)
+            dq, grads = planned.backward(saved, rows, output, owned_pages(k_rows, v_rows, geometry), cp)
         else:
             # Gradients of straddling blocks are sums yet to be completed.
             dtype = lse.dtype if geometry.straddles else k.dtype
             dq, grads = q.new_empty(q.shape), k.new_empty(2, *k_rows.shape, dtype=dtype)
             for stage in stages:
-                ctx.way.attend_backward(stage, rows, output, dq, *grads)
-            ctx.way.wait()
+                gathering.attend_backward(stage, rows, output, dq, *grads)
+            gathering.wait()
         dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
             counters.dense_ring += 2 * ring_bytes(k, comm.size)

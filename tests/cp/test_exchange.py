@@ -6,12 +6,16 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
-from moba_cp.cp.allgather.strategy import Gathering
+from moba_cp.cp import moba
+from moba_cp.cp.comm import Communicator
 from moba_cp.cp.exchange.decide import _prices
+from moba_cp.cp.geometry import BlockGeometry
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
+from moba_cp.cp.symmetric_memory import PeerMemory
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, random_case, relative_error, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
@@ -230,11 +234,8 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     for _ in range(2):
         out.backward(cp.shard(case.dout), retain_graph=True)
         gradients.append([x.grad.clone() for x in leaves])
-    way = out.grad_fn.way
-    if isinstance(way, Gathering):
-        return gradients, list(way.kept) if not options.keep else []
-    parts = [part for stage in way.stages for part in (stage.blocks, stage.rows)]
-    return gradients, [part for part in parts if part is not None and part.owned is not None]
+    gathering = out.grad_fn.gathering
+    return gradients, [] if gathering is None else gathering.take_kept()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -244,6 +245,77 @@ def test_backward_runs_twice_and_lets_go_of_keys_and_values(mode, keep):
     for (once, twice), held in run_threads(2, _twice_backward, case, ExchangeOptions(mode, keep=keep)):
         assert all(torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True))
         assert not held
+
+
+def _hangs_on(x) -> int:
+    """Bytes of the tensors that can be reached from an object, those of contexts left out."""
+    if isinstance(x, torch.Tensor):
+        return x.untyped_storage().nbytes()
+    if isinstance(x, (CPContext, Communicator, BlockGeometry, PeerMemory)):
+        return 0
+    if isinstance(x, dict):
+        return sum(map(_hangs_on, x.values()))
+    if isinstance(x, (list, tuple)):
+        return sum(map(_hangs_on, x))
+    return _hangs_on(vars(x)) if hasattr(x, "__dict__") and not isinstance(x, type) else 0
+
+
+def _under_a_checkpoint(comm, case: Case, options: ExchangeOptions):
+    """Gradients; bytes beside what autograd saves, and those that it saves without a checkpoint."""
+    cp = CPContext(comm, "zigzag", case.q.shape[0], case.cu_seqlens, exchange=options)
+    config = MoBAConfig(case.block_size, case.top_k)
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        moba_attention(*leaves, config, cp=cp)
+    out = checkpoint(lambda *x: moba_attention(*x, config, cp=cp), *leaves, use_reentrant=False)
+    beside = _hangs_on(vars(out.grad_fn))
+    out.backward(cp.shard(case.dout))
+    return [cp.unshard(x.grad) for x in leaves], beside + _hangs_on(vars(out.grad_fn)), sum(saved.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autograd_sees_all_that_backward_needs(mode):
+    """A checkpoint drops what autograd has saved, and only that."""
+    case, saved = random_case(3, multiple=4), {}
+    expected = run_reference(case)[1:4]
+    for keep in (False, True):
+        runs = run_threads(2, _under_a_checkpoint, case, ExchangeOptions(mode, keep=keep))
+        for gradients, beside, saved[keep] in runs:
+            assert all(relative_error(a, e) < 1e-9 for a, e in zip(gradients, expected, strict=True))
+            assert beside == 0
+    assert saved[True] > saved[False]
+
+
+def _chosen_anew(comm, case: Case, options: ExchangeOptions, again: bool):
+    """Gradients of a checkpointed layer that chooses by the means in the first forward, and by their opposites in
+    those after it; without ``again`` always by these."""
+    comm.signs = iter([1, -1] if again else [-1, -1])
+    cp = CPContext(comm, "zigzag", case.q.shape[0], case.cu_seqlens, exchange=options)
+    config = MoBAConfig(case.block_size, case.top_k)
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    out = checkpoint(lambda *x: moba_attention(*x, config, cp=cp), *leaves, use_reentrant=False)
+    out.backward(cp.shard(case.dout))
+    return [cp.unshard(x.grad) for x in leaves]
+
+
+@pytest.mark.parametrize("mode", ["kv", "query", "allgather"])
+def test_backward_after_another_choice_uses_the_plan_of_that(mode, monkeypatch):
+    """What is computed again may choose otherwise; no block that it chose may go without its gradient."""
+    real = moba.gather_means
+    monkeypatch.setattr(moba, "gather_means", lambda k, geometry, comm: next(comm.signs) * real(k, geometry, comm))
+    tensors = (torch.randn(256, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    case = Case(*tensors, torch.tensor([0, 256], dtype=torch.int32), 16, 3)
+    runs = [run_threads(2, _chosen_anew, case, ExchangeOptions(mode), again) for again in (True, False)]
+    for ours, expected in zip(*runs, strict=True):
+        assert all(torch.equal(a, e) for a, e in zip(ours, expected, strict=True))
+    first = run_reference(case)[1:4]
+    assert any(relative_error(a, e) > 1e-3 for a, e in zip(runs[0][0], first, strict=True)), "the choice is the same"
 
 
 def _hybrid(comm):

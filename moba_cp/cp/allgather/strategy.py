@@ -12,7 +12,7 @@ heads, H KV heads of a stage, D head dim, n blocks. A rank's *slab* of a stage i
 rows before the geometry's cut, head by head, then the others. A *storage* is the slabs of all ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,21 +59,23 @@ class Gathering:
         heads = heads_of_stages(n_kv, options.stages, head_bytes)
         self.layer = Layer(cp.comm, geometry, memory, heads, dim, k.dtype, options.wire_dtype(k.dtype))
         self._keep = options.keep
-        self.kept: dict[int, Tensor] = {}
-        """Storages of stages that arrived in forward and serve backward too."""
+        self._kept: list[Tensor] = []
         self._shared: dict = {}
         """What attention to the stages of a pass has in common."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
 
-    def stages(self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True) -> Iterator[Stage]:
+    def stages(
+        self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True, kept: Sequence[Tensor] = ()
+    ) -> Iterator[Stage]:
         """The stages, in turn; a collective call, which starts the first ones at once. While one is computed the next
         ones' storages arrive. All have to be taken: the pass ends with the last.
 
         Args:
             k_rows, v_rows: [L + X, Hkv, D].
-            backward: what was kept in forward does not travel again.
+            backward: whether forward was before.
             differentiated: forward will be followed by backward.
+            kept: of :meth:`take_kept` after forward: what was kept does not travel again.
 
         Raises:
             RuntimeError: an earlier pass failed on this rank, or a rank has no memory for copies.
@@ -91,7 +93,7 @@ class Gathering:
                 # All ranks know, and nothing has begun.
                 memory.close_pass()
                 raise
-        self._returning, self._shared = None, {}
+        self._returning, self._shared, self._kept = None, {}, []
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)
         with (memory or comm).beside(ready):
@@ -99,11 +101,17 @@ class Gathering:
 
         def begin(number: int) -> Stage:
             stage = kind(layer, layer.heads[number])
-            stage.begin(k_rows, v_rows, ready, self.kept.get(number) if backward else None)
+            stage.begin(k_rows, v_rows, ready, kept[number] if kept else None)
             return stage
 
         ahead = [begin(number) for number in range(min(kind.ahead, len(layer.heads)))]
         return self._in_turn(ahead, begin, self._keep and differentiated and not backward)
+
+    def take_kept(self) -> list[Tensor]:
+        """Storages of all stages of forward that are to serve backward too, none if they are to travel again; they
+        are the caller's from now on."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def attend(self, stage: Stage, rows: Queries, into: tuple[Tensor, Tensor], whole: bool) -> None:
         """Attention to a stage's heads.
@@ -149,7 +157,7 @@ class Gathering:
         for number in range(len(self.layer.heads)):
             stage = ahead.pop(0)
             if keep:
-                self.kept[number] = stage.storage().clone()
+                self._kept.append(stage.storage().clone())
             yield stage
             stage.finish()
             if number + stage.ahead < len(self.layer.heads):

@@ -45,6 +45,18 @@ class RowStage:
         self._received: tuple[Tensor, Tensor] | None = None
         self._index: Tensor | None = None
 
+    n_tensors = 3
+    """How many :meth:`tensors` gives."""
+
+    def tensors(self) -> list[Tensor | None]:
+        """What forward leaves for :meth:`restore` before backward."""
+        return [self._index, *(self._received or (None, None))]
+
+    def restore(self, tensors: list[Tensor | None]) -> None:
+        """Take what :meth:`tensors` gave."""
+        self._index, *received = tensors
+        self._received = None if received[0] is None else tuple(received)
+
     def send_forward(self, q: Tensor) -> Callable[[], None]:
         """Start sending rows of q [L, Hq, D] with the blocks they want; a collective call."""
         waits = self._there("rows", self._rows_of(q), self._ids())

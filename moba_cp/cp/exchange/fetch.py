@@ -41,25 +41,28 @@ class HopStage:
             self._rows = rows
         return self._rows
 
-    def fetch(self, sources: list[Pages]) -> Callable[[], Pages]:
+    def set_rows(self, rows: Tensor) -> None:
+        """Take what :meth:`rows` returned in forward."""
+        self._rows = rows
+
+    def fetch(self, sources: list[Pages]) -> Callable[[], Tensor]:
         """Start sending pairs found in ``sources`` and receiving others; a collective call.
 
         Returns:
-            A function that waits and returns the pages received: one-head storages [W, 1, D].
+            A function that waits and returns what was received, [W, 2, D], for :meth:`pages`.
         """
         packed = sources[0].k.new_empty(sum(self.send), 2, sources[0].k.shape[2])
         for source in sources:
             backend(packed).copy_pages(source, self.give, self.give_offset, packed)
         # Made before the transfer starts: who waits for that finds both.
-        geometry, row = self.geometry, self.rows(sources[0].row.shape[0])
-        wait = self.comm.all_to_all(packed, self.send, self.receive, "kv")
+        self.rows(sources[0].row.shape[0])
+        return self.comm.all_to_all(packed, self.send, self.receive, "kv")
 
-        def pages() -> Pages:
-            received = wait()
-            head = geometry.no_head.expand(*row.shape)
-            return Pages(received[:, :1], received[:, 1:], row, head, geometry.length, geometry.block_size)
-
-        return pages
+    def pages(self, received: Tensor) -> Pages:
+        """The pages in what :meth:`fetch` received: one-head storages [W, 1, D]."""
+        geometry, row = self.geometry, self._rows
+        head = geometry.no_head.expand(*row.shape)
+        return Pages(received[:, :1], received[:, 1:], row, head, geometry.length, geometry.block_size)
 
     def give_back(self, grads: Tensor, targets: list[tuple[Pages, Tensor, Tensor]], dtype) -> Callable[[], None]:
         """Start sending gradients of received rows to where the rows came from; a collective call.
@@ -98,29 +101,48 @@ class BlockStage:
     def __init__(self, hops: list[HopStage], owned: Pages, fetch: Tensor, keep: bool):
         """``owned``: pages of this rank's own blocks; ``fetch`` [Hkv, n] bool: what this rank itself asked for."""
         self.hops, self.owned, self.fetch_mask, self.keep = hops, owned, fetch, keep
-        self._pages: list[Pages] | None = None
+        self._received: list[Tensor | None] = [None] * len(hops)
+
+    @property
+    def n_tensors(self) -> int:
+        """How many :meth:`tensors` gives."""
+        return 2 * len(self.hops)
+
+    def tensors(self) -> list[Tensor | None]:
+        """What forward leaves for :meth:`restore` before backward."""
+        return [*(hop.rows(self.fetch_mask.shape[0]) for hop in self.hops), *self._received]
+
+    def restore(self, tensors: list[Tensor | None]) -> None:
+        """Take what :meth:`tensors` gave."""
+        count = len(self.hops)
+        for hop, rows in zip(self.hops, tensors[:count], strict=True):
+            hop.set_rows(rows)
+        self._received = list(tensors[count:])
 
     def fetch(self) -> Callable[[], list[Pages]]:
         """Start; returns a function that waits for the storages in which this rank's blocks are."""
-        if self._pages is not None:
-            kept = self._pages
-            return lambda: kept
+        if self._received[0] is not None:
+            return lambda: self._pages(self._received)
         first = self.hops[0].fetch([self.owned])
         if len(self.hops) == 1:
             waits = [first]
         else:
             outer = first()
-            waits = [lambda: outer, self.hops[1].fetch([self.owned, outer])]
+            waits = [lambda: outer, self.hops[1].fetch([self.owned, self.hops[0].pages(outer)])]
 
         def wait() -> list[Pages]:
-            storages = [pages() for pages in waits]
-            for pages in storages:
-                used_here(pages.k, pages.row)
+            received = [wait() for wait in waits]
             if self.keep:
-                self._pages = storages
-            return storages
+                self._received = received
+            return self._pages(received)
 
         return wait
+
+    def _pages(self, received: list[Tensor]) -> list[Pages]:
+        storages = [hop.pages(x) for hop, x in zip(self.hops, received, strict=True)]
+        for pages in storages:
+            used_here(pages.k, pages.row)
+        return storages
 
     def visible(self, storages: list[Pages]) -> list[Pages]:
         """The storages with only those blocks that this rank itself asked for."""

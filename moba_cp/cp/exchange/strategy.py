@@ -15,15 +15,17 @@ from torch import Tensor
 
 from ...blocks import Pages
 from ...dtypes import wide_dtype
+from ...eager.requests import Pairs
 from ...ops import backend
 from ..allgather.costs import GatherCosts
+from ..comm import HostCopy
 from ..context import CPContext
 from ..options import WireCosts
 from ..queries import OutputGradient, Queries
 from .decide import decide, heads_of_stage
 from .dispatch import RowStage, id_dtype
 from .fetch import BlockStage, HopStage
-from .negotiate import negotiate
+from .negotiate import PairLists, Plan, RowLists, negotiate
 
 
 class _Stage(NamedTuple):
@@ -36,19 +38,10 @@ class _Stage(NamedTuple):
     blocks: BlockStage | None
     rows: RowStage | None
 
-
-class Planned:
-    """What forward leaves for backward."""
-
-    def __init__(self, stages: list[_Stage]):
-        self.stages = stages
-
-    def set_owned(self, owned: Pages | None) -> None:
-        """The blocks themselves are assembled again in backward; until then only the plan is kept."""
-        for stage in self.stages:
-            for part in (stage.blocks, stage.rows):
-                if part is not None:
-                    part.owned = owned
+    @property
+    def parts(self) -> list[BlockStage | RowStage]:
+        """Those that there are."""
+        return [part for part in (self.blocks, self.rows) if part is not None]
 
 
 def make_plan(chosen: Tensor, owned: Pages, ready: torch.cuda.Event | None, cp: CPContext):
@@ -76,10 +69,12 @@ def make_plan(chosen: Tensor, owned: Pages, ready: torch.cuda.Event | None, cp: 
 
 def forward(
     rows: Queries, owned: Pages, plan, everything: GatherCosts | None, ready: torch.cuda.Event | None, cp: CPContext
-) -> tuple[Tensor, Tensor, Planned | None]:
-    """Out [L, Hq, D] and lse [L, Hq], wide, and what backward needs; a collective call.
+) -> tuple[Tensor, Tensor, list[Tensor | None] | None]:
+    """Out [L, Hq, D] and lse [L, Hq], wide, and what :func:`backward` needs; a collective call.
 
     The last is None, and out and lse hold only what this rank has itself, if ``auto`` is to all-gather instead.
+    Otherwise it is tensors alone, all that depends on what was chosen, so that autograd keeps them: where a checkpoint
+    computes the layer again, it drops these, and backward gets those of one and the same forward.
 
     Args:
         rows: this rank's queries.
@@ -95,10 +90,11 @@ def forward(
     rows.attend(owned, None, (out, lse))
     stages = []
     if plan is not None:
+        decision, plan = plan
         with comm.beside(ready):
-            stages = _stages(plan, rows.chosen, owned, everything, cp)
-        if stages is None:
-            return out, lse, None
+            if _gather_instead(plan, everything, cp):
+                return out, lse, None
+            stages = _stages(plan, decision.fetch, rows.chosen, owned, cp)
 
     def begin(stage: _Stage):
         with comm.beside(ready):
@@ -120,18 +116,21 @@ def forward(
                 backend(out).merge_rows(out[:, stage.heads], lse[:, stage.heads], part, part_lse, stage.rows.index())
 
     _pipeline(stages, begin, compute, collect)
-    planned = Planned(stages)
-    planned.set_owned(None)
-    return out, lse, planned
+    return out, lse, _saved(plan, decision.fetch, stages) if plan is not None else []
 
 
 def backward(
-    planned: Planned, rows: Queries, output: OutputGradient, owned: Pages, cp: CPContext
+    saved: list[Tensor | None], rows: Queries, output: OutputGradient, owned: Pages, cp: CPContext
 ) -> tuple[Tensor, Tensor]:
-    """dq [L, Hq, D] and those of K and V, [2, L + X, Hkv, D], wide; a collective call."""
+    """dq [L, Hq, D] and those of K and V, [2, L + X, Hkv, D], wide; a collective call.
+
+    Args:
+        saved: of :func:`forward`.
+        rows: the queries, with what they chose then.
+    """
     q, comm, n_kv = rows.q, cp.comm, owned.row.shape[0]
     wide, wire = output.lse.dtype, cp.exchange.wire_dtype(q.dtype)
-    planned.set_owned(owned)
+    stages = _restored(saved, rows.chosen, owned, cp)
     ready = comm.mark(q)
 
     def begin(stage: _Stage):
@@ -141,7 +140,7 @@ def backward(
                 stage.rows and stage.rows.send_backward(q, output.dout, output.lse, output.delta),
             )
 
-    waits = begin(planned.stages[0]) if planned.stages else None
+    waits = begin(stages[0]) if stages else None
     grads = torch.zeros(2, *owned.k.shape, dtype=wide, device=q.device)
     dq = torch.zeros(q.shape, dtype=wide, device=q.device)
     local = _local_parts(n_kv, comm.size)
@@ -175,8 +174,7 @@ def backward(
         if finish is not None:
             finish()
 
-    _pipeline(planned.stages, begin, compute, collect, waits, lambda: attend_local(local[1:]))
-    planned.set_owned(None)
+    _pipeline(stages, begin, compute, collect, waits, lambda: attend_local(local[1:]))
     return dq, grads
 
 
@@ -204,32 +202,60 @@ def _local_parts(n_kv: int, size: int) -> list[slice]:
     return [slice(0, half), slice(half, n_kv)] if size > 1 and n_kv > 1 else [slice(0, n_kv)]
 
 
-def _stages(plan, chosen: Tensor, owned: Pages, everything: GatherCosts | None, cp: CPContext) -> list[_Stage] | None:
-    """The remote work as planned; None if ``auto`` is to all-gather. Here the host waits for the plan's sizes."""
-    geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
-    n_kv = owned.row.shape[0]
-    decision, plan = plan
-    facts = plan.facts()
+def _gather_instead(plan: Plan, everything: GatherCosts | None, cp: CPContext) -> bool:
+    """Whether ``auto`` is to all-gather; counts what the plan says. Here the host waits for the plan's sizes."""
+    comm, facts = cp.comm, plan.facts()
     for counters in comm.books():
         counters.needed += facts.needed
         counters.remote += facts.candidates
         counters.hottest = max(counters.hottest, facts.hottest)
-    if options.mode == "auto" and everything.instead_of(facts.total_bytes):
-        return None
+    if cp.exchange.mode == "auto" and everything.instead_of(facts.total_bytes):
+        return True
     for counters in comm.books():
         counters.planned += facts.bytes
+    return False
 
+
+def _stages(plan: Plan, fetch: Tensor, chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage]:
+    """The remote work as planned, of the blocks ``fetch`` [Hkv, n] and rows of ``chosen`` [L, Hq, S]."""
+    geometry, comm, options = cp.geometry(owned.block_size), cp.comm, cp.exchange
+    n_kv, total_rows = owned.row.shape[0], plan.facts().total_rows
     hop_sizes = [plan.sizes(hop) for hop in range(len(plan.hops))]
     row_sizes = plan.sizes(-1)
     with_blocks = options.mode != "query" or geometry.straddles
     stages = []
     for stage in range(options.stages):
         hops = [HopStage(lists, s, stage, geometry, comm) for lists, s in zip(plan.hops, hop_sizes, strict=True)]
-        blocks = BlockStage(hops, owned, decision.fetch, options.keep) if with_blocks else None
+        blocks = BlockStage(hops, owned, fetch, options.keep) if with_blocks else None
         rows, kv_heads = None, heads_of_stage(n_kv, options.stages, stage)
         heads = owned.query_heads(kv_heads, chosen.shape[1])
         # Where nobody sends any, nobody takes part in sending them.
-        if facts.total_rows:
+        if total_rows:
             rows = RowStage(plan.rows, row_sizes, stage, heads, chosen, owned, geometry, comm, options.keep)
         stages.append(_Stage(kv_heads, heads, blocks, rows))
+    return stages
+
+
+def _saved(plan: Plan, fetch: Tensor, stages: list[_Stage]) -> list[Tensor | None]:
+    """All tensors of a plan and its stages, for :func:`_restored`."""
+    lists = [x for hop in plan.hops for pairs in (hop.want, hop.give) for x in pairs]
+    parts = [x for stage in stages for part in stage.parts for x in part.tensors()]
+    return [fetch, plan.numbers.get(), plan.rows.slots, plan.rows.place, *lists, *parts]
+
+
+def _restored(saved: list[Tensor | None], chosen: Tensor, owned: Pages, cp: CPContext) -> list[_Stage]:
+    """The stages of which :func:`_saved` took the tensors."""
+    if not saved:
+        return []
+    fetch, numbers, slots, place, *rest = saved
+    hops = []
+    # Behind the sizes of hops are those of rows, and the facts.
+    for _ in range(numbers.shape[0] - 2):
+        want_ids, want_before, give_ids, give_before, *rest = rest
+        hops.append(PairLists(Pairs(want_ids, want_before), Pairs(give_ids, give_before), numbers))
+    plan = Plan(hops, RowLists(slots, place, numbers), HostCopy(numbers))
+    stages = _stages(plan, fetch, chosen, owned, cp)
+    for part in (part for stage in stages for part in stage.parts):
+        part.restore(rest[: part.n_tensors])
+        rest = rest[part.n_tensors :]
     return stages
