@@ -45,6 +45,8 @@ class PeerMemory:
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
+        self.meetings = 0
+        """Meetings of stages so far."""
         self.generation = 0
         """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
@@ -74,24 +76,37 @@ class PeerMemory:
             # Nobody may be reading what is freed now.
             self._settle()
             del self._buffers[name]
-        self._buffers[name] = self._allocate(name, slots * slot)
+        # Made in inference mode they could not be written to in training.
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers[name] = self._allocate(name, slots * slot)
         self._slots[name] = slots
         self.generation += 1
 
     def open_pass(self, what: str) -> None:
-        """The stages of one pass begin.
+        """The stages of one pass begin; a collective call after a pass that did not end, because something failed.
 
         Raises:
-            RuntimeError: those of an earlier pass did not end, because something failed here; the ranks' slots may
-                differ by now.
+            RuntimeError: that pass failed at different places on different ranks.
         """
         if self._pass_open:
-            raise RuntimeError(f"{what}: an earlier pass failed on this rank; all ranks have to start again")
+            self._start_again(what)
         self._pass_open = True
 
     def close_pass(self) -> None:
         """All its stages were issued."""
         self._pass_open = False
+
+    def _start_again(self, what: str) -> None:
+        """Forget a pass that failed; a collective call. A rank that failed alone waits here for the others, who wait
+        for it in the pass: the group's timeout ends both."""
+        places = self._all_ranks((self._stages, self.meetings))
+        if len(set(places)) > 1:
+            raise RuntimeError(
+                f"{what}: an earlier pass failed after different (stages, meetings) of the ranks, {places}; "
+                "all ranks have to start again"
+            )
+        self._settle()
+        self._released.clear()
 
     def next_stage(self) -> int:
         """The number of the next stage."""
@@ -134,6 +149,10 @@ class PeerMemory:
         """Wait until all ranks have done what they issued."""
         raise NotImplementedError
 
+    def _all_ranks(self, value) -> list:
+        """``value`` of every rank; a collective call."""
+        raise NotImplementedError
+
 
 class SymmetricMemory(PeerMemory):
     """By PyTorch's symmetric memory: GPUs of one node that map each other's memory."""
@@ -150,7 +169,7 @@ class SymmetricMemory(PeerMemory):
         self._owned: dict[str, tuple] = {}
         # All have come this far together: nobody takes long.
         limit = min(timeout, timedelta(seconds=_RENDEZVOUS_SECONDS))
-        self._meetings = Rendezvous(group, self._device, token, limit)
+        self._meeting_place = Rendezvous(group, self._device, token, limit)
         self._rendezvous("meeting", _ROUND)
 
     def meet(self) -> None:
@@ -177,7 +196,7 @@ class SymmetricMemory(PeerMemory):
         _agree(error, self._group(), what)
         handle = None
         try:
-            handle = self._meetings.map(buffer)
+            handle = self._meeting_place.map(buffer)
         except RuntimeError as failure:
             error = _first_line(failure)
         _agree(error, self._group(), what)
@@ -187,6 +206,9 @@ class SymmetricMemory(PeerMemory):
     def _settle(self) -> None:
         torch.cuda.synchronize()
         dist.barrier(self._group(), device_ids=[self._device.index])
+
+    def _all_ranks(self, value) -> list:
+        return _values_of_all(value, self._group())
 
 
 _memories: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None]" = weakref.WeakKeyDictionary()
@@ -201,14 +223,14 @@ def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
     if group is None or dist.get_world_size(group) == 1 or "cuda:nccl" not in dist.get_backend_config(group):
         return None
     if group not in _memories:
-        _memories[group] = _mapped(group)
+        with torch.inference_mode(False), torch.no_grad():
+            _memories[group] = _mapped(group)
     return _memories[group]
 
 
 def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    everybody: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, (_host(), str(properties.uuid), uuid.uuid4().hex), group)
+    everybody = _values_of_all((_host(), str(properties.uuid), uuid.uuid4().hex), group)
     hosts, gpus, tokens = (set(column) for column in zip(*everybody, strict=True))
     if len(hosts) > 1 or len(gpus) < len(everybody):
         return None
@@ -239,11 +261,15 @@ def _symmetric_memory(group: dist.ProcessGroup, token: str) -> SymmetricMemory:
 
 def _agree(error: str, group: dist.ProcessGroup, what: str) -> None:
     """Raise :class:`MissingMemory` on all ranks if any of them has an error; a collective call."""
-    errors: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group)
-    for rank, why in enumerate(errors):
+    for rank, why in enumerate(_values_of_all(error, group)):
         if why:
             raise MissingMemory(f"rank {rank}: {why} ({what})")
+
+
+def _values_of_all(value, group: dist.ProcessGroup) -> list:
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def _first_line(failure: Exception) -> str:

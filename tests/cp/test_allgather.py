@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moba_cp import CPContext, MoBAConfig, moba_attention, ops
+from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
+from moba_cp.cp import moba
 from moba_cp.cp import symmetric_memory as peer
 from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.allgather import stages as gather_stages
@@ -262,27 +263,93 @@ def test_missing_memory_is_said_again(monkeypatch):
     assert run_threads(2, _asks_for_too_much, _aligned()) == [["rank 1: out of memory"] * 2] * 2
 
 
-def _tries_again(comm, case: Case):
-    """What two passes raise of which the first fails in the middle."""
-    cp = CPContext(comm.share_memory(), "zigzag", 512, exchange=ExchangeOptions("allgather"))
-    leaves = [cp.shard(x) for x in (case.q, case.k, case.v)]
-    errors = []
-    for _ in range(2):
-        try:
-            moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-        except (MemoryError, RuntimeError) as error:
-            errors.append(str(error))
-    return errors
+def _tries_again(comm, case: Case, fails_in: str):
+    """What a pass raises that fails in the middle on all ranks, and the results of one after it."""
+    comm.share_memory()
+    options = ExchangeOptions("allgather", stages=4)
+    failing = [fails_in != "observer"]
+
+    def observer(*args):
+        if fails_in == "observer" and not failing[0]:
+            failing[0] = True
+            raise MemoryError("full")
+
+    cp = CPContext(comm, "zigzag", 512, exchange=options, observer=observer)
+    leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError) as raised:
+        name = {"forward": "attend", "backward": "attend_backward"}.get(fails_in)
+        real, calls = getattr(gather.Gathering, name or "attend"), []
+
+        def second_fails(*args, **how):
+            calls.append(0)
+            if name and len(calls) == 2:
+                raise MemoryError("full")
+            return real(*args, **how)
+
+        # Ranks that are threads share the class.
+        gathering = gather.Gathering if name is None else type("Failing", (gather.Gathering,), {name: second_fails})
+        patch.setattr(comm, "gathering", gathering, raising=False)
+        moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp).sum().backward()
+    return str(raised.value), in_context(cp, case)
 
 
-def test_a_pass_after_one_that_failed_says_so(monkeypatch):
-    def failing(*args, **kwargs):
-        raise MemoryError("full")
+def _of_this_rank(k, cp, block_size):
+    return getattr(cp.comm, "gathering", gather.Gathering)(k, cp, block_size)
 
-    monkeypatch.setattr(ops, "attend", failing)
-    for rank, errors in enumerate(run_threads(2, _tries_again, _aligned())):
-        says = f"rank {rank} in an unnamed layer: an earlier pass failed on this rank; all ranks have to start again"
-        assert errors == ["full", says]
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward", "observer"])
+def test_a_pass_after_one_that_failed_alike_on_all_ranks_is_right(fails_in, monkeypatch):
+    monkeypatch.setattr(moba, "Gathering", _of_this_rank)
+    case = _aligned()
+    expected = run_reference(case)
+    for error, results in run_threads(2, _tries_again, case, fails_in):
+        assert error == "full"
+        for name, actual, want in zip(NAMES, results, expected, strict=True):
+            assert relative_error(actual, want) < 1e-9, name
+
+
+def _fails_elsewhere(comm):
+    """What a rank is told when the ranks' passes failed at different places."""
+    memory = comm.share_memory().peers()
+    memory.open_pass("layer 1")
+    for _ in range(comm.rank):
+        memory.next_stage()
+    with pytest.raises(RuntimeError) as raised:
+        memory.open_pass("layer 2")
+    return str(raised.value)
+
+
+def test_a_pass_that_failed_at_different_places_cannot_be_mended():
+    says = "layer 2: an earlier pass failed after different (stages, meetings) of the ranks, [(0, 0), (1, 0)]; "
+    assert run_threads(2, _fails_elsewhere) == [says + "all ranks have to start again"] * 2
+
+
+def _after_validation(comm, case: Case, options: ExchangeOptions, shared: bool):
+    """Results of a training step after inference mode made everything that is kept by then."""
+    comm = comm.share_memory() if shared else comm
+    # All buffers that training needs.
+    in_context(CPContext(comm, "zigzag", 512, exchange=options), case)
+    cp = CPContext(comm, "zigzag", 512, exchange=options)
+    with torch.inference_mode():
+        shares = [cp.shard(x) for x in (case.q, case.k, case.v)]
+        for attend in (moba_attention, full_attention):
+            config = (MoBAConfig(case.block_size, case.top_k),) if attend is moba_attention else ()
+            out = attend(*shares, *config, cp=cp)
+            out += 1
+            assert cp.unshard(out).shape == case.q.shape
+    full = in_context(cp, case, full=True)
+    return in_context(cp, case), full
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
+@pytest.mark.parametrize("mode", ["allgather", "auto", "kv", "query"])
+def test_training_after_validation_in_inference_mode(mode, shared):
+    case = _aligned()
+    expected = run_reference(case), run_reference(case, full=True)
+    for results in run_threads(2, _after_validation, case, ExchangeOptions(mode), shared):
+        for ours, wanted in zip(results, expected, strict=True):
+            for name, actual, want in zip(NAMES, ours, wanted, strict=True):
+                assert relative_error(actual, want) < 1e-9, name
 
 
 def _ways(comm, options: ExchangeOptions, shared: bool):
@@ -290,21 +357,21 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
     case = _aligned()
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-    way = out.grad_fn.way
-    return type(way).__name__, isinstance(way, gather.Gathering) and way.layer.memory is not None
+    gathering = out.grad_fn.gathering
+    return gathering is not None, gathering is not None and gathering.layer.memory is not None
 
 
 @pytest.mark.parametrize(
     "options, rate, expected",
     [
-        (ExchangeOptions(), 3e11, ("Planned", False)),
-        (ExchangeOptions(), 1e20, ("Gathering", True)),
-        (ExchangeOptions(ranks_per_node=4), 1e20, ("Gathering", True)),
-        (ExchangeOptions(ranks_per_node=2), 1e20, ("Planned", False)),
-        (ExchangeOptions(copy_engines=False), 1e20, ("Planned", False)),
-        (ExchangeOptions(mode="kv"), 1e20, ("Planned", False)),
-        (ExchangeOptions(mode="allgather", ranks_per_node=2), 3e11, ("Gathering", False)),
-        (GatheringFrom(), 3e11, ("Gathering", True)),
+        (ExchangeOptions(), 3e11, (False, False)),
+        (ExchangeOptions(), 1e20, (True, True)),
+        (ExchangeOptions(ranks_per_node=4), 1e20, (True, True)),
+        (ExchangeOptions(ranks_per_node=2), 1e20, (False, False)),
+        (ExchangeOptions(copy_engines=False), 1e20, (False, False)),
+        (ExchangeOptions(mode="kv"), 1e20, (False, False)),
+        (ExchangeOptions(mode="allgather", ranks_per_node=2), 3e11, (True, False)),
+        (GatheringFrom(), 3e11, (True, True)),
     ],
 )
 def test_auto_gathers_where_copies_hide(options, rate, expected, monkeypatch):
@@ -315,7 +382,7 @@ def test_auto_gathers_where_copies_hide(options, rate, expected, monkeypatch):
 
 def test_auto_plans_where_nobody_reads_anothers_memory(monkeypatch):
     monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
-    assert run_threads(2, _ways, ExchangeOptions(), False) == [("Planned", False)] * 2
+    assert run_threads(2, _ways, ExchangeOptions(), False) == [(False, False)] * 2
 
 
 @pytest.mark.parametrize(

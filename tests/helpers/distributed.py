@@ -151,10 +151,8 @@ class ThreadPeerMemory(PeerMemory):
     def __init__(self, comm: ThreadCommunicator):
         super().__init__(comm.rank, comm.size)
         self._comm = comm
-        self.meetings = 0
 
     def meet(self):
-        self.meetings += 1
         self._comm._meet()
 
     def _allocate(self, name, nbytes):
@@ -163,6 +161,9 @@ class ThreadPeerMemory(PeerMemory):
 
     def _settle(self):
         self._comm._meet()
+
+    def _all_ranks(self, value):
+        return self._comm._swap(value)
 
 
 class FilePeerMemory(PeerMemory):
@@ -185,6 +186,11 @@ class FilePeerMemory(PeerMemory):
 
     def _settle(self):
         dist.barrier()
+
+    def _all_ranks(self, value):
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def run_threads(n: int, function, *args) -> list:

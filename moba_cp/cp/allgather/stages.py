@@ -224,7 +224,7 @@ class PeerStage(Stage):
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 # Also where nothing moves: it says that what others gave in earlier stages has been read here.
-                memory.meet()
+                _meet(memory)
                 if kept is None:
                     _copy(moves.targets, moves.sources)
                 return moves.storage if kept is None else kept, layer.comm.mark(k_rows)
@@ -241,7 +241,7 @@ class PeerStage(Stage):
         with memory.beside(ready):
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
-                memory.meet()
+                _meet(memory)
                 # What was given in the stage before has been copied by all, and summed here.
                 memory.release("gradients", self.number - 1, layer.comm.mark(grads))
                 arrived = grads.new_empty(sum(moves.n_rows), 2, layer.dim)
@@ -283,6 +283,11 @@ class PeerStage(Stage):
             sizes = leaving * row_bytes, sum(n_rows) * row_bytes
             layer.geometry.tables[key] = Moves(slabs.flatten(0, 1), sources, targets, n_rows, sizes)
         return layer.geometry.tables[key]
+
+
+def _meet(memory: PeerMemory) -> None:
+    memory.meetings += 1
+    memory.meet()
 
 
 def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:

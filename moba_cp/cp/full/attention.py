@@ -34,6 +34,10 @@ def full_attention(
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
     """
+    if torch.is_inference_mode_enabled():
+        # Tables made by the way outlive it, and serve training too.
+        with torch.inference_mode(False), torch.no_grad():
+            return full_attention(q, k, v, scale, cp, method, backend, deterministic)
     if method != "auto" and method not in METHODS:
         raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
     if method == "auto":
