@@ -187,9 +187,11 @@ def attend_backward(
         sums = dk, dv, None, None, 0
         if work.direct:
             n_sums = sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
-            sums = dk, dv, *torch.zeros(2, n_sums * pages.block_size, dim, device=q.device), 0
+            shape = 2, n_sums * pages.block_size, dim
+            sums = dk, dv, *torch.zeros(shape, dtype=torch.float32, device=q.device), 0
         elif local_dtype is not None:
-            sums = *torch.zeros(2, pages.k.shape[0], heads, dim, device=q.device), None, None, some_heads.start
+            shape = 2, pages.k.shape[0], heads, dim
+            sums = *torch.zeros(shape, dtype=torch.float32, device=q.device), None, None, some_heads.start
         for i, rows in enumerate(work.rows):
             rest = dout, lse, delta, deterministic, into is not None and not whole, dq, *sums
             done = keys_done if some_heads is head_slices[-1] and rows is work.rows[-1] else None
@@ -219,7 +221,7 @@ def routing_index(
 
 def _wide_sums(dk: Tensor, dv: Tensor, keys_done: Callable[[], None] | None):
     """What slices of rows add to in place of dk and dv, and what to call once they have, in place of ``keys_done``."""
-    sum_k, sum_v = torch.zeros(2, *dk.shape, device=dk.device)
+    sum_k, sum_v = torch.zeros(2, *dk.shape, dtype=torch.float32, device=dk.device)
 
     def round_off() -> None:
         dk.copy_(sum_k), dv.copy_(sum_v)

@@ -24,7 +24,7 @@ def torch_context_parallel(mesh, n_tokens: int, method: str):
 
     set_rotate_method(method)
     # It wants a tensor to shard; ours are shards already.
-    dummy = torch.zeros(1, 1, n_tokens, 1, device="cuda")
+    dummy = torch.zeros(1, 1, n_tokens, 1, dtype=torch.float32, device="cuda")
     plain = F.scaled_dot_product_attention
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

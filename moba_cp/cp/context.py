@@ -59,7 +59,7 @@ class CPContext:
         device = torch.device(self.device if self.device is not None else _default_device(comm.group))
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, self.seq_len])
+            cu_seqlens = torch.tensor([0, self.seq_len], dtype=torch.int64)
         cu_seqlens = torch.as_tensor(cu_seqlens).cpu()
         check_cu_seqlens(cu_seqlens, self.seq_len)
         bounds = cu_seqlens.numpy().astype(np.int64)

@@ -36,7 +36,9 @@ def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.de
     codes = _codes(shape, n_tokens, device) if shape.gate == "concentrated" else None
     for here, chunk, inside in _chunks(positions.cpu().numpy()):
         g = torch.Generator(device).manual_seed(chunk)
-        drawn = [torch.randn(CHUNK, n, shape.dim, generator=g, device=device)[inside] for n in counts]
+        drawn = [
+            torch.randn(CHUNK, n, shape.dim, generator=g, dtype=torch.float32, device=device)[inside] for n in counts
+        ]
         if codes is not None:
             # What a query is to choose depends on where a run of queries begins, so it is drawn for whole chunks.
             where = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, n_tokens))

@@ -72,7 +72,7 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait for all ranks, on the host."""
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1, dtype=torch.int32))
 
     def settle(self, size: int) -> None:
         """Wait until the first ``size`` ranks have done all that they issued; collective over these."""
@@ -82,7 +82,7 @@ class Ranks:
 
     def ready(self, size: int) -> Callable[[], None]:
         """A function after which the first ``size`` ranks start at once; collective over these."""
-        flag = torch.zeros(1, device=self.device)
+        flag = torch.zeros(1, dtype=torch.int32, device=self.device)
 
         def wait() -> None:
             self.settle(size)

@@ -77,7 +77,9 @@ class Layer:
                 places.append((p * slab, 0, slab) if self.memory is None else (begin, rows.start, rows.stop))
                 begin += rows.stop - rows.start
             # Not to wait for what was issued before.
-            self.geometry.tables[key] = torch.tensor(places).to(self.geometry.owner.device, non_blocking=True)
+            self.geometry.tables[key] = torch.tensor(places, dtype=torch.int64).to(
+                self.geometry.owner.device, non_blocking=True
+            )
         return self.geometry.tables[key]
 
     def page_table(self, with_own: bool) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,9 @@ def _hop_tables(
         flag_at.append(read + width + torch.arange(gives[p].numel(), device=device))
         read += width + gives[p].numel()
         if relays and hop.peers[p]:
-            asked_at.append(torch.full((n_kv * n,), -1, device=device).scatter_(0, gives[p], flag_at[p]))
+            asked_at.append(
+                torch.full((n_kv * n,), -1, dtype=torch.int64, device=device).scatter_(0, gives[p], flag_at[p])
+            )
     want = _by_place(wants, torch.cat(wants), stage, stages)
     give = _by_place(gives, torch.cat(flag_at), stage, stages)
     pairs = torch.cat([want[0], give[0]])
@@ -124,7 +126,7 @@ def _hop_tables(
         send=[width + ids.numel() for ids in wants],
         receive=[width + ids.numel() for ids in gives],
         source=torch.cat(source),
-        header_at=torch.tensor(header_at, device=device),
+        header_at=torch.tensor(header_at, dtype=torch.int64, device=device),
         asked_at=torch.stack(asked_at) if relays else None,
     )
 
