@@ -12,7 +12,16 @@ from torch import Tensor
 
 from . import hopper
 from .backward import DQ_ATOMIC, DQ_NONE, FACTS, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
-from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, next_power_of_2, on_device, padded_dim
+from .common import (
+    cdiv,
+    check_head_dim,
+    check_unit_stride,
+    dot_precision,
+    launch_options,
+    next_power_of_2,
+    on_device,
+    padded_dim,
+)
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Routing, Tasks, build_routing
@@ -305,7 +314,7 @@ def _attend_slice(
             kernel[part.grid(tasks)](
                 part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
                 visible, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides,
-                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
             )  # fmt: skip
     merge_visits(parts, parts_lse, out[rows, part.heads], lse[rows, part.heads], join)
 
@@ -340,7 +349,7 @@ def _backward_slice(
             n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
             q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
             G=group, S=chosen.shape[2], SLOTS=part.n_slots, BLOCK=512,
-            KEY_TILES=key_tiles, BN=tile.bn, TILES=min(8, next_power_of_2(key_tiles)), num_warps=4,
+            KEY_TILES=key_tiles, BN=tile.bn, TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
         )  # fmt: skip
         rest = dk, dv, sum_k, sum_v, table, stats, facts
         if tile.fetch_registers:
@@ -350,13 +359,14 @@ def _backward_slice(
                 *inputs, into, *rest, turn, scale, part.n_visits, pages.block_size, first_head,
                 *part.strides[2:], *dk.stride()[:2], **constants,
                 SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
-                ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, num_warps=tile.warps,
+                ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, **launch_options(tile.warps),
             )  # fmt: skip
         if sum_k is not None:
             _finish_kernel[(part.row.numel(), cdiv(pages.block_size, 32))](
                 sum_k, sum_v, dk, dv, list_start, *part.pages,
                 part.n_visits, key_tasks.rows, part.row.numel(), part.n_blocks, pages.block_size,
-                *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32, num_warps=4,
+                *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32,
+                **launch_options(4),
             )  # fmt: skip
         if keys_done is not None:
             keys_done()
@@ -367,7 +377,7 @@ def _backward_slice(
             _query_kernel[part.grid(query_tasks)](
                 *inputs, into, table, stats, query_tasks.table, list_start,
                 scale, part.n_visits, *part.task_args(query_tasks), *part.strides[2:], **constants,
-                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, num_warps=tile.warps,
+                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
             )  # fmt: skip
     if mode == DQ_ATOMIC.value:
         scale_rows(into, dq, scale, add)

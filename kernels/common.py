@@ -18,6 +18,12 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
+def launch_options(num_warps: int, fused: bool = True) -> dict[str, int | bool]:
+    """Options of every launch. Whether a product and a sum may be rounded together is said in all of them: Triton's
+    default changes with its version."""
+    return {"num_warps": num_warps, "enable_fp_fusion": fused}
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. Triton's own takes 15 microseconds on the host, and a launch needs several."""
     return -(-a // b)

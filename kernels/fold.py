@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import cdiv, launch_options, next_power_of_2, on_device
+
 BLOCK_PAIRS = 32
 
 
@@ -79,8 +81,10 @@ def fold(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: Tensor 
     n_pairs = n_rows * n_heads
     if n_pairs == 0:
         return
-    _fold_kernel[(triton.cdiv(n_pairs, BLOCK_PAIRS),)](
-        out, lse, part, part_lse, rows, n_pairs,
-        *out.stride()[:2], *lse.stride(), *part.stride()[:2], *part_lse.stride(),
-        HEADS=n_heads, DIM=dim, HAS_ROWS=rows is not None, BLOCK_P=BLOCK_PAIRS, BLOCK_D=triton.next_power_of_2(dim),
-    )  # fmt: skip
+    with on_device(out):
+        _fold_kernel[(cdiv(n_pairs, BLOCK_PAIRS),)](
+            out, lse, part, part_lse, rows, n_pairs,
+            *out.stride()[:2], *lse.stride(), *part.stride()[:2], *part_lse.stride(),
+            HEADS=n_heads, DIM=dim, HAS_ROWS=rows is not None, BLOCK_P=BLOCK_PAIRS, BLOCK_D=next_power_of_2(dim),
+            **launch_options(4),
+        )  # fmt: skip

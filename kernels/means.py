@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check_unit_stride, next_power_of_2, on_device, padded_dim
+from .common import check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 
 
 @triton.jit
@@ -54,6 +54,6 @@ def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Te
             _means_kernel[(n, n_heads)](
                 k, start, length, means,
                 k.stride(0), k.stride(1), means.stride(0), means.stride(1),
-                D=dim, BD=padded_dim(dim), ROWS=min(64, next_power_of_2(block_size)), num_warps=4,
+                D=dim, BD=padded_dim(dim), ROWS=min(64, next_power_of_2(block_size)), **launch_options(4),
             )  # fmt: skip
     return means

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, check_unit_stride, on_device, padded_dim
+from .common import SLICED, cdiv, check_unit_stride, launch_options, on_device, padded_dim
 from .routing import visit_block
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,7 +71,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, join:
     with on_device(part):
         _merge_visits_kernel[(cdiv(n_rows * n_heads, bm),)](
             part, part_lse, out, lse, n_rows, n_heads, out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
-            SLOTS=slots, D=dim, BD=block, BM=bm, JOIN=join, num_warps=4,
+            SLOTS=slots, D=dim, BD=block, BM=bm, JOIN=join, **launch_options(4),
         )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor
         _sum_visits_kernel[(cdiv(n_rows * group, bm), n_kv)](
             part, out, chosen, own, visible, page_row, n_rows, scale,
             out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
-            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, num_warps=4,
+            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, **launch_options(4),
         )  # fmt: skip
 
 
@@ -142,7 +142,18 @@ def scale_rows(x: Tensor, out: Tensor, scale: float, add: bool) -> None:
     bm = max(1, 4096 // block)
     with on_device(x):
         _scale_rows_kernel[(cdiv(n_rows * group, bm), n_kv)](
-            x, out, n_rows, scale, out.stride(0), out.stride(1), G=group, D=dim, BD=block, BM=bm, ADD=add, num_warps=4
+            x,
+            out,
+            n_rows,
+            scale,
+            out.stride(0),
+            out.stride(1),
+            G=group,
+            D=dim,
+            BD=block,
+            BM=bm,
+            ADD=add,
+            **launch_options(4),
         )
 
 
@@ -215,7 +226,7 @@ def _on_rows(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor | N
         _merge_rows_kernel[(cdiv(n_rows * n_heads, bm),)](
             out, lse, part, part_lse, index, n_rows, n_heads, *out.stride()[:2], *lse_strides, part.stride(0),
             0 if part_lse is None else part_lse.stride(0),
-            SLOTS=index.shape[2], D=dim, BD=block, BM=bm, HAS_LSE=lse is not None, num_warps=4,
+            SLOTS=index.shape[2], D=dim, BD=block, BM=bm, HAS_LSE=lse is not None, **launch_options(4),
         )  # fmt: skip
 
 
@@ -244,6 +255,6 @@ def row_sums(a: Tensor, b: Tensor) -> Tensor:
         with on_device(a):
             _row_sums_kernel[(cdiv(n_rows * n_heads, bm),)](
                 a, b, sums, n_rows, n_heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-                D=dim, BD=block, BM=bm, num_warps=4,
+                D=dim, BD=block, BM=bm, **launch_options(4),
             )  # fmt: skip
     return sums

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check_unit_stride, next_power_of_2, on_device, padded_dim
+from .common import cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 
 
 @triton.jit
@@ -68,7 +68,8 @@ def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
     with on_device(out):
         _copy_kernel[grid](
             k, v, pages.row, pages.head, pages.length, pairs, offset, out, pages.row.shape[1],
-            *k.stride()[:2], *v.stride()[:2], pages.row.stride(0), *pages.head.stride(), **constants, num_warps=4,
+            *k.stride()[:2], *v.stride()[:2], pages.row.stride(0), *pages.head.stride(),
+            **constants, **launch_options(4),
         )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def add_pages(
     with on_device(arrived):
         _add_kernel[grid](
             dk, dv, pages.row, pages.head, pages.length, pairs, offset, arrived, begin, end, pages.row.shape[1],
-            *dk.stride()[:2], pages.row.stride(0), *pages.head.stride(), **constants, num_warps=4,
+            *dk.stride()[:2], pages.row.stride(0), *pages.head.stride(), **constants, **launch_options(4),
         )  # fmt: skip
 
 

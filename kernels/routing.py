@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, on_device
+from .common import SLICED, cdiv, launch_options, on_device
 
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
@@ -248,12 +248,14 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
     constants = dict(G=group, S=n_chosen, SLOTS=slots)
     with on_device(chosen):
-        _count_kernel[(n_tiles, n_kv)](*inputs, counts, list_start, *numbers, **constants, STEP=128, num_warps=4)
+        _count_kernel[(n_tiles, n_kv)](
+            *inputs, counts, list_start, *numbers, **constants, STEP=128, **launch_options(4)
+        )
         _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
-            counts, list_start, n_tiles, n_blocks, BT=64, BB=32, SIZES=SIZES_AT_ONCE, num_warps=4
+            counts, list_start, n_tiles, n_blocks, BT=64, BB=32, SIZES=SIZES_AT_ONCE, **launch_options(4)
         )
         _scatter_kernel[(n_tiles, n_kv)](
-            *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, num_warps=2
+            *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, **launch_options(2)
         )
     return index
 
@@ -279,6 +281,6 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
         _task_kernel[(cdiv(programs, 256),)](
             index.list_start, pages.row, pages.head, pages.length, tasks.table,
             first, some, n_blocks, places, task_rows, (some - 1).bit_length(),
-            pages.row.stride(0), *pages.head.stride(), BLOCK=256, num_warps=4,
+            pages.row.stride(0), *pages.head.stride(), BLOCK=256, **launch_options(4),
         )  # fmt: skip
     return tasks

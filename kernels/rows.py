@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check_unit_stride, next_power_of_2, on_device, padded_dim
+from .common import cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 
 
 @triton.jit(do_not_specialize=["m_rows", "n_rows"])
@@ -35,7 +35,17 @@ def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> T
         bm = max(1, 4096 // block)
         with on_device(x):
             _gather_rows_kernel[(cdiv(slots.numel(), bm),)](
-                x, slots, out, slots.numel(), n_rows, *x.stride()[:2], S=n_slots, D=dim, BD=block, BM=bm, num_warps=4
+                x,
+                slots,
+                out,
+                slots.numel(),
+                n_rows,
+                *x.stride()[:2],
+                S=n_slots,
+                D=dim,
+                BD=block,
+                BM=bm,
+                **launch_options(4),
             )
     return out
 
@@ -74,6 +84,6 @@ def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype:
         with on_device(chosen):
             _row_ids_kernel[(cdiv(slots.numel(), bm),)](
                 chosen, slots, place, number, ids, slots.numel(), n_rows, n_heads, n_blocks,
-                G=n_heads // n_kv, S=n_slots, BS=width, BM=bm, num_warps=4,
+                G=n_heads // n_kv, S=n_slots, BS=width, BM=bm, **launch_options(4),
             )  # fmt: skip
     return ids

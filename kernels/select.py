@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper, tuned
-from .common import cdiv, check_head_dim, check_unit_stride, dot_precision, next_power_of_2, on_device, padded_dim
+from .common import (
+    cdiv,
+    check_head_dim,
+    check_unit_stride,
+    dot_precision,
+    launch_options,
+    next_power_of_2,
+    on_device,
+    padded_dim,
+)
 from .sort_keys import EMPTY, ordered
 
 
@@ -109,6 +118,6 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
             n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
             S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,
-            PRECISION=dot_precision(q.dtype), num_warps=warps,
+            PRECISION=dot_precision(q.dtype), **launch_options(warps),
         )  # fmt: skip
     return chosen

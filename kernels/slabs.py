@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, check_unit_stride, next_power_of_2, on_device, padded_dim
+from .common import SLICED, cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 
 # Programs that pack, each passing over many tiles: it runs beside attention, whose programs fill a multiprocessor each,
 # and most of these should stay with it. (Sums are waited for, and take all that they can get.)
@@ -76,7 +76,7 @@ def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
         strides = *k.stride()[:2], *v.stride()[:2]
         with on_device(k):
             _pack_kernel[(min(tiles, PACK_PROGRAMS),)](
-                k, v, slab, n_rows, n_heads, cut, widest, tiles, *strides, **constants, num_warps=8
+                k, v, slab, n_rows, n_heads, cut, widest, tiles, *strides, **constants, **launch_options(8)
             )
 
 
@@ -90,7 +90,7 @@ def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tens
         with on_device(dk):
             _sum_kernel[(cdiv(dk.shape[0], constants["BM"]), dk.shape[1])](
                 own, shares, places, dk, dv, dk.shape[0], cut, widest, len(places), *dk.stride()[:2],
-                **constants, num_warps=4,
+                **constants, **launch_options(4),
             )  # fmt: skip
 
 

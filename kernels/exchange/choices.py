@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, next_power_of_2, on_device
+from ..common import cdiv, launch_options, next_power_of_2, on_device
 
 TILE_SLOTS = 1024
 # Copies of counters: at most so many, and so many (KV head, block) entries in all, 16 MiB with shares.
@@ -131,7 +131,7 @@ def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
     if n_tiles:
         with on_device(chosen):
             _count_kernel[(n_tiles,)](
-                chosen, open_place, counts, *numbers, R=copies, UNIT=unit, **constants, num_warps=4
+                chosen, open_place, counts, *numbers, R=copies, UNIT=unit, **constants, **launch_options(4)
             )
     return counts
 
@@ -144,7 +144,7 @@ def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int
         with on_device(chosen):
             _rows_kernel[(n_tiles,)](
                 chosen, place, fetched, rows, n_rows, n_blocks, n_owners, s_t,
-                R=ROW_COPIES, C=n_candidates, **constants, num_warps=4,
+                R=ROW_COPIES, C=n_candidates, **constants, **launch_options(4),
             )  # fmt: skip
     return rows
 
@@ -159,9 +159,13 @@ def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Ten
     assert counts.numel() < 2**31
     numbers = n_rows, n_blocks, n_tiles, s_t
     with on_device(chosen):
-        _list_kernel[(n_tiles,)](chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, num_warps=4)
+        _list_kernel[(n_tiles,)](
+            chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, **launch_options(4)
+        )
         ends = counts.flatten().cumsum(0, dtype=torch.int32)
-        _list_kernel[(n_tiles,)](chosen, place, counts, ends, slots, *numbers, WRITE=True, **constants, num_warps=4)
+        _list_kernel[(n_tiles,)](
+            chosen, place, counts, ends, slots, *numbers, WRITE=True, **constants, **launch_options(4)
+        )
     return slots, ends.view(n_places, n_tiles)[:, -1]
 
 

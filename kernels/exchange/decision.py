@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, on_device
+from ..common import cdiv, launch_options, on_device
 
 BLOCK = 128
 # Owners that a program sums tokens for at a time.
@@ -177,14 +177,17 @@ def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
     if not n_pairs:
         return weighed
     grid, seen = (cdiv(n_pairs, BLOCK),), (tables.elsewhere, tables.always)
-    constants = dict(UNIT=prices.unit if mode == "auto" else 0, R=copies, BLOCK=BLOCK, num_warps=4)
+    constants = dict(UNIT=prices.unit if mode == "auto" else 0, R=copies, BLOCK=BLOCK)
     with on_device(counts):
         if prices.sharing > 1:
-            _far_kernel[grid](counts, tables.owner, *seen, prices.far, sums, n_pairs, n_blocks, **constants)
+            _far_kernel[grid](
+                counts, tables.owner, *seen, prices.far, sums, n_pairs, n_blocks, **constants, **launch_options(4)
+            )
         _weigh_kernel[grid](
             counts, tables.owner, tables.length, *seen, prices.token, prices.row, prices.far, prices.far_candidates,
             *weighed, n_pairs, n_blocks, n_owners,
-            MODE=mode, C=n_candidates, SHARING=prices.sharing, OWNERS=OWNERS, **constants, enable_fp_fusion=False,
+            MODE=mode, C=n_candidates, SHARING=prices.sharing, OWNERS=OWNERS, **constants,
+            **launch_options(4, fused=False),
         )  # fmt: skip
     return weighed
 
@@ -204,7 +207,7 @@ def pick_cheapest(
             *weighed, weighed.tokens if rows is None else rows, place, tables.owner, prices.token, prices.row,
             prices.far, prices.far_candidates, fetch, sent_place, costs,
             n_pairs, max(1, n_blocks), n_owners, prices.kv_token, prices.row_bytes,
-            LESS=prices.all_for_less, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK, num_warps=4,
-            enable_fp_fusion=False,
+            LESS=prices.all_for_less, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK,
+            **launch_options(4, fused=False),
         )  # fmt: skip
     return fetch.view(torch.bool), sent_place, costs

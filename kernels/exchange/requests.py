@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, on_device
+from ..common import cdiv, launch_options, on_device
 
 BLOCK = 512
 # Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.eager.requests`.
@@ -163,7 +163,7 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
         with on_device(need):
             _request_kernel[(cdiv(source.numel(), BLOCK),)](
                 need, source, ends, costs, request, source.numel(), n_owners, stages, s_ends,
-                HEADERS=ends is not None, TOTALS=TOTALS, BLOCK=BLOCK, num_warps=4,
+                HEADERS=ends is not None, TOTALS=TOTALS, BLOCK=BLOCK, **launch_options(4),
             )  # fmt: skip
     return request
 
@@ -175,7 +175,7 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
     if need.numel():
         with on_device(fetch):
             _relay_kernel[(cdiv(need.numel(), BLOCK),)](
-                fetch, arrived, asked_at, need, need.numel(), asked_at.shape[0], BLOCK=BLOCK, num_warps=4
+                fetch, arrived, asked_at, need, need.numel(), asked_at.shape[0], BLOCK=BLOCK, **launch_options(4)
             )
     return need.view(torch.bool)
 
@@ -190,11 +190,11 @@ def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Pa
     with on_device(need):
         if n_entries:
             _moved_kernel[(cdiv(n_entries, BLOCK),)](
-                need, arrived, tables.flag_at, tables.weight, moved, *numbers, BLOCK=BLOCK, num_warps=4
+                need, arrived, tables.flag_at, tables.weight, moved, *numbers, BLOCK=BLOCK, **launch_options(4)
             )
         _lists_kernel[(cdiv(max(n_entries, sizes.numel()), BLOCK),)](
             moved.cumsum(0), tables.pairs, tables.bounds, lists, offsets, sizes, *numbers, columns - 1, stages,
-            PAIR=tables.unit, BLOCK=BLOCK, num_warps=4,
+            PAIR=tables.unit, BLOCK=BLOCK, **launch_options(4),
         )  # fmt: skip
     return tuple(Pairs(lists[side], offsets[side]) for side in (slice(0, tables.n_want), slice(tables.n_want, None)))
 
@@ -214,5 +214,5 @@ def sum_up(
     with on_device(arrived):
         _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](
             arrived, header_at, ends, costs, facts, candidates, out,
-            n_kv, header_at.numel(), out.shape[2], ends.stride(0), BLOCK=BLOCK, num_warps=4,
+            n_kv, header_at.numel(), out.shape[2], ends.stride(0), BLOCK=BLOCK, **launch_options(4),
         )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import cdiv
+from ..common import cdiv, launch_options
 from ..tuned import Tile, is_hopper
 
 # Versions of Triton, (major, minor).
@@ -176,7 +176,7 @@ def launch_select(q: Tensor, means: Tensor, first: Tensor, own: Tensor, chosen: 
     n_rows, n_heads, dim = q.shape
     select_kernel[(cdiv(n_rows, WIDTH.value), n_heads)](
         q, means, first, own, chosen, n_rows, *q.stride()[:2], *means.stride()[:2],
-        HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=chosen.shape[2], num_warps=1,
+        HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=chosen.shape[2], **launch_options(1),
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
         routing.visits, tasks.table, routing.list_start[part.lists], visible,
         scale_log2, *_places(part, tasks), part.n_blocks, part.n_heads, *part.strides, TASK_ROWS=tasks.rows,
         **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, num_warps=tile.warps,
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def launch_keys(
         table, stats, facts, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
         D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
         DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
-        num_warps=tile.warps,
+        **launch_options(tile.warps),
     )  # fmt: skip
 
 
@@ -211,5 +211,5 @@ def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start
         part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, table, stats,
         tasks.table, list_start, scale, part.n_visits, *_places(part, tasks), *part.strides[2:],
         TASK_ROWS=tasks.rows, D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
-        REGISTERS=tile.fetch_registers, num_warps=tile.warps,
+        REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
     )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What every file keeps to, read from its syntax."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+SOURCES = sorted(path for room in ("kernels", "launchers", "moba_cp") for path in (ROOT / room).rglob("*.py"))
+# torch.arange is not among these: of whole numbers it makes int64, whatever the default dtype is.
+FACTORIES = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"}
+
+
+def calls(tree: ast.AST):
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_tensors_are_made_with_a_dtype():
+    """A default dtype of float16 or float64 must change nothing."""
+    for path in SOURCES:
+        for call in calls(ast.parse(path.read_text())):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in FACTORIES:
+                is_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+                # A ``None`` keyword is ``**options``.
+                says = {keyword.arg for keyword in call.keywords} & {"dtype", None}
+                assert not is_torch or says, f"{named(path)}:{call.lineno}: torch.{call.func.attr} without dtype="
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=named)
+def test_launches_are_guarded_and_say_what_they_want(path):
+    """The device of the tensors may not be the current one, and defaults change with Triton's version."""
+    tree = ast.parse(path.read_text())
+    guarded = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and "on_device(" in ast.unparse(node.items[0]):
+            guarded |= {id(call) for call in calls(node)}
+    for call in calls(tree):
+        if not (isinstance(call.func, ast.Subscript) and "kernel" in ast.unparse(call.func.value)):
+            continue
+        where = f"{named(path)}:{call.lineno}"
+        # Those of kernels/hopper are in functions that are called within the guard.
+        assert id(call) in guarded or path.parent.name == "hopper", f"{where}: a launch outside on_device"
+        options = {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None}
+        said = any(option.startswith("launch_options(") for option in options)
+        assert said, f"{where}: a launch without launch_options"
