@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,20 @@ class Problem:
     @property
     def visits(self):
         return self.chosen, self.own, self.visible
+
+
+def exact(p: Problem, pages=None):
+    """out, lse, delta and the three gradients by the plain PyTorch path in float64."""
+    pages = pages or p.pages
+    pages = replace(pages, k=pages.k.double(), v=pages.v.double())
+    out, lse = eager.attend(p.q.double(), pages, *p.visits, p.scale)
+    delta = eager.row_sums(p.dout.double(), out)
+    grads = eager.attend_backward(p.q.double(), pages, *p.visits, p.scale, p.dout.double(), lse, delta)
+    return out, lse, delta, grads
+
+
+def close(actual, expected, rounding=1e-5):
+    torch.testing.assert_close(actual.double(), expected, rtol=rounding, atol=1e-5)
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,12 @@ from tests.helpers.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[2]
 NOT_HERE = ("test_interpreted", "test_hopper_compiles", "test_kernels_gpu")
-FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path.stem not in NOT_HERE)
+# The longest first, so that none of them is what the last worker still runs alone.
+LONGEST = ("test_storages", "test_attention", "test_select")
+FILES = sorted(
+    (path for path in Path(__file__).parent.glob("test_*.py") if path.stem not in NOT_HERE),
+    key=lambda path: (LONGEST.index(path.stem) if path.stem in LONGEST else len(LONGEST), path.stem),
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
