@@ -80,7 +80,7 @@ def selection_problem(q: Tensor, means: Tensor, selection: Tensor, table) -> str
         means: [n, D], mean keys of the blocks.
         selection: [T, k - 1].
     """
-    rows = torch.linspace(0, q.shape[0] - 1, 257, device=q.device).long()
+    rows = torch.linspace(0, q.shape[0] - 1, 257, dtype=torch.float64, device=q.device).long()
     score = q[rows].double() @ means.double().T
     rounding = 2e-6 * (q[rows].double().abs() @ means.double().abs().T).amax(-1)
     block = torch.arange(means.shape[0], device=q.device)
@@ -97,7 +97,7 @@ def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor], block_si
     """Errors of out and dq (and lse, if it is there) of sampled rows, relative to the largest value of each row, and of
     dk and dv of a block in the middle, relative to its largest value. NaN counts as infinite."""
     n_tokens = exact[0].shape[0]
-    rows = torch.linspace(0, n_tokens - 1, ROWS, device=exact[0].device).long()
+    rows = torch.linspace(0, n_tokens - 1, ROWS, dtype=torch.float64, device=exact[0].device).long()
     middle = max(0, n_tokens // block_size // 2 - 1) * block_size
     errors = {}
     for name, ours, right in zip((*NAMES, "lse"), results, exact, strict=False):

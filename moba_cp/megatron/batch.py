@@ -176,7 +176,7 @@ def _bounds(params: PackedSeqParams) -> tuple[int, ...]:
 # A context's tables can be large: few are kept for batches to come.
 @lru_cache(maxsize=2)
 def _context_of_documents(bounds: tuple[int, ...], n_tokens: int, group, device, exchange) -> CPContext:
-    return _context(group, "zigzag_per_document", n_tokens, torch.tensor(bounds), device, exchange)
+    return _context(group, "zigzag_per_document", n_tokens, torch.tensor(bounds, dtype=torch.int64), device, exchange)
 
 
 @lru_cache(maxsize=8)
