@@ -156,6 +156,7 @@ def _measure(shape: tuple[int, ...], args: argparse.Namespace, report: Report) -
     out.backward(dout)
     torch.cuda.synchronize()
     row.peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+    torch.cuda.empty_cache()
     results = [out.detach(), *(x.grad for x in leaves)]
     row.errors, problem = judge_moba([*(x.detach() for x in leaves), dout], results, lse.detach(), config)
     if problem:

@@ -1,4 +1,4 @@
-"""Where a number was measured: it is published with this beside it."""
+"""Where a number was measured: every table, file and chart says it."""
 
 import subprocess
 from pathlib import Path

@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
         gate = SyntheticGate(args.gate, shape.heads, shape.kv_heads, args.block_size, args.top_k, args.seed)
     else:
         gate = RecordedGate(args.gate, args.gate_layer)
-        args.tokens, args.heads, n_slots = gate.chosen.shape
+        args.tokens, args.heads, n_slots = gate.selection.shape
         args.kv_heads, args.top_k, args.block_size = gate.n_kv, n_slots + 1, gate.block_size
         shape = Shape.of(args)
     modes, sizes = args.modes.split(","), whole_numbers("ranks", args.ranks)
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def panels(rows: list[Row]) -> list[Panel]:
-    """Bytes of each mode against P, beside those of a dense ring."""
+    """Bytes of each mode and of a dense ring against P."""
     ring = {row.ranks: row.predicted_gb / row.of_ring for row in rows if row.of_ring}
     curves = [Curve("dense ring", list(ring.items()), {"color": "black", "linestyle": "--", "marker": ""})]
     for mode in dict.fromkeys(row.name for row in rows):

@@ -1,6 +1,6 @@
-"""Which blocks queries choose: models of a trained gate, and recorded ones.
+"""Which blocks queries select: models of a trained gate, and recorded selections.
 
-Legend: T tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, B block size, S = k - 1 chosen blocks per row.
+Legend: T tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, B block size, S = k - 1 selected blocks per row.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ RECENT = 32
 
 
 class SyntheticGate:
-    """A random gate over one document; equal for all numbers of ranks, since it depends on positions alone.
+    """A random gate over one document. It depends on positions alone, so it is equal for all numbers of ranks.
 
     ``uniform``: every row draws its S blocks uniformly from the earlier ones. ``concentrated``: each segment of 1,024
     queries and KV head has a pool of 4k blocks, half of them among the last 32 before the segment, half drawn by Zipf's
@@ -31,13 +31,13 @@ class SyntheticGate:
 
     def __call__(self, positions: np.ndarray) -> Tensor:
         """[L, Hq, S] int32 block ids for the given [L] positions, -1 where there are fewer candidates."""
-        chosen = np.full((len(positions), self.n_heads, self.top_k - 1), -1, np.int32)
+        selection = np.full((len(positions), self.n_heads, self.top_k - 1), -1, np.int32)
         segment = positions // SEGMENT
-        # Positions of a segment lie side by side in every layout.
+        # Positions of a segment are contiguous in every layout.
         cuts = np.flatnonzero(np.diff(segment)) + 1
         for rows in np.split(np.arange(len(positions)), cuts):
-            chosen[rows] = self._segment(positions[rows])
-        return torch.from_numpy(chosen)
+            selection[rows] = self._segment(positions[rows])
+        return torch.from_numpy(selection)
 
     def _segment(self, positions: np.ndarray) -> np.ndarray:
         index = int(positions[0]) // SEGMENT
@@ -46,7 +46,7 @@ class SyntheticGate:
         group = self.n_heads // self.n_kv
         for kv_head in range(self.n_kv):
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            # Rows have a generator of their own, so that a rank that holds half a segment draws as others do.
+            # Rows have a generator of their own, so that a rank that holds half a segment draws what others draw.
             rng = np.random.default_rng([self.seed, index, kv_head, int(positions[0]) % SEGMENT])
             if self.kind == "uniform":
                 out[:, heads] = _draw_below(rng, own[:, None].repeat(group, 1), self.top_k - 1)
@@ -72,7 +72,7 @@ def _draw_below(rng: np.random.Generator, below: np.ndarray, count: int) -> np.n
     """[..., count] distinct integers in ``[0, below)``, -1 where there are not enough."""
     out = np.full((*below.shape, count), -1, np.int64)
     for slot in range(count):
-        # Floyd's way: draw among the numbers left, then step over those taken.
+        # Floyd's algorithm: draw among the numbers that are left, then step over those taken.
         left = below - slot
         draw = (rng.random(below.shape) * left.clip(min=1)).astype(np.int64)
         for taken in np.sort(np.where(out[..., :slot] < 0, np.iinfo(np.int64).max, out[..., :slot]), -1).T:
@@ -95,8 +95,8 @@ class RecordedGate:
         self.layer = names[len(names) // 2] if layer is None else f"layer {layer}"
         if self.layer not in self.layers:
             raise ValueError(f"gate-layer={layer} is not in {path}; it has {', '.join(names)}")
-        self.chosen = self.layers[self.layer]
+        self.selection = self.layers[self.layer]
 
     def __call__(self, positions: np.ndarray) -> Tensor:
         """[L, Hq, S] int32 block ids for the given [L] positions."""
-        return self.chosen[torch.from_numpy(positions)]
+        return self.selection[torch.from_numpy(positions)]

@@ -1,4 +1,4 @@
-"""PyTorch's own context parallelism, to measure beside."""
+"""PyTorch's own context parallelism, to compare with."""
 
 import contextlib
 

@@ -123,7 +123,7 @@ def _without_communication(rank):
             for _ in range(2 if rank == alone else 0):
                 with layer.comm.replaying():
                     same.append(all(torch.equal(a, b) for a, b in zip(candidate.results(), wanted, strict=True)))
-            ranks.meet()
+            ranks.barrier()
         layer.comm.forget()
         row = overlap(layer, candidate, Limits(2, 1e9))
         report[candidate.name] = same, kept, layer.comm.kept_bytes, row
@@ -306,3 +306,11 @@ def test_a_profile_says_what_overlaps():
 def test_wrong_options_are_named_before_anything_starts(given, says):
     with pytest.raises(ValueError, match=says):
         command.main(arguments(*given))
+
+
+def test_the_first_rank_says_what_is_going_on(one_rank, capsys):
+    assert check.check(shape(), 256, ["auto"], (1,), one_rank) is None
+    one_rank.say("attention of 256 tokens on 1 ranks")
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.endswith("s] attention of 256 tokens on 1 ranks\n")
+    assert 0 < one_rank.elapsed(1) < 600

@@ -36,7 +36,7 @@ class ThreadRanks(Ranks):
     def group(self, size):
         return self._comm
 
-    def meet(self):
+    def barrier(self):
         self._comm._meet()
 
     def gathered(self, value, size):
@@ -79,7 +79,7 @@ def _without_communication(comm):
                     buffers[comm.rank].fill_(255)
                 with layer.comm.replaying():
                     same.append(_same(candidate, wanted))
-            ranks.meet()
+            ranks.barrier()
         met += (memory.meetings,)
         # Slots go on in turn as if nothing had happened.
         same.append(_same(candidate, wanted))

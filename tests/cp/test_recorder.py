@@ -28,7 +28,7 @@ def test_a_recorded_selection_is_the_whole_sequence_in_order(tmp_path, documents
     gate = RecordedGate(path)
     assert (gate.layer, gate.block_size, gate.n_kv) == ("layer 3", 16, 2)
     assert RecordedGate(path, 11).layer == "layer 11"
-    assert torch.equal(gate.chosen.long(), reference.select_blocks(q, k, 16, 3, documents))
+    assert torch.equal(gate.selection.long(), reference.select_blocks(q, k, 16, 3, documents))
     assert gate.bounds.tolist() == documents.tolist()
     with pytest.raises(ValueError, match="gate-layer=1 is not in .*; it has layer 2, layer 3, layer 11"):
         RecordedGate(path, 1)

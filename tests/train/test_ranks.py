@@ -97,8 +97,8 @@ def test_exchange_is_logged(runs):
 def test_selections_are_recorded_and_drawn(runs, name):
     gate = RecordedGate(runs / name / "selection.pt")
     assert gate.layers.keys() == {"layer 1"} and gate.block_size == 16 and gate.n_kv == 2
-    assert gate.chosen.shape == (256, 4, 2)
-    taken = gate.chosen[gate.chosen >= 0]
+    assert gate.selection.shape == (256, 4, 2)
+    taken = gate.selection[gate.selection >= 0]
     assert taken.numel() > 256 and taken.max() < 16 + 20
     assert (runs / name / "selection.png").read_bytes().startswith(b"\x89PNG")
 

@@ -44,7 +44,7 @@ def _compare(layer: Layer, name: str, way: str, exact, allowed, selection) -> st
     """What is wrong with one way; collective over the layer's ranks."""
     seen = []
     if name == "MoBA":
-        candidate = layer.moba(way, observer=lambda layer, chosen, n_kv, block_size: seen.append(chosen))
+        candidate = layer.moba(way, observer=lambda layer, selection, n_kv, block_size: seen.append(selection))
     else:
         candidate = layer.full(way)
     results = candidate.results()

@@ -94,14 +94,14 @@ def _run(shape: Shape, args: argparse.Namespace, ranks: Ranks, report: Report) -
                 _measure(shape, args, ranks, report, n_tokens, size)
                 if ranks.on_gpu:
                     torch.cuda.empty_cache()
-            ranks.meet()
+            ranks.barrier()
     if ranks.first and args.chart:
         drawn = panels(report.rows)
         if drawn:
             draw(args.chart, drawn, f"one layer: {shape}\n{described(report.environment, 'torch', 'triton', 'nccl')}")
         else:
             print(f"{args.chart} is not drawn: nothing was measured both on one rank and on more")
-    ranks.meet()
+    ranks.barrier()
     return 0
 
 

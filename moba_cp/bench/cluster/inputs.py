@@ -1,7 +1,7 @@
-"""q, k, v and the gradient of the output, the same whatever the number of ranks: each rank makes its share alone.
+"""q, k, v and the gradient of the output, the same for any number of ranks: each rank makes its own part.
 
-Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, D head dim, B block size, S = k - 1 chosen blocks
-per row, n blocks.
+Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, D head dim, B block size, S = k - 1 selected
+blocks per row, n blocks.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from ..shape import Shape
 CHUNK = 4096
 """Tokens that are drawn with one seed."""
 LOGIT = 2.0
-"""Scaled score of a query with the mean key of a block that it is to choose."""
+"""Scaled score of a query with the mean key of a block that it is to select."""
 
 
 def drawn_gate(shape: Shape) -> SyntheticGate:
@@ -40,10 +40,10 @@ def make_inputs(shape: Shape, n_tokens: int, positions: Tensor, device: torch.de
             torch.randn(CHUNK, n, shape.dim, generator=g, dtype=torch.float32, device=device)[inside] for n in counts
         ]
         if codes is not None:
-            # What a query is to choose depends on where a run of queries begins, so it is drawn for whole chunks.
+            # The gate draws by where a run of queries begins, so draw for whole chunks.
             where = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, n_tokens))
-            chosen = drawn_gate(shape)(where)[inside].to(device).long()
-            drawn[0] = _queries(shape, chosen, codes, drawn[0])
+            selection = drawn_gate(shape)(where)[inside].to(device).long()
+            drawn[0] = _queries(shape, selection, codes, drawn[0])
             drawn[1] += codes[torch.from_numpy(where[inside] // shape.moba.block_size).to(device)]
         for target, part in zip(out, drawn, strict=True):
             target[here] = part.to(dtype)
@@ -67,16 +67,16 @@ def _codes(shape: Shape, n_tokens: int, device: torch.device) -> Tensor:
     return torch.randint(2, size, generator=g, device=device).float() * 2 - 1
 
 
-def _queries(shape: Shape, chosen: Tensor, codes: Tensor, noise: Tensor) -> Tensor:
-    """Queries [tokens, Hq, D] that score their blocks ``chosen`` [tokens, Hq, S] alike, and other blocks about zero.
+def _queries(shape: Shape, selection: Tensor, codes: Tensor, noise: Tensor) -> Tensor:
+    """Queries [tokens, Hq, D] that score their blocks ``selection`` [tokens, Hq, S] alike, and other blocks about zero.
 
     A query is the combination of its blocks' codes whose product with each of them is the same. Codes of other blocks
     have random products with it, of standard deviation ``sqrt(S / D)`` of that: nearly all are below.
     """
-    valid = (chosen >= 0).float()
+    valid = (selection >= 0).float()
     group = shape.heads // shape.kv_heads
     kv_head = torch.arange(shape.heads, device=codes.device)[:, None] // group
-    code = codes[chosen.clamp(min=0), kv_head] * valid[..., None]
+    code = codes[selection.clamp(min=0), kv_head] * valid[..., None]
     gram = code @ code.transpose(-1, -2) / shape.dim
     weight = torch.zeros_like(gram[..., 0])
     # Random codes are nearly orthogonal, so that this converges in a few steps, quicker than solving small systems.

@@ -15,7 +15,7 @@ def predictions(layer: Layer, modes: list[str]) -> dict[str, Row]:
     from ... import moba_attention
 
     seen, shape = [], layer.shape
-    cp = layer.context(ExchangeOptions("allgather"), lambda name, chosen, n_kv, block_size: seen.append(chosen))
+    cp = layer.context(ExchangeOptions("allgather"), lambda name, selection, n_kv, block_size: seen.append(selection))
     with torch.no_grad():
         moba_attention(*layer.leaves, shape.moba, cp=cp)
     geometry = cp.geometry(shape.moba.block_size)

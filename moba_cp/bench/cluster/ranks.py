@@ -70,7 +70,7 @@ class Ranks:
         """The first ``size`` ranks."""
         return self._groups[size]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks, on the host."""
         dist.all_reduce(torch.zeros(1, dtype=torch.int32))
 

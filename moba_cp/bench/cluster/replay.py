@@ -1,4 +1,4 @@
-"""A communicator that can play back what its collectives returned: the compute of a real rank with the wire off."""
+"""A communicator that can play back what its collectives returned: a real rank computes, and nothing is sent."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...cp.comm import Communicator
 
-# Messages whose results are changed in place by whoever receives them: what is kept of these must be handed out anew.
+# Messages whose results the receiver changes in place: each replay must hand out a new copy of these.
 _CHANGED = ("full_kv_gradients",)
 
 
@@ -25,7 +25,7 @@ class ReplayCommunicator(Communicator):
     """A :class:`Communicator` that within :meth:`recording` keeps what one pass receives, and within :meth:`replaying`
     gives it back at once, so that a pass computes what it did when messages were really sent.
 
-    What copy engines bring is kept and given back likewise: a replayed pass neither meets the other ranks nor reads
+    What copy engines bring is kept and given back likewise: a replayed pass neither waits for the other ranks nor reads
     their memory. But it writes its own, which they read: all of them must have done what they issued when a replay
     begins, and when the next pass begins after it.
     """
@@ -62,7 +62,7 @@ class ReplayCommunicator(Communicator):
     def forget(self) -> None:
         """Free what was recorded."""
         if self._messages and torch.cuda.is_available():
-            # It may still be read on the stream beside, of which the allocator was told nothing.
+            # The communication stream may still read it, and the allocator knows nothing of that.
             torch.cuda.synchronize()
         self._messages.clear()
 
