@@ -74,6 +74,8 @@ def moba_attention(
         ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``; or
             an input has a tangent: there is no forward-mode differentiation.
         RuntimeError: a gradient is differentiated again.
+
+    ``torch.compile`` takes it into its graph without ``cp``, and ends the graph once with it.
     """
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config={config!r} is not a MoBAConfig; pass MoBAConfig(block_size=512, top_k=3)")
@@ -81,7 +83,8 @@ def moba_attention(
     if cp is not None:
         from .cp.moba import moba_attention as across_ranks
 
-        out, lse = across_ranks(q, k, v, config, scale, check_context(q, cp, cu_seqlens))
+        _refuse_documents(cu_seqlens)
+        out, lse = across_ranks(q, k, v, config, scale, cp)
     else:
         out, lse, *_ = moba_attention_op(
             q, k, v, cu_seqlens, config.block_size, config.top_k, scale, config.deterministic
@@ -118,8 +121,8 @@ def full_attention(
     if cp is not None:
         from .cp.full.attention import full_attention as across_ranks
 
-        context = check_context(q, cp, cu_seqlens)
-        out, lse = across_ranks(q, k, v, scale, context, method, backend, deterministic)
+        _refuse_documents(cu_seqlens)
+        out, lse = across_ranks(q, k, v, scale, cp, method, backend, deterministic)
     else:
         ranges = _own_ranges(q.shape[0], cu_seqlens)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
@@ -184,19 +187,6 @@ def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def check_context(q: Tensor, cp, cu_seqlens):
-    """Raise ValueError unless ``q`` is the local share of ``cp``'s sequence; return ``cp``."""
+def _refuse_documents(cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens was passed together with cp; give it to CPContext(..., cu_seqlens=...) instead")
-    from .cp.context import CPContext
-
-    if not isinstance(cp, CPContext):
-        raise ValueError(f"cp is a {type(cp).__name__}; pass CPContext(group, layout, seq_len=...)")
-    if q.device.type != cp.device.type:
-        raise ValueError(f"q is on {q.device} but cp's tables are on {cp.device}; pass CPContext(..., device=...)")
-    if q.shape[0] != cp.local_len:
-        raise ValueError(
-            f"q has {q.shape[0]} tokens but rank {cp.rank} of {cp.size} holds {cp.local_len} of seq_len={cp.seq_len}; "
-            "pass the local share, e.g. cp.shard(q)"
-        )
-    return cp

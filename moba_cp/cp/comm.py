@@ -4,12 +4,12 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
-import atexit
 import collections
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -113,8 +113,7 @@ class Communicator:
         """What is being computed, for counters and error messages; whoever calls a layer sets it."""
         self.direction = ""
         """Put before the layer in error messages."""
-        self._side = SideStream()
-        self._monitor: Monitor | None = None
+        self._common = _in_common(group)
         self._what = ""
 
     def ranks_per_node(self) -> int | None:
@@ -148,6 +147,11 @@ class Communicator:
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """:meth:`all_gather` for what is not part of an attention layer."""
         return self._guarded("all-gather", lambda: self._all_gather(x.contiguous()))()
+
+    def all_to_all_uncounted(self, x: Tensor) -> Tensor:
+        """An equal part of ``x`` [P * n, ...] to each rank, and one from each, for what is not part of a layer."""
+        rows = [x.shape[0] // self.size] * self.size
+        return self._guarded("all-to-all", lambda: self._all_to_all(x.contiguous(), rows, rows))()
 
     def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
         """Send ``send[p]`` rows of ``x`` to each rank p and receive ``receive[p]`` rows from it.
@@ -207,7 +211,7 @@ class Communicator:
         Packing a message and sending it must not queue behind the attention that it is to overlap with, nor wait until
         that leaves room on the GPU: the stream goes before others. (NCCL's own does under TORCH_NCCL_HIGH_PRIORITY=1.)
         """
-        return self._side.beside(after)
+        return self._common.side.beside(after)
 
     def reset_counters(self) -> None:
         """Start all counters again from zero."""
@@ -276,9 +280,31 @@ class Communicator:
 
     def _watch(self, event: torch.cuda.Event, what: str) -> None:
         # On a GPU waiting returns at once, and NCCL's own watchdog knows neither layer nor purpose.
+        self._common.monitor(self).watch(event, what)
+
+
+class _InCommon:
+    """What the communicators of a group have in common, which are made for every batch; it ends with the group."""
+
+    def __init__(self):
+        self.side = SideStream()
+        self._monitor: Monitor | None = None
+        self._lock = threading.Lock()
+
+    def monitor(self, comm: Communicator) -> "Monitor":
+        """The group's monitor, started at the first call; backward calls from threads of autograd's."""
         if self._monitor is None:
-            self._monitor = Monitor(self.group, f"rank {self.rank} of {self.size}")
-        self._monitor.watch(event, what)
+            with self._lock:
+                if self._monitor is None:
+                    self._monitor = Monitor(comm.group, f"rank {comm.rank} of {comm.size}")
+        return self._monitor
+
+
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _InCommon]" = weakref.WeakKeyDictionary()
+
+
+def _in_common(group: dist.ProcessGroup | None) -> _InCommon:
+    return _InCommon() if group is None else _groups.setdefault(group, _InCommon())
 
 
 def used_here(*tensors: Tensor) -> None:
@@ -296,9 +322,13 @@ def ring_bytes(k: Tensor, size: int) -> int:
 
 
 class Monitor:
-    """Says on stderr which collective or copy is late, shortly before the process is ended for it."""
+    """Says on stderr which collective or copy is late, shortly before the process is ended for it.
 
-    def __init__(self, group: dist.ProcessGroup, who: str, timeout_s: float | None = None, stream=None):
+    Watches in a thread, until it is closed, the group is gone, or the interpreter goes away: a thread that was inside of
+    c10d then would abort the process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, who: str, timeout_s: float | None = None, stream=None):
         if timeout_s is None:
             timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
         self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
@@ -306,13 +336,15 @@ class Monitor:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="moba_cp collectives")
         self._thread.start()
-        # A thread that is inside of c10d when the interpreter goes away would abort the process.
-        atexit.register(self.close)
+        if group is not None:
+            weakref.finalize(group, self.close)
 
     def close(self) -> None:
         """Stop watching."""
         self._over.set()
-        self._thread.join(timeout=5)
+        # The last reference to a group may go anywhere, in this thread too.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
         self._flight.clear()
 
     def watch(self, event: torch.cuda.Event, what: str) -> None:

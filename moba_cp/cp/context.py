@@ -1,91 +1,118 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..blocks import check_cu_seqlens, fitted_block_size
 from .comm import Communicator, Counters
 from .exchange.tables import WireTables, build_wire_tables
 from .full.schedule import FullPlan
 from .geometry import BlockGeometry, build_geometry
-from .layout import positions_of, rank_segments
+from .layout import check_layout, positions_of, rank_segments
 from .options import ExchangeOptions
 from .symmetric_memory import PeerMemory
 
 
-@dataclass(frozen=True, eq=False)
 class CPContext:
     """How one (packed) sequence is spread over the ranks of a context-parallel group.
 
-    Built once per batch shape, on every rank with equal arguments, and passed to :func:`moba_cp.moba_attention` and
-    :func:`moba_cp.full_attention`. ``shard`` and ``unshard`` carry no gradient.
+    Built once per batch, on every rank with equal arguments, and passed to :func:`moba_cp.moba_attention` and
+    :func:`moba_cp.full_attention`. Its attributes do not change. What it starts and allocates is its own or the
+    group's, so a program may make as many as it has batches.
+
+    Not a dataclass: FSDP's mixed precision takes the dataclasses among a module's arguments apart and builds them anew.
+
+    Args:
+        group: the process group whose ranks share the sequence; or a :class:`~torch.distributed.device_mesh.DeviceMesh`
+            of one dimension, such as ``mesh["cp"]``. None is one rank, in a program that has no other.
+        layout: ``contiguous``, ``zigzag`` or ``zigzag_per_document``; see :mod:`moba_cp.cp.layout`.
+        seq_len: T, tokens of the whole sequence: a multiple of P (contiguous) or 2P (zigzag).
+        cu_seqlens: [n_docs + 1] int32 or int64, or a sequence of ints: document boundaries in the whole sequence; None
+            for one document.
+        device: where index tensors live, and q, k, v; by default the current GPU if the group moves tensors of GPUs by
+            a backend of their own, such as NCCL, else the CPU.
+        exchange: what MoBA layers move, and how; a mode's name stands for the options with that mode.
+        observer: called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
+            :class:`moba_cp.cp.recorder.SelectionRecorder`.
 
     Raises:
-        ValueError: unknown layout, bad ``cu_seqlens``, or a length that does not divide by the ranks.
+        ValueError: an argument is of another kind, the layout is unknown, ``cu_seqlens`` does not fit ``seq_len``, that
+            does not divide by the ranks, or ``group`` is None where torch.distributed has several ranks.
     """
 
     group: dist.ProcessGroup | Communicator | None
     """The context-parallel group; None for a single rank."""
-    layout: str = "zigzag"
-    """``contiguous``, ``zigzag`` or ``zigzag_per_document``; see :mod:`moba_cp.cp.layout`."""
-    seq_len: int = 0
-    """T, tokens of the whole sequence: a multiple of P (contiguous) or 2P (zigzag)."""
-    cu_seqlens: Tensor | None = None
-    """[n_docs + 1] int, document boundaries in the whole sequence; None for one document."""
-    device: torch.device | str | None = None
-    """Where index tensors live; default: the current GPU for an NCCL group, else the CPU."""
-    exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
-    """What MoBA layers move, and how; a mode's name stands for the options with that mode."""
-    observer: Callable[[str, Tensor, int, int], None] | None = None
-    """Called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
-    :class:`moba_cp.cp.recorder.SelectionRecorder`."""
-    comm: Communicator = field(init=False, repr=False)
+    layout: str
+    """``contiguous``, ``zigzag`` or ``zigzag_per_document``."""
+    seq_len: int
+    """T, tokens of the whole sequence."""
+    cu_seqlens: Tensor
+    """[n_docs + 1] int32 or int64 on the CPU, document boundaries in the whole sequence."""
+    device: torch.device
+    """Where index tensors live."""
+    exchange: ExchangeOptions
+    """What MoBA layers move, and how."""
+    observer: Callable[[str, Tensor, int, int], None] | None
+    """Sees what every MoBA layer selects."""
+    comm: Communicator
     """The group's collectives and byte counters."""
-    positions: Tensor = field(init=False, repr=False)
+    positions: Tensor
     """[L] int64, global position of each local token."""
-    document_positions: Tensor = field(init=False, repr=False)
+    document_positions: Tensor
     """[L] int64, position of each local token within its document, as RoPE wants it."""
-    document_starts: Tensor = field(init=False, repr=False)
+    document_starts: Tensor
     """[L] int64, global position at which each local token's document starts."""
 
-    def __post_init__(self):
-        comm = self.group if isinstance(self.group, Communicator) else Communicator(self.group)
-        device = torch.device(self.device if self.device is not None else _default_device(comm.group))
-        cu_seqlens = self.cu_seqlens
-        if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, self.seq_len], dtype=torch.int64)
-        cu_seqlens = torch.as_tensor(cu_seqlens).cpu()
-        check_cu_seqlens(cu_seqlens, self.seq_len)
-        bounds = cu_seqlens.numpy().astype(np.int64)
-        segments = rank_segments(self.layout, self.seq_len, comm.size, bounds)
-        positions = positions_of(segments[comm.rank])
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | Communicator | None,
+        layout: str = "zigzag",
+        seq_len: int | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        exchange: ExchangeOptions | str = "auto",
+        observer: Callable[[str, Tensor, int, int], None] | None = None,
+    ):
+        check_layout(layout)
+        if observer is not None and not callable(observer):
+            raise ValueError(f"observer={observer!r} cannot be called; pass a function or a SelectionRecorder")
+        device_type = group.device_type if isinstance(group, DeviceMesh) else None
+        self.group = _sharing_group(group)
+        self.comm = self.group if isinstance(self.group, Communicator) else Communicator(self.group)
+        self.device = _default_device(self.comm.group, device_type) if device is None else _device(device)
+        self.layout, self.seq_len, self.observer = layout, _length(seq_len), observer
+        self.cu_seqlens = _documents(cu_seqlens, self.seq_len)
+        self.exchange = _options(exchange, self.comm)
+
+        bounds = self.cu_seqlens.numpy().astype(np.int64)
+        self._segments = rank_segments(layout, self.seq_len, self.comm.size, bounds)
+        positions = positions_of(self._segments[self.comm.rank])
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
+        self.positions = torch.from_numpy(positions).to(self.device)
+        self.document_starts = torch.from_numpy(starts).to(self.device)
+        self.document_positions = torch.from_numpy(positions - starts).to(self.device)
+        self._geometry: dict[int, BlockGeometry] = {}
+        self._wire: dict[tuple[int, int], WireTables] = {}
+        self._frozen = True
 
-        def freeze(name, value):
-            object.__setattr__(self, name, value)
+    def __setattr__(self, name, value):
+        if "_frozen" in self.__dict__:
+            raise AttributeError(f"CPContext.{name} cannot be set; build another context")
+        super().__setattr__(name, value)
 
-        exchange = ExchangeOptions(mode=self.exchange) if isinstance(self.exchange, str) else self.exchange
-        if exchange.ranks_per_node is None:
-            exchange = replace(exchange, ranks_per_node=comm.ranks_per_node())
-        per_node = exchange.ranks_per_node
-        if per_node is not None and comm.size % per_node:
-            raise ValueError(f"ranks_per_node={per_node} does not divide cp_size={comm.size}; nodes must be equal")
-        freeze("exchange", exchange)
-        freeze("comm", comm)
-        freeze("device", device)
-        freeze("cu_seqlens", cu_seqlens)
-        freeze("positions", torch.from_numpy(positions).to(device))
-        freeze("document_starts", torch.from_numpy(starts).to(device))
-        freeze("document_positions", torch.from_numpy(positions - starts).to(device))
-        freeze("_segments", segments)
-        freeze("_geometry", {})
-        freeze("_wire", {})
+    def __repr__(self):
+        return (
+            f"CPContext(rank {self.rank} of {self.size}, layout={self.layout!r}, seq_len={self.seq_len}, "
+            f"documents={self.cu_seqlens.numel() - 1}, device={str(self.device)!r}, exchange={self.exchange.mode!r})"
+        )
 
     @property
     def rank(self) -> int:
@@ -145,22 +172,143 @@ class CPContext:
         return [torch.from_numpy(positions_of(segments)) for segments in self._segments]
 
     def shard(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's share of ``x``, whose dimension ``dim`` is the whole sequence."""
-        if x.shape[dim] != self.seq_len:
-            raise ValueError(f"dimension {dim} of x has length {x.shape[dim]}, not seq_len={self.seq_len}")
-        return x.detach().index_select(dim, self.positions.to(x.device))
+        """This rank's share of ``x``, whose dimension ``dim`` is the whole sequence and which all ranks hold alike.
+
+        Differentiable, without communication: the gradient of ``x`` on a rank is that of its own tokens, zero
+        elsewhere. Like the gradients of weights that all ranks hold, those of ``x``, and of what it was computed from,
+        add up over the group to the whole.
+        """
+        check_length(x, dim, self.seq_len, "seq_len")
+        return x.index_select(dim, self.positions.to(x.device))
 
     def unshard(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The whole sequence from every rank's share ``x``; a collective call, all ranks get the result."""
-        if x.shape[dim] != self.local_len:
-            raise ValueError(f"dimension {dim} of x has length {x.shape[dim]}, not this rank's {self.local_len} tokens")
-        gathered = self.comm.gather_uncounted(x.detach().movedim(dim, 0)).flatten(0, 1)
-        whole = torch.empty_like(gathered)
-        whole[self.gathered_positions.to(x.device)] = gathered
-        return whole.movedim(0, dim)
+        """The whole sequence from every rank's share ``x``; a collective call, all ranks get the result.
+
+        Differentiable if ``x`` requires a gradient, on all ranks or on none: backward is a collective call too. The
+        gradient of ``x`` is this rank's share of the sum of all ranks' gradients, for the loss is the sum of what the
+        ranks compute. A loss that all of them compute from the whole sequence counts once for each: divide it by
+        ``size``, unless the gradients of weights are averaged over the group and not summed.
+        """
+        from .sharing import unshard
+
+        return unshard(x, dim, self)
 
 
-def _default_device(group: dist.ProcessGroup | None) -> torch.device:
-    if group is not None and dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def check_length(x: Tensor, dim: int, length: int, what: str) -> None:
+    """Raise ValueError unless dimension ``dim`` of ``x`` has ``length`` tokens, the context's ``what``."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is a {type(x).__name__}; pass a tensor")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim} is not a dimension of x, whose shape is {tuple(x.shape)}")
+    if x.shape[dim] != length:
+        raise ValueError(f"dimension {dim} of x has length {x.shape[dim]}, not {what}={length}")
+
+
+def check_context(cp: CPContext, q: Tensor) -> None:
+    """Raise ValueError unless ``cp`` is a context and ``q`` [L, Hq, D] this rank's share of its sequence,
+    on its kind of device."""
+    if not isinstance(cp, CPContext):
+        raise ValueError(f"cp is a {type(cp).__name__}; pass CPContext(group, layout, seq_len=...)")
+    if q.device.type != cp.device.type:
+        raise ValueError(f"q is on {q.device} but cp's tables are on {cp.device}; pass CPContext(..., device=...)")
+    if q.shape[0] != cp.local_len:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but rank {cp.rank} of {cp.size} holds {cp.local_len} of seq_len={cp.seq_len}; "
+            "pass the local share, e.g. cp.shard(q)"
+        )
+
+
+def _sharing_group(group) -> dist.ProcessGroup | Communicator | None:
+    """What ``group`` stands for, or ValueError."""
+    if group is None:
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if size > 1:
+            raise ValueError(
+                f"group=None is one rank, but torch.distributed has {size}; pass the group whose ranks share the "
+                "sequence, torch.distributed.group.WORLD if all do (where every rank has a sequence of its own, "
+                "call attention without cp)"
+            )
+        return None
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group is a DeviceMesh of {group.ndim} dimensions, {group.mesh_dim_names or 'without names'}; pass "
+                'the one over which the sequence is spread, e.g. mesh["cp"]'
+            )
+        if group.get_coordinate() is None:
+            raise ValueError("group is a DeviceMesh that this rank is not in; make the context on its ranks alone")
+        return group.get_group()
+    if isinstance(group, Communicator):
+        return group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group is one that this rank is not in; make the context on its ranks alone")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group={group!r} is not a process group, a DeviceMesh of one dimension, or None")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group is one that this rank is not in; make the context on its ranks alone")
+    return group
+
+
+def _default_device(group: dist.ProcessGroup | None, device_type: str | None = None) -> torch.device:
+    """Where the tensors are that ``group`` moves: on the current GPU, if it has a backend for GPUs that is not the one
+    for the CPU too, as gloo is; ``device_type`` is what a DeviceMesh says."""
+    if device_type is None:
+        config = dist.get_backend_config(group) if group is not None else ""
+        backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
+        device_type = "cuda" if "cuda" in backends and backends["cuda"] != backends.get("cpu") else "cpu"
+    if device_type != "cuda":
+        return torch.device("cpu")
+    bound = getattr(group, "bound_device_id", None)
+    return bound if bound is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _device(device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device; use 'cuda' or 'cpu', or leave it out") from None
+
+
+def _length(seq_len) -> int:
+    if seq_len is None:
+        raise ValueError(
+            'seq_len=None; give the tokens of the whole sequence, all ranks together: CPContext(group, "zigzag", 8192)'
+        )
+    try:
+        length = operator.index(seq_len)
+    except TypeError:
+        raise ValueError(f"seq_len={seq_len!r} is not an integer; give the tokens of the whole sequence") from None
+    if length < 1:
+        raise ValueError(f"seq_len={length} is not positive; a sequence needs at least one token")
+    return length
+
+
+def _documents(cu_seqlens, seq_len: int) -> Tensor:
+    """``cu_seqlens`` as a tensor on the CPU that cuts ``seq_len`` tokens, or ValueError."""
+    if cu_seqlens is None:
+        return torch.tensor([0, seq_len], dtype=torch.int64)
+    try:
+        bounds = torch.as_tensor(cu_seqlens)
+        # Not the caller's memory, which may hold the next batch's documents soon.
+        bounds = bounds.clone() if bounds.device.type == "cpu" else bounds.cpu()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        raise ValueError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__} that holds no integers to be read; pass a 1-D int32 tensor "
+            "[0, end of document 1, ..., seq_len]"
+        ) from None
+    check_cu_seqlens(bounds, seq_len)
+    return bounds
+
+
+def _options(exchange, comm: Communicator) -> ExchangeOptions:
+    """``exchange`` with what the launcher says of nodes, or ValueError."""
+    if isinstance(exchange, str):
+        exchange = ExchangeOptions(mode=exchange)
+    if not isinstance(exchange, ExchangeOptions):
+        raise ValueError(f"exchange={exchange!r} is neither ExchangeOptions nor the name of a mode; use 'auto'")
+    if exchange.ranks_per_node is None:
+        exchange = replace(exchange, ranks_per_node=comm.ranks_per_node())
+    per_node = exchange.ranks_per_node
+    if per_node is not None and comm.size % per_node:
+        raise ValueError(f"ranks_per_node={per_node} does not divide cp_size={comm.size}; nodes must be equal")
+    return exchange

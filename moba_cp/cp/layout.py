@@ -27,8 +27,7 @@ def rank_segments(layout: str, seq_len: int, size: int, cu_seqlens: np.ndarray) 
     Raises:
         ValueError: unknown layout, or a length that does not divide; the message says which length would.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    check_layout(layout)
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} is not positive; a sequence needs at least one token")
     if layout == "contiguous":
@@ -45,6 +44,12 @@ def rank_segments(layout: str, seq_len: int, size: int, cu_seqlens: np.ndarray) 
         _merged([piece for start, length in documents for piece in _zigzag(start, length, rank, size)])
         for rank in range(size)
     ]
+
+
+def check_layout(layout: str) -> None:
+    """Raise ValueError unless ``layout`` is one of :data:`LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
 
 
 def positions_of(segments: Segments) -> np.ndarray:

@@ -17,13 +17,15 @@ from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import Gathering
 from .comm import BACKWARD, ring_bytes
-from .context import CPContext
+from .compiling import outside_graphs
+from .context import CPContext, check_context
 from .exchange import strategy as planned
 from .options import GATHERING_MODES
 from .queries import OutputGradient, Queries
 from .straddle import assemble, assemble_backward, gather_means, owned_pages
 
 
+@outside_graphs
 def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext):
     """MoBA attention of local queries to the whole sequence; a collective call.
 
@@ -32,7 +34,11 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
 
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
+
+    Raises:
+        ValueError: q is not this rank's share of ``cp``'s sequence, or on another kind of device.
     """
+    check_context(cp, q)
     if torch.is_inference_mode_enabled():
         # Buffers and tables made by the way outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...transforms import once_differentiable, without_autocast
 from ..comm import BACKWARD, ring_bytes
-from ..context import CPContext
+from ..compiling import outside_graphs
+from ..context import CPContext, check_context
 from . import allgather as full_gather
 from . import ring as full_ring
 
@@ -18,6 +19,7 @@ METHODS = {"ring": full_ring, "allgather": full_gather}
 SMALL_BYTES = 64 << 20
 
 
+@outside_graphs
 def full_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, method: str, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -34,6 +36,7 @@ def full_attention(
     Returns:
         out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
     """
+    check_context(cp, q)
     if torch.is_inference_mode_enabled():
         # Tables made by the way outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
