@@ -324,8 +324,8 @@ def ring_bytes(k: Tensor, size: int) -> int:
 class Monitor:
     """Says on stderr which collective or copy is late, shortly before the process is ended for it.
 
-    Watches in a thread, until it is closed, the group is gone, or the interpreter goes away: a thread that was inside of
-    c10d then would abort the process.
+    Watches in a thread until it is closed, the group is gone, or the interpreter goes away (a thread that was inside of
+    c10d then would abort the process).
     """
 
     def __init__(self, group: dist.ProcessGroup | None, who: str, timeout_s: float | None = None, stream=None):

@@ -225,8 +225,7 @@ def _sharing_group(group) -> dist.ProcessGroup | Communicator | None:
         if size > 1:
             raise ValueError(
                 f"group=None is one rank, but torch.distributed has {size}; pass the group whose ranks share the "
-                "sequence, torch.distributed.group.WORLD if all do (where every rank has a sequence of its own, "
-                "call attention without cp)"
+                "sequence, such as torch.distributed.group.WORLD if all do, or a group of this rank alone"
             )
         return None
     if isinstance(group, DeviceMesh):

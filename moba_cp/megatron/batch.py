@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ..cp.comm import Communicator
 from ..cp.context import CPContext
 from ..cp.options import ExchangeOptions
 
@@ -188,4 +189,6 @@ def _context(group, layout: str, n_tokens: int, cu_seqlens: Tensor | None, devic
     size = group_size(group)
     # On one rank all layouts are one, but contiguous takes any length.
     layout = layout if size > 1 else "contiguous"
+    # None is one rank here, whatever others there are.
+    group = Communicator(None) if group is None else group
     return CPContext(group, layout, n_tokens * size, cu_seqlens=cu_seqlens, device=device, exchange=exchange)

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.context import _default_device
-from tests.cases import relative_error
-from tests.distributed import run_ranks, run_threads
+from tests.helpers.cases import relative_error
+from tests.helpers.distributed import run_ranks, run_threads
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_gradients_through_shard_and_unshard_add_up_to_those_of_one_rank(layout)
         return [loss.detach(), *(leaf.grad for leaf in (x, *weights))]
 
     x, weights = _leaves()
-    same = lambda whole: whole  # noqa: E731
+    same = lambda whole: whole
     loss = _loss(x, weights, lambda *qkv: moba_attention(*qkv, config, cu_seqlens=documents), same, same, 1)
     loss.backward()
     results = run_threads(3 if layout == "contiguous" else 4, across)
@@ -171,17 +171,20 @@ class _Event:
         return True
 
 
-def _use(cp: CPContext):
+def _use(cp: CPContext, watched: bool = True):
     """What a batch makes a context do: tables of both kinds of attention, and a collective that is watched."""
     q = torch.randn(cp.local_len, 2, 8, requires_grad=True)
     moba_attention(q, q, q, MoBAConfig(16, 2), cp=cp).sum().backward()
     cp.wire(16, 2)
     full_attention(q, q, q, cp=cp).sum().backward()
     cp.unshard(cp.shard(torch.randn(cp.seq_len)))
-    cp.comm._watch(_Event(), "a collective")
+    if watched:
+        cp.comm._watch(_Event(), "a collective")
 
 
 def test_a_thousand_contexts_leave_nothing_behind(one_rank):
+    # What is imported at the first call keeps a frame until the collector comes.
+    _use(CPContext(Communicator(None), "zigzag", 32), watched=False)
     before = set(threading.enumerate())
     group = dist.new_group([0])
     sizes = []
@@ -287,9 +290,9 @@ def _compiled(rank):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 48, generator=generator, dtype=torch.float64, requires_grad=True)
     frames = []
-    for attend, lengths in ((moba, (64, 128, 96, 160, 64)), (full, (64, 96))):
+    for attend, lengths in ((moba, (64, 128, 96, 64)), (full, (64, 96))):
         torch._dynamo.reset()
-        graphs = CompileCounterWithBackend("aot_eager")
+        graphs = CompileCounterWithBackend("aot_eager" if attend is moba else "eager")
         for length in lengths:
             # As in training, a context for every batch.
             cp = CPContext(dist.group.WORLD, "zigzag", length)
@@ -307,7 +310,6 @@ def _compiled(rank):
 @pytest.mark.timeout(300)
 def test_compiled_with_one_break_whatever_the_length():
     """Graphs that were compiled: one before the exchange and one behind it; again, once, for lengths that vary."""
-    for first, second, third, *more, full, full_again in run_ranks(2, _compiled, timeout=300):
+    for first, second, third, fourth, full, full_again in run_ranks(2, _compiled, timeout=300):
         assert first == full == 2
-        assert second <= third <= 2 * 3 and full_again <= 2 * 3
-        assert set(more) == {third}
+        assert second == third == fourth <= 6 and full_again <= 6

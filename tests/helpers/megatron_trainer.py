@@ -167,9 +167,9 @@ def batches(run: Run):
         parallel_state.get_data_parallel_rank(with_context_parallel=False),
         parallel_state.get_data_parallel_world_size(with_context_parallel=False),
     )
-    group = parallel_state.get_context_parallel_group() if run.cp > 1 else None
+    group = parallel_state.get_context_parallel_group()
     bounds = torch.tensor(PADDED, dtype=torch.int32) if run.packed else None
-    layout = "contiguous" if group is None else "zigzag_per_document" if run.packed else "zigzag"
+    layout = "contiguous" if run.cp == 1 else "zigzag_per_document" if run.packed else "zigzag"
     context = CPContext(group, layout=layout, seq_len=T, cu_seqlens=bounds, device="cpu")
     for sequence in range(SEQUENCES * STEPS):
         tokens = torch.randint(VOCAB, (T,), generator=generator)
