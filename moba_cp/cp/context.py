@@ -96,9 +96,11 @@ class CPContext:
         self._segments = rank_segments(layout, self.seq_len, self.comm.size, bounds)
         positions = positions_of(self._segments[self.comm.rank])
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
-        self.positions = torch.from_numpy(positions).to(self.device)
-        self.document_starts = torch.from_numpy(starts).to(self.device)
-        self.document_positions = torch.from_numpy(positions - starts).to(self.device)
+        with torch.inference_mode(False):
+            # A context made in validation may be kept, and index_select saves these for backward in training.
+            self.positions = torch.from_numpy(positions).to(self.device)
+            self.document_starts = torch.from_numpy(starts).to(self.device)
+            self.document_positions = torch.from_numpy(positions - starts).to(self.device)
         self._geometry: dict[int, BlockGeometry] = {}
         self._wire: dict[tuple[int, int], WireTables] = {}
         self._frozen = True

@@ -66,6 +66,15 @@ def test_documents_are_the_contexts_own():
         cp.seq_len = 24
 
 
+def test_a_context_made_in_inference_mode_trains():
+    x = torch.randn(12, requires_grad=True)
+    with torch.inference_mode():
+        cp = CPContext(None, seq_len=12)
+        cp.unshard(cp.shard(x))
+    cp.unshard(cp.shard(x)).sum().backward()
+    assert x.grad.all() and not cp.document_positions.is_inference()
+
+
 def test_what_is_no_context_or_no_share_is_named():
     q = torch.randn(32, 1, 8)
     for attend in (partial(moba_attention, q, q, q, MoBAConfig(16, 2)), partial(full_attention, q, q, q)):
