@@ -59,14 +59,16 @@ def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Ten
     """The slots whose rows are sent; ``place`` [Hkv, n] int32 is -1 also for blocks that are fetched.
 
     Returns:
-        int32 indices into the flattened [Hq, N, S] slots, by place, head, token, slot, as many as there are slots at
-        all: those past the last end mean nothing; and [places] int32, where each place's part of the list ends.
+        int32 indices into the flattened [Hq, N, S] slots, int64 where there are 2^31 or more, by place, head, token,
+        slot, as many as there are slots at all: those past the last end mean nothing; and [places] int32, where each
+        place's part of the list ends.
     """
     places = [torch.where(_first(at), at, n_places) for _, _, at in _by_head(chosen, place)]
     flat = torch.cat(places, 1).transpose(0, 1).flatten()
     counts = torch.zeros(n_places + 1, dtype=torch.int32, device=chosen.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    return flat.argsort(stable=True).int(), counts[:-1].cumsum(0, dtype=torch.int32)
+    dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+    return flat.argsort(stable=True).to(dtype), counts[:-1].cumsum(0, dtype=torch.int32)
 
 
 def _by_head(chosen: Tensor, place: Tensor):

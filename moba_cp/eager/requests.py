@@ -18,7 +18,7 @@ TOTALS = 2
 """Numbers in a header behind those of the stages."""
 
 PAIR = 1 << 40
-"""A running sum counts pairs in units of this, and their tokens below it."""
+"""A running sum counts pairs in units of this, or of a smaller one where there are many, and their tokens below."""
 
 
 class PairTables(NamedTuple):
@@ -32,7 +32,7 @@ class PairTables(NamedTuple):
     flag_at: Tensor
     """[m] int64, where it says whether the pair moves: the pair itself, or a place in what is received."""
     weight: Tensor
-    """[m] int64, ``PAIR`` plus the tokens of the pair."""
+    """[m] int64, ``unit`` plus the tokens of the pair."""
     bounds: Tensor
     """[2, stages * P + 1] int64, entries before each (stage, rank) of a side, and before the side's end."""
     unit: int = PAIR
@@ -94,9 +94,9 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
     moved = flags * tables.weight
     before = torch.nn.functional.pad(moved.cumsum(0), (1, 0))
     parts = before[tables.bounds].diff().view(2, sizes.shape[1], -1)
-    sizes[..., :-1] = parts % PAIR
-    sizes[..., -1] = (parts // PAIR).sum(-1)
-    tokens = before % PAIR
+    sizes[..., :-1] = parts % tables.unit
+    sizes[..., -1] = (parts // tables.unit).sum(-1)
+    tokens = before % tables.unit
     sides = []
     for side in (slice(0, n_want), slice(n_want, None)):
         order = flags[side].logical_not().byte().argsort(stable=True)
