@@ -23,7 +23,7 @@ find_python() {
 make_environment() { # EXTRA...: install this checkout, editable, with these extras
     local python extras stamp IFS=,
     extras="$*"
-    # What was installed, so that the second call costs nothing and a changed requirement installs again.
+    # What is to be installed, as text: an equal stamp means there is nothing to do.
     stamp="$(cat "$root/constraints.txt" "$root/setup.cfg" "$root/pyproject.toml") $root $extras"
     if [ -f "$venv/installed-$extras" ] && [ "$(cat "$venv/installed-$extras")" = "$stamp" ]; then
         return
@@ -34,7 +34,7 @@ make_environment() { # EXTRA...: install this checkout, editable, with these ext
         "$python" -m venv "$venv"
     fi
     echo "installing into $venv"
-    # PyTorch first: other packages would otherwise take a newer one than the tested.
+    # PyTorch first: packages that need it could pull in a newer version than the tested one.
     "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch
     "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[$extras]"
     echo "$stamp" >"$venv/installed-$extras"

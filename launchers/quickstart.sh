@@ -19,11 +19,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 cd "$root"
 train=(train configs/demo.yaml "$@")
-# Called twice, it trains twice; --resume goes on instead.
+# A second call replaces the run of the first, unless --resume is given.
 case " $* " in
 *" --resume"[\ =]*) ;;
 *) train+=(--overwrite) ;;
 esac
-# A mistake in the arguments is one line here; torchrun would add its own report.
+# Check the arguments first: an error is one line here, while torchrun would add its own report.
 "$venv/bin/moba-cp" "${train[@]}" --dry-run --ranks "$ranks" >/dev/null
 exec "$venv/bin/torchrun" --standalone --nproc_per_node "$ranks" --no-python "$venv/bin/moba-cp" "${train[@]}"

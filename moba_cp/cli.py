@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moba_cp import __version__
 
-# Words of the command -> module, what it does. One line adds a command.
+# Command -> its module, what it does. To add a command, add a line.
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
     "bench attention": ("moba_cp.bench.attention", "time MoBA on one GPU beside dense attention; table, JSON, chart"),
@@ -28,7 +28,7 @@ COMMANDS = {
 _PYPI_NAMES = {"megatron": "megatron-core", "yaml": "pyyaml"}
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
-# Long enough for a launcher to end this rank after another rank's error, which is the one worth reading.
+# Time for the launcher to end this rank if another rank failed first: that rank's error is the one worth reading.
 _SECONDS_FOR_OTHERS = 5.0
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is an exception, so that it gets one line as every other does."""
+    """An argparse parser that raises ValueError for a wrong option, which is then reported in one line."""
 
     def error(self, message: str):
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -117,15 +117,15 @@ def _how_to_install(module: str) -> str:
 
 
 def _fail(words: str, text: str, code: int) -> int:
-    """Print ``text`` as one line and end; does not return on one of several ranks that have begun to work together."""
+    """Print ``text`` as one line and end; does not return where there are several ranks."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and (rank != 0 or _of_another_rank(text)):
-        # Usually every rank meets the same error, or this one follows from another rank's: one line is enough.
+        # Usually all ranks have the same error, or this error follows from another rank's: one line is enough.
         time.sleep(_SECONDS_FOR_OTHERS)
     place = f" (rank {rank})" if rank else ""
     print(f"moba-cp {words}{place}: error: {text}", file=sys.stderr, flush=True)
     if size > 1:
-        # Other ranks may wait in a collective; tidying up would wait for them.
+        # Other ranks may wait in a collective, and closing the process group would wait for them.
         sys.stdout.flush()
         os._exit(code)
     return code

@@ -8,9 +8,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file whose attention is MoBA, or a packaged one's name")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     parser.add_argument("--until", type=float, default=0.9, help="fraction of the steps with MoBA (default: 0.9)")
-    parser.add_argument("--directory", default="runs/switch", help="where the three runs go")
+    parser.add_argument("--directory", default="runs/switch", help="folder of the three runs (default: %(default)s)")
     parser.add_argument("--picture", metavar="PNG", help="the chart (default: switch.png in the directory)")
-    parser.add_argument("--redraw", action="store_true", help="draw from runs that are there")
+    parser.add_argument("--redraw", action="store_true", help="draw the runs in the directory, train nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier runs")
 
 

@@ -1,8 +1,7 @@
 """``moba-cp experiment switch``: MoBA throughout, full throughout, and MoBA followed by full attention.
 
 The paper's training hybrid at small scale. Three runs of one config see the same data in the same order; only their
-attention differs. The picture shows their losses, and how they differ in the steps around the switch, where a spike
-would be.
+attention differs. The chart shows their losses, and their differences around the switch, where a spike would show.
 """
 
 import argparse
@@ -24,7 +23,7 @@ WINDOW = 8
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train what is to be trained, draw, and say how the loss goes on at the switch."""
+    """Train the three runs (or read their logs), draw them, and print how the loss changes at the switch."""
     base = load(TrainConfig, args.config, args.overrides)
     folder = Path(args.directory)
     runs = {name: _variant(base, name, args.until, folder / name) for name in COLORS}
@@ -74,10 +73,10 @@ def rise(losses: dict[int, float], step: int, window: int = WINDOW) -> float:
 def _verdict(logs: dict[str, list[dict]], first_full: int) -> list[str]:
     lines = [f"mean loss of {WINDOW} steps from step {first_full} on, less that of {WINDOW} steps before:"]
     lines += [f"  {LABELS[name]:16} {rise(_losses(log), first_full):+.4f}" for name, log in logs.items()]
-    lines.append("held-out loss at the end:")
+    lines.append("validation loss at the end:")
     for name, log in logs.items():
-        held_out = _losses(log, "validation_loss")
-        lines.append(f"  {LABELS[name]:16} {held_out[max(held_out)]:.4f}")
+        validation = _losses(log, "validation_loss")
+        lines.append(f"  {LABELS[name]:16} {validation[max(validation)]:.4f}")
     return lines
 
 
@@ -87,20 +86,20 @@ def _draw(logs: dict[str, list[dict]], first_full: int, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (whole, near, held_out) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (whole, near, right) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     last, base = max(_losses(logs["full"])), _losses(logs["moba"])
     width = max(2, (last - first_full) * 2)
     for name, log in logs.items():
         losses = _losses(log)
         style = {"color": COLORS[name], "label": LABELS[name], "linewidth": 1.1}
         whole.plot(list(losses), list(losses.values()), **style)
-        # Batches differ far more than attentions do; in one step all runs see the same batch.
+        # Losses differ more between batches than between runs: plot the difference to MoBA on the same batch.
         close = [step for step in losses if step >= first_full - width]
         near.plot(close, [losses[step] - base[step] for step in close], marker=".", **style)
         validation = _losses(log, "validation_loss")
         points = [step for step in validation if step >= last // 4]
-        held_out.plot(points, [validation[step] for step in points], marker="o", markersize=4, **style)
-    titles = (whole, "training loss"), (near, "training loss less MoBA's in the same step"), (held_out, "held-out loss")
+        right.plot(points, [validation[step] for step in points], marker="o", markersize=4, **style)
+    titles = (whole, "training loss"), (near, "training loss less MoBA's in the same step"), (right, "validation loss")
     for axes, title in titles:
         axes.axvline(first_full - 0.5, color="gray", linestyle="--", linewidth=0.8)
         axes.set(xlabel="step", title=title)

@@ -33,14 +33,14 @@ class MicroBatch:
 
 
 class Batches:
-    """Batches of training and held-out text for one rank."""
+    """Training and validation batches of one rank."""
 
     def __init__(self, plan: RunPlan, mesh: Mesh):
         data = plan.config.data
         self.plan, self.mesh = plan, mesh
         self.comm = Communicator(mesh.context_group)
         self._training = Packer(plan.corpus.training, data.seq_len, plan.config.run.seed)
-        # Always the same held-out text, whatever the run's seed.
+        # A fixed seed: every run validates on the same sequences.
         self._validation = Packer(plan.corpus.validation, data.seq_len, 0) if plan.corpus.validation else None
 
     def training(self, step: int) -> Iterator[MicroBatch]:
@@ -51,8 +51,8 @@ class Batches:
             yield self._micro_batch(self._training.sequence(index))
 
     def validation(self, observer: Callable | None = None) -> Iterator[MicroBatch]:
-        """This rank's share of the held-out sequences; all data ranks get equally many. ``observer`` sees what the
-        first of them chooses."""
+        """This rank's share of the validation sequences; all data ranks get equally many. ``observer`` is called with
+        the blocks selected in the first of them."""
         if self._validation is None:
             return
         count = min(self.plan.config.data.validation_sequences, self._validation.per_epoch)
@@ -60,7 +60,7 @@ class Batches:
             index = first + self.mesh.data_rank
             sequence = self._validation.sequence(min(index, count - 1))
             if index >= count:
-                # Every rank takes part in every forward pass; this one counts for nothing.
+                # All ranks must take part in each forward pass (collectives): without labels this one adds nothing.
                 sequence.labels.fill_(IGNORED_LABEL)
             yield self._micro_batch(sequence, observer if first == 0 else None)
 

@@ -1,9 +1,9 @@
-"""Checkpoints that any number of ranks can read, written so that a half-written one is never taken for whole.
+"""Checkpoints that any number of ranks can read; a partly written one is never taken for a complete one.
 
 A checkpoint is a folder ``step-00000500`` of torch.distributed.checkpoint files (weights and optimizer state, each
 rank its shard) and ``meta.json`` (step, config, data fingerprint). It is written under another name and renamed at the
-end. The order of the data and every random number follow from the seed and the step, so these two are all that a
-resumed run needs to know of them.
+end. The order of the data and all random numbers depend on the seed and the step alone, so a checkpoint holds no state
+of a data loader or a generator.
 """
 
 import json
@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 _NAME = re.compile(r"step-(\d{8,})$")
 _PARTIAL = ".partial"
 META = "meta.json"
-# What may differ between runs of one model: how it computes, how it began, and (for longer sequences) its positions.
+# Settings in which runs of one model may differ: how it computes, its initial weights, and the base of its RoPE (for
+# longer sequences).
 _NOT_THE_MODEL = ("recompute", "init_std", "rope_base")
 
 
@@ -68,7 +69,7 @@ def save(
     dcp.save(_state(module, optimizer), checkpoint_id=partial)
     if first:
         (partial / META).write_text(json.dumps(vars(meta), indent=1) + "\n")
-        # A run that went back to an older checkpoint comes by this step again.
+        # A run resumed from an older checkpoint reaches this step a second time.
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         others = [path for path in find_all(folder) if path != target and step_of(path) != keep_step]

@@ -1,4 +1,4 @@
-"""What one training run is told: the sections of its YAML file, each a dataclass beside the code that uses it."""
+"""The sections of a training run's YAML file; each is a dataclass that stands beside the code that uses it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,7 @@ from .text import DataConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, where and on what the run goes."""
+    """Length, folder and device of the run, and what it writes when."""
 
     directory: str = "runs/train"
     """Where log, resolved config, versions, curve and checkpoints go."""
@@ -31,7 +31,7 @@ class RunConfig:
     """Ranks that share one sequence; null for all. The others divide the sequences of a step among them."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which forward and backward compute; weights, gradients' sums and optimizer state are float32."""
+    """Of forward and backward; weights, sums of gradients and optimizer state are float32."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of each rank where there is one (NCCL), else the CPU (gloo)."""
@@ -43,7 +43,7 @@ class RunConfig:
     """Steps between checkpoints; there is always one after the last step."""
 
     selection_maps: bool = False
-    """At each validation, record which blocks the first held-out sequence's queries choose (selection.pt, for
+    """At each validation, record which blocks the queries of the first sequence choose (selection.pt, for
     moba-cp bench exchange --gate) and draw it layer by layer (selection.png)."""
 
     keep_checkpoints: int = 2

@@ -25,7 +25,7 @@ from .yaml_config import to_dict
 
 
 class Trainer:
-    """One run on one rank, from built or resumed to finished.
+    """One training run on one rank: built or resumed, trained to the last step.
 
     Args:
         plan: the checked run.
@@ -38,7 +38,7 @@ class Trainer:
         self.plan, self.config, self.mesh = plan, config, mesh
         self.folder = Path(config.run.directory)
         self.batches = Batches(plan, mesh)
-        # Sharded before it has weights, so that no rank ever holds all of them.
+        # Shard the module on the meta device, before it has weights: no rank ever holds all of them.
         self._attention = config.attention.at(1, config.run.steps)
         module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
         self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
@@ -61,7 +61,7 @@ class Trainer:
             ValueError: the loss became infinite or NaN.
         """
         run = self.config.run
-        # Every rank has made its checks: from here on rank 0 writes.
+        # Rank 0 writes files only after every rank has passed its checks.
         dist.barrier(self.mesh.group)
         with Reporter(self.plan, self.mesh, self.step, self._start) as reporter:
             if self.step == 0 and (loss := self.validation_loss()) is not None:
@@ -84,7 +84,7 @@ class Trainer:
         self.step += 1
         config, step = self.config, self.step
         self._follow_schedule()
-        # Random numbers, should the model draw any, follow from seed and step: nothing more to save for a resume.
+        # Random numbers depend on seed and step alone, so a checkpoint need not store a generator's state.
         torch.manual_seed(config.run.seed * 2**32 + step)
         self.batches.comm.reset_counters()
         batches = list(self.batches.training(step))
@@ -93,7 +93,7 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             loss = self._loss_sum(batch)
-            # FSDP averages gradients over all ranks; the loss is a mean over the labels of all ranks.
+            # FSDP averages gradients over ranks, but the loss is a mean over the labels of all ranks: undo the average.
             (loss * (self.plan.size / labels.clamp(min=1))).backward()
             loss_sum += loss.detach()
         norm = clip_gradients(self.module, config.optimizer.clip_norm)
@@ -124,7 +124,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self) -> float | None:
-        """Mean loss per label of the held-out sequences, the same on every rank; None if nothing is held out."""
+        """Mean loss per label of the validation sequences, the same on every rank; None without validation data."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         recorder = SelectionRecorder() if self.config.run.selection_maps and self.mesh.data_rank == 0 else None
         self.module.eval()
@@ -138,7 +138,7 @@ class Trainer:
         return loss / labels if labels else None
 
     def _follow_schedule(self) -> None:
-        """Attend as the schedule says for this step; it follows from the step alone, so a resumed run does the same."""
+        """Set the attention that the schedule has for this step; it depends on the step alone, also when resumed."""
         attention = self.config.attention.at(self.step, self.config.run.steps)
         if attention != self._attention:
             self.module.set_attention(attention)
@@ -158,7 +158,7 @@ class Trainer:
 
 def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
     """Shard each transformer layer and the rest over all ranks (FSDP2); compute in ``dtype``, sum gradients in fp32."""
-    # Inputs stay as they are: FSDP would also round rotary angles, and take the context apart to look for tensors.
+    # Do not cast inputs: FSDP would also round rotary angles, and rebuild the context to cast tensors inside it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in module.decoder.layers:

@@ -38,12 +38,12 @@ class Mesh:
 
 
 def launched_size() -> int:
-    """Number of ranks that torchrun (or a like launcher) started; 1 without one."""
+    """Number of ranks that torchrun (or another launcher) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launched_rank() -> int:
-    """This process's rank as its launcher says; 0 without one."""
+    """This process's rank according to its launcher; 0 without a launcher."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -59,12 +59,12 @@ def context_size(config: RunConfig, size: int) -> int:
 
 
 def divisors(size: int) -> str:
-    """The numbers of ranks into which ``size`` ranks divide, as text."""
+    """The divisors of ``size``, as text."""
     return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
 
 
 def open_mesh(config: RunConfig) -> Mesh:
-    """Make the process groups, over those that are there if torch.distributed has been started; collective over all
+    """Make the process groups; torch.distributed is started unless it has been. A collective call of all
     ranks. :func:`close_mesh` ends them.
 
     Raises:
@@ -92,18 +92,18 @@ def open_mesh(config: RunConfig) -> Mesh:
 
 
 def backend_of(device: torch.device) -> str:
-    """What moves tensors of this kind of device, and those of the CPU."""
+    """The torch.distributed backend for tensors of this kind of device and of the CPU."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def start_process_group(device: torch.device, timeout: timedelta) -> None:
     """Start torch.distributed for the ranks that were launched; collective over them."""
-    # A transfer that waits until the attention it should overlap with leaves room overlaps with nothing.
+    # On a low-priority stream NCCL's kernels would wait for attention to finish instead of overlapping with it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if launched_size() > 1:
         dist.init_process_group(backend_of(device), timeout=timeout)
     else:
-        # Not even a port is needed for one rank.
+        # One rank needs no port: the store is in memory.
         dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
@@ -118,7 +118,7 @@ def _device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("run.device='cuda': PyTorch finds no GPU here; use auto or cpu")
-    # Several ranks on one GPU work where each has its own NCCL_HOSTID, as tests on small machines do.
+    # Several ranks may share a GPU (tests do), if each has its own NCCL_HOSTID.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -1,9 +1,9 @@
 """Documents packed into sequences of one length, and which sequence belongs to which step.
 
-Legend: T tokens of a sequence. One epoch lays all documents end to end in a shuffled order, cuts that stream into
+Legend: T tokens of a sequence. An epoch concatenates all documents in a shuffled order, cuts that stream into
 sequences of T tokens and shuffles these. A sequence is thus a function of (seed, index) alone, whatever the number of
-ranks, and the data position of a run is its step. A document that crosses a cut goes on in another sequence, as a
-document of its own: attention and positions start anew there.
+ranks, and a run's position in the data is its step. A document that crosses a cut continues in another sequence, as a
+document of its own: attention and positions start again there.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Packer:
             document = self.documents[order[i]]
             document_start = int(ends[i]) - document.length
             end = min(stop, int(ends[i]))
-            # One byte more than the tokens, where there is one: the label of the last.
+            # Read one byte more than the tokens, if the document goes on: it is the label of the last token.
             data = document.read(at - document_start, min(end + 1 - document_start, document.length))
             low, high = at - start, end - start
             tokens[low:high] = data[: high - low]
@@ -80,7 +80,7 @@ class Packer:
 def pad_end(sequence: PackedSequence, multiple: int) -> PackedSequence:
     """The sequence made a multiple of ``multiple`` tokens long by unlabelled tokens after its last document's end.
 
-    They belong to the last document. Being behind every real token, they change none of its outputs.
+    They belong to the last document. Attention is causal, so tokens after the real ones do not change their outputs.
     """
     lengths = sequence.cu_seqlens.diff().tolist()
     lengths[-1] += -sequence.tokens.numel() % multiple
@@ -94,19 +94,19 @@ def pad_documents(sequence: PackedSequence, multiple: int) -> PackedSequence:
 
 def _padded(sequence: PackedSequence, lengths: list[int]) -> PackedSequence:
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    # Old positions shifted by the padding of all documents before.
+    # A token moves back by the padding of all documents before its own.
     shift = (cu_seqlens - sequence.cu_seqlens)[:-1].repeat_interleave(sequence.cu_seqlens.diff())
-    place = torch.arange(sequence.tokens.numel()) + shift
+    dest = torch.arange(sequence.tokens.numel()) + shift
     length = int(cu_seqlens[-1])
-    tokens = sequence.tokens.new_zeros(length).index_copy_(0, place, sequence.tokens)
-    labels = sequence.labels.new_full((length,), IGNORED_LABEL).index_copy_(0, place, sequence.labels)
+    tokens = sequence.tokens.new_zeros(length).index_copy_(0, dest, sequence.tokens)
+    labels = sequence.labels.new_full((length,), IGNORED_LABEL).index_copy_(0, dest, sequence.labels)
     return PackedSequence(tokens, labels, cu_seqlens)
 
 
 def _shuffled(n: int, *key: int) -> np.ndarray:
     """A permutation of ``range(n)`` that depends on ``key`` alone.
 
-    From raw generator output, which NumPy keeps stable between versions; its ``permutation`` it does not.
+    NumPy keeps a generator's raw output stable between versions, but not its ``permutation``: sort raw output.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(raw, kind="stable")

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known, and refused, before it starts."""
+"""A checked run: everything that can be computed, and refused, before it starts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class RunPlan:
         return sequence
 
     def summary(self) -> list[str]:
-        """Lines that say what would run."""
+        """Lines for the terminal that describe the run."""
         config, corpus = self.config, self.corpus
         model, data, attention = config.model, config.data, config.attention
         full = sorted(attention.full_layer_numbers(model.n_layers))
@@ -62,7 +62,7 @@ class RunPlan:
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
             *self._schedule(),
             f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
-            f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} held out",
+            f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} for validation",
             *self._remarks_on_data(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{self._tokens_per_rank()} tokens of a sequence on each",
@@ -73,13 +73,13 @@ class RunPlan:
         ]
 
     def first_text(self, length: int = 200) -> str:
-        """The first characters that would be trained on, escaped: what a wrong file or pattern shows in."""
+        """The first characters of the first training sequence, escaped; they show a wrong path or pattern at once."""
         tokens = Packer(self.corpus.training, self.config.data.seq_len, self.config.run.seed).sequence(0).tokens
         text = bytes(tokens[: 4 * length].tolist()).decode("utf-8", "replace")
         return repr(text[:length])
 
     def _remarks_on_data(self) -> list[str]:
-        """Which files were left out, and which are taken though their user may not want it."""
+        """Which files were left out, and which are trained on in a way that may not be meant."""
         corpus, lines = self.corpus, []
         if corpus.left_out:
             kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.left_out)

@@ -20,7 +20,7 @@ class Reporter:
     def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int, start: Path | None):
         self.plan, self.mesh, self.start_step = plan, mesh, start_step
         self.folder = Path(plan.config.run.directory)
-        # The log of a run that goes on elsewhere begins where it begins there.
+        # A run resumed in another folder starts a log of its own there.
         self._kept_steps = start_step if is_own(self.folder, start) else 0
         self._log: RunLog | None = None
         self._progress: Progress | None = None
@@ -62,7 +62,7 @@ class Reporter:
             return
         self._log.close()
         self._progress.close()
-        # The error that ends a run is the one to be read, not one of drawing.
+        # An error of drawing must not hide the error that ended the run.
         with contextlib.nullcontext() if exception_type is None else contextlib.suppress(Exception):
             self.draw()
 

@@ -50,7 +50,7 @@ def _train(plan: RunPlan, resumed: Path | None) -> None:
         mesh = open_mesh(plan.config.run)
         Trainer(plan, mesh, resumed).run()
     except Exception:
-        # What the one line on the terminal leaves out.
+        # The terminal shows one line: the traceback goes into a file.
         if folder.is_dir():
             (folder / f"error-rank{launched_rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 VOCABULARY = 256
-# Enough to tell files apart, little enough to index many of them.
+# Enough bytes to tell files apart, few enough to read them from many files.
 _HEAD_BYTES = 65536
 _NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
-# How files begin that are no text -> what they are.
+# The first bytes of file formats that are no text -> the format.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -106,7 +106,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents, each in a fixed order, and a fingerprint that changes when they do."""
+    """Training and validation documents, each in a fixed order, and a fingerprint that changes when they do."""
 
     source: str
     training: tuple[Document, ...]
@@ -129,8 +129,8 @@ class Corpus:
 def open_corpus(config: DataConfig, run_folder: Path | None = None) -> Corpus:
     """Find the documents and hold out ``validation_share`` of them.
 
-    A file is held out by the hash of its size and first bytes, not by its place, so that copies of one file are never
-    on both sides and adding files moves no others. A single file gives its tail.
+    The hash of a file's size and first bytes decides whether it is held out, not its name or order: copies of a file
+    are never on both sides, and adding files moves no others. Of a single file the tail is held out.
 
     Args:
         config: where the files are.
@@ -166,7 +166,7 @@ def open_corpus(config: DataConfig, run_folder: Path | None = None) -> Corpus:
         cut = whole.length - max(1, round(whole.length * config.validation_share))
         training, validation = [Document(whole.path, 0, cut)], [Document(whole.path, cut, whole.length - cut)]
     else:
-        # With few files all or none may fall under the share: at least one goes to either side.
+        # With few files, all or none may fall below the share: put at least one file on either side.
         keys = sorted({key for key, _ in keyed})
         below = bisect_left(keys, int(config.validation_share * 2**64))
         bound = keys[min(max(below, 1), len(keys) - 1)]
@@ -186,7 +186,7 @@ def _check_length(config: DataConfig, corpus: Corpus) -> None:
         )
     if config.validation_share and corpus.validation_bytes < config.seq_len:
         raise ValueError(
-            f"data.path={corpus.source}: {corpus.validation_bytes} held-out bytes are fewer than one sequence, "
+            f"data.path={corpus.source}: {corpus.validation_bytes} validation bytes are fewer than one sequence, "
             f"data.seq_len={config.seq_len}; raise data.validation_share, set it to 0, or give more text"
         )
 
@@ -220,7 +220,7 @@ def _find_files(config: DataConfig, run_folder: Path | None) -> tuple[Path, list
 def _read_head(path: Path) -> tuple[bytes, int, str | None]:
     """The first bytes of a file, its size, and what it is if it is no text that can be read."""
     try:
-        # Opening a pipe or a device could wait for ever.
+        # Opening a pipe or a device could block forever.
         if not path.is_file():
             return b"", 0, _UNREADABLE
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What attention moved between ranks in a step, for the log: sums over ranks, and layer by layer."""
+"""Bytes that attention moved between ranks in a step, for the log: summed over ranks, in all and by layer."""
 
 from typing import Any
 

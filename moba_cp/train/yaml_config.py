@@ -1,8 +1,8 @@
 """YAML files and ``--set`` overrides into dataclasses, strictly, and back into YAML.
 
 Strict means: an unknown key, a repeated key or a value of another type is an error of one line that names the key's
-path (``attention.block_size``), and nothing is guessed. The one leniency is YAML 1.1's own trap: ``1e-3``, which YAML
-reads as text, is accepted where a number is expected.
+path (``attention.block_size``), and nothing is guessed. One exception: ``1e-3``, which YAML 1.1 reads as text, is
+accepted where a number is expected.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def build(cls: type[Config], values: Any, path: str = "") -> Config:
     except ValueError as error:
         # The path says the section already.
         text = str(error).removeprefix(path.rpartition(".")[2] + " ")
-        # Our dataclasses say "name=value rule"; in a nested section the name gets its path.
+        # Our dataclasses say "name=value rule": put the section's path before the name.
         names_field = any(text.startswith((name + "=", name + ".", name + ":")) for name in names)
         joint = "" if not path else "." if names_field else ": "
         raise ValueError(f"{path}{joint}{text}") from None

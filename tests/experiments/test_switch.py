@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moba_cp.experiments import switch
+from moba_cp.experiments import command, switch
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.yaml_config import load
 from tests.helpers.train_runs import DEMO, write_text
@@ -39,10 +39,10 @@ def test_a_spike_shows_in_what_is_said(tmp_path, capsys):
         records[-1]["validation_loss"] = 3.5
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     parser = argparse.ArgumentParser()
-    switch.add_arguments(parser)
+    command.add_arguments(parser)
     settings = [f"data.path={tmp_path / 'text'}", "data.seq_len=256", "data.validation_share=0.2", "run.steps=20"]
     words = [word for setting in settings for word in ("--set", setting)]
-    assert switch.main(parser.parse_args([str(DEMO), *words, "--directory", str(tmp_path), "--redraw"])) == 0
+    assert command.main(parser.parse_args([str(DEMO), *words, "--directory", str(tmp_path), "--redraw"])) == 0
     said = capsys.readouterr().out
     assert "from step 13 on" in said and "MoBA, then full  +0.1250" in said and "full attention   +0.0000" in said
     assert "MoBA, then full  3.5000" in said

@@ -94,7 +94,7 @@ def test_default_is_the_standard_library():
         (lambda p: write(p, a=b"x" * 99), {"pattern": "*.md"}, r"no file there matches data.pattern='\*.md'"),
         (lambda p: write(p, a=b"", b=b""), {}, "all 2 files are empty; give text"),
         (lambda p: write(p, a=b"x" * 7, b=b"y" * 20), {"seq_len": 64}, "bytes to train on are fewer than one sequence"),
-        (lambda p: write(p, a=b"x" * 90), {"validation_share": 0.01}, "1 held-out bytes are fewer than one sequence"),
+        (lambda p: write(p, a=b"x" * 90), {"validation_share": 0.01}, "1 validation bytes are fewer than one sequence"),
         (
             lambda p: write(p) or (p / "a").symlink_to("nowhere"),
             {"not_text": "refuse"},
