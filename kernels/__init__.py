@@ -2,14 +2,12 @@
 
 :mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
 :mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attention`
-launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the
-work of :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve
-a GPU. :mod:`.exchange.choices` counts, :mod:`.decision` decides and :mod:`.requests` tells what moves between ranks;
-:mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs` where everything moves. The other functions below
-have the signatures of :mod:`moba_cp.eager`, :mod:`moba_cp.eager.choices`, :mod:`moba_cp.eager.decision` and
-:mod:`moba_cp.eager.requests`; they serve float32, bfloat16 and float16 on a GPU, and on the CPU
-under ``TRITON_INTERPRET=1``.
-Kernels know no autograd.
+launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the work of
+:mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve a GPU.
+:mod:`.exchange.choices` counts, :mod:`.exchange.decision` decides, :mod:`.exchange.requests` tells what moves between
+ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs` where everything moves. The other functions have the
+arguments of those of :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU, and on the CPU under
+``TRITON_INTERPRET=1``. Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
 CAPITALS compile-time constants.

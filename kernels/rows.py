@@ -73,7 +73,7 @@ def _row_ids_kernel(
 
 
 def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
-    """See :func:`moba_cp.eager.choices.row_ids`."""
+    """See :func:`moba_cp.eager.exchange.row_ids`."""
     n_rows, n_heads, n_slots = chosen.shape
     n_kv, n_blocks = place.shape
     chosen, place, number = chosen.contiguous(), place.contiguous(), number.contiguous()

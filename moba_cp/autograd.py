@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockTable, block_count, block_table, fitted_block_size, local_pages
-from .dtypes import wide_dtype
+from .dtypes import WIDE
 from .ops import backend
 from .transforms import refuse_second_derivatives, without_autocast
 
@@ -88,7 +88,7 @@ def moba_attention_backward_op(
 def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(n_tokens, n_heads, dtype=wide_dtype(q.dtype))
+    lse = q.new_empty(n_tokens, n_heads, dtype=WIDE[q.dtype])
     chosen = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
     n_blocks = block_count(n_tokens, block_size, cu_seqlens)
     return out, lse, chosen, q.new_empty(backend(q).index_size(q, k.shape[1], n_blocks, top_k), dtype=torch.int32)

@@ -2,7 +2,10 @@
 
 import torch
 
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums, maxima and partial results for inputs of ``dtype``."""
-    return torch.promote_types(dtype, torch.float32)
+WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""Of inputs -> of sums, maxima, partial results and log-sum-exp."""

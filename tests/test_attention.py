@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moba_cp
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.blocks import block_table
-from moba_cp.eager.attention import _scores as eager_scores
+from moba_cp.eager.select import _scores as eager_scores
 from moba_cp.ops import backend
 from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
 

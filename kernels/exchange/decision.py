@@ -1,6 +1,6 @@
 """Choosing between blocks and rows by what was counted, for the exchange between ranks; nothing waits for the device.
 
-The names are those of :mod:`moba_cp.eager.decision`, and so is every result, to the last bit: prices are compared in
+The names are those of :mod:`moba_cp.eager.exchange`, and so is every result, to the last bit: prices are compared in
 float64, in the same order of operations, none of them fused.
 
 Legend: P ranks (owners), Hkv key/value heads, n blocks, C candidates, R copies of counters. A program looks at BLOCK of
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, check_limit, launch_options, on_device
+from ..common import cdiv, launch_options, on_device
 
 BLOCK = 128
 # Owners that a program sums tokens for at a time.
@@ -156,7 +156,7 @@ def _pick_kernel(
 
 
 class Weighed(NamedTuple):
-    """As :class:`moba_cp.eager.decision.Weighed`."""
+    """As :class:`moba_cp.eager.exchange.Weighed`."""
 
     fetched: Tensor
     facts: Tensor
@@ -164,11 +164,10 @@ class Weighed(NamedTuple):
 
 
 def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
-    """See :func:`moba_cp.eager.decision.weigh_blocks`."""
+    """See :func:`moba_cp.eager.exchange.weigh_blocks`."""
     with_shares, copies, n_kv, n_blocks = counts.shape
     n_pairs, n_owners, n_candidates = n_kv * n_blocks, prices.token.numel(), 3 if mode == "auto" else 1
-    assert counts.is_contiguous() and (with_shares == 2) == (mode == "auto")
-    check_limit("the number of counters of (KV head, block) pairs", counts.numel(), "use larger blocks")
+    assert counts.is_contiguous() and counts.numel() < 2**31 and (with_shares == 2) == (mode == "auto")
     sums = torch.zeros(3 + n_candidates * n_owners, dtype=torch.int64, device=counts.device)
     weighed = Weighed(
         torch.empty(n_kv, n_blocks, dtype=torch.int32, device=counts.device),
@@ -196,7 +195,7 @@ def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
 def pick_cheapest(
     weighed: Weighed, rows: Tensor | None, place: Tensor, tables, prices
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moba_cp.eager.decision.pick_cheapest`."""
+    """See :func:`moba_cp.eager.exchange.pick_cheapest`."""
     n_pairs, n_blocks, (n_candidates, n_owners) = place.numel(), place.shape[1], weighed.tokens.shape
     assert place.is_contiguous() and (rows is None or rows.is_contiguous())
     fetch = torch.empty(place.shape, dtype=torch.uint8, device=place.device)

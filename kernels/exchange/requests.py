@@ -1,6 +1,6 @@
 """Requests between ranks and the lists that follow from them; nothing waits for the device.
 
-The names and the format of a request are those of :mod:`moba_cp.eager.requests`. Lists come from a running sum over all
+The names and the format of a request are those of :mod:`moba_cp.eager.exchange`. Lists come from a running sum over all
 pairs that could move, in an order fixed beforehand. Programs look at BLOCK elements.
 
 Legend: P ranks, n blocks, Hkv key/value heads, m entries: pairs that can move.
@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, check_limit, launch_options, on_device
+from ..common import cdiv, launch_options, on_device
 
 BLOCK = 512
-FIX = "use larger blocks, or share the KV heads among more tensor-parallel ranks"
-# Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.eager.requests`.
+# Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.eager.exchange`.
 TOTALS = 2
 
 
@@ -65,10 +64,8 @@ def _relay_kernel(fetch, arrived, asked_at, need, n_pairs, n_peers, BLOCK: tl.co
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_pairs
     wanted = tl.load(fetch + o, mask=m, other=0) != 0
-    p_asked = asked_at + o
-    for _ in range(n_peers):
-        at = tl.load(p_asked, mask=m, other=-1)
-        p_asked += n_pairs
+    for peer in range(n_peers):
+        at = tl.load(asked_at + peer * n_pairs + o, mask=m, other=-1)
         wanted |= tl.load(arrived + at, mask=at >= 0, other=0) != 0
     tl.store(need + o, wanted, mask=m)
 
@@ -150,17 +147,16 @@ def _sum_up_kernel(
 
 
 class Pairs(NamedTuple):
-    """As :class:`moba_cp.eager.requests.Pairs`."""
+    """As :class:`moba_cp.eager.exchange.Pairs`."""
 
     ids: Tensor
     before: Tensor
 
 
 def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
-    """See :func:`moba_cp.eager.requests.write_request`."""
+    """See :func:`moba_cp.eager.exchange.write_request`."""
     request = torch.empty(source.numel(), dtype=torch.uint8, device=need.device)
-    assert need.is_contiguous()
-    check_limit("the number of bytes of a request", source.numel(), FIX)
+    assert need.is_contiguous() and source.numel() < 2**31
     if request.numel():
         n_owners = 0 if ends is None else costs.numel() - 1
         stages, s_ends = (0, 0) if ends is None else (ends.numel() // n_owners, ends.stride(0))
@@ -173,7 +169,7 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
 
 
 def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
-    """See :func:`moba_cp.eager.requests.relay_request`."""
+    """See :func:`moba_cp.eager.exchange.relay_request`."""
     need = torch.empty(fetch.shape, dtype=torch.uint8, device=fetch.device)
     assert fetch.is_contiguous() and asked_at.is_contiguous()
     if need.numel():
@@ -185,12 +181,11 @@ def relay_request(fetch: Tensor, arrived: Tensor, asked_at: Tensor) -> Tensor:
 
 
 def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Pairs, Pairs]:
-    """See :func:`moba_cp.eager.requests.list_pairs`."""
+    """See :func:`moba_cp.eager.exchange.list_pairs`."""
     n_entries, (_, stages, columns) = tables.pairs.numel(), sizes.shape
     moved = torch.empty(n_entries, dtype=torch.int64, device=need.device)
     lists, offsets = torch.empty(2, n_entries, dtype=torch.int64, device=need.device)
-    assert need.is_contiguous() and sizes.is_contiguous()
-    check_limit("the number of (KV head, block) pairs that ranks can ask for", n_entries, FIX)
+    assert need.is_contiguous() and sizes.is_contiguous() and n_entries < 2**31
     numbers = n_entries, tables.n_want
     with on_device(need):
         if n_entries:
@@ -214,7 +209,7 @@ def sum_up(
     n_kv: int,
     out: Tensor,
 ) -> None:
-    """See :func:`moba_cp.eager.requests.sum_up`."""
+    """See :func:`moba_cp.eager.exchange.sum_up`."""
     assert out.is_contiguous() and out[0].numel() >= 6
     with on_device(arrived):
         _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoBAConfig
-from ..dtypes import wide_dtype
+from ..dtypes import WIDE
 from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import Gathering
@@ -75,7 +75,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             for counters in comm.books():
                 counters.planned += gathering.costs.bytes_of(comm.rank)
             if at_once:
-                out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
+                out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
             for stage in stages or gathering.stages(k_rows, v_rows, False, differentiated):
                 gathering.attend(stage, rows, (out, lse), whole=at_once)
             saved = gathering.take_kept()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..dtypes import wide_dtype
+from ..dtypes import WIDE
 
 MODES = ("auto", "kv", "query", "allgather")
 GATHERING_MODES = ("auto", "allgather")
@@ -72,7 +72,7 @@ class ExchangeOptions:
 
     def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of gradients on the wire for inputs of ``dtype``."""
-        return wide_dtype(dtype) if self.gradient_dtype == "float32" else dtype
+        return WIDE[dtype] if self.gradient_dtype == "float32" else dtype
 
     def share_to_gather(self, by_copy_engines: bool) -> float:
         """``auto`` all-gathers where its plan would move at least this share of all-gather's bytes.
@@ -141,7 +141,7 @@ class WireCosts:
     ) -> "WireCosts":
         """Costs for inputs of ``dtype`` with head dim ``dim``, ``n_slots`` chosen blocks per row and block ``ids``."""
         e, g = dtype.itemsize, options.wire_dtype(dtype).itemsize
-        w = wide_dtype(dtype).itemsize
+        w = WIDE[dtype].itemsize
         times = 1 if options.keep else 2
         return cls(
             kv_token=2 * dim * e * times + 2 * dim * g,

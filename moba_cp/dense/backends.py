@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dtypes import wide_dtype
+from ..dtypes import WIDE
 from . import plain
 from .ranges import Call, Ranges, build_ranges
 
@@ -40,7 +40,7 @@ class Plain:
 
     def backward(self, q, k, v, call: Call, scale: float, dout, out, lse, deterministic: bool):
         """dq [n, Hq, D], dk, dv [m, Hkv, D] in any dtype; dout, out [n, Hq, D] and lse [n, Hq] over all keys."""
-        wide = wide_dtype(out.dtype)
+        wide = WIDE[out.dtype]
         delta = torch.linalg.vecdot(dout.to(wide), out.to(wide))
         return plain.attention_backward(q, k, v, call.causal, scale, dout, lse, delta)
 

@@ -9,8 +9,8 @@ Wide means float32, or float64 for float64 inputs.
 import torch
 from torch import Tensor
 
-from ..dtypes import wide_dtype
-from ..eager.attention import SCRATCH_ELEMENTS
+from ..dtypes import WIDE
+from ..eager.select import SCRATCH_ELEMENTS
 
 ROWS = 256
 
@@ -26,7 +26,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
     Returns:
         out [N, Hq, D] and lse [N, Hq], both wide.
     """
-    wide, n_kv = wide_dtype(q.dtype), k.shape[1]
+    wide, n_kv = WIDE[q.dtype], k.shape[1]
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=wide, device=q.device)
     for rows, n_keys in _slices(q, k.shape[0], causal):
@@ -47,7 +47,7 @@ def attention_backward(q, k, v, causal, scale, dout, lse, delta) -> tuple[Tensor
         lse: [N, Hq], log-sum-exp over all keys of the row, here and elsewhere.
         delta: [N, Hq], row sums of ``dout * out`` of the final output.
     """
-    wide, n_kv = wide_dtype(q.dtype), k.shape[1]
+    wide, n_kv = WIDE[q.dtype], k.shape[1]
     dq = torch.empty(q.shape, dtype=wide, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (k, v))
     for rows, n_keys in _slices(q, k.shape[0], causal):

@@ -9,14 +9,14 @@ Legend: N query rows, Hq query heads, D head dim.
 import torch
 from torch import Tensor
 
-from ..dtypes import wide_dtype
+from ..dtypes import WIDE
 
 
 class Partials:
     """Attention outputs over disjoint sets of keys, joined by their log-sum-exp."""
 
     def __init__(self, q: Tensor):
-        self._shape, self._wide, self._device = q.shape, wide_dtype(q.dtype), q.device
+        self._shape, self._wide, self._device = q.shape, WIDE[q.dtype], q.device
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
@@ -100,7 +100,7 @@ class Sum:
 
     def _wide(self) -> Tensor:
         if self._total is None:
-            total = torch.empty(self._like.shape, dtype=wide_dtype(self._like.dtype), device=self._like.device)
+            total = torch.empty(self._like.shape, dtype=WIDE[self._like.dtype], device=self._like.device)
             self.write_to(total)
             self._first, self._total = None, total
         return self._total

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Pages
-from ..dtypes import wide_dtype
+from ..dtypes import WIDE
 from .attention import merge
 
 
@@ -92,7 +92,7 @@ def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tens
             ``places[i, 1] .. places[i, 2]``. They are summed in this order.
         dk, dv: [R, H, D] with R <= W and equal strides, written in their dtype.
     """
-    total = own.to(wide_dtype(own.dtype), copy=True)
+    total = own.to(WIDE[own.dtype], copy=True)
     for start, first, end in places.tolist():
         total[first:end] += shares[start : start + end - first]
     for rows, part in _slab_parts(dk, total, cut):

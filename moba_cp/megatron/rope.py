@@ -29,7 +29,7 @@ class ContextRotaryEmbedding(nn.Module):
         dim: D, or R; even.
         base: base of the frequencies. None: the model's, or 10,000 in no model.
         group: context-parallel process group; None is one rank.
-        layout: how the tokens of batches without a context are spread over the ranks.
+        layout: how batches without a context lie on the ranks.
         scaling: Llama 3.1's scaling of the frequencies. None: the model's, or none.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
-from moba_cp.eager import choices
+from moba_cp.eager import exchange as choices
 from tests.helpers.kernel_inputs import DEVICE, poisoned
 
 # N, (Hq, Hkv), S, n, owners, stages, share of slots without a block

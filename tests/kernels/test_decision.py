@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moba_cp import kernels
-from moba_cp.eager import decision
-from moba_cp.eager.decision import BlockTables, Prices
+from moba_cp.eager import exchange as decision
+from moba_cp.eager.exchange import BlockTables, Prices
 from tests.helpers.kernel_inputs import DEVICE, poisoned
 
 UNIT = 1 << 16

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...eager.decision import CANDIDATES, BlockTables, Prices
+from ...eager.exchange import CANDIDATES, BlockTables, Prices
 from ...ops import integer_backend
 from ..geometry import BlockGeometry
 from ..options import Weighing, WireCosts
@@ -29,7 +29,7 @@ class Decision:
     with_rows: bool
     """whether there can be rows to send."""
     facts: Tensor
-    """int64, see :class:`moba_cp.eager.decision.Weighed`."""
+    """int64, see :class:`moba_cp.eager.exchange.Weighed`."""
     costs: Tensor
     """[P + 1] int64, ``cost``, and the sum of it."""
 

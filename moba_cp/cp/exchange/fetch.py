@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...blocks import Pages
-from ...dtypes import wide_dtype
-from ...eager.requests import Pairs
+from ...dtypes import WIDE
+from ...eager.exchange import Pairs
 from ...ops import backend
 from ..comm import Communicator, used_here
 from ..geometry import BlockGeometry
@@ -161,7 +161,7 @@ class BlockStage:
         written."""
         rows, _, dim = pages.k.shape
         new = pages.k.new_empty if self.writes_all else pages.k.new_zeros
-        grads = new(rows, 2, dim, dtype=wide_dtype(pages.k.dtype))
+        grads = new(rows, 2, dim, dtype=WIDE[pages.k.dtype])
         return grads, (grads[:, :1], grads[:, 1:])
 
     def give_back(self, storages: list[Pages], grads: list[Tensor], owned: Tensor, dtype) -> Callable[[], None]:

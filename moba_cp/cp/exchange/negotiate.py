@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...eager.requests import Pairs
+from ...eager.exchange import Pairs
 from ...ops import integer_backend
 from ..comm import Communicator, HostCopy
 from ..geometry import BlockGeometry
@@ -39,8 +39,8 @@ class RowLists:
     """Query rows that go to blocks of other ranks."""
 
     slots: Tensor
-    """int32 or int64 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token;
-    entries past the counts are meaningless."""
+    """int32 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token; entries past
+    the counts are meaningless."""
     place: Tensor
     """[Hkv, n] int32, ``stage * P + owner`` of the blocks that their owners attend to, -1 for others."""
     sizes: Tensor
@@ -79,7 +79,7 @@ class Plan:
         return self.numbers.get()[: len(self.hops) + 1][part].tolist()
 
     def facts(self) -> Facts:
-        """What :func:`moba_cp.eager.requests.sum_up` found."""
+        """What :func:`moba_cp.eager.exchange.sum_up` found."""
         return Facts(*self.numbers.get()[-1].flatten()[: len(Facts._fields)].tolist())
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...blocks import Pages
-from ...dtypes import wide_dtype
-from ...eager.requests import Pairs
+from ...dtypes import WIDE
+from ...eager.exchange import Pairs
 from ...ops import backend
 from ..allgather.costs import GatherCosts
 from ..comm import HostCopy
@@ -85,7 +85,7 @@ def forward(
     """
     q, comm = rows.q, cp.comm
     # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
-    out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
+    out = torch.empty(q.shape, dtype=WIDE[q.dtype], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
     rows.attend(owned, None, (out, lse))
     stages = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import dense
-from ...dtypes import wide_dtype
+from ...dtypes import WIDE
 from ..context import CPContext
 
 SLICE_BYTES = 32 << 20
@@ -58,7 +58,7 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
         )
         dqs.append(dq.narrow())
         shape = k_whole.shape[0], 2, *k_whole.shape[1:]
-        grads = k.new_empty(shape, dtype=wide_dtype(k.dtype))
+        grads = k.new_empty(shape, dtype=WIDE[k.dtype])
         dk.write_to(grads[:, 0])
         dv.write_to(grads[:, 1])
         returns.append(cp.comm.all_to_all(grads[order], counts, counts, "full_kv_gradients"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ... import dense
-from ...dtypes import wide_dtype
+from ...dtypes import WIDE
 from ..comm import Communicator
 from ..context import CPContext
 
@@ -84,7 +84,7 @@ class _GradientRing:
         grads, self._earlier = self._earlier, None
         if grads is None:
             rows = n_local if hops[source] >= step else 0
-            grads = self._k.new_empty(rows, 2, *self._k.shape[1:], dtype=wide_dtype(self._k.dtype))
+            grads = self._k.new_empty(rows, 2, *self._k.shape[1:], dtype=WIDE[self._k.dtype])
             dk.write_to(grads[:, 0])
             dv.write_to(grads[:, 1])
         else:
