@@ -15,6 +15,7 @@ from .backward import DQ_ATOMIC, DQ_NONE, FACTS, _finish_kernel, _key_kernel, _q
 from .common import (
     cdiv,
     check_head_dim,
+    check_limit,
     check_unit_stride,
     dot_precision,
     launch_options,
@@ -161,6 +162,7 @@ def attend_backward(
         q, dout = q.contiguous(), dout.contiguous()
     lse, delta = lse.contiguous(), delta.contiguous()
     n_rows, n_heads, dim = q.shape
+    check_limit("the number of rows of q, times heads,", q.stride(0) // dim * n_rows, "use more ranks")
     n_slots = chosen.shape[2] + (own is not None)
     kv_heads = _all_or(kv_heads, pages.row.shape[0])
     grad_dtype = local_dtype or torch.float32

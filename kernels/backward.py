@@ -49,7 +49,7 @@ def _visit_table_kernel(
         tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
     )
     first = tl.load(list_start)
-    p_facts = facts + tl.program_id(0) * (FACTS + KEY_TILES)
+    p_facts = facts + tl.program_id(0).to(tl.int64) * (FACTS + KEY_TILES)
     tl.store(p_facts, i_list)
     if i_list < 0:
         return
@@ -108,7 +108,7 @@ def _read_facts(facts, i_task, i_n, KEY_TILES: tl.constexpr):
     blocks; number of keys of the block, the first one's row, their head; place of the sums if the list is several
     tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
     """
-    p_facts = facts + i_task * (FACTS + KEY_TILES)
+    p_facts = facts + i_task.to(tl.int64) * (FACTS + KEY_TILES)
     i_list, end, own_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
     n_keys, first_key, page = tl.load(p_facts + 3), tl.load(p_facts + 4), tl.load(p_facts + 5)
     i_sum, number = tl.load(p_facts + 6), tl.load(p_facts + 7)
@@ -180,7 +180,7 @@ def _key_kernel(
     i_list, edge, end, own_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
     if i_list < 0:
         return
-    begin = tl.load(facts + i_task * (FACTS + KEY_TILES) + FACTS)
+    begin = tl.load(facts + i_task.to(tl.int64) * (FACTS + KEY_TILES) + FACTS)
     # Rows of own blocks that end before this tile of keys are passed over, in whole tiles.
     begin += (edge - begin) // BM * BM
     o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -282,6 +282,8 @@ def _query_kernel(
     if i_list < 0:
         return
     first_key, page = first_key.to(tl.int64), page.to(tl.int64)
+    # A block may be longer than 31 bits of elements.
+    s_kr, s_vr = tl.cast(s_kr, tl.int64), tl.cast(s_vr, tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
     p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]

@@ -44,6 +44,12 @@ def check_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def check_limit(name: str, value: int, fix: str) -> None:
+    """Raise ValueError for a count that kernels keep in 32 bits and that does not fit."""
+    if value >= 2**31:
+        raise ValueError(f"{name} is {value}, and the kernels count it in 31 bits, up to {2**31 - 1}; {fix}")
+
+
 def check_head_dim(dim: int) -> None:
     """Raise ValueError for a head dim no tile was made for."""
     if dim > MAX_HEAD_DIM:

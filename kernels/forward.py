@@ -95,6 +95,8 @@ def _long_block_kernel(
         return
     i_h = i_list // n_blocks
     first_key, page = first_key.to(tl.int64), page.to(tl.int64)
+    # A block may be longer than 31 bits of elements.
+    s_kr, s_vr = tl.cast(s_kr, tl.int64), tl.cast(s_vr, tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
     p_k = k + (first_key + o_n)[None, :] * s_kr + page * s_kh + o_d[:, None]

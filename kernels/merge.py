@@ -1,6 +1,8 @@
 """Joining partial results: of a row's visits, with what other storages gave, and of single rows.
 
-Legend: N query rows, Hq query heads, D head dim, S' visits per row. All arithmetic in float32.
+Legend: N query rows, Hq query heads, D head dim, S' visits per row. All arithmetic in float32. A pair is one row of one
+head. Visits, and so the pairs of those that have some, are counted in 31 bits (see :mod:`.work`); pairs of single rows
+are not.
 """
 
 import torch
@@ -157,14 +159,14 @@ def scale_rows(x: Tensor, out: Tensor, scale: float, add: bool) -> None:
         )
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["n_pairs", "n_heads"], do_not_specialize_on_alignment=SLICED)
 def _merge_rows_kernel(
-    out, lse, part, part_lse, index, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh, s_part, s_part_lse,
+    out, lse, part, part_lse, index, n_pairs, n_heads, s_ot, s_oh, s_lt, s_lh, s_part, s_part_lse,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
-    m_m = o_m < n_rows * n_heads
+    m_m = o_m < n_pairs
     m_d = o_d < D
     b_any = tl.full([BM], -1, tl.int32)
     for s in range(SLOTS):
@@ -224,19 +226,19 @@ def _on_rows(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor | N
     lse_strides = (0, 0) if lse is None else lse.stride()
     with on_device(out):
         _merge_rows_kernel[(cdiv(n_rows * n_heads, bm),)](
-            out, lse, part, part_lse, index, n_rows, n_heads, *out.stride()[:2], *lse_strides, part.stride(0),
+            out, lse, part, part_lse, index, n_rows * n_heads, n_heads, *out.stride()[:2], *lse_strides, part.stride(0),
             0 if part_lse is None else part_lse.stride(0),
             SLOTS=index.shape[2], D=dim, BD=block, BM=bm, HAS_LSE=lse is not None, **launch_options(4),
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads"])
+@triton.jit(do_not_specialize=["n_pairs", "n_heads"])
 def _row_sums_kernel(
-    a, b, sums, n_rows, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+    a, b, sums, n_pairs, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
-    m_m = o_m < n_rows * n_heads
+    m_m = o_m < n_pairs
     m = m_m[:, None] & (o_d < D)[None, :]
     t, head = o_m // n_heads, o_m % n_heads
     b_a = tl.load(a + (t * s_at + head * s_ah)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
@@ -254,7 +256,7 @@ def row_sums(a: Tensor, b: Tensor) -> Tensor:
     if sums.numel():
         with on_device(a):
             _row_sums_kernel[(cdiv(n_rows * n_heads, bm),)](
-                a, b, sums, n_rows, n_heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+                a, b, sums, n_rows * n_heads, n_heads, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
                 D=dim, BD=block, BM=bm, **launch_options(4),
             )  # fmt: skip
     return sums

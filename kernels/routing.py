@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, launch_options, on_device
+from .common import SLICED, cdiv, check_limit, launch_options, on_device
 
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
@@ -103,7 +103,8 @@ def _count_kernel(
         tl.store(p_counts + b + o_v, 0, mask=b + o_v < n_blocks)
     tl.debug_barrier()
     begin = i_t * tile_visits
-    end = tl.minimum(begin + tile_visits, n_visits)
+    # In this order the sum cannot leave 31 bits.
+    end = begin + tl.minimum(tile_visits, n_visits - begin)
     for v in range(begin, end, STEP):
         visit = v + o_v
         block = visit_block(visit, visit < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
@@ -149,7 +150,8 @@ def _scatter_kernel(
     p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
     p_start = list_start + i_h * n_blocks
     begin = i_t * tile_visits
-    end = tl.minimum(begin + tile_visits, n_visits)
+    # In this order the sum cannot leave 31 bits.
+    end = begin + tl.minimum(tile_visits, n_visits - begin)
     o_v = tl.arange(0, STEP)
     block = visit_block(begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
     for v in range(begin, end, STEP):
@@ -272,7 +274,7 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
     kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
     n_heads = kv_heads.stop - kv_heads.start
     places = index.n_visits // task_rows + n_kv * n_blocks
-    assert pages.k.shape[0] < 2**31
+    check_limit("the number of rows of a storage of K and V", pages.k.shape[0], "use more ranks")
     tasks = Tasks(torch.empty(places, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
     first, some = kv_heads.start * n_blocks, n_heads * n_blocks
     # One more than a slice of these heads may ask for, wherever in a task its lists begin.

@@ -20,9 +20,10 @@ from .tuned import Tile
 # larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
-# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. (The backward's
-# table has three times as many, and its scratch keeps a slice far below a third of this.)
+# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. The backward's
+# table has three numbers of a visit.
 MAX_VISITS = 2**31 - 2**16
+MAX_TABLE_VISITS = MAX_VISITS // 3
 # Of the backward's table, per visit.
 VISIT_BYTES = 20
 
@@ -153,19 +154,28 @@ def _row_bytes(q: Tensor, n_slots: int) -> int:
 
 
 def _slices(
-    n_rows: int, group: int, kv_heads: slice, n_slots: int, row_bytes: int, head_bytes: int, scratch_bytes: int
+    n_rows: int,
+    group: int,
+    kv_heads: slice,
+    n_slots: int,
+    row_bytes: int,
+    head_bytes: int,
+    scratch_bytes: int,
+    at_once: int = MAX_VISITS,
 ) -> tuple[list[slice], int]:
     """Slices of rows, and KV heads at a time, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
-    query head, and ``head_bytes`` per KV head.
+    query head, and ``head_bytes`` per KV head; ``at_once`` bounds the visits of some rows of some heads.
 
     Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
     index would outgrow 32 bits.
     """
     n_kv = kv_heads.stop - kv_heads.start
-    kv_step = max(1, min(n_kv, scratch_bytes // (n_rows * row_bytes * group + head_bytes)))
+    bound = scratch_bytes // (n_rows * row_bytes * group + head_bytes), at_once // (n_rows * group * n_slots)
+    kv_step = max(1, min(n_kv, *bound))
     row_step = min(
         max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
         MAX_VISITS // (n_kv * group * n_slots),
+        at_once // (kv_step * group * n_slots),
     )
     return cut(slice(0, n_rows), max(1, row_step)), kv_step
 
@@ -182,7 +192,8 @@ def _backward_slices(call: Call, mode: int, key_tile: Tile, local: bool, fresh: 
     shape = n_rows, group, call.kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
     if local or fresh:
         n_sums = sum_places(n_rows, group * n_slots, pages, 1, key_tile)
-        row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch)
+        row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch, MAX_TABLE_VISITS)
         if len(row_slices) == 1:
             return row_slices, kv_step, True
-    return *_slices(*shape, 8 * dim * pages.k.shape[0] if local else 0, scratch), False
+    head_bytes = 8 * dim * pages.k.shape[0] if local else 0
+    return *_slices(*shape, head_bytes, scratch, MAX_TABLE_VISITS), False

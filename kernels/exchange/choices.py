@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, launch_options, next_power_of_2, on_device
+from ..common import cdiv, check_limit, launch_options, next_power_of_2, on_device
 
 TILE_SLOTS = 1024
 # Copies of counters: at most so many, and so many (KV head, block) entries in all, 16 MiB with shares.
@@ -108,7 +108,8 @@ def _list_kernel(
     highest = tl.max(tl.max(at, 1), 0)
     # By head, then by token.
     i_tile = i_q * (n_tiles // H) + i_m
-    slot = (i_q * n_rows + i_m * BM + tl.arange(0, BM))[:, None] * S + tl.arange(0, SP)[None, :]
+    row = i_q.to(slots.dtype.element_ty) * n_rows + i_m * BM + tl.arange(0, BM)
+    slot = row[:, None] * S + tl.arange(0, SP)[None, :]
     for p in range(lowest, highest + 1):
         here = (at == p).to(tl.int32)
         p_tile = p * n_tiles + i_tile
@@ -152,11 +153,12 @@ def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int
 def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
     """See :func:`moba_cp.eager.exchange.list_rows`."""
     (n_rows, n_blocks, s_t), n_tiles, constants = _launch(chosen, place)
-    slots = torch.empty(chosen.numel(), dtype=torch.int32, device=chosen.device)
+    dtype = torch.int32 if chosen.numel() < 2**31 else torch.int64
+    slots = torch.empty(chosen.numel(), dtype=dtype, device=chosen.device)
     if not n_tiles:
         return slots, torch.zeros(n_places, dtype=torch.int32, device=chosen.device)
+    check_limit("the number of places for rows, times tiles of them,", n_places * n_tiles, "use fewer stages")
     counts = torch.zeros(n_places, n_tiles, dtype=torch.int32, device=chosen.device)
-    assert counts.numel() < 2**31
     numbers = n_rows, n_blocks, n_tiles, s_t
     with on_device(chosen):
         _list_kernel[(n_tiles,)](
@@ -173,7 +175,7 @@ def _launch(chosen: Tensor, table: Tensor):
     """Numbers, programs and constants of a launch over all slots of ``chosen`` [N, Hq, S]."""
     n_rows, n_heads, n_slots = chosen.shape
     assert chosen.numel() == 0 or chosen.stride(2) == 1 and chosen.stride(1) == n_slots
-    assert table.is_contiguous() and chosen.numel() < 2**31
+    assert table.is_contiguous()
     padded = next_power_of_2(max(1, n_slots))
     bm = max(1, TILE_SLOTS // padded)
     constants = dict(H=n_heads, G=n_heads // table.shape[0], S=n_slots, SP=padded, BM=bm)

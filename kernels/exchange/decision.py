@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, launch_options, on_device
+from ..common import cdiv, check_limit, launch_options, on_device
 
 BLOCK = 128
 # Owners that a program sums tokens for at a time.
@@ -167,7 +167,8 @@ def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
     """See :func:`moba_cp.eager.exchange.weigh_blocks`."""
     with_shares, copies, n_kv, n_blocks = counts.shape
     n_pairs, n_owners, n_candidates = n_kv * n_blocks, prices.token.numel(), 3 if mode == "auto" else 1
-    assert counts.is_contiguous() and counts.numel() < 2**31 and (with_shares == 2) == (mode == "auto")
+    assert counts.is_contiguous() and (with_shares == 2) == (mode == "auto")
+    check_limit("the number of counters of (KV head, block) pairs", counts.numel(), "use larger blocks")
     sums = torch.zeros(3 + n_candidates * n_owners, dtype=torch.int64, device=counts.device)
     weighed = Weighed(
         torch.empty(n_kv, n_blocks, dtype=torch.int32, device=counts.device),

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cdiv, launch_options, on_device
+from ..common import cdiv, check_limit, launch_options, on_device
 
 BLOCK = 512
+FIX = "use larger blocks, or share the KV heads among more tensor-parallel ranks"
 # Numbers in a header behind those of the stages: of the format, see :mod:`moba_cp.eager.exchange`.
 TOTALS = 2
 
@@ -64,8 +65,10 @@ def _relay_kernel(fetch, arrived, asked_at, need, n_pairs, n_peers, BLOCK: tl.co
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_pairs
     wanted = tl.load(fetch + o, mask=m, other=0) != 0
-    for peer in range(n_peers):
-        at = tl.load(asked_at + peer * n_pairs + o, mask=m, other=-1)
+    p_asked = asked_at + o
+    for _ in range(n_peers):
+        at = tl.load(p_asked, mask=m, other=-1)
+        p_asked += n_pairs
         wanted |= tl.load(arrived + at, mask=at >= 0, other=0) != 0
     tl.store(need + o, wanted, mask=m)
 
@@ -156,7 +159,8 @@ class Pairs(NamedTuple):
 def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, costs: Tensor | None = None) -> Tensor:
     """See :func:`moba_cp.eager.exchange.write_request`."""
     request = torch.empty(source.numel(), dtype=torch.uint8, device=need.device)
-    assert need.is_contiguous() and source.numel() < 2**31
+    assert need.is_contiguous()
+    check_limit("the number of bytes of a request", source.numel(), FIX)
     if request.numel():
         n_owners = 0 if ends is None else costs.numel() - 1
         stages, s_ends = (0, 0) if ends is None else (ends.numel() // n_owners, ends.stride(0))
@@ -185,7 +189,8 @@ def list_pairs(need: Tensor, arrived: Tensor, tables, sizes: Tensor) -> tuple[Pa
     n_entries, (_, stages, columns) = tables.pairs.numel(), sizes.shape
     moved = torch.empty(n_entries, dtype=torch.int64, device=need.device)
     lists, offsets = torch.empty(2, n_entries, dtype=torch.int64, device=need.device)
-    assert need.is_contiguous() and sizes.is_contiguous() and n_entries < 2**31
+    assert need.is_contiguous() and sizes.is_contiguous()
+    check_limit("the number of (KV head, block) pairs that ranks can ask for", n_entries, FIX)
     numbers = n_entries, tables.n_want
     with on_device(need):
         if n_entries:

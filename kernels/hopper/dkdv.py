@@ -265,7 +265,7 @@ def key_kernel(
     if i_list < 0:
         return
     first_n = i_n * 2 * BN
-    dk_page = page - first_head
+    dk_page = (page - first_head).to(gl.int64)
     gl.warp_specialize(
         [
             (_consume, (

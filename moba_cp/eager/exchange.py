@@ -70,14 +70,16 @@ def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Ten
     """The slots whose rows are sent; ``place`` [Hkv, n] int32 is -1 also for blocks that are fetched.
 
     Returns:
-        int32 indices into the flattened [Hq, N, S] slots, by place, head, token, slot, as many as there are slots at
-        all: those past the last end mean nothing; and [places] int32, where each place's part of the list ends.
+        int32 indices into the flattened [Hq, N, S] slots, int64 where there are 2^31 or more, by place, head, token,
+        slot, as many as there are slots at all: those past the last end mean nothing; and [places] int32, where each
+        place's part of the list ends.
     """
     places = [torch.where(_first(at), at, n_places) for _, _, at in _by_head(chosen, place)]
     flat = torch.cat(places, 1).transpose(0, 1).flatten()
     counts = torch.zeros(n_places + 1, dtype=torch.int32, device=chosen.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    return flat.argsort(stable=True).int(), counts[:-1].cumsum(0, dtype=torch.int32)
+    dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+    return flat.argsort(stable=True).to(dtype), counts[:-1].cumsum(0, dtype=torch.int32)
 
 
 def _by_head(chosen: Tensor, place: Tensor):
@@ -239,7 +241,7 @@ TOTALS = 2
 """Numbers in a header behind those of the stages."""
 
 PAIR = 1 << 40
-"""A running sum counts pairs in units of this, and their tokens below it."""
+"""A running sum counts pairs in units of this, or of a smaller one where there are many, and their tokens below."""
 
 
 class PairTables(NamedTuple):
@@ -253,7 +255,7 @@ class PairTables(NamedTuple):
     flag_at: Tensor
     """[m] int64, where it says whether the pair moves: the pair itself, or a place in what is received."""
     weight: Tensor
-    """[m] int64, ``PAIR`` plus the tokens of the pair."""
+    """[m] int64, ``unit`` plus the tokens of the pair."""
     bounds: Tensor
     """[2, stages * P + 1] int64, entries before each (stage, rank) of a side, and before the side's end."""
     unit: int = PAIR
@@ -315,9 +317,9 @@ def list_pairs(need: Tensor, arrived: Tensor, tables: PairTables, sizes: Tensor)
     moved = flags * tables.weight
     before = torch.nn.functional.pad(moved.cumsum(0), (1, 0))
     parts = before[tables.bounds].diff().view(2, sizes.shape[1], -1)
-    sizes[..., :-1] = parts % PAIR
-    sizes[..., -1] = (parts // PAIR).sum(-1)
-    tokens = before % PAIR
+    sizes[..., :-1] = parts % tables.unit
+    sizes[..., -1] = (parts // tables.unit).sum(-1)
+    tokens = before % tables.unit
     sides = []
     for side in (slice(0, n_want), slice(n_want, None)):
         order = flags[side].logical_not().byte().argsort(stable=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moba_cp import CPContext, kernels
+from moba_cp.cp.exchange import tables
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.eager import exchange as requests
 from tests.helpers.distributed import run_threads
@@ -118,3 +119,11 @@ def _rank(comm, case):
 def test_every_rank_lists_what_moves(case):
     moved = run_threads(case[0], _rank, case)
     assert all(moved) == (case[-1] > 0)
+
+
+def test_sums_of_many_pairs_are_packed_closer(monkeypatch):
+    """As with more pairs than the usual unit has room for."""
+    monkeypatch.setattr(tables, "PAIR", 1 << 62)
+    case = CASES[0]
+    assert tables.pair_unit(2, 100) == 128
+    assert all(run_threads(case[0], _rank, case))

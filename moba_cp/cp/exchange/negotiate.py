@@ -39,8 +39,8 @@ class RowLists:
     """Query rows that go to blocks of other ranks."""
 
     slots: Tensor
-    """int32 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token; entries past
-    the counts are meaningless."""
+    """int32 or int64 indices into the flattened [Hq, L, S] slots whose rows are sent, by stage, owner, head, token;
+    entries past the counts are meaningless."""
     place: Tensor
     """[Hkv, n] int32, ``stage * P + owner`` of the blocks that their owners attend to, -1 for others."""
     sizes: Tensor

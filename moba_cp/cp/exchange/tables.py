@@ -113,15 +113,15 @@ def _hop_tables(
     give = _by_place(gives, torch.cat(flag_at), stage, stages)
     pairs = torch.cat([want[0], give[0]])
     tokens = geometry.length.long()[pairs % max(1, n)]
-    # The running sum of both.
-    assert pairs.numel() < 2**63 // PAIR and int(tokens.sum()) < PAIR
+    unit = pair_unit(pairs.numel(), int(tokens.sum()))
     return HopTables(
         pairs=PairTables(
             n_want=want[0].numel(),
             pairs=pairs,
             flag_at=torch.cat([want[1], give[1]]),
-            weight=tokens + PAIR,
+            weight=tokens + unit,
             bounds=torch.stack([want[2], want[0].numel() + give[2]]),
+            unit=unit,
         ),
         send=[width + ids.numel() for ids in wants],
         receive=[width + ids.numel() for ids in gives],
@@ -129,6 +129,19 @@ def _hop_tables(
         header_at=torch.tensor(header_at, dtype=torch.int64, device=device),
         asked_at=torch.stack(asked_at) if relays else None,
     )
+
+
+def pair_unit(n_pairs: int, n_tokens: int) -> int:
+    """What a pair counts in a running sum of pairs and, below it, their tokens: ``PAIR`` where all of them fit."""
+    fits = n_tokens < PAIR and n_pairs < 2**63 // PAIR
+    unit = PAIR if fits else 1 << n_tokens.bit_length()
+    if n_pairs >= 2**63 // unit:
+        raise ValueError(
+            f"{n_pairs} (KV head, block) pairs with {n_tokens} tokens in all can move to and from a rank, and a "
+            f"running sum of both in 63 bits has room for {2**63 // unit - 1} of so many tokens; use larger blocks, "
+            "or share the KV heads among more tensor-parallel ranks"
+        )
+    return unit
 
 
 def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
