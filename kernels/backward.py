@@ -256,12 +256,14 @@ def _finish_kernel(
         return
     o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)
     key = first_key + o_n
-    m = (o_n < tl.load(length + i_b))[:, None] & (o_d < D)[None, :]
+    n_keys = tl.load(length + i_b)
+    m = (o_n < n_keys)[:, None] & (o_d < D)[None, :]
+    # A block that nobody visits has gradient zero.
+    m_sum = (o_n < tl.where(is_split, n_keys, 0))[:, None] & (o_d < D)[None, :]
     i_sum = _sum_place(i_list, start - first, n_lists, room, task_rows)
     o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
-    # A block that nobody visits has gradient zero.
-    b_dk = tl.load(sum_k + o_sum, mask=m & is_split, other=0.0)
-    b_dv = tl.load(sum_v + o_sum, mask=m & is_split, other=0.0)
+    b_dk = tl.load(sum_k + o_sum, mask=m_sum, other=0.0)
+    b_dv = tl.load(sum_v + o_sum, mask=m_sum, other=0.0)
     page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
     o_dk = key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
     tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m)

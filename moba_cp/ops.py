@@ -1,7 +1,8 @@
 """Which backend serves a tensor: :mod:`moba_cp.kernels`, in Triton, or :mod:`moba_cp.eager`, in plain PyTorch.
 
 Both have the same functions with the same arguments. Kernels serve float32, bfloat16 and float16 on a GPU, and on the
-CPU under ``TRITON_INTERPRET=1``; everything else, float64 and plain CPU tensors, is eager's.
+CPU under ``TRITON_INTERPRET=1``, but bfloat16, which the interpreter computes wrongly; everything else, float64 and
+plain CPU tensors, is eager's.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ def _has_triton() -> bool:
 def backend(x: Tensor):
     """The module that serves q, k, v or anything of their kind, ``x`` [..., D] floating."""
     fits = x.dtype in KERNEL_DTYPES and x.shape[-1] in KERNEL_HEAD_DIMS
+    fits = fits and (x.is_cuda or x.dtype != torch.bfloat16)
     return integer_backend(x) if fits else eager
 
 

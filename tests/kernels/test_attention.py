@@ -76,6 +76,34 @@ def test_gradients_of_lists_longer_than_a_task(monkeypatch, deterministic, rows)
         close(x, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    """Sums have a dtype of their own: at once, where rows are cut, and where results are rounded afterwards."""
+    p = Problem([60], (2, 1), 16, 48, 3)
+    _, lse, delta, _ = exact(p)
+    args = p.scale, p.dout, lse.float(), delta.float()
+
+    def run():
+        results = list(kernels.attend(p.q, p.pages, *p.visits, p.scale))
+        for scratch in (None, 1 << 12):
+            results += kernels.attend_backward(
+                p.q, p.pages, *p.visits, *args, True, local_dtype=torch.float32, scratch_bytes=scratch
+            )
+        into = torch.zeros_like(p.q), *(torch.zeros_like(x, dtype=torch.float16) for x in (p.k, p.v))
+        results += kernels.attend_backward(
+            p.q, p.pages, *p.visits, *args, True, scratch_bytes=1 << 12, into=into, fresh=True
+        )
+        return results
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        for actual, before in zip(run(), expected, strict=True):
+            assert actual.dtype == before.dtype and torch.equal(actual, before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_rows_that_see_nothing():
     p = Problem([64], (2, 1), 32, 16, 3)
     p.chosen[10:20] = -1

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, kernels, moba_attention, ops
+from moba_cp import MoBAConfig, eager, kernels, moba_attention, ops
 from moba_cp.blocks import block_table
-from tests.helpers.cases import GOLDEN, golden, run
+from tests.helpers.cases import GOLDEN, Case, golden, run
 from tests.helpers.kernel_inputs import DEVICE
 
 
@@ -22,6 +22,18 @@ def test_golden(path):
         # A gradient that is exactly zero has no scale of its own: dq and dk of a single token.
         bound = 1e-5 * max(1.0, expected.abs().max().item())
         assert (actual.cpu() - expected).abs().max() <= bound, name
+
+
+def test_bfloat16_is_right_without_a_gpu_too():
+    """The interpreter computes it wrongly, so that there it is the plain path's."""
+    g = torch.Generator().manual_seed(0)
+    case = Case(*(torch.randn(40, h, 16, generator=g).bfloat16() for h in (2, 1, 1, 2)), None, 16, 3)
+    case.q, case.k, case.v, case.dout = (x.to(DEVICE) for x in (case.q, case.k, case.v, case.dout))
+    assert ops.backend(case.q) is (kernels if DEVICE == "cuda" else eager)
+    # All blocks are chosen, so that rounded scores choose no others.
+    wide = run(moba_attention, case.to(torch.float64), MoBAConfig(16, 3))
+    for actual, expected in zip(run(moba_attention, case, MoBAConfig(16, 3)), wide, strict=True):
+        assert (actual.double() - expected).abs().max() <= 3e-2 * expected.abs().max()
 
 
 def test_operators_agree_with_their_fakes():
