@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..model.rope import RopeScaling, rope_frequencies
-from .batch import MoBAPackedSeqParams, batch_context
+from .batch import MoBAPackedSeqParams, batch_context, group_size
 
 DEFAULT_BASE = 10000.0
 # Megatron holds its frequencies in float32, and computes them there.
@@ -28,8 +28,8 @@ class ContextRotaryEmbedding(nn.Module):
     Args:
         dim: D, or R; even.
         base: base of the frequencies. None: the model's, or 10,000 in no model.
-        group: context-parallel process group; None is one rank.
-        layout: how batches without a context lie on the ranks.
+        group: context-parallel process group. None: the model's, or one rank in no model.
+        layout: how the tokens of batches without a context are spread over the ranks.
         scaling: Llama 3.1's scaling of the frequencies. None: the model's, or none.
 
     Raises:
@@ -67,6 +67,13 @@ class ContextRotaryEmbedding(nn.Module):
                 "model with that, or leave its position embedding as it is"
             )
         self.interleaved = model.config.rotary_interleaved
+        group = getattr(getattr(model, "pg_collection", None), "cp", None)
+        self.group = group if self.group is None else self.group
+        if group_size(self.group) != model.config.context_parallel_size:
+            raise ValueError(
+                f"group has {group_size(self.group)} ranks but the model context_parallel_size="
+                f"{model.config.context_parallel_size}; leave group out to take the model's"
+            )
         old = model._modules.get("rotary_pos_emb")
         if old is None:
             return

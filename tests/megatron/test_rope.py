@@ -160,6 +160,16 @@ def test_another_kind_of_angles_is_refused(_parallel_state):
         model.rotary_pos_emb = ContextRotaryEmbedding(12)
 
 
+def test_the_group_is_the_models(_parallel_state):
+    """Positions of one rank, in a model that is spread over several, would be silently wrong."""
+    model = megatrons_model()
+    model.rotary_pos_emb = ContextRotaryEmbedding(12)
+    assert model.rotary_pos_emb.group is model.pg_collection.cp
+    model.config.context_parallel_size = 2
+    with pytest.raises(ValueError, match="group has 1 ranks but the model context_parallel_size=2; leave group out"):
+        model.rotary_pos_emb = ContextRotaryEmbedding(12, group=model.pg_collection.cp)
+
+
 def test_a_base_of_its_own_holds(_parallel_state):
     model = megatrons_model(rotary_base=300)
     model.rotary_pos_emb = ContextRotaryEmbedding(12, base=500)
