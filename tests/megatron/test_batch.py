@@ -20,8 +20,12 @@ def params(*bounds, padded=None):
     return PackedSeqParams("thd", bounds, bounds, padded, padded)
 
 
-def documents(packed, n_tokens=32, **changes):
-    return batch_context(packed, n_tokens, None, "zigzag", CPU, **changes).cu_seqlens.tolist()
+def documents(packed, n_tokens=32):
+    """The boundaries that attention and rotary positions go by."""
+    context = batch_context(packed, n_tokens, None, "zigzag", CPU)
+    starts = context.document_positions.eq(0).nonzero().flatten().tolist()
+    assert context.cu_seqlens.tolist() == [*starts, n_tokens]
+    return context.cu_seqlens.tolist()
 
 
 def _in_place(packed):
