@@ -17,14 +17,14 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moba-block-size", type=int, default=_DEFAULT.block_size, metavar="B",
                        help="Tokens per key/value block, a multiple of 16 (default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-top-k", type=int, default=_DEFAULT.top_k, metavar="K",
-                       help="Blocks each query attends to, its own included (default: %(default)s).")  # fmt: skip
+                       help="Blocks each query attends to, with its current block (default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-full-layers", nargs="+", default=["none"], metavar="LAYER",
                        help="Layers with full attention: 'none', 'all', 'last N', or layer numbers counted from 1 "
                        "through the whole model (default: none).")  # fmt: skip
     group.add_argument("--moba-deterministic", action="store_true",
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
-                       help="What moves between context-parallel ranks: chosen blocks (kv), query rows (query), per "
+                       help="What moves between context-parallel ranks: selected blocks (kv), query rows (query), per "
                        "block whichever is fewer bytes, or all where a node's copy engines bring it behind attention "
                        "(auto), or all (allgather); default: %(default)s.")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",

@@ -1,7 +1,7 @@
-"""How a batch tells the layers where its tokens lie: the context that travels with it.
+"""The CPContext of a batch: given with the batch, or built from what Megatron passes.
 
-Megatron hands every layer the batch's ``packed_seq_params`` untouched, also through activation recompute, so the
-context goes there. Batches without one are read as Megatron's own.
+Megatron passes ``packed_seq_params`` to every layer unchanged, in activation recompute too, so that is where a batch's
+context goes. A batch without one has Megatron's own layout.
 
 Legend: L tokens of this rank, P context-parallel ranks.
 """
@@ -21,17 +21,17 @@ _DEFAULT_EXCHANGE = ExchangeOptions()
 
 
 class MoBAPackedSeqParams:
-    """A batch's context in the place where Megatron looks for packed sequences.
+    """Carries a batch's CPContext in Megatron's argument ``packed_seq_params``.
 
-    Has the attributes of Megatron's ``PackedSeqParams``. Only ``qkv_format == "thd"`` is packed for Megatron, so that
-    with this one q, k and v stay ``[L, b, heads, D]`` and rotary angles are applied row by row.
+    Has the attributes of Megatron's ``PackedSeqParams``. Megatron treats a batch as packed only if ``qkv_format`` is
+    ``"thd"``; with this object q, k and v stay ``[L, b, heads, D]`` and rotary angles are applied row by row.
 
-    Not a dataclass, and so not a ``PackedSeqParams``: FSDP2's mixed precision takes dataclass arguments apart, casts
-    what is floating point and builds them anew; angles would be rounded to bf16 and the context's tables lost.
+    Not a dataclass, and so not a ``PackedSeqParams``: FSDP2's mixed precision rebuilds dataclass arguments and casts
+    their floating-point fields, which would round the angles to bf16 and lose the context's tables.
 
     Args:
-        context: layout and documents of the sequence that this rank holds a share of.
-        rotary_angles: [L, 1, 1, D] float32, for layers that take their rotary angles from here.
+        context: layout and documents of the sequence, of which this rank holds a share.
+        rotary_angles: [L, 1, 1, D] float32, for layers that take their rotary angles from this object.
     """
 
     qkv_format = "sbhd"
@@ -59,7 +59,7 @@ def batch_context(
         packed_seq_params: what Megatron passes: None, packed sequences (thd), or :class:`MoBAPackedSeqParams`.
         n_tokens: L, tokens of each sequence of the batch on this rank.
         group: the context-parallel process group; None is one rank.
-        layout: how batches without a context lie on the ranks.
+        layout: how the tokens of batches without a context are spread over the ranks.
         device: where the context's tensors go.
         exchange: how batches without a context exchange blocks and rows.
 
@@ -166,8 +166,8 @@ def _bounds(params: PackedSeqParams) -> tuple[int, ...]:
         other, mine = values[name], values[name.replace("_kv", "_q")]
         if other is not None and mine is not None and other != mine:
             raise ValueError(f"packed_seq_params.{name} differs from {name.replace('_kv', '_q')}; they must be equal")
-    # Padding stands at the end of a document. There it is seen by itself alone: attention is causal, and a block that
-    # holds padding lies behind no real token. So padded documents are documents.
+    # Padding comes at the end of a document, and attention is causal: no real token attends to it, nor selects a block
+    # that holds it. So a padded document is treated as a document of the padded length.
     bounds = values["cu_seqlens_q"] if values["cu_seqlens_q_padded"] is None else values["cu_seqlens_q_padded"]
     if bounds is None:
         raise ValueError("packed_seq_params.cu_seqlens_q=None; thd batches need the boundaries of their documents")

@@ -28,18 +28,18 @@ class MoBACoreAttention(MegatronModule):
     Args:
         config: of the model; ``context_parallel_size`` and the context-parallel group must agree. With
             ``deterministic_mode`` attention is deterministic too.
-        layer_number: counted from 1 through the whole model; picks MoBA or full attention.
+        layer_number: counted from 1 through the whole model; decides between MoBA and full attention.
         attn_mask_type: causal.
         attention_type: ``self``.
-        attention: the spec's parameter, for all layers.
-        exchange: likewise; how batches without a context of their own exchange blocks and rows.
+        attention: of all layers; a parameter of the spec.
+        exchange: how batches without a context of their own exchange blocks and rows; a parameter of the spec.
         attention_dropout: None or 0.
         softmax_scale: ``D ** -0.5`` by default.
-        cp_comm_type: None or ``p2p``, Megatron's default; what is exchanged, and how, MoBA decides by itself.
+        cp_comm_type: None or ``p2p``, Megatron's default; it has no effect, MoBA has an exchange of its own.
         pg_collection: process groups, of which ``cp`` is used; Megatron's global ones by default.
 
     Raises:
-        ValueError: something that MoBA has not is asked for; the message names it, its value, the rule and a fix.
+        ValueError: the model asks for something that MoBA does not do; the message has name, value, rule and fix.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MoBACoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, cp_comm_type)
+        _refuse_unsupported(config, attn_mask_type, attention_type, dropout, cp_comm_type)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.group = pg_collection.cp
@@ -114,7 +114,7 @@ class MoBACoreAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
         context.comm.layer = f"layer {self.layer_number}"
-        # One rank has nothing to exchange, and no need to plan it.
+        # One rank has nothing to exchange, so it needs no plan.
         across = context.size > 1 or context.observer is not None
         where = {"cp": context} if across else {"cu_seqlens": context.cu_seqlens}
         if self.kind == "full":
@@ -145,7 +145,7 @@ _ONE_GROUP = "the context-parallel group is the same for every batch"
 # which it does nothing, and the reason. The softcapping is that of configurations derived from Megatron's.
 _REFUSED = {
     "softmax_type": ("vanilla", "attention sinks and off-by-one softmax are not served"),
-    "window_size": (None, "MoBA attends to chosen blocks, not to a sliding window"),
+    "window_size": (None, "MoBA attends to selected blocks, not to a sliding window"),
     "attn_logit_softcapping": (None, "scores are not capped"),
     "apply_query_key_layer_scaling": (False, "scores are scaled by softmax_scale alone"),
     "qk_clip": (False, "the largest score of a head is not recorded"),
@@ -167,7 +167,7 @@ _REFUSED = {
 }
 
 
-def _refuse_what_moba_has_not(config, attn_mask_type, attention_type, dropout, cp_comm_type) -> None:
+def _refuse_unsupported(config, attn_mask_type, attention_type, dropout, cp_comm_type) -> None:
     def refuse(name: str, value, rule: str):
         raise ValueError(f"{name}={value!r}: {rule}")
 

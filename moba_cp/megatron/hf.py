@@ -49,7 +49,7 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
     """Fill the parameters of a GPTModel from a checkpoint's safetensors.
 
     Works on a pipeline stage, on a tensor-parallel rank's part, and after FSDP2 has sharded the model; each rank reads
-    the files. Rows of the vocabulary that the checkpoint has not (Megatron pads it) become zero.
+    the files. Rows that pad the vocabulary, which the checkpoint does not have, become zero.
 
     Args:
         model: as built, or inside of Megatron's wrappers.

@@ -1,7 +1,7 @@
-"""Megatron's transformer layer with MoBA for its core attention, put together when the model is built.
+"""Megatron's transformer layer with MoBA as its core attention, configured when the model is built.
 
-A spec is made at import, before the trainer has parsed its arguments; so this layer takes the submodules that Megatron
-would take for its configuration, and replaces what is MoBA's.
+The object that ``--spec`` names exists at import, before the trainer has parsed its arguments. So the layer itself asks
+Megatron for the submodules that fit its configuration, and replaces the core attention in them.
 """
 
 import copy
@@ -33,13 +33,13 @@ class MoBATransformerLayer(TransformerLayer):
     Args:
         config: of the model. ``transformer_impl`` decides where linear layers and norms come from.
         layer_number: counted from 1 within the pipeline stage.
-        attention: of the whole model; None asks Megatron-LM's trainer, also for the exchange.
+        attention: of the whole model; None takes it, and the exchange, from the flags of Megatron-LM's trainer.
         exchange: between context-parallel ranks.
-        whole_block: the final norm is ours too (:func:`moba_cp.megatron.spec.block_spec`).
+        whole_block: the norm after the last layer is ours too (:func:`moba_cp.megatron.spec.block_spec`).
         All others: as Megatron's TransformerLayer.
 
     Raises:
-        ValueError: the configuration asks for something that MoBA has not.
+        ValueError: the configuration asks for something that MoBA does not do.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MoBATransformerLayer(TransformerLayer):
 def layer_submodules(
     config: TransformerConfig, attention: AttentionConfig, index: int, exchange: ExchangeOptions | None = None
 ) -> TransformerLayerSubmodules:
-    """What Megatron would build the layer with ``index`` (from 0, through the whole model) from, with MoBA in it."""
+    """Megatron's submodules of the layer with ``index`` (from 0, through the whole model), with MoBA in them."""
     specs = get_gpt_decoder_layer_specs(
         config,
         use_transformer_engine=config.transformer_impl == "transformer_engine",

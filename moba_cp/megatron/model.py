@@ -50,14 +50,14 @@ class MoBAGPTModel(GPTModel):
         init_weights(self, seed, self.model_config.init_std, self.model_config.n_layers)
 
     def set_attention(self, attention: AttentionConfig) -> None:
-        """Attend by another configuration from the next forward pass on, such as full attention late in training."""
+        """Use another configuration from the next forward pass on, such as full attention late in training."""
         self.layout = attention.layout
         for module in self.modules():
             if isinstance(module, MoBACoreAttention):
                 module.set_attention(attention)
 
     def __call__(self, tokens: Tensor, labels: Tensor | None = None, context: CPContext | None = None) -> Tensor:
-        # Past FSDP2's hooks, which would take a CPContext apart; see MoBAPackedSeqParams.
+        # FSDP2's hooks would rebuild a CPContext, so wrap it before they run; see MoBAPackedSeqParams.
         return super().__call__(tokens, labels, None if context is None else MoBAPackedSeqParams(context))
 
     def forward(self, tokens: Tensor, labels: Tensor | None, params: MoBAPackedSeqParams | None) -> Tensor:
@@ -127,7 +127,7 @@ def build_model(
 
 def _transformer_config(model: ModelConfig, cp_size: int, dtype: torch.dtype) -> TransformerConfig:
     with warnings.catch_warnings():
-        # Megatron warns of its own default.
+        # Megatron's own default triggers this warning of it.
         warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
         return _build_transformer_config(model, cp_size, dtype)
 

@@ -5,14 +5,14 @@ from torch import nn
 
 
 class TorchNorm:
-    """PyTorch's RMSNorm or LayerNorm where a layer spec wants a norm, under sequence parallelism too.
+    """PyTorch's RMSNorm or LayerNorm as the norm of a layer spec; works with sequence parallelism.
 
-    There a norm sees a part of the sequence on each tensor-parallel rank, so that its weights' gradients must be
-    summed over the ranks: Megatron does that for the parameters that are marked ``sequence_parallel``. Megatron's own
-    wrapper marks none, and refuses sequence parallelism instead.
+    With sequence parallelism each tensor-parallel rank normalizes its part of the sequence, so the gradients of the
+    norm's weights must be summed over the ranks. Megatron does that for parameters marked ``sequence_parallel``. Its
+    own wrapper of PyTorch's norms marks none, and refuses sequence parallelism instead.
 
     Raises:
-        ValueError: a kind of norm, or an option of one, that PyTorch has not.
+        ValueError: a kind of norm, or an option of one, that PyTorch does not have.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> nn.Module:

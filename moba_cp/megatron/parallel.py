@@ -7,8 +7,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 def process_groups(cp_group: dist.ProcessGroup | None) -> ProcessGroupCollection:
     """Groups of a model that is parallel over the context alone.
 
-    Megatron's layers ask their tensor- and context-parallel groups for their sizes, so there must be some: of this
-    rank alone. Where torch.distributed has not been started, it is started for one process, in memory.
+    Megatron's layers ask their tensor- and context-parallel groups for their sizes, so those groups must exist: here
+    they hold this rank alone. If torch.distributed has not been started, it is started for one process, in memory.
 
     Args:
         cp_group: context-parallel group; None is one rank.

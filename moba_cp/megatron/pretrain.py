@@ -68,7 +68,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def check_args(args) -> None:
-    """Raise ValueError for what this script does not do, rather than do something else."""
+    """Raise ValueError for a flag that this script does not implement."""
     for name, neutral, fix in (
         ("sft", False, "use Megatron-LM's pretrain_gpt.py with a --spec of your own (moba_cp.megatron.layer_spec)"),
         ("fim_data", False, "use Megatron-LM's pretrain_gpt.py with a --spec of your own"),
@@ -101,9 +101,10 @@ def check_args(args) -> None:
 
 
 def use_compiled_helpers() -> None:
-    """Let the trainer go on with the index builder that the wheel holds compiled.
+    """Make the trainer use the compiled index builder of the wheel.
 
-    It runs ``make`` beside it first, whose Makefile only a checkout of Megatron-LM has, and exits where that fails.
+    The trainer first runs ``make`` in that folder, and exits if it fails; the Makefile is in a checkout of Megatron-LM
+    but not in the wheel.
     """
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
         from megatron.core.datasets import helpers_cpp  # noqa: F401

@@ -1,4 +1,4 @@
-"""Layer specs: where MoBA is put into Megatron's own.
+"""Layer specs that put MoBA into Megatron's models.
 
 --spec moba_cp.megatron.spec moba_layer_spec      in Megatron-LM's trainer
 with_moba(spec, AttentionConfig(...))             in any code that builds its own specs
@@ -22,14 +22,14 @@ from .layer import MoBATransformerLayer, final_norm
 
 
 def core_attention_spec(attention: AttentionConfig, exchange: ExchangeOptions | None = None) -> ModuleSpec:
-    """What to put at ``self_attention.submodules.core_attention`` of a layer spec."""
+    """The spec to put at ``self_attention.submodules.core_attention`` of a layer spec."""
     return ModuleSpec(module=MoBACoreAttention, params={"attention": attention, "exchange": exchange})
 
 
 def with_moba(
     layer_spec: ModuleSpec, attention: AttentionConfig, exchange: ExchangeOptions | None = None
 ) -> ModuleSpec:
-    """A copy of ``layer_spec``, any spec of a transformer layer with self-attention, that attends by ``attention``."""
+    """A copy of ``layer_spec``, any spec of a transformer layer with self-attention, whose core attention is MoBA's."""
     layer_spec = copy.deepcopy(layer_spec)
     layer_spec.submodules.self_attention.submodules.core_attention = core_attention_spec(attention, exchange)
     return layer_spec
@@ -50,11 +50,11 @@ def context_layer_spec(attention: AttentionConfig, recompute: str = "none") -> M
 
 
 class ContextTransformerLayer(TransformerLayer):
-    """A transformer layer that finds its rotary angles with the batch's context, and recomputes itself if asked to.
+    """A transformer layer that takes its rotary angles from the batch's context, and can recompute its activations.
 
-    As a floating point argument the angles would be cast to bf16 by FSDP2's mixed precision, and long positions lost.
-    Megatron's own recompute saves and restores CUDA's random state, which a CPU has not; without dropout none is
-    needed.
+    FSDP2's mixed precision would cast angles passed as an argument to bf16, which is too coarse for long positions.
+    Megatron's own recompute saves and restores CUDA's random state, which a CPU does not have; without dropout it is
+    not needed.
 
     Args:
         recompute: keep only the layer's input for the backward pass.
@@ -70,14 +70,14 @@ class ContextTransformerLayer(TransformerLayer):
         kwargs.update(packed_seq_params=packed_seq_params, rotary_pos_emb=packed_seq_params.rotary_angles)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, **kwargs)
-        # By default the recomputation stops early, by an exception once the last saved tensor is there. Its traceback
-        # holds the frames, and with them everything the layer had computed, until the step ends (PyTorch 2.11).
+        # With early stop, recomputation ends by an exception once the last saved tensor exists. The traceback keeps
+        # the frames alive, and with them all activations of the layer, until the step ends (PyTorch 2.11).
         with set_checkpoint_early_stop(False):
             return checkpoint(super().forward, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def layer_spec(attention: AttentionConfig | None = None, exchange: ExchangeOptions | None = None) -> ModuleSpec:
-    """A spec of every layer of a GPTModel, whatever its configuration: attention by MoBA, all else Megatron's own.
+    """A spec for every layer of a GPTModel: MoBA as core attention, everything else as Megatron would build it.
 
     For a trainer whose parser does not know MoBA's flags: put ``my_spec = layer_spec(AttentionConfig(...))`` into a
     module of yours and pass ``--spec my_module my_spec``.
@@ -98,7 +98,7 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, and the norm after the last: :func:`layer_spec` for code that calls its specs.
 
-    Needed for sequence parallelism without TransformerEngine, which the final norm of a layer spec does not know.
+    Needed for sequence parallelism without TransformerEngine: the final norm of a layer spec does not support it.
 
     Args:
         config: of the model, or Megatron-LM's GPTModelConfig around it.

@@ -33,14 +33,14 @@ class AttentionConfig:
     """Tokens per key/value block of MoBA layers; a multiple of 16."""
 
     top_k: int = 3
-    """Blocks each query of a MoBA layer attends to, its own block included; 1 to 64."""
+    """Blocks each query of a MoBA layer attends to, its current block included; 1 to 64."""
 
     deterministic: bool = False
     """Bit-identical results from run to run on a fixed number of ranks, at some cost in the backward pass."""
 
     layout: str = "zigzag"
-    """How batches that come without a :class:`moba_cp.CPContext` lie on the ranks: ``zigzag`` (Megatron's own) or
-    ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
+    """How batches that come without a :class:`moba_cp.CPContext` are spread over the ranks: ``zigzag`` (Megatron's own)
+    or ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
 
     def __post_init__(self):
         if self.default not in KINDS:
@@ -58,7 +58,7 @@ class AttentionConfig:
         _ = self.moba
 
     def at(self, step: int, steps: int) -> "AttentionConfig":
-        """What holds in ``step`` out of ``steps``, counted from 1: the same without a schedule.
+        """The configuration of ``step`` out of ``steps``, counted from 1; without a schedule always this one.
 
         Raises:
             ValueError: a phase of the schedule has no step at all.
@@ -69,14 +69,14 @@ class AttentionConfig:
 
     @property
     def moba(self) -> MoBAConfig:
-        """What a MoBA layer is told."""
+        """The options of each MoBA layer."""
         return MoBAConfig(block_size=self.block_size, top_k=self.top_k, deterministic=self.deterministic)
 
     def full_layer_numbers(self, n_layers: int) -> frozenset[int]:
         """The layers with full attention in a model of ``n_layers`` layers.
 
         Raises:
-            ValueError: ``full_layers`` names a layer that the model has not.
+            ValueError: ``full_layers`` names a layer that the model does not have.
         """
         if self.default == "full":
             return frozenset(range(1, n_layers + 1))

@@ -53,8 +53,8 @@ class ModelConfig:
     """Use the token embedding as output layer too."""
 
     recompute: str = "none"
-    """What the backward pass computes again instead of keeping: ``none``, or ``full`` for whole layers, of which only
-    the inputs are then kept (exchanges between ranks are repeated too)."""
+    """What the backward pass recomputes: ``none``, or ``full`` for whole layers, of which only the inputs are then kept
+    (exchanges between ranks are repeated too)."""
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layers", "hidden_size", "n_heads"):

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model without its logits.
+"""Cross-entropy of a language model that never holds all logits at once.
 
 Legend: T tokens, H hidden size, V vocabulary.
 """
@@ -9,12 +9,12 @@ from torch import Tensor
 from ..transforms import cast_inputs, once_differentiable, without_autocast
 
 IGNORED_LABEL = -100
-# Elements of the logits that stand at a time: 256 MiB in float32.
+# Logits held at a time: 256 MiB in float32.
 MAX_LOGITS = 2**26
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Logits are computed slice by slice, in forward and again in backward; only lse [T] is kept between."""
+    """Computes logits slice by slice, in forward and again in backward; keeps only lse [T] in between."""
 
     @staticmethod
     @without_autocast
@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, slice_l
         hidden: [T, H], last hidden states.
         weight: [V, H] of the output layer, same dtype. Both are cast where autocast is on, float64 excepted.
         labels: [T] int64 in [0, V), or -100 for tokens without a label.
-        slice_len: tokens whose logits stand at a time; by default as many as keep them within 256 MiB.
+        slice_len: tokens whose logits are held at a time; by default as many as fit into 256 MiB.
 
     Returns:
         [T] float32 (float64 for float64 inputs), 0 where the label is -100.

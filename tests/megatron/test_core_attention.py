@@ -130,7 +130,7 @@ def test_softmax_scale_is_passed_on(scale):
         ({"attention_type": "cross"}, "attention_type='cross': MoBA selects among a sequence's own blocks"),
         ({"cp_comm_type": "a2a"}, "cp_comm_type='a2a': the exchange is MoBA's own; leave it at 'p2p'"),
         ({"fields": {"num_query_groups": 3}}, "num_query_groups=3: it must divide num_attention_heads=4"),
-        ({"fields": {"window_size": (128, 0)}}, "window_size=(128, 0): MoBA attends to chosen blocks"),
+        ({"fields": {"window_size": (128, 0)}}, "window_size=(128, 0): MoBA attends to selected blocks"),
         ({"fields": {"softmax_type": "learnable"}}, "softmax_type='learnable': attention sinks"),
         ({"fields": {"apply_query_key_layer_scaling": True}}, "apply_query_key_layer_scaling=True: scores are"),
         ({"fields": {"multi_latent_attention": True}}, "multi_latent_attention=True: values narrower than keys"),
