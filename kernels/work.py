@@ -117,9 +117,10 @@ def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
     n_rows, n_heads, _ = q.shape
     if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0
-    scratch = max(FORWARD_SCRATCH, q.nbytes)
-    rows, _ = _slices(n_rows, n_heads // n_kv, slice(0, n_kv), n_slots, _row_bytes(q, n_slots), 0, scratch)
-    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if len(rows) == 1 else 0
+    # torch.compile asks with sizes that are symbols: these are compared, not counted through, and have no nbytes.
+    scratch = max(FORWARD_SCRATCH, q.numel() * q.element_size())
+    row_step, _ = _steps(n_rows, n_heads // n_kv, n_kv, n_slots, _row_bytes(q, n_slots), 0, scratch)
+    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if n_rows <= row_step else 0
 
 
 def sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
@@ -170,6 +171,21 @@ def _slices(
     index would outgrow 32 bits.
     """
     n_kv = kv_heads.stop - kv_heads.start
+    row_step, kv_step = _steps(n_rows, group, n_kv, n_slots, row_bytes, head_bytes, scratch_bytes, at_once)
+    return cut(slice(0, n_rows), row_step), kv_step
+
+
+def _steps(
+    n_rows: int,
+    group: int,
+    n_kv: int,
+    n_slots: int,
+    row_bytes: int,
+    head_bytes: int,
+    scratch_bytes: int,
+    at_once: int = MAX_VISITS,
+) -> tuple[int, int]:
+    """Most rows, and KV heads, at a time; arguments as of :func:`_slices`."""
     bound = scratch_bytes // (n_rows * row_bytes * group + head_bytes), at_once // (n_rows * group * n_slots)
     kv_step = max(1, min(n_kv, *bound))
     row_step = min(
@@ -177,7 +193,7 @@ def _slices(
         MAX_VISITS // (n_kv * group * n_slots),
         at_once // (kv_step * group * n_slots),
     )
-    return cut(slice(0, n_rows), max(1, row_step)), kv_step
+    return max(1, row_step), kv_step
 
 
 def _backward_slices(call: Call, mode: int, key_tile: Tile, local: bool, fresh: bool) -> tuple[list[slice], int, bool]:

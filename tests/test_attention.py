@@ -13,7 +13,16 @@ from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, refer
 from moba_cp.blocks import block_table
 from moba_cp.eager.select import _scores as eager_scores
 from moba_cp.ops import backend
-from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
+from tests.helpers.cases import (
+    GOLDEN,
+    Case,
+    compile_and_compare,
+    golden,
+    random_case,
+    relative_error,
+    run,
+    run_reference,
+)
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
 
@@ -329,6 +338,10 @@ def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
     with largest:
         moba_attention(q, k, v, MoBAConfig(1 << 20, 3), cu_seqlens=cu_seqlens)
     assert largest.numel < 1 << 16
+
+
+def test_compiled_as_one_graph_for_every_length():
+    compile_and_compare("cpu")
 
 
 def test_shapes_on_the_meta_device():
