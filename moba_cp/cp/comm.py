@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .calls import ExchangeError, ledger_of
 from .streams import SideStream, wait_for
 from .symmetric_memory import PeerMemory, peer_memory
 
@@ -84,16 +85,16 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    def ready(self) -> bool:
+        """Whether :meth:`get` would not wait."""
+        return self._event is None or self._event.query()
+
     def get(self) -> Tensor:
         """The tensor on the host."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
         return self._host
-
-
-class ExchangeError(RuntimeError):
-    """A collective failed: another rank left, or did not come in time."""
 
 
 class Communicator:
@@ -115,6 +116,30 @@ class Communicator:
         """Put before the layer in error messages."""
         self._common = _in_common(group)
         self._what = ""
+        self.calls = ledger_of(group)
+        """The attention calls of all contexts of this group."""
+        self._context: tuple[int, int] | None = None
+
+    checks_calls = True
+    """Whether calls are counted, and compared with those of other ranks."""
+
+    def enter_call(self, *what) -> int:
+        """An attention call of the current layer begins, or its backward pass; ``what`` says more of it, the same on
+        all ranks.
+
+        Returns:
+            A digest of all calls so far.
+
+        Raises:
+            ExchangeError: by now it is known that an earlier call was not the same on all ranks.
+        """
+        if self.size == 1 or not self.checks_calls:
+            return 0
+        pending = self.calls.pending
+        while pending and pending[0].look():
+            pending.popleft()
+        self._context = self.calls.context(self._context)
+        return self.calls.enter((self._context[1], self.direction, self.layer, *what))
 
     def ranks_per_node(self) -> int | None:
         """Ranks of this group on each node, from LOCAL_WORLD_SIZE as launchers set it.
@@ -138,9 +163,10 @@ class Communicator:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""
         return self.all_gather_async(x, kind)()
 
-    def all_gather_async(self, x: Tensor, kind: str) -> Callable[[], Tensor]:
-        """:meth:`all_gather` that returns at once; the function it returns waits."""
-        others = x.nbytes * (self.size - 1)
+    def all_gather_async(self, x: Tensor, kind: str, uncounted: int = 0) -> Callable[[], Tensor]:
+        """:meth:`all_gather` that returns at once; the function it returns waits. ``uncounted`` bytes of ``x`` are no
+        payload."""
+        others = (x.nbytes - uncounted) * (self.size - 1)
         self._count(kind, others, others)
         return self._guarded(f"{kind} all-gather", lambda: self._all_gather(x.contiguous()))
 

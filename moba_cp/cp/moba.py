@@ -16,6 +16,7 @@ from ..dtypes import WIDE
 from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import Gathering
+from .calls import Call
 from .comm import BACKWARD, ring_bytes
 from .compiling import outside_graphs
 from .context import CPContext, check_context
@@ -43,25 +44,33 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
         # Buffers and tables made by the way outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
             return moba_attention(q, k, v, config, scale, cp)
-    # Within the function nothing says so.
-    differentiated = torch.is_grad_enabled()
-    return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, differentiated)
+    if cp.size == 1:
+        return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, None, None)
+    cp.comm.direction = ""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    what = "moba", q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k
+    call = Call(cp.comm, what, wanted)
+    # Where other ranks want gradients, this one has to take part in their backward pass.
+    anchor = torch.empty(0, requires_grad=True) if torch.is_grad_enabled() and not wanted else None
+    out, lse = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor)
+    return out if anchor is None or call.anybody_wants() else out.detach(), lse
 
 
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, differentiated: bool):
+    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call | None, _anchor):
         geometry, comm, mode = cp.geometry(config.block_size), cp.comm, cp.exchange.mode
         comm.direction = ""
         k_rows, v_rows = assemble(k, v, geometry, comm)
         gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in GATHERING_MODES else None
         at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
+        # By grad mode, which is equal on all ranks; what requires a gradient need not be.
+        differentiated = call is not None and call.differentiates
         # What goes to everybody need not wait for anybody's choice.
-        differentiated = differentiated and any(ctx.needs_input_grad[:3])
         stages = gathering.stages(k_rows, v_rows, False, differentiated) if at_once else None
 
-        means = gather_means(k_rows, geometry, comm)
+        means = gather_means(k_rows, geometry, comm, call)
         chosen = backend(q).select_blocks(q, means, geometry.first, geometry.own, config.top_k)
         ready, saved = comm.mark(q), None
         if not at_once:
@@ -69,7 +78,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             plan = planned.make_plan(chosen, owned, ready, cp)
         rows = Queries.of(q, chosen, geometry, scale, k.shape[1])
         if not at_once:
-            out, lse, saved = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp)
+            out, lse, saved = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp, call)
         gathers = saved is None
         if gathers:
             for counters in comm.books():
@@ -85,7 +94,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         # Nothing that takes memory may hang on ctx by itself: a checkpoint drops only what autograd has saved, and
         # backward needs the choice, the plan and the log-sum-exp of one and the same forward.
         ctx.save_for_backward(q, k, v, out, lse, chosen, rows.index, *saved)
-        ctx.gathering = gathering if gathers else None
+        ctx.gathering, ctx.call = gathering if gathers else None, call
         ctx.config, ctx.scale, ctx.cp, ctx.layer = config, scale, cp, comm.layer
         ctx.mark_non_differentiable(lse)
         if cp.observer is not None:
@@ -101,6 +110,9 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         cp, config, gathering = ctx.cp, ctx.config, ctx.gathering
         geometry, comm = cp.geometry(config.block_size), cp.comm
         comm.layer, comm.direction = ctx.layer, BACKWARD
+        comm.enter_call("moba")
+        if ctx.call is not None:
+            ctx.call.check()
         rows = Queries(q, chosen, geometry, ctx.scale, index)
         k_rows, v_rows = assemble(k, v, geometry, comm)
         stages = gathering.stages(k_rows, v_rows, True, kept=saved) if gathering is not None else None
@@ -117,4 +129,4 @@ class _MoBAAcrossRanks(torch.autograd.Function):
         dk, dv = assemble_backward(*grads, geometry, comm)
         for counters in comm.books():
             counters.dense_ring += 2 * ring_bytes(k, comm.size)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None

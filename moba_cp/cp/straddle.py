@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..blocks import Pages
 from ..ops import backend
-from .comm import Communicator
+from .calls import TAG_BYTES, Call
+from .comm import Communicator, HostCopy
 from .geometry import BlockGeometry
 
 
@@ -53,9 +54,21 @@ def owned_means(k: Tensor, geometry: BlockGeometry, rank: int) -> Tensor:
     return means
 
 
-def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator) -> Tensor:
-    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call."""
-    return comm.all_gather(owned_means(k, geometry, comm.rank), "means").flatten(0, 1)[geometry.gathered]
+def gather_means(k: Tensor, geometry: BlockGeometry, comm: Communicator, call: Call | None = None) -> Tensor:
+    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call.
+
+    ``call``: what is to be the same on all ranks, which say so by the way.
+    """
+    means = owned_means(k, geometry, comm.rank)
+    if call is None:
+        return comm.all_gather(means, "means").flatten(0, 1)[geometry.gathered]
+    message = torch.cat([means.view(-1).view(torch.uint8), call.tag(k.device)])
+    arrived = comm.all_gather_async(message, "means", uncounted=TAG_BYTES)()
+    call.arrive(HostCopy(arrived[:, means.nbytes :]))
+    if "gathered" not in geometry.tables:
+        count = max(1, means.shape[0])
+        geometry.tables["gathered"] = geometry.gathered // count, geometry.gathered % count
+    return arrived[:, : means.nbytes].view(k.dtype).unflatten(1, means.shape)[geometry.tables["gathered"]]
 
 
 def owned_pages(k: Tensor, v: Tensor, geometry: BlockGeometry) -> Pages:

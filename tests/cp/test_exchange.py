@@ -308,7 +308,7 @@ def _chosen_anew(comm, case: Case, options: ExchangeOptions, again: bool):
 def test_backward_after_another_choice_uses_the_plan_of_that(mode, monkeypatch):
     """What is computed again may choose otherwise; no block that it chose may go without its gradient."""
     real = moba.gather_means
-    monkeypatch.setattr(moba, "gather_means", lambda k, geometry, comm: next(comm.signs) * real(k, geometry, comm))
+    monkeypatch.setattr(moba, "gather_means", lambda k, *rest: next(rest[1].signs) * real(k, *rest))
     tensors = (torch.randn(256, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
     case = Case(*tensors, torch.tensor([0, 256], dtype=torch.int32), 16, 3)
     runs = [run_threads(2, _chosen_anew, case, ExchangeOptions(mode), again) for again in (True, False)]

@@ -51,13 +51,15 @@ class ReplayCommunicator(Communicator):
     def replaying(self) -> Iterator[None]:
         """Play the recorded pass, or its beginning, once."""
         self._mode, self._next = "replay", 0
+        # Others make other passes meanwhile, or none.
+        self.checks_calls = False
         for message in self._messages:
             if message.given is not message.kept:
                 message.given.copy_(message.kept)
         try:
             yield
         finally:
-            self._mode = "live"
+            self._mode, self.checks_calls = "live", True
 
     def forget(self) -> None:
         """Free what was recorded."""

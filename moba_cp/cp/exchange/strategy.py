@@ -18,6 +18,7 @@ from ...dtypes import WIDE
 from ...eager.exchange import Pairs
 from ...ops import backend
 from ..allgather.costs import GatherCosts
+from ..calls import Call
 from ..comm import HostCopy
 from ..context import CPContext
 from ..options import WireCosts
@@ -68,7 +69,13 @@ def make_plan(chosen: Tensor, owned: Pages, ready: torch.cuda.Event | None, cp: 
 
 
 def forward(
-    rows: Queries, owned: Pages, plan, everything: GatherCosts | None, ready: torch.cuda.Event | None, cp: CPContext
+    rows: Queries,
+    owned: Pages,
+    plan,
+    everything: GatherCosts | None,
+    ready: torch.cuda.Event | None,
+    cp: CPContext,
+    call: Call | None,
 ) -> tuple[Tensor, Tensor, list[Tensor | None] | None]:
     """Out [L, Hq, D] and lse [L, Hq], wide, and what :func:`backward` needs; a collective call.
 
@@ -82,6 +89,7 @@ def forward(
         plan: of :func:`make_plan`.
         everything: in ``auto``: what all-gathering takes.
         ready: the choice of blocks has been made.
+        call: what all ranks are to be at; None for one rank.
     """
     q, comm = rows.q, cp.comm
     # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
@@ -92,6 +100,8 @@ def forward(
     if plan is not None:
         decision, plan = plan
         with comm.beside(ready):
+            # The host waits here anyway, for what was sent later.
+            call.check()
             if _gather_instead(plan, everything, cp):
                 return out, lse, None
             stages = _stages(plan, decision.fetch, rows.chosen, owned, cp)

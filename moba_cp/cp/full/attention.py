@@ -59,6 +59,7 @@ class _FullAcrossRanks(torch.autograd.Function):
     @without_autocast
     def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
         cp.comm.direction = ""
+        cp.comm.enter_call("full", q.shape[1], k.shape[1:])
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, lse = method.forward(q, k, v, scale, cp, backend, deterministic)
         out = out.to(q.dtype)
@@ -77,6 +78,7 @@ class _FullAcrossRanks(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         scale, cp, method, backend, deterministic = ctx.rest
         cp.comm.layer, cp.comm.direction = ctx.layer, BACKWARD
+        cp.comm.enter_call("full")
         dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic)
         for counters in cp.comm.books():
             counters.dense_ring += 2 * ring_bytes(k, cp.size)

@@ -1,0 +1,133 @@
+"""All ranks of a group make the same attention calls in the same order: an error on all of them where they do not.
+
+Collectives know nothing of layers. Where a rank leaves a call out, its next one would meet another layer's of the other
+ranks, and be given their keys. So every MoBA forward says, behind the block means that all ranks gather anyway, which
+call it is: a digest of all calls of the group so far, their number, and whether gradients are wanted.
+"""
+
+import collections
+import hashlib
+import weakref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TAG_BYTES = 16
+_WANTED, _GRAD_MODE = 1, 2
+
+
+class ExchangeError(RuntimeError):
+    """A collective failed: another rank left, did not come in time, or made another call."""
+
+
+class Ledger:
+    """The attention calls that this rank made in one group so far."""
+
+    def __init__(self):
+        self.pending: collections.deque[Call] = collections.deque()
+        """Calls of which it is not known here yet what others made."""
+        self._start = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, as all ranks do after an error."""
+        self.count, self._digest, self._contexts = 0, b"", 0
+        self._start += 1
+        self.pending.clear()
+
+    def context(self, known: tuple[int, int] | None) -> tuple[int, int]:
+        """(reset, number) of a context, by its first call; ``known``: what this returned for it before."""
+        if known is not None and known[0] == self._start:
+            return known
+        self._contexts += 1
+        return self._start, self._contexts
+
+    def enter(self, what: tuple) -> int:
+        """Write down one call; the digest of all so far."""
+        self.count += 1
+        self._digest = hashlib.blake2b(self._digest + repr(what).encode(), digest_size=8).digest()
+        return int.from_bytes(self._digest, "little", signed=True)
+
+
+_ledgers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Ledger]" = weakref.WeakKeyDictionary()
+
+
+def ledger_of(group: dist.ProcessGroup | None) -> Ledger:
+    """The ledger of a group; a new one for None."""
+    return Ledger() if group is None else _ledgers.setdefault(group, Ledger())
+
+
+class Call:
+    """One MoBA forward, as this rank makes it and as the others do."""
+
+    def __init__(self, comm, what: tuple, wanted: bool):
+        """``what``: equal on all ranks; ``wanted``: whether this rank wants gradients of it."""
+        self.comm = comm
+        self.differentiates = torch.is_grad_enabled()
+        """Whether gradients can be wanted of it."""
+        digest = comm.enter_call(*what)
+        self._flags = _WANTED * wanted + _GRAD_MODE * self.differentiates
+        self._mine = digest, comm.calls.count
+        self._name = f"the {comm.direction or 'forward of '}{comm.layer}"
+        self._arrived = None
+        self._anybody = wanted
+
+    def tag(self, device: torch.device) -> Tensor:
+        """[TAG_BYTES] uint8, for the others."""
+        digest, count = self._mine
+        tag = torch.tensor([digest, 4 * count + self._flags], dtype=torch.int64)
+        if device.type == "cuda":
+            tag = tag.pin_memory().to(device, non_blocking=True)
+        return tag.view(torch.uint8)
+
+    def arrive(self, tags) -> None:
+        """Take the tags of all ranks, a :class:`.comm.HostCopy` of [P, TAG_BYTES]. Those in memory of the host are
+        checked at once; others by :meth:`check`, or once they are here by the call that follows."""
+        self._arrived = tags
+        if tags.ready():
+            self.check()
+        else:
+            self.comm.calls.pending.append(self)
+
+    def check(self) -> None:
+        """Wait for the tags and compare them.
+
+        Raises:
+            ExchangeError: on all ranks, if they do not make the same call, or if some want gradients of it and others
+                cannot have any.
+        """
+        if self._arrived is None:
+            return
+        tags = self._arrived.get().contiguous().view(torch.int64).tolist()
+        self._arrived = None
+        if not self.comm.checks_calls:
+            return
+        here, count = f"rank {self.comm.rank} of {self.comm.size}", self._mine[1]
+        others = {rank: word // 4 for rank, (digest, word) in enumerate(tags) if (digest, word // 4) != self._mine}
+        if others:
+            self.comm.calls.reset()
+            raise ExchangeError(
+                f"{here}: its attention call {count}, {self._name}, is another one than that of other ranks (rank: "
+                f"call {others}); every rank has to call every layer, in the same order and with equal shapes"
+            )
+        wanted = [rank for rank, (_, word) in enumerate(tags) if word & _WANTED]
+        without = [rank for rank, (_, word) in enumerate(tags) if not word & _GRAD_MODE]
+        if wanted and without:
+            self.comm.calls.reset()
+            raise ExchangeError(
+                f"{here}: ranks {wanted} want gradients of {self._name}, but ranks {without} compute it in "
+                "torch.no_grad or inference mode, so that there is no backward pass there; do the same on all ranks"
+            )
+        self._anybody = bool(wanted)
+
+    def anybody_wants(self) -> bool:
+        """Whether some rank wants gradients; waits for the tags."""
+        self.check()
+        return self._anybody
+
+    def look(self) -> bool:
+        """:meth:`check` if that does not wait; whether it is done."""
+        if self._arrived is not None and self._arrived.ready():
+            self.check()
+        return self._arrived is None
