@@ -4,22 +4,20 @@ All-to-all and all-gather alone: they run unchanged on gloo with CPU tensors and
 point-to-point operations, which have been seen to hang NCCL, are never made.
 """
 
-import collections
+import contextlib
 import os
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .calls import ExchangeError, ledger_of
-from .streams import SideStream, wait_for
-from .symmetric_memory import PeerMemory, peer_memory
+from .counters import Counters
+from .watchdog import Monitor
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,46 +29,26 @@ BACKWARD = "the backward of "
 """What stands before a layer's name in the errors of its backward pass."""
 
 
-@dataclass
-class Counters:
-    """What moved since the last :meth:`reset`, on this rank; bytes between this rank and others."""
+def wait_for(event: torch.cuda.Event | None) -> None:
+    """Let the current stream wait for ``event``; None has happened."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
 
-    sent: dict[str, int] = field(default_factory=dict)
-    """Bytes sent to other ranks, by kind of message."""
-    received: dict[str, int] = field(default_factory=dict)
-    """Bytes received from other ranks, by kind of message."""
-    dense_ring: int = 0
-    """Bytes a dense ring would have received for the same calls."""
-    planned: int = 0
-    """Bytes, forward and backward, that the plans say this rank's requests and the answers to them take."""
-    needed: int = 0
-    """(KV head, block) pairs of other ranks that local queries chose or lie in."""
-    remote: int = 0
-    """(KV head, block) pairs of other ranks that some local query could have chosen."""
-    hottest: int = 0
-    """Most local rows that chose one (KV head, block) in one call."""
 
-    def add(self, kind: str, sent: int, received: int) -> None:
-        """Count one message."""
-        self.sent[kind] = self.sent.get(kind, 0) + sent
-        self.received[kind] = self.received.get(kind, 0) + received
+class SideStream:
+    """A stream that goes before others; made at the first use."""
 
-    def reset(self) -> None:
-        """Start again from zero."""
-        self.__init__()
+    def __init__(self):
+        self._stream: torch.cuda.Stream | None = None
 
-    def summary(self) -> dict[str, int | float | None]:
-        """Flat numbers for a log; ``needed_share`` is None where nothing was planned."""
-        flat = {f"sent_{kind}_bytes": n for kind, n in sorted(self.sent.items())}
-        flat |= {f"received_{kind}_bytes": n for kind, n in sorted(self.received.items())}
-        return flat | {
-            "sent_bytes": sum(self.sent.values()),
-            "received_bytes": sum(self.received.values()),
-            "planned_bytes": self.planned,
-            "dense_ring_bytes": self.dense_ring,
-            "hottest_rows": self.hottest,
-            "needed_share": self.needed / self.remote if self.remote else None,
-        }
+    def beside(self, after: torch.cuda.Event | None):
+        """Context in which work is issued beside the current stream, once it has passed ``after``; nothing for None."""
+        if after is None:
+            return contextlib.nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(priority=-1)
+        self._stream.wait_event(after)
+        return torch.cuda.stream(self._stream)
 
 
 class HostCopy:
@@ -114,6 +92,8 @@ class Communicator:
         """What is being computed, for counters and error messages; whoever calls a layer sets it."""
         self.direction = ""
         """Put before the layer in error messages."""
+        self.memory: Any = None
+        """Memory that all ranks read, where a caller has such; see :func:`.symmetric_memory.peer_memory`."""
         self._common = _in_common(group)
         self._what = ""
         self.calls = ledger_of(group)
@@ -220,13 +200,6 @@ class Communicator:
 
         return self._guarded(f"{kind} copy", started)
 
-    def peers(self, device: torch.device | None = None) -> PeerMemory | None:
-        """Memory that all ranks of the group read, where there is such; the first call is a collective one.
-
-        None for tensors on a ``device`` that is no GPU.
-        """
-        return peer_memory(self.group) if device is None or device.type == "cuda" else None
-
     def mark(self, x: Tensor) -> torch.cuda.Event | None:
         """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
         return torch.cuda.current_stream().record_event() if x.is_cuda else None
@@ -252,7 +225,8 @@ class Communicator:
 
     def _count(self, kind: str, sent: int, received: int) -> None:
         for counters in self.books():
-            counters.add(kind, sent, received)
+            counters.sent[kind] += sent
+            counters.received[kind] += received
 
     def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
         """``start()`` and the waiting it returns, with errors that say who failed at what and where."""
@@ -305,7 +279,7 @@ class Communicator:
         return wait
 
     def _watch(self, event: torch.cuda.Event, what: str) -> None:
-        # On a GPU waiting returns at once, and NCCL's own watchdog knows neither layer nor purpose.
+        # On a GPU waiting returns at once.
         self._common.monitor(self).watch(event, what)
 
 
@@ -317,7 +291,7 @@ class _InCommon:
         self._monitor: Monitor | None = None
         self._lock = threading.Lock()
 
-    def monitor(self, comm: Communicator) -> "Monitor":
+    def monitor(self, comm: Communicator) -> Monitor:
         """The group's monitor, started at the first call; backward calls from threads of autograd's."""
         if self._monitor is None:
             with self._lock:
@@ -345,52 +319,3 @@ def used_here(*tensors: Tensor) -> None:
 def ring_bytes(k: Tensor, size: int) -> int:
     """Bytes of K and V that a dense ring of ``size`` ranks brings to each of them in one direction; k [L, Hkv, D]."""
     return 2 * (size - 1) * k.nbytes
-
-
-class Monitor:
-    """Says on stderr which collective or copy is late, shortly before the process is ended for it.
-
-    Watches in a thread until it is closed, the group is gone, or the interpreter goes away (a thread that was inside of
-    c10d then would abort the process).
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, who: str, timeout_s: float | None = None, stream=None):
-        if timeout_s is None:
-            timeout_s = group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
-        self.limit, self.who, self._stream = 0.9 * timeout_s, who, stream or sys.stderr
-        self._flight: collections.deque[tuple[torch.cuda.Event, str, float]] = collections.deque()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="moba_cp collectives")
-        self._thread.start()
-        if group is not None:
-            weakref.finalize(group, self.close)
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._over.set()
-        # The last reference to a group may go anywhere, in this thread too.
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
-        self._flight.clear()
-
-    def watch(self, event: torch.cuda.Event, what: str) -> None:
-        """Expect ``event``, which follows the collective ``what`` on its stream, in time."""
-        self._flight.append((event, what, time.monotonic()))
-
-    def _run(self) -> None:
-        said = None
-        while not self._over.wait(min(1.0, self.limit / 4)):
-            try:
-                while self._flight and self._flight[0][0].query():
-                    self._flight.popleft()
-            except RuntimeError as error:
-                # The device is lost; what was in flight says where.
-                print(f"{self.who}: {self._flight[0][1]} failed: {error}", file=self._stream, flush=True)
-                return
-            if self._flight and self._flight[0] is not said and time.monotonic() - self._flight[0][2] > self.limit:
-                said = self._flight[0]
-                print(
-                    f"{self.who}: {said[1]} has not finished in {self.limit:.0f} s, another rank has left or hangs",
-                    file=self._stream,
-                    flush=True,
-                )

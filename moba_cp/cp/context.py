@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..blocks import check_cu_seqlens, fitted_block_size
-from .comm import Communicator, Counters
+from .comm import Communicator
+from .counters import Counters
 from .exchange.tables import WireTables, build_wire_tables
 from .full.schedule import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import check_layout, positions_of, rank_segments
 from .options import ExchangeOptions
-from .symmetric_memory import PeerMemory
+from .symmetric_memory import PeerMemory, peer_memory
 
 
 class CPContext:
@@ -157,7 +158,7 @@ class CPContext:
     @property
     def peers(self) -> PeerMemory | None:
         """Memory that all ranks read, where they have it and it is to be used; asking first is a collective call."""
-        return self.comm.peers(self.device) if self.exchange.may_copy(self.size) else None
+        return peer_memory(self.comm, self.device) if self.exchange.may_copy(self.size) else None
 
     @cached_property
     def gathered_positions(self) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .comm import Communicator, SideStream, wait_for
 from .rendezvous import Rendezvous
-from .streams import SideStream, wait_for
 
 # Bytes: what buffers are rounded up to, and the size of the one for meetings.
 _ROUND = 1 << 21
@@ -214,11 +214,15 @@ class SymmetricMemory(PeerMemory):
 _memories: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None]" = weakref.WeakKeyDictionary()
 
 
-def peer_memory(group: dist.ProcessGroup | None) -> PeerMemory | None:
-    """The group's peer memory; None unless its ranks have different GPUs of one node that map each other's memory.
+def peer_memory(comm: Communicator, device: torch.device | None = None) -> PeerMemory | None:
+    """The group's peer memory; None unless its ranks have different GPUs of one node that map each other's memory, and
+    for tensors on a ``device`` that is no GPU.
 
     A collective call; what the first one finds is kept.
     """
+    group = comm.group
+    if comm.memory is not None or (device is not None and device.type != "cuda"):
+        return comm.memory
     # The trainer's groups have a backend for the CPU too.
     if group is None or dist.get_world_size(group) == 1 or "cuda:nccl" not in dist.get_backend_config(group):
         return None

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..cp.comm import Communicator, Counters
+from ..cp.comm import Communicator
+from ..cp.counters import Counters
 
 _SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
 

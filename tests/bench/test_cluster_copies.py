@@ -18,7 +18,7 @@ class Twin(ThreadCommunicator):
 
     def __init__(self, comm: ThreadCommunicator):
         super().__init__(comm.rank, comm.size, comm._board, comm._barrier, comm._turn)
-        self._peers = comm.peers()
+        self.memory = comm.memory
 
 
 class ThreadReplay(ReplayCommunicator, Twin):
@@ -60,7 +60,7 @@ def _without_communication(comm):
     """By mode: whether results equal the real ones, meetings and bytes of passes, and the row of the measurement."""
     ranks = ThreadRanks(comm.share_memory())
     layer = Layer(shape(kv_heads=4), 192 * comm.size, comm.size, ranks)
-    memory, report = layer.comm.peers(), {}
+    memory, report = layer.comm.memory, {}
     for mode in DEFAULT_MODES:
         candidate = layer.moba(mode)
         candidate.results()
@@ -103,7 +103,7 @@ def test_a_replay_equals_the_real_pass(size, monkeypatch):
 def _counted(comm, n_tokens, modes):
     """By mode: GB measured and predicted, and whether it used the memory that all read."""
     layer = Layer(shape(), n_tokens, comm.size, ThreadRanks(comm.share_memory()))
-    memory, used = layer.comm.peers(), {}
+    memory, used = layer.comm.memory, {}
     candidates = [layer.moba(mode) for mode in modes]
     for mode, candidate in zip(modes, candidates, strict=True):
         stages = memory.stages
@@ -143,7 +143,7 @@ def _on_two_nodes(comm):
     layer = Layer(shape(), 512, comm.size, ThreadRanks(comm.share_memory()))
     modes = ["auto", "kv", "allgather"]
     rows = measure.measure(layer, "attention", [layer.moba(m) for m in modes], Limits(1, 1e9), lambda name: 0.0)
-    return rows, predictions(layer, modes), comm.peers().stages
+    return rows, predictions(layer, modes), comm.memory.stages
 
 
 def test_nodes_are_those_of_the_launcher(monkeypatch):

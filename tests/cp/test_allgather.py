@@ -34,7 +34,7 @@ OPTIONS = [
 def _run(comm, shared: bool, case: Case, layout: str, options: ExchangeOptions, deterministic=False):
     comm = comm.share_memory() if shared else comm
     results, counters = across_ranks(comm, case, layout, False, options, deterministic)
-    return results, counters, comm.peers()
+    return results, counters, comm.memory
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
@@ -149,7 +149,7 @@ _here = threading.local()
 
 def _two_sequences(comm):
     """A short sequence, a longer one, the short one again: buffers grow, and slots go on in turn."""
-    _here.memory = comm.share_memory().peers()
+    _here.memory = comm.share_memory().memory
     cp = CPContext(comm, "zigzag", 512, exchange=ExchangeOptions("allgather"))
     results, sizes = [], []
     for case in (_aligned(1), _aligned(4), _aligned(1)):
@@ -160,7 +160,7 @@ def _two_sequences(comm):
             assert torch.equal(moba_attention(*leaves, config, cp=cp), out)
         out.backward(cp.shard(case.dout))
         results.append([cp.unshard(x) for x in (out, *(x.grad for x in leaves))])
-        sizes.append(comm.peers().nbytes)
+        sizes.append(comm.memory.nbytes)
     return results, sizes
 
 
@@ -234,7 +234,7 @@ def _evaluates(comm):
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-        sizes.append(comm.peers().nbytes)
+        sizes.append(comm.memory.nbytes)
     return sizes
 
 
@@ -310,7 +310,7 @@ def test_a_pass_after_one_that_failed_alike_on_all_ranks_is_right(fails_in, monk
 
 def _fails_elsewhere(comm):
     """What a rank is told when the ranks' passes failed at different places."""
-    memory = comm.share_memory().peers()
+    memory = comm.share_memory().memory
     memory.open_pass("layer 1")
     for _ in range(comm.rank):
         memory.next_stage()
@@ -411,7 +411,7 @@ def test_groups_that_also_serve_the_cpu_have_peer_memory(backends, expected, mon
     monkeypatch.setattr(peer.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(peer.dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(peer, "_mapped", lambda group: "mapped")
-    assert peer.peer_memory(Group()) == expected
+    assert peer.peer_memory(types.SimpleNamespace(group=Group(), memory=None)) == expected
 
 
 class _Unequal:

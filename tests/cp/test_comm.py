@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, moba_attention
-from moba_cp.cp.comm import Communicator, ExchangeError, Monitor
+from moba_cp.cp.comm import Communicator, ExchangeError
+from moba_cp.cp.watchdog import Monitor
 from tests.helpers.distributed import TIME_SCALE, run_ranks
 
 TIMEOUT_S = 4 * TIME_SCALE

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from moba_cp import CPContext, MoBAConfig, moba_attention, ops
+from moba_cp import CPContext, MoBAConfig, eager, moba_attention
 from moba_cp.cp import comm, moba
 from moba_cp.cp import symmetric_memory as peer
 from moba_cp.cp.allgather import stages as gather_stages
@@ -131,8 +131,8 @@ def streams(monkeypatch) -> Streams:
     real_backward = Queries.attend_backward
     monkeypatch.setattr(Queries, "attend_backward", gradients)
     watch(Queries, "attend", lambda rows, pages, *args, **how: found.access(pages.k, "forward reads"))
-    watch(ops, "pack_slab", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
-    watch(ops, "sum_shares", sums)
+    watch(eager, "pack_slab", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
+    watch(eager, "sum_shares", sums)
     watch(moba, "assemble_backward", lambda dk, *args: found.access(dk, "sums are used"))
     watch(gather_stages, "_copy", copies)
     monkeypatch.setattr(comm.Communicator, "mark", lambda self, x: found.event())
@@ -140,7 +140,7 @@ def streams(monkeypatch) -> Streams:
     for module in (comm, gather, peer):
         monkeypatch.setattr(module, "wait_for", found.wait)
     monkeypatch.setattr(
-        peer.SideStream, "beside",
+        comm.SideStream, "beside",
         lambda self, after: contextlib.nullcontext() if after is None else found.beside(after),
     )  # fmt: skip
     monkeypatch.setattr(WatchedMemory, "streams", found, raising=False)

@@ -108,14 +108,10 @@ class ThreadCommunicator(Communicator):
         super().__init__(None)
         self.rank, self.size = rank, size
         self._board, self._barrier, self._turn = board, barrier, turn
-        self._peers: PeerMemory | None = None
-
-    def peers(self, device=None):
-        return self._peers
 
     def share_memory(self) -> "ThreadCommunicator":
         """From now on ranks read one another's memory where the library can do that."""
-        self._peers = ThreadPeerMemory(self)
+        self.memory = ThreadPeerMemory(self)
         return self
 
     def _swap(self, mine):

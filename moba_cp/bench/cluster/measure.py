@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import CPContext, full_attention, moba_attention
 from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
-from ...cp.symmetric_memory import PeerMemory
+from ...cp.symmetric_memory import PeerMemory, peer_memory
 from ..judge import BOUND
 from ..rows import Row
 from ..shape import Shape
@@ -143,7 +143,7 @@ class Layer:
 
     def peers(self) -> PeerMemory | None:
         """The memory that copy engines use; ranks on several nodes have none."""
-        return self.comm.peers() if self.per_node >= self.size else None
+        return peer_memory(self.comm) if self.per_node >= self.size else None
 
     def row(self, part: str, name: str) -> Row:
         """An empty row."""

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..comm import used_here
+from ..comm import used_here, wait_for
 from ..context import CPContext
 from ..queries import OutputGradient, Queries
-from ..streams import wait_for
 from ..symmetric_memory import MissingMemory
 from .costs import GatherCosts
 from .stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
