@@ -222,6 +222,16 @@ def test_what_a_layer_recomputed_ends_with_it():
     assert higher - peak <= more_gradients - gradients + 6 * hidden + hidden
 
 
+def test_recomputation_runs_to_the_end_of_the_layer():
+    """Where it ends early, it ends by an exception whose traceback keeps all that the layer computed (PyTorch 2.11)."""
+    model = build_model(replace(MODEL, recompute="full"), SPARSE)
+    ended = []
+    for layer in model.decoder.layers:
+        layer.mlp.register_forward_hook(lambda *_: ended.append(True))
+    model(*batch()).sum().backward()
+    assert len(ended) == 2 * MODEL.n_layers
+
+
 def test_attention_is_switched_while_training():
     model = build_model(MODEL, SPARSE, dtype=torch.float64)
     assert [core.kind for core in core_attentions(model)] == ["moba", "full", "moba"]
