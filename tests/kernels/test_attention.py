@@ -85,13 +85,13 @@ def test_the_default_dtype_changes_nothing(dtype):
 
     def run():
         results = list(kernels.attend(p.q, p.pages, *p.visits, p.scale))
-        for scratch in (None, 1 << 12):
+        for scratch in (None, 1 << 13):
             results += kernels.attend_backward(
                 p.q, p.pages, *p.visits, *args, True, local_dtype=torch.float32, scratch_bytes=scratch
             )
         into = torch.zeros_like(p.q), *(torch.zeros_like(x, dtype=torch.float16) for x in (p.k, p.v))
         results += kernels.attend_backward(
-            p.q, p.pages, *p.visits, *args, True, scratch_bytes=1 << 12, into=into, fresh=True
+            p.q, p.pages, *p.visits, *args, True, scratch_bytes=1 << 13, into=into, fresh=True
         )
         return results
 
