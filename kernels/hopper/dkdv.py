@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward import _read_facts
-from .shared import LOG2E, barrier, exchange, load_blocks, side_by_side, store_rows, unpack
+from .shared import LOG2E, barrier, copy_rows, exchange, load_blocks, side_by_side, store_rows, unpack
 
 read_facts = gluon.jit(_read_facts.fn)
 
@@ -63,8 +63,8 @@ def _produce(
         offset = row.to(gl.int64)[:, None] * D + o_d[None, :]
         # Rows past the end are zero, and add nothing.
         m_row = (r + o_m < end)[:, None]
-        async_copy.async_copy_global_to_shared(q_s.index(stage), q + offset, mask=m_row)
-        async_copy.async_copy_global_to_shared(do_s.index(stage), dout + offset, mask=m_row)
+        copy_rows(q_s.index(stage), q + offset, mask=m_row)
+        copy_rows(do_s.index(stage), dout + offset, mask=m_row)
         async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
         b_lse, b_delta = unpack(b_stats)
         lse_s.index(stage).store(b_lse)

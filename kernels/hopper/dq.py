@@ -20,7 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LOG2E, barrier, in_each_warp, load_blocks, publish, read_task, store_rows, tiles_of_keys, unpack
+from .shared import (
+    LOG2E,
+    barrier,
+    copy_rows,
+    in_each_warp,
+    load_blocks,
+    publish,
+    read_task,
+    store_rows,
+    tiles_of_keys,
+    unpack,
+)
 
 
 @gluon.jit
@@ -46,8 +57,8 @@ def _gather_rows(
     for half in gl.static_range(2):
         row = row_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE)).to(gl.int64)
         offset = row[:, None] * D + o_d[None, :]
-        async_copy.async_copy_global_to_shared(q_s.index(2 * buf + half), q + offset)
-        async_copy.async_copy_global_to_shared(do_s.index(2 * buf + half), dout + offset)
+        copy_rows(q_s.index(2 * buf + half), q + offset)
+        copy_rows(do_s.index(2 * buf + half), dout + offset)
     async_copy.commit_group()
     return n_tiles
 

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import SLICED
-from .shared import LN2, barrier, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys
+from .shared import LN2, barrier, copy_rows, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def _gather_rows(
     for half in gl.static_range(2):
         offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
         offset = gl.multiple_of(offset, 8)
-        async_copy.async_copy_global_to_shared(q_s.index(2 * buf + half), q + offset[:, None] + o_d[None, :])
+        copy_rows(q_s.index(2 * buf + half), q + offset[:, None] + o_d[None, :])
     async_copy.commit_group()
     return n_tiles
 

@@ -18,8 +18,10 @@ from ..routing import read_task as _read_task
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
-# The first name is that of Triton 3.7, the second that of 3.6.
+# The first name is that of later versions of Triton: from 3.7 on, and from 3.9 on.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 read_task = gluon.jit(_read_task.fn)
 
@@ -104,7 +106,7 @@ def load_block(desc, x, first_key, column, s_row, n_keys, full, x_s, ROWS: gl.co
     """Fetches ROWS rows of K or V, as far as the block goes; one arrival at ``full``, and perhaps bytes to come."""
     if n_keys >= ROWS:
         mbarrier.expect(full, ROWS * D * 2)
-        tma.async_copy_global_to_shared(desc, [first_key, column], full, x_s)
+        load_box(desc, [first_key, column], full, x_s)
     else:
         _copy_keys(x, first_key, column, s_row, n_keys, x_s, ROWS, D)
         fence_async_shared()
@@ -120,8 +122,8 @@ def load_blocks(
     """As :func:`load_block`, for K and V together; one arrival."""
     if n_keys >= ROWS:
         mbarrier.expect(full, 2 * ROWS * D * 2)
-        tma.async_copy_global_to_shared(k_desc, [first_key, k_column], full, k_s)
-        tma.async_copy_global_to_shared(v_desc, [first_key, v_column], full, v_s)
+        load_box(k_desc, [first_key, k_column], full, k_s)
+        load_box(v_desc, [first_key, v_column], full, v_s)
     else:
         _copy_keys(k, first_key, k_column, s_kr, n_keys, k_s, ROWS, D)
         _copy_keys(v, first_key, v_column, s_vr, n_keys, v_s, ROWS, D)
