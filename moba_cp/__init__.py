@@ -10,16 +10,32 @@ if TYPE_CHECKING:
     from . import reference
     from .attention import full_attention, moba_attention
     from .config import MoBAConfig
+    from .cp.calls import ExchangeError
     from .cp.context import CPContext
+    from .cp.options import ExchangeOptions
+    from .cp.recorder import SelectionRecorder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["CPContext", "MoBAConfig", "full_attention", "moba_attention", "reference", "__version__"]
+__all__ = [
+    "CPContext",
+    "ExchangeError",
+    "ExchangeOptions",
+    "MoBAConfig",
+    "SelectionRecorder",
+    "full_attention",
+    "moba_attention",
+    "reference",
+    "__version__",
+]
 
 # Public name -> its module. Imported at first use, so that `moba-cp --help` does not wait for PyTorch.
 _MODULES = {
     "CPContext": "cp.context",
+    "ExchangeError": "cp.calls",
+    "ExchangeOptions": "cp.options",
     "MoBAConfig": "config",
+    "SelectionRecorder": "cp.recorder",
     "full_attention": "attention",
     "moba_attention": "attention",
     "reference": "reference",

@@ -4,6 +4,7 @@ Legend: T tokens (the local share under context parallelism), Hq query heads, Hk
 """
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from .blocks import check_cu_seqlens, check_cu_seqlens_kind
 from .config import MoBAConfig
 from .transforms import cast_inputs, check_no_tangent, once_differentiable, without_autocast
 
+if TYPE_CHECKING:
+    from .cp.context import CPContext
+
+Method = Literal["auto", "ring", "allgather"]
+Backend = Literal["auto", "fa4", "cudnn", "flash", "plain"]
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -43,6 +49,7 @@ class _FullAttention(torch.autograd.Function):
         return *(x.narrow() for x in sums), None, None, None, None
 
 
+@overload
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -50,7 +57,29 @@ def moba_attention(
     config: MoBAConfig,
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-    cp=None,
+    cp: "CPContext | None" = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp: "CPContext | None" = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp: "CPContext | None" = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and the best k - 1 others.
@@ -92,17 +121,45 @@ def moba_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
 def full_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
-    cp=None,
+    cp: "CPContext | None" = None,
+    return_lse: Literal[False] = False,
+    *,
+    method: Method = "auto",
+    backend: Backend = "auto",
+    deterministic: bool = False,
+) -> Tensor: ...
+@overload
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp: "CPContext | None" = None,
+    *,
+    return_lse: Literal[True],
+    method: Method = "auto",
+    backend: Backend = "auto",
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp: "CPContext | None" = None,
     return_lse: bool = False,
     *,
-    method: str = "auto",
-    backend: str = "auto",
+    method: Method = "auto",
+    backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention; arguments, results and errors as :func:`moba_attention`, and:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import moba_cp
 from tests.helpers.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ SOURCES = {
     "launchers": "moba_cp/launchers",
     "configs": "moba_cp/configs",
 }
-SOURCE_SUFFIXES = (".py", ".sh", ".json", ".yaml")
+SOURCE_SUFFIXES = (".py", ".sh", ".json", ".yaml", ".typed")
 
 
 def sources() -> dict[str, Path]:
@@ -87,6 +88,6 @@ def test_console_script_runs_from_the_installed_wheel(wheel, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script), "--version"], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
-    assert (done.returncode, done.stdout) == (0, "moba-cp 0.1.0\n")
+    assert (done.returncode, done.stdout) == (0, f"moba-cp {moba_cp.__version__}\n")
     wrong = subprocess.run([sys.executable, str(script), "frobnicate"], capture_output=True, text=True, env=environment)
     assert wrong.returncode == 2 and "is not a command" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -92,6 +92,7 @@ class ModelConfig:
 
     def n_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings`` the token embedding and the output layer do not count."""
+        assert self.head_dim and self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
         attention = self.hidden_size * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         ffn = 3 * self.hidden_size * self.ffn_hidden_size
         norms = 2 * self.hidden_size
@@ -106,6 +107,7 @@ class ModelConfig:
         Products of matrices only: 6 per weight that multiplies (the output layer included, the embedding's look-up
         not), and 12 per attended key and unit of head width. Routing and recomputation are not counted.
         """
+        assert self.head_dim, "set by __post_init__"
         weights = self.n_parameters() - (2 * self.n_layers + 1) * self.hidden_size
         weights += self.vocab_size * self.hidden_size
         full = len(attention.full_layer_numbers(self.n_layers))

@@ -18,20 +18,23 @@ class Phase:
 
 def check_schedule(schedule: tuple[Phase, ...]) -> None:
     """Raise ValueError unless the phases follow one another to the end of training."""
+    begin = 0.0
     for i, phase in enumerate(schedule):
         name = f"schedule[{i}]"
         if phase.kind not in KINDS:
             raise ValueError(f"{name}.kind={phase.kind!r} is not a kind of attention; use one of {', '.join(KINDS)}")
         last = i == len(schedule) - 1
-        if last and phase.until is not None:
-            raise ValueError(f"{name}.until={phase.until} ends the last phase early; leave until out there")
-        if not last and phase.until is None:
+        if last:
+            if phase.until is not None:
+                raise ValueError(f"{name}.until={phase.until} ends the last phase early; leave until out there")
+            return
+        if phase.until is None:
             raise ValueError(
                 f"{name}.until is missing; only the last phase lasts to the end, so say such as until: 0.9"
             )
-        begin = schedule[i - 1].until if i else 0.0
-        if not last and not begin < phase.until < 1:
+        if not begin < phase.until < 1:
             raise ValueError(f"{name}.until={phase.until} is not between {begin} and 1; phases follow one another")
+        begin = phase.until
 
 
 def phase_ends(schedule: tuple[Phase, ...], steps: int) -> list[int]:
