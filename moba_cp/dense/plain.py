@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import WIDE
+from ..eager.attention import finite_lse
 from ..eager.select import SCRATCH_ELEMENTS
 
 ROWS = 256
@@ -34,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
         score = _scores(_grouped(q[rows], n_kv, wide), kt, rows.stop - rows.start, causal, scale)
         row_lse = score.logsumexp(-1)
         n = rows.stop - rows.start
-        out[rows] = _ungrouped(torch.matmul((score - row_lse[..., None]).exp(), vt), n)
+        out[rows] = _ungrouped(torch.matmul((score - finite_lse(row_lse)[..., None]).exp(), vt), n)
         lse[rows] = _ungrouped(row_lse[..., None], n)[..., 0]
     return out, lse
 
@@ -55,7 +56,7 @@ def attention_backward(q, k, v, causal, scale, dout, lse, delta) -> tuple[Tensor
         kt, vt = (x[:n_keys].to(wide).transpose(0, 1) for x in (k, v))
         q_rows, do_rows = (_grouped(x[rows], n_kv, wide) for x in (q, dout))
         row_lse, row_delta = (_grouped(x[rows][..., None], n_kv, wide) for x in (lse, delta))
-        prob = (_scores(q_rows, kt, n, causal, scale) - row_lse).exp()
+        prob = (_scores(q_rows, kt, n, causal, scale) - finite_lse(row_lse)).exp()
         dscore = prob * (torch.matmul(do_rows, vt.transpose(1, 2)) - row_delta) * scale
         dq[rows] = _ungrouped(torch.matmul(dscore, kt), n)
         dk[:n_keys] += torch.matmul(dscore.transpose(1, 2), q_rows).transpose(0, 1)

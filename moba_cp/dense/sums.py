@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import WIDE
+from ..eager.attention import finite_lse
 
 
 class Partials:
@@ -53,7 +54,7 @@ class Partials:
 def _fold(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor) -> None:
     """:func:`moba_cp.kernels.fold.fold` in plain PyTorch, any dtype."""
     joined = torch.logaddexp(lse[rows], part_lse)
-    shift = joined.masked_fill(joined == -torch.inf, 0)
+    shift = finite_lse(joined)
     old, new = (lse[rows] - shift).exp()[..., None], (part_lse - shift).exp()[..., None]
     out[rows] = out[rows] * old + part * new
     lse[rows] = joined

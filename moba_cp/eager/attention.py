@@ -197,7 +197,7 @@ def _attend(q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible
             score = head.scores(head.gather_rows(q, tasks), pages.k[rows, storage_head].to(wide), scale, tasks)
             real = head.tasks.visit[tasks] >= 0
             visit_lse = score.logsumexp(-1)
-            prob = (score - visit_lse[..., None].masked_fill(~real[..., None], 0)).exp()
+            prob = (score - finite_lse(visit_lse)[..., None]).exp()
             value = torch.matmul(prob, pages.v[rows, storage_head].to(wide))
             visit = head.tasks.visit[tasks][real]
             part[visit] = value[real]
@@ -284,7 +284,7 @@ def _add_gradients(
             q_rows, do_rows = head.gather_rows(q, tasks), head.gather_rows(dout, tasks)
             k_rows, v_rows = pages.k[rows, storage_head].to(wide), pages.v[rows, storage_head].to(wide)
             score = head.scores(q_rows, k_rows, scale, tasks)
-            prob = (score - head.gather_rows(lse, tasks)[..., None]).exp()
+            prob = (score - finite_lse(head.gather_rows(lse, tasks))[..., None]).exp()
             dprob = torch.matmul(do_rows, v_rows.transpose(1, 2))
             dscore = prob * (dprob - head.gather_rows(delta, tasks)[..., None]) * scale
             real = head.tasks.visit[tasks] >= 0
@@ -321,10 +321,15 @@ def row_sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a.to(wide), b.to(wide))
 
 
+def finite_lse(lse: Tensor) -> Tensor:
+    """What to subtract from scores: where all of them are -inf, nothing, so that their keys have no weight."""
+    return lse.masked_fill(lse == -torch.inf, 0)
+
+
 def merge(outs, lses) -> tuple[Tensor, Tensor]:
     """Join partial results over disjoint sets of keys: outs of [..., D], lses of [...], both wide."""
     lse = torch.stack(list(lses)).logsumexp(0)
-    shift = lse.masked_fill(lse == -torch.inf, 0)
+    shift = finite_lse(lse)
     out = torch.zeros_like(outs[0])
     for part, part_lse in zip(outs, lses):
         out += part * (part_lse - shift).exp()[..., None]

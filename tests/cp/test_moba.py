@@ -7,7 +7,7 @@ import torch.distributed as dist
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.layout import LAYOUTS, rank_segments
-from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run_reference
+from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
 
 NAMES = ("out", "dq", "dk", "dv", "lse")
@@ -102,6 +102,48 @@ def test_ranks_choose_alike_among_equal_keys(size):
             for name, actual, want in zip(NAMES, results, expected):
                 # With equal keys the gradient of a query is zero.
                 assert name == "dq" or relative_error(actual, want) < 1e-10, f"seed {seed} {name}"
+
+
+def _poisoned(what: str) -> Case:
+    """Two documents, two KV heads; NaN or infinity lies in the first document and head."""
+    g = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(160, 4, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(160, 2, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    if what in ("block of -inf", "first key -inf"):
+        # Scores of -inf, not of both signs.
+        q[:, :2, 3] = q[:, :2, 3].abs() + 0.1
+        k[32 : 48 if what == "block of -inf" else 33, 0, 3] = -torch.inf
+    elif what == "NaN in a value":
+        v[21, 0, 3] = torch.nan
+    elif what == "NaN in a query":
+        q[70, 1, 3] = torch.nan
+    else:
+        k[21, 0, 3] = {"NaN in a key": torch.nan, "-inf in a key": -torch.inf, "inf in a key": torch.inf}[what]
+    return Case(q, k, v, dout, torch.tensor([0, 80, 160], dtype=torch.int32), 16, 3)
+
+
+POISON = (
+    "block of -inf", "first key -inf", "NaN in a value", "NaN in a query", "NaN in a key", "-inf in a key",
+    "inf in a key",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_ranks_agree_on_what_nan_and_infinity_reach(what):
+    case = _poisoned(what)
+    one = run(moba_attention, case, MoBAConfig(16, 3), cu_seqlens=case.cu_seqlens)
+    for x in one:
+        heads = x.shape[1] // 2
+        assert x[80:].isfinite().all() and x[:, heads:].isfinite().all()
+    if what == "block of -inf":
+        assert relative_error(one[0], run_reference(case)[0]) < 1e-12
+    for mode in ("kv", "query", "allgather"):
+        for results, _ in run_threads(5, across_ranks, case, "contiguous", False, mode):
+            for name, actual, want in zip(NAMES, results, one, strict=True):
+                torch.testing.assert_close(actual, want, rtol=1e-10, atol=1e-10, equal_nan=True, msg=f"{mode} {name}")
+    for results, _ in run_threads(2, across_ranks, case, "contiguous", True):
+        for name, x in zip(NAMES, results, strict=True):
+            assert x[80:].isfinite().all() and x[:, x.shape[1] // 2 :].isfinite().all(), f"full {name}"
 
 
 def _counted(comm: Communicator, case: Case):
