@@ -51,7 +51,7 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
     what = "moba", q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k
     call = Call(cp.comm, what, wanted)
     # Where other ranks want gradients, this one has to take part in their backward pass.
-    anchor = torch.empty(0, requires_grad=True) if torch.is_grad_enabled() and not wanted else None
+    anchor = torch.empty(0, dtype=torch.float32, requires_grad=True) if torch.is_grad_enabled() and not wanted else None
     out, lse = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor)
     return out if anchor is None or call.anybody_wants() else out.detach(), lse
 
