@@ -24,6 +24,7 @@ from tests.helpers.cases import (
     run_reference,
 )
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NAMES = ("out", "dq", "dk", "dv", "lse")
 
 
@@ -239,8 +240,8 @@ def test_config_must_be_a_config():
 
 
 ATTENTION = {
-    "moba": lambda *x, **how: moba_attention(*x, MoBAConfig(16, 3), **how),
-    "full": full_attention,
+    "moba": lambda *x, **how: moba_attention(*x, MoBAConfig(16, 3, deterministic=True), **how),
+    "full": lambda *x, **how: full_attention(*x, deterministic=True, **how),
     "reference": lambda *x: reference.moba_attention(*x, 16, 3),
 }
 
@@ -254,14 +255,15 @@ def _gradients(attention, leaves, dout, **how):
 
 @pytest.mark.parametrize("name", ["moba", "full"])
 @pytest.mark.parametrize("context", [False, True], ids=["", "cp"])
-def test_autocast_casts_inputs_and_nothing_inside(name, context):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_autocast_casts_inputs_and_nothing_inside(name, context, device):
     """Under autocast, backward included, the results are those of inputs cast by hand, bit for bit."""
-    how = {"cp": CPContext(None, "zigzag", 96)} if context else {}
-    q, k, v, dout = (torch.randn(96, h, 8) for h in (2, 1, 1, 2))
+    how = {"cp": CPContext(None, "zigzag", 96, device=device)} if context else {}
+    q, k, v, dout = (torch.randn(96, h, 8, device=device) for h in (2, 1, 1, 2))
     dtypes = torch.float32, torch.float16, torch.bfloat16
     mixed = [x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
     expected = _gradients(ATTENTION[name], [x.bfloat16() for x in mixed], dout, **how)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         actual = _gradients(ATTENTION[name], mixed, dout, **how)
         wide = _gradients(ATTENTION[name], [x.double() for x in mixed], dout, **how)
     assert [x.dtype for x in actual] == [torch.bfloat16, *dtypes]
