@@ -5,8 +5,8 @@
 launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the work of
 :mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve a GPU.
 :mod:`.exchange.choices` counts, :mod:`.exchange.decision` decides, :mod:`.exchange.requests` tells what moves between
-ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.slabs` where everything moves. The other functions have the
-arguments of those of :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU, and on the CPU under
+ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.kv_shards` where everything moves. The other functions have
+the arguments of those of :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU, and on the CPU under
 ``TRITON_INTERPRET=1``. Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
@@ -18,17 +18,17 @@ from .exchange.choices import count_choices, count_rows, list_rows
 from .exchange.decision import pick_cheapest, weigh_blocks
 from .exchange.requests import list_pairs, relay_request, sum_up, write_request
 from .hopper import serving
+from .kv_shards import pack_kv_shard, sum_partial_grads
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
 from .rows import gather_rows, row_ids
 from .select import select_blocks
-from .slabs import pack_slab, sum_shares
 from .work import index_size
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_slab",
-    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "serving", "sum_shares",
-    "sum_up", "weigh_blocks", "write_request",
+    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
+    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "serving",
+    "sum_partial_grads", "sum_up", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -11,7 +11,8 @@ atomics. ``_query_kernel`` produces dQ alone, a tile of visits against a whole b
 ``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
 read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta. It also
 lays out what ``_key_kernel`` has to know of each task, and its *edges*: for each tile of keys the first visit that sees
-some of it. Those before are of own rows that end before this tile; where rows come in order, they lead the list.
+some of it. The visits before belong to rows of this block that end before the tile; where rows come in order, they
+lead the list.
 
 A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
 the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
@@ -56,7 +57,7 @@ def _visit_table_kernel(
     i_h = i_list // n_blocks
     p_edges = p_facts + FACTS
     o_n = tl.arange(0, TILES)
-    own_end, first_other = begin, end
+    current_end, first_other = begin, end
     for n in range(0, KEY_TILES, TILES):
         tl.store(p_edges + n + o_n, (begin if SLOTS == S else end) - first, mask=n + o_n < KEY_TILES)
     tl.debug_barrier()
@@ -69,13 +70,13 @@ def _visit_table_kernel(
         head = i_h * G + row % G
         limit = tl.full([BLOCK], 2147483647, tl.int32)
         if SLOTS > S:
-            m_own = m_v & (visit % SLOTS == S)
-            limit = tl.load(visible + t, mask=m_own, other=2147483647)
-            own_end = tl.maximum(own_end, tl.max(tl.where(m_own, o_v + 1, 0), 0))
+            m_current = m_v & (visit % SLOTS == S)
+            limit = tl.load(visible + t, mask=m_current, other=2147483647)
+            current_end = tl.maximum(current_end, tl.max(tl.where(m_current, o_v + 1, 0), 0))
             first_other = tl.minimum(first_other, tl.min(tl.where(m_v & (visit % SLOTS != S), o_v, end), 0))
-            if own_end > r:
+            if current_end > r:
                 for n in range(0, KEY_TILES, TILES):
-                    sees = m_own[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)
+                    sees = m_current[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)
                     edge = tl.min(tl.where(sees, o_v[:, None], end), 0) - first
                     tl.atomic_min(p_edges + n + o_n, edge, mask=n + o_n < KEY_TILES, sem="relaxed")
         p_table = table + o_v - first
@@ -92,7 +93,7 @@ def _visit_table_kernel(
             tl.atomic_min(p_edges + n + o_n, first_other - first, mask=n + o_n < KEY_TILES, sem="relaxed")
     i_sum = _sum_place(i_list, split - first, n_lists, room, task_rows)
     tl.store(p_facts + 1, end - first)
-    tl.store(p_facts + 2, own_end - first)
+    tl.store(p_facts + 2, current_end - first)
     tl.store(p_facts + 3, n_keys)
     tl.store(p_facts + 4, first_key)
     tl.store(p_facts + 5, page)
@@ -109,10 +110,10 @@ def _read_facts(facts, i_task, i_n, KEY_TILES: tl.constexpr):
     tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
     """
     p_facts = facts + i_task.to(tl.int64) * (FACTS + KEY_TILES)
-    i_list, end, own_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
+    i_list, end, current_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
     n_keys, first_key, page = tl.load(p_facts + 3), tl.load(p_facts + 4), tl.load(p_facts + 5)
     i_sum, number = tl.load(p_facts + 6), tl.load(p_facts + 7)
-    return i_list, tl.load(p_facts + FACTS + i_n), end, own_end, n_keys, first_key, page, i_sum, number
+    return i_list, tl.load(p_facts + FACTS + i_n), end, current_end, n_keys, first_key, page, i_sum, number
 
 
 @triton.jit
@@ -177,11 +178,11 @@ def _key_kernel(
         i = tl.program_id(0)
     i_n = i % KEY_TILES
     i_task = i // KEY_TILES
-    i_list, edge, end, own_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
+    i_list, edge, end, current_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
     if i_list < 0:
         return
     begin = tl.load(facts + i_task.to(tl.int64) * (FACTS + KEY_TILES) + FACTS)
-    # Rows of own blocks that end before this tile of keys are passed over, in whole tiles.
+    # Rows of current blocks that end before this tile of keys are passed over, in whole tiles.
     begin += (edge - begin) // BM * BM
     o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_d = o_d < D
@@ -193,9 +194,9 @@ def _key_kernel(
 
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    # Tiles up to the last visit to an own block need a mask, and all do where the block ends within this tile of keys.
-    # Elsewhere every row sees every key; rows past the end of the task are zero and add nothing.
-    middle = tl.minimum(begin + (tl.maximum(own_end - begin, 0) + BM - 1) // BM * BM, end)
+    # Tiles up to the last visit to a current block need a mask, and all do where the block ends within this tile of
+    # keys. Elsewhere every row sees every key; rows past the end of the task are zero and add nothing.
+    middle = tl.minimum(begin + (tl.maximum(current_end - begin, 0) + BM - 1) // BM * BM, end)
     middle = tl.where(n_keys < i_n * BN + BN, end, middle)
     for r in tl.range(begin, middle, BM, num_stages=STAGES):
         b_dk, b_dv = _key_tile(

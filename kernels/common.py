@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 # Arguments that are tables, or slices of them, and begin anywhere. Their entries are loaded one by one: a kernel of its
 # own for those that happen to be aligned would gain nothing, and compiling one takes seconds.
-SLICED = ("list_start", "own", "visible", "page_row", "page_head", "chosen", "lse", "delta")
+SLICED = ("list_start", "current_block", "visible", "page_row", "page_head", "block_indices", "lse", "delta")
 
 
 def on_device(x: Tensor):

@@ -5,8 +5,8 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 
 Where a block fits one tile of keys, a program keeps it and walks over the visits of its task (``_short_block_kernel``):
 the work is bound by memory, and K and V are read once per task. Longer blocks are streamed past one tile of visits
-(``_long_block_kernel``). A visit to a row's own block sees a prefix of it; since a list begins with those visits, in
-order, tiles that see few keys stop early and the work on own blocks stays causal.
+(``_long_block_kernel``). A visit to a row's current block sees a prefix of it. A list begins with those visits, in
+order, so tiles that see few keys stop early and the work on current blocks stays causal.
 """
 
 import triton
@@ -28,8 +28,8 @@ def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.co
     head = (i_h * G + row % G).to(tl.int64)
     limit = tl.where(m_v, n_keys, 0)
     if SLOTS > S:
-        m_own = m_v & (slot == S)
-        limit = tl.where(m_own, tl.minimum(tl.load(visible + t, mask=m_own, other=0), n_keys), limit)
+        m_current = m_v & (slot == S)
+        limit = tl.where(m_current, tl.minimum(tl.load(visible + t, mask=m_current, other=0), n_keys), limit)
     return t, head, slot, limit
 
 

@@ -79,7 +79,7 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, join:
 
 @triton.jit(do_not_specialize=["n_rows", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _sum_visits_kernel(
-    part, out, chosen, own, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
+    part, out, block_indices, current_block, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,9 @@ def _sum_visits_kernel(
     place = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS
     b_sum = tl.zeros([BM, BD], tl.float32)
     for s in range(SLOTS):
-        block = visit_block(o_m * SLOTS + s, m_m, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        block = visit_block(
+            o_m * SLOTS + s, m_m, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
+        )
         m_p = (block >= 0)[:, None] & m_d[None, :]
         b_sum += tl.load(part + (place + s)[:, None] * D + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
     p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
@@ -104,7 +106,9 @@ def _sum_visits_kernel(
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_o)
 
 
-def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor, scale: float, add: bool) -> None:
+def sum_visits(
+    part: Tensor, out: Tensor, block_indices, current_block, visible, page_row: Tensor, scale: float, add: bool
+) -> None:
     """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened: with a block here; to
     ``add`` that to out instead."""
     n_kv, n_rows, group, slots, dim = part.shape
@@ -112,9 +116,9 @@ def sum_visits(part: Tensor, out: Tensor, chosen, own, visible, page_row: Tensor
     bm = max(1, 4096 // block)
     with on_device(part):
         _sum_visits_kernel[(cdiv(n_rows * group, bm), n_kv)](
-            part, out, chosen, own, visible, page_row, n_rows, scale,
-            out.stride(0), out.stride(1), chosen.stride(0), page_row.stride(0),
-            G=group, S=chosen.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, **launch_options(4),
+            part, out, block_indices, current_block, visible, page_row, n_rows, scale,
+            out.stride(0), out.stride(1), block_indices.stride(0), page_row.stride(0),
+            G=group, S=block_indices.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, **launch_options(4),
         )  # fmt: skip
 
 

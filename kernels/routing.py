@@ -1,12 +1,13 @@
 """The routing index: which visits each block receives, in tasks of fixed size; built on the device without a sync.
 
-Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, n blocks, S chosen blocks per row,
-S' = S + 1 where rows also see their own block, else S.
+Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, n blocks, S selected blocks per row,
+S' = S + 1 where rows also see their current block, else S.
 
 A *visit* is one row of one head looking at one block. Within a KV head, visit ``(t * G + g) * S' + slot`` is that of
-row ``t``, head ``g`` of the group, to its chosen block ``slot``, or to its own block (``slot == S``). A *list* holds
-the visits of one (KV head, block), ascending: rows of the own block first, gathers nearly contiguous, and the same
-order in every run. A *task* is up to R successive visits of a list, so a hot block is many tasks.
+row ``t``, head ``g`` of the group, to its selected block ``slot``, or to its current block (``slot == S``). A *list*
+holds the visits of one (KV head, block) in ascending order: rows of that block come first, gathers are nearly
+contiguous, and the order is the same in every run. A *task* is up to R successive visits of a list, so a block that is
+visited often has many tasks.
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
 running sum over tiles and, in the last program to be done with that, over lists; a second walk over the tile writes
@@ -71,7 +72,7 @@ class Tasks(NamedTuple):
 
 @triton.jit
 def visit_block(
-    visit, m_visit, i_h, chosen, own, visible, page_row, s_ct, s_pages,
+    visit, m_visit, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Block ids of visits of KV head ``i_h``, -1 where there is none, or none in this storage."""
@@ -79,18 +80,18 @@ def visit_block(
     slot = visit - row * SLOTS
     t = (row // G).to(tl.int64)
     head = i_h * G + row % G
-    block = tl.load(chosen + t * s_ct + head * S + slot, mask=m_visit & (slot < S), other=-1)
+    block = tl.load(block_indices + t * s_ct + head * S + slot, mask=m_visit & (slot < S), other=-1)
     if SLOTS > S:
-        m_own = m_visit & (slot == S)
-        seen = tl.load(visible + t, mask=m_own, other=0)
-        block = tl.where(seen > 0, tl.load(own + t, mask=m_own, other=-1), block)
+        m_current = m_visit & (slot == S)
+        seen = tl.load(visible + t, mask=m_current, other=0)
+        block = tl.where(seen > 0, tl.load(current_block + t, mask=m_current, other=-1), block)
     page = tl.load(page_row + i_h * s_pages + block, mask=block >= 0, other=-1)
     return tl.where(page >= 0, block, -1)
 
 
 @triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _count_kernel(
-    chosen, own, visible, page_row, counts, list_start,
+    block_indices, current_block, visible, page_row, counts, list_start,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +108,9 @@ def _count_kernel(
     end = begin + tl.minimum(tile_visits, n_visits - begin)
     for v in range(begin, end, STEP):
         visit = v + o_v
-        block = visit_block(visit, visit < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        block = visit_block(
+            visit, visit < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
+        )
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
 
 
@@ -142,7 +145,7 @@ def _running_sum_kernel(counts, list_start, n_tiles, n_blocks, BT: tl.constexpr,
 
 @triton.jit(do_not_specialize=["n_visits", "n_blocks", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _scatter_kernel(
-    chosen, own, visible, page_row, counts, list_start, visits,
+    block_indices, current_block, visible, page_row, counts, list_start, visits,
     n_visits, n_blocks, tile_visits, s_ct, s_pages,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -153,11 +156,15 @@ def _scatter_kernel(
     # In this order the sum cannot leave 31 bits.
     end = begin + tl.minimum(tile_visits, n_visits - begin)
     o_v = tl.arange(0, STEP)
-    block = visit_block(begin + o_v, begin + o_v < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+    block = visit_block(
+        begin + o_v, begin + o_v < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
+    )
     for v in range(begin, end, STEP):
         # The next step's blocks are on their way while this one waits for its counts.
         ahead = v + STEP + o_v
-        next_block = visit_block(ahead, ahead < end, i_h, chosen, own, visible, page_row, s_ct, s_pages, G, S, SLOTS)
+        next_block = visit_block(
+            ahead, ahead < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
+        )
         m_v = block >= 0
         earlier = (block[:, None] == block[None, :]) & (o_v[None, :] < o_v[:, None])
         place = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)
@@ -224,19 +231,21 @@ def read_task(tasks, places, task_rows, list_start, first_list, n_lists, i):
     return tl.where(i_list < n_lists, i_list, -1), begin, end, n_keys, first_key, page, split
 
 
-def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor) -> Routing:
+def build_routing(
+    block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, page_row: Tensor
+) -> Routing:
     """Index of the visits of all rows to the blocks of one storage, or of several together.
 
     Args:
-        chosen: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
-        own, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its own block.
+        block_indices: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
+        current_block, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its current block.
         page_row: [Hkv, n] int64, -1 where a block is in none of them; unit stride in n.
     """
-    n_rows, n_heads, n_chosen = chosen.shape
+    n_rows, n_heads, n_selected = block_indices.shape
     n_kv, n_blocks = page_row.shape
-    group, slots = n_heads // n_kv, n_chosen + (own is not None)
+    group, slots = n_heads // n_kv, n_selected + (current_block is not None)
     n_visits, n_lists = n_rows * group * slots, n_kv * n_blocks
-    device = chosen.device
+    device = block_indices.device
 
     tile_rows = MIN_TILE_ROWS
     while cdiv(n_rows, tile_rows) * n_lists > COUNT_ENTRIES and tile_rows < n_rows:
@@ -246,10 +255,10 @@ def build_routing(chosen: Tensor, own: Tensor | None, visible: Tensor | None, pa
     index = Routing(torch.empty(n_kv * n_visits + n_lists + 1, dtype=torch.int32, device=device), n_kv * n_visits)
     list_start, visits = index.list_start, index.visits
 
-    inputs = chosen, own, visible, page_row
-    numbers = n_visits, n_blocks, tile_rows * group * slots, chosen.stride(0), page_row.stride(0)
-    constants = dict(G=group, S=n_chosen, SLOTS=slots)
-    with on_device(chosen):
+    inputs = block_indices, current_block, visible, page_row
+    numbers = n_visits, n_blocks, tile_rows * group * slots, block_indices.stride(0), page_row.stride(0)
+    constants = dict(G=group, S=n_selected, SLOTS=slots)
+    with on_device(block_indices):
         _count_kernel[(n_tiles, n_kv)](
             *inputs, counts, list_start, *numbers, **constants, STEP=128, **launch_options(4)
         )

@@ -1,7 +1,7 @@
 """Packing the query rows that go to blocks on other ranks.
 
-Legend: N local rows, H query heads, S chosen blocks per row, D head dim, M rows sent. A *slot* is a place in [H, N, S]:
-that of the row of token ``slot // S % N`` and head ``slot // S // N``.
+Legend: N local rows, H query heads, S selected blocks per row, D head dim, M rows sent. A *slot* is an index into
+[H, N, S]: that of the row of token ``slot // S % N`` and head ``slot // S // N``.
 """
 
 import torch
@@ -52,7 +52,7 @@ def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> T
 
 @triton.jit(do_not_specialize=["m_rows", "n_rows", "n_heads", "n_blocks"])
 def _row_ids_kernel(
-    chosen, slots, place, number, ids, m_rows, n_rows, n_heads, n_blocks,
+    block_indices, slots, dest, number, ids, m_rows, n_rows, n_heads, n_blocks,
     G: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -61,29 +61,29 @@ def _row_ids_kernel(
     slot = tl.load(slots + o_m, mask=m_m, other=0)
     row = slot // S
     t, head = (row % n_rows).to(tl.int64), row // n_rows
-    p_chosen = chosen + (t * n_heads + head) * S
+    p_indices = block_indices + (t * n_heads + head) * S
     at_head = (head // G).to(tl.int64) * n_blocks
-    target = tl.load(place + at_head + tl.load(p_chosen + slot % S, mask=m_m, other=0), mask=m_m, other=0)
+    target = tl.load(dest + at_head + tl.load(p_indices + slot % S, mask=m_m, other=0), mask=m_m, other=0)
     m = m_m[:, None] & (o_s < S)[None, :]
-    block = tl.load(p_chosen[:, None] + o_s[None, :], mask=m, other=-1)
+    block = tl.load(p_indices[:, None] + o_s[None, :], mask=m, other=-1)
     at = at_head[:, None] + block
-    wanted = (block >= 0) & (tl.load(place + at, mask=block >= 0, other=-1) == target[:, None])
+    wanted = (block >= 0) & (tl.load(dest + at, mask=block >= 0, other=-1) == target[:, None])
     b_id = tl.where(wanted, tl.load(number + at, mask=wanted, other=0), -1)
     tl.store(ids + o_m[:, None] * S + o_s[None, :], b_id.to(ids.dtype.element_ty), mask=m)
 
 
-def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+def row_ids(block_indices: Tensor, slots: Tensor, dest: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`moba_cp.eager.exchange.row_ids`."""
-    n_rows, n_heads, n_slots = chosen.shape
-    n_kv, n_blocks = place.shape
-    chosen, place, number = chosen.contiguous(), place.contiguous(), number.contiguous()
-    ids = torch.empty(slots.numel(), n_slots, dtype=dtype, device=chosen.device)
+    n_rows, n_heads, n_slots = block_indices.shape
+    n_kv, n_blocks = dest.shape
+    block_indices, dest, number = block_indices.contiguous(), dest.contiguous(), number.contiguous()
+    ids = torch.empty(slots.numel(), n_slots, dtype=dtype, device=block_indices.device)
     if ids.numel():
         width = next_power_of_2(n_slots)
         bm = max(1, 1024 // width)
-        with on_device(chosen):
+        with on_device(block_indices):
             _row_ids_kernel[(cdiv(slots.numel(), bm),)](
-                chosen, slots, place, number, ids, slots.numel(), n_rows, n_heads, n_blocks,
+                block_indices, slots, dest, number, ids, slots.numel(), n_rows, n_heads, n_blocks,
                 G=n_heads // n_kv, S=n_slots, BS=width, BM=bm, **launch_options(4),
             )  # fmt: skip
     return ids

@@ -32,7 +32,7 @@ from .sort_keys import EMPTY, ordered
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _select_kernel(
-    q, means, first, own, chosen,
+    q, means, first, current_block, block_indices,
     n_rows, s_qt, s_qh, s_mb, s_mh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     S: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -46,9 +46,9 @@ def _select_kernel(
     o_s = tl.arange(0, SLOTS)
     m_m = o_m < n_rows
     b_first = tl.load(first + o_m, mask=m_m, other=2147483647)
-    b_own = tl.load(own + o_m, mask=m_m, other=-1)
+    b_current = tl.load(current_block + o_m, mask=m_m, other=-1)
     oldest = tl.maximum(tl.min(b_first, 0), 0)
-    newest = tl.max(b_own, 0) - 1
+    newest = tl.max(b_current, 0) - 1
 
     p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]
     b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
@@ -64,7 +64,7 @@ def _select_kernel(
         p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
         b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)
         rank = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
-        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_own[:, None])
+        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_current[:, None])
         rank = tl.where(candidate, rank, EMPTY)
         best = tl.max(rank, 1)
         better = best > (worst >> 32).to(tl.int32)
@@ -81,18 +81,19 @@ def _select_kernel(
     block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))
     # The keys of the unused slots sort in front.
     o_out = o_s - (SLOTS - S)
-    p_chosen = chosen + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]
-    tl.store(p_chosen, block, mask=m_m[:, None] & (o_out >= 0)[None, :])
+    p_indices = block_indices + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]
+    tl.store(p_indices, block, mask=m_m[:, None] & (o_out >= 0)[None, :])
 
 
-def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: int) -> Tensor:
+def select_blocks(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, top_k: int) -> Tensor:
     """The ``top_k - 1`` best blocks of every row and head.
 
     Args:
         q: [N, Hq, D] float32, bfloat16 or float16.
         means: [n, Hkv, D] in q's dtype.
-        first, own: [N] int32; the candidates of row ``t`` are the blocks ``first[t] <= id < own[t]``.
-        top_k: blocks per query, the own block included.
+        first, current_block: [N] int32; the candidates of row ``t`` are the blocks
+            ``first[t] <= id < current_block[t]``.
+        top_k: blocks per query, the current block included.
 
     Returns:
         [N, Hq, top_k - 1] int32, best first, -1 where there are fewer candidates. Equal scores: the higher id.
@@ -104,20 +105,20 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
     if n_slots == 0 or n_rows == 0 or means.shape[0] == 0:
         return torch.full((n_rows, n_heads, n_slots), -1, dtype=torch.int32, device=q.device)
     q, means = check_unit_stride(q), check_unit_stride(means)
-    chosen = torch.empty(n_rows, n_heads, n_slots, dtype=torch.int32, device=q.device)
-    first, own = first.contiguous(), own.contiguous()
+    block_indices = torch.empty(n_rows, n_heads, n_slots, dtype=torch.int32, device=q.device)
+    first, current_block = first.contiguous(), current_block.contiguous()
     if hopper.selects(q, n_slots):
         with on_device(q):
-            hopper.launch_select(q, means, first, own, chosen)
-        return chosen
+            hopper.launch_select(q, means, first, current_block, block_indices)
+        return block_indices
     # Kernel and tile must not follow N: a score is then summed in the same order on any number of ranks.
     bm, bn, warps = tuned.select_tile(dim, q.dtype)
     with on_device(q):
         _select_kernel[(cdiv(n_rows, bm), n_heads)](
-            q, means, first, own, chosen,
+            q, means, first, current_block, block_indices,
             n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
             S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,
             PRECISION=dot_precision(q.dtype), **launch_options(warps),
         )  # fmt: skip
-    return chosen
+    return block_indices

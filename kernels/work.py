@@ -33,8 +33,8 @@ class Call(NamedTuple):
 
     q: Tensor
     pages: object
-    chosen: Tensor
-    own: Tensor | None
+    block_indices: Tensor
+    current_block: Tensor | None
     visible: Tensor | None
     scale: float
     kv_heads: slice
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     @property
     def n_slots(self) -> int:
         """S'."""
-        return self.chosen.shape[2] + (self.own is not None)
+        return self.block_indices.shape[2] + (self.current_block is not None)
 
 
 class Work(NamedTuple):
@@ -57,7 +57,7 @@ class Work(NamedTuple):
     kv_step: int
     """Most KV heads at a time."""
     visits: list[tuple[Tensor, Tensor | None, Tensor | None]]
-    """chosen, own and visible by slice, as what follows."""
+    """block_indices, current_block and visible by slice, as what follows."""
     routings: list[Routing]
     tasks: list[Tasks]
     mode: int = DQ_NONE.value
@@ -81,7 +81,7 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
 
 
 def backward_work(
-    call: Call, task_heads: slice | None, dout: Tensor, deterministic: bool, local: bool, fresh: bool
+    call: Call, task_heads: slice | None, dout: Tensor, deterministic: bool, local: bool, overwrite_dkv: bool
 ) -> Work:
     """Work of a backward; ``local``: it has a ``local_dtype``."""
     q, pages = call.q, call.pages
@@ -91,7 +91,7 @@ def backward_work(
     query_tile = tuned.query_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
-    row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, fresh)
+    row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, overwrite_dkv)
     visits, routings = _index(call, row_slices)
     tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
     query_tasks = [None] * len(routings)
@@ -100,16 +100,17 @@ def backward_work(
     return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, query_tile, query_tasks)
 
 
-def shared_work(name: str, make: Callable[[slice | None], Work], call: Call, shared: dict | None) -> Work:
-    """What ``make`` finds for tasks of the call's heads; with ``shared``, of all heads, once for calls of as many."""
-    if shared is None:
+def cached_work(name: str, make: Callable[[slice | None], Work], call: Call, task_cache: dict | None) -> Work:
+    """``make`` for the tasks of the call's heads; with ``task_cache`` for those of all heads, once for each number of
+    heads that calls have."""
+    if task_cache is None:
         return make(call.kv_heads)
     key, tables = (name, call.kv_heads.stop - call.kv_heads.start), (call.pages.row, call.pages.head)
-    if key not in shared:
-        shared[key] = tables, make(None)
-    same = all(x is y for x, y in zip(shared[key][0], tables, strict=True))
+    if key not in task_cache:
+        task_cache[key] = tables, make(None)
+    same = all(x is y for x, y in zip(task_cache[key][0], tables, strict=True))
     assert same, "calls that share their work are to have one table of blocks"
-    return shared[key][1]
+    return task_cache[key][1]
 
 
 def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
@@ -141,9 +142,12 @@ def cut(whole: slice, step: int) -> list[slice]:
 
 
 def _index(call: Call, row_slices: list[slice]):
-    """chosen, own and visible of each slice of rows, and its routing: the call's index if there is but one."""
+    """block_indices, current_block and visible of each slice of rows, and its routing: the call's index if there is but
+    one slice."""
     some = lambda x, rows: None if x is None else x[rows].contiguous()
-    visits = [(call.chosen[rows], some(call.own, rows), some(call.visible, rows)) for rows in row_slices]
+    visits = [
+        (call.block_indices[rows], some(call.current_block, rows), some(call.visible, rows)) for rows in row_slices
+    ]
     if call.index is not None and len(row_slices) == 1:
         return visits, [Routing(call.index, call.q.shape[0] * call.q.shape[1] * call.n_slots)]
     return visits, [build_routing(*tables, call.pages.row) for tables in visits]
@@ -196,7 +200,9 @@ def _steps(
     return max(1, row_step), kv_step
 
 
-def _backward_slices(call: Call, mode: int, key_tile: Tile, local: bool, fresh: bool) -> tuple[list[slice], int, bool]:
+def _backward_slices(
+    call: Call, mode: int, key_tile: Tile, local: bool, overwrite_dkv: bool
+) -> tuple[list[slice], int, bool]:
     """Slices of rows, KV heads at a time, and :attr:`Work.direct`.
 
     That takes that nothing is to be added to, and that all rows come in one slice.
@@ -206,7 +212,7 @@ def _backward_slices(call: Call, mode: int, key_tile: Tile, local: bool, fresh: 
     group, scratch = n_heads // pages.row.shape[0], call.scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * part_dtype(q.dtype).itemsize
     shape = n_rows, group, call.kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
-    if local or fresh:
+    if local or overwrite_dkv:
         n_sums = sum_places(n_rows, group * n_slots, pages, 1, key_tile)
         row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch, MAX_TABLE_VISITS)
         if len(row_slices) == 1:

@@ -1,7 +1,7 @@
 """Counting and listing the blocks that rows chose, for the exchange between ranks; nothing waits for the device.
 
-Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S chosen blocks per row, n blocks. A
-*slot* is one chosen block of one row and head. A *place* is where a row goes that wants a block: one number per owner
+Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S selected blocks per row, n blocks. A
+*slot* is one selected block of one row and head. A *place* is where a row goes that wants a block: one number per owner
 and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a place once, by its first
 slot that wants to.
 
@@ -25,7 +25,7 @@ ROW_COPIES = 16
 
 @triton.jit
 def _slots(
-    chosen, table, n_rows, n_blocks, s_t,
+    block_indices, table, n_rows, n_blocks, s_t,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Tile and query head of this program, the blocks of its slots [BM, SP] and what ``table`` [Hkv, n] holds for
@@ -35,8 +35,8 @@ def _slots(
     o_m = tl.arange(0, BM)
     o_s = tl.arange(0, SP)
     m = (o_m < n_rows - i_m * BM)[:, None] & (o_s < S)[None, :]
-    p_chosen = chosen + (i_m * BM).to(tl.int64) * s_t + i_q * S
-    block = tl.load(p_chosen + o_m[:, None] * s_t + o_s[None, :], mask=m, other=-1)
+    p_indices = block_indices + (i_m * BM).to(tl.int64) * s_t + i_q * S
+    block = tl.load(p_indices + o_m[:, None] * s_t + o_s[None, :], mask=m, other=-1)
     value = tl.load(table + i_q // G * n_blocks + block, mask=block >= 0, other=-1)
     return i_m, i_q, block, value
 
@@ -49,20 +49,20 @@ def _column(x, s, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])
 def _count_kernel(
-    chosen, open_place, counts, n_rows, n_blocks, s_t,
+    block_indices, open_dest, counts, n_rows, n_blocks, s_t,
     R: tl.constexpr, UNIT: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_q, block, place = _slots(chosen, open_place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    i_m, i_q, block, dest = _slots(block_indices, open_dest, n_rows, n_blocks, s_t, H, G, S, SP, BM)
     n_kv = H // G
     p_counts = counts + (i_m % R * n_kv + i_q // G) * n_blocks + block
     tl.atomic_add(p_counts, 1, mask=block >= 0, sem="relaxed")
     if UNIT > 0:
         together = tl.zeros([BM, SP], tl.int32)
         for s in range(S):
-            together += (place == _column(place, s, SP)).to(tl.int32)
+            together += (dest == _column(dest, s, SP)).to(tl.int32)
         part = UNIT // tl.maximum(together, 1)
-        tl.atomic_add(p_counts + R * n_kv * n_blocks, part.to(tl.int64), mask=place >= 0, sem="relaxed")
+        tl.atomic_add(p_counts + R * n_kv * n_blocks, part.to(tl.int64), mask=dest >= 0, sem="relaxed")
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def _first(at, wants, S: tl.constexpr, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_owners"])
 def _rows_kernel(
-    chosen, place, fetched, rows, n_rows, n_blocks, n_owners, s_t,
+    block_indices, dest, fetched, rows, n_rows, n_blocks, n_owners, s_t,
     R: tl.constexpr, C: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    _, i_q, block, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    _, i_q, block, at = _slots(block_indices, dest, n_rows, n_blocks, s_t, H, G, S, SP, BM)
     bits = tl.load(fetched + i_q // G * n_blocks + block, mask=at >= 0, other=-1)
     wants = _first(at, ~bits & ((1 << C) - 1), S, SP)
     owner = tl.where(wants > 0, at % n_owners, -1)
@@ -98,11 +98,11 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks", "n_tiles"])
 def _list_kernel(
-    chosen, place, counts, ends, slots, n_rows, n_blocks, n_tiles, s_t,
+    block_indices, dest, counts, ends, slots, n_rows, n_blocks, n_tiles, s_t,
     WRITE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_q, _, at = _slots(chosen, place, n_rows, n_blocks, s_t, H, G, S, SP, BM)
+    i_m, i_q, _, at = _slots(block_indices, dest, n_rows, n_blocks, s_t, H, G, S, SP, BM)
     at = tl.where(_first(at, (at >= 0).to(tl.int32), S, SP) > 0, at, -1)
     lowest = tl.min(tl.min(tl.where(at >= 0, at, 2147483647), 1), 0)
     highest = tl.max(tl.max(at, 1), 0)
@@ -122,62 +122,62 @@ def _list_kernel(
             tl.store(counts + p_tile, tl.sum(tl.sum(here, 1), 0))
 
 
-def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
+def count_choices(block_indices: Tensor, open_dest: Tensor, unit: int) -> Tensor:
     """See :func:`moba_cp.eager.exchange.count_choices`."""
-    numbers, n_tiles, constants = _launch(chosen, open_place)
+    numbers, n_tiles, constants = _launch(block_indices, open_dest)
     # A power of two.
-    copies = max(1, min(COUNT_COPIES, n_tiles, COUNT_ENTRIES // max(1, open_place.numel())))
+    copies = max(1, min(COUNT_COPIES, n_tiles, COUNT_ENTRIES // max(1, open_dest.numel())))
     copies = 1 << copies.bit_length() - 1
-    counts = torch.zeros(2 if unit else 1, copies, *open_place.shape, dtype=torch.int64, device=chosen.device)
+    counts = torch.zeros(2 if unit else 1, copies, *open_dest.shape, dtype=torch.int64, device=block_indices.device)
     if n_tiles:
-        with on_device(chosen):
+        with on_device(block_indices):
             _count_kernel[(n_tiles,)](
-                chosen, open_place, counts, *numbers, R=copies, UNIT=unit, **constants, **launch_options(4)
+                block_indices, open_dest, counts, *numbers, R=copies, UNIT=unit, **constants, **launch_options(4)
             )
     return counts
 
 
-def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
+def count_rows(block_indices: Tensor, dest: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
     """See :func:`moba_cp.eager.exchange.count_rows`."""
-    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(chosen, place)
-    rows = torch.zeros(ROW_COPIES, n_candidates, n_owners, dtype=torch.int32, device=chosen.device)
+    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(block_indices, dest)
+    rows = torch.zeros(ROW_COPIES, n_candidates, n_owners, dtype=torch.int32, device=block_indices.device)
     if n_tiles:
-        with on_device(chosen):
+        with on_device(block_indices):
             _rows_kernel[(n_tiles,)](
-                chosen, place, fetched, rows, n_rows, n_blocks, n_owners, s_t,
+                block_indices, dest, fetched, rows, n_rows, n_blocks, n_owners, s_t,
                 R=ROW_COPIES, C=n_candidates, **constants, **launch_options(4),
             )  # fmt: skip
     return rows
 
 
-def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+def list_rows(block_indices: Tensor, dest: Tensor, n_dests: int) -> tuple[Tensor, Tensor]:
     """See :func:`moba_cp.eager.exchange.list_rows`."""
-    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(chosen, place)
-    dtype = torch.int32 if chosen.numel() < 2**31 else torch.int64
-    slots = torch.empty(chosen.numel(), dtype=dtype, device=chosen.device)
+    (n_rows, n_blocks, s_t), n_tiles, constants = _launch(block_indices, dest)
+    dtype = torch.int32 if block_indices.numel() < 2**31 else torch.int64
+    slots = torch.empty(block_indices.numel(), dtype=dtype, device=block_indices.device)
     if not n_tiles:
-        return slots, torch.zeros(n_places, dtype=torch.int32, device=chosen.device)
-    check_limit("the number of places for rows, times tiles of them,", n_places * n_tiles, "use fewer stages")
-    counts = torch.zeros(n_places, n_tiles, dtype=torch.int32, device=chosen.device)
+        return slots, torch.zeros(n_dests, dtype=torch.int32, device=block_indices.device)
+    check_limit("the number of places for rows, times tiles of them,", n_dests * n_tiles, "use fewer stages")
+    counts = torch.zeros(n_dests, n_tiles, dtype=torch.int32, device=block_indices.device)
     numbers = n_rows, n_blocks, n_tiles, s_t
-    with on_device(chosen):
+    with on_device(block_indices):
         _list_kernel[(n_tiles,)](
-            chosen, place, counts, counts, slots, *numbers, WRITE=False, **constants, **launch_options(4)
+            block_indices, dest, counts, counts, slots, *numbers, WRITE=False, **constants, **launch_options(4)
         )
         ends = counts.flatten().cumsum(0, dtype=torch.int32)
         _list_kernel[(n_tiles,)](
-            chosen, place, counts, ends, slots, *numbers, WRITE=True, **constants, **launch_options(4)
+            block_indices, dest, counts, ends, slots, *numbers, WRITE=True, **constants, **launch_options(4)
         )
-    return slots, ends.view(n_places, n_tiles)[:, -1]
+    return slots, ends.view(n_dests, n_tiles)[:, -1]
 
 
-def _launch(chosen: Tensor, table: Tensor):
-    """Numbers, programs and constants of a launch over all slots of ``chosen`` [N, Hq, S]."""
-    n_rows, n_heads, n_slots = chosen.shape
-    assert chosen.numel() == 0 or chosen.stride(2) == 1 and chosen.stride(1) == n_slots
+def _launch(block_indices: Tensor, table: Tensor):
+    """Numbers, programs and constants of a launch over all slots of ``block_indices`` [N, Hq, S]."""
+    n_rows, n_heads, n_slots = block_indices.shape
+    assert block_indices.numel() == 0 or block_indices.stride(2) == 1 and block_indices.stride(1) == n_slots
     assert table.is_contiguous()
     padded = next_power_of_2(max(1, n_slots))
     bm = max(1, TILE_SLOTS // padded)
     constants = dict(H=n_heads, G=n_heads // table.shape[0], S=n_slots, SP=padded, BM=bm)
-    n_tiles = cdiv(n_rows, bm) * n_heads if chosen.numel() else 0
-    return (n_rows, table.shape[1], chosen.stride(0)), n_tiles, constants
+    n_tiles = cdiv(n_rows, bm) * n_heads if block_indices.numel() else 0
+    return (n_rows, table.shape[1], block_indices.stride(0)), n_tiles, constants

@@ -41,11 +41,11 @@ def _needed(
 
 
 @triton.jit
-def _token_price(token, far, facts, far_candidates, owner, m, SHARING: tl.constexpr):
+def _token_price(token, far, stats, far_candidates, owner, m, SHARING: tl.constexpr):
     """float64 price of a token by owner."""
     price = tl.load(token + owner, mask=m, other=0.0)
     if SHARING > 1:
-        needed = tl.load(facts + 2).to(tl.float64) / tl.load(far_candidates).to(tl.float64)
+        needed = tl.load(stats + 2).to(tl.float64) / tl.load(far_candidates).to(tl.float64)
         sharers = 1 + (SHARING - 1) * tl.minimum(needed, 1.0)
         price = tl.where(tl.load(far + owner, mask=m, other=0) != 0, price / sharers, price)
     return price
@@ -53,17 +53,17 @@ def _token_price(token, far, facts, far_candidates, owner, m, SHARING: tl.conste
 
 @triton.jit(do_not_specialize=["n_pairs", "n_blocks"])
 def _far_kernel(
-    counts, owners, elsewhere, always, far, facts, n_pairs, n_blocks,
+    counts, owners, elsewhere, always, far, stats, n_pairs, n_blocks,
     UNIT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     _, m, _, owner, _, _, is_needed = _needed(counts, owners, elsewhere, always, n_pairs, n_blocks, 0, R, BLOCK)
     is_far = tl.load(far + owner, mask=m, other=0) != 0
-    tl.atomic_add(facts + 2, tl.sum((is_needed & is_far).to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(stats + 2, tl.sum((is_needed & is_far).to(tl.int64), 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_blocks", "n_owners"])
 def _weigh_kernel(
-    counts, owners, lengths, elsewhere, always, token, row, far, far_candidates, fetched, facts, tokens,
+    counts, owners, lengths, elsewhere, always, token, row, far, far_candidates, fetched, stats, tokens,
     n_pairs, n_blocks, n_owners,
     MODE: tl.constexpr, C: tl.constexpr, SHARING: tl.constexpr, OWNERS: tl.constexpr,
     UNIT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,13 +77,13 @@ def _weigh_kernel(
     if MODE == "query":
         bits = is_always
     if MODE == "auto":
-        price = _token_price(token, far, facts, far_candidates, owner, m, SHARING) * (length.to(tl.float64) * UNIT)
+        price = _token_price(token, far, stats, far_candidates, owner, m, SHARING) * (length.to(tl.float64) * UNIT)
         is_worth = share.to(tl.float64) * tl.load(row + owner, mask=m, other=0.0) >= price
         bits |= ((is_needed & is_worth).to(tl.int32) | is_always) << 1
         bits |= is_always << 2
     tl.store(fetched + o, bits, mask=m)
-    tl.atomic_add(facts, tl.sum(is_needed.to(tl.int64), 0), sem="relaxed")
-    tl.atomic_max(facts + 1, tl.max(chose, 0), sem="relaxed")
+    tl.atomic_add(stats, tl.sum(is_needed.to(tl.int64), 0), sem="relaxed")
+    tl.atomic_max(stats + 1, tl.max(chose, 0), sem="relaxed")
 
     # Neighbouring blocks have few owners.
     lowest = tl.min(tl.where(bits > 0, owner, n_owners), 0)
@@ -99,14 +99,14 @@ def _weigh_kernel(
 
 @triton.jit
 def _cheapest(
-    tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, owner, m, n_owners,
+    tokens, rows, token, row, far, far_candidates, stats, kv_token, row_bytes, owner, m, n_owners,
     LESS: tl.constexpr, SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Candidate, and bytes, at the lowest price for each ``owner`` [BLOCK], the first of equal ones."""
     best = tl.zeros([BLOCK], tl.int32)
     cost = tl.zeros([BLOCK], tl.int64)
     lowest = tl.zeros([BLOCK], tl.float64)
-    token_price = _token_price(token, far, facts, far_candidates, owner, m, SHARING)
+    token_price = _token_price(token, far, stats, far_candidates, owner, m, SHARING)
     row_price = tl.load(row + owner, mask=m, other=0.0)
     for c in tl.static_range(C):
         n_tokens = tl.load(tokens + c * n_owners + owner, mask=m, other=0)
@@ -128,7 +128,7 @@ def _cheapest(
 
 @triton.jit(do_not_specialize=["n_pairs", "n_blocks", "n_owners", "kv_token", "row_bytes"])
 def _pick_kernel(
-    fetched, facts, tokens, rows, place, owners, token, row, far, far_candidates, fetch, sent_place, costs,
+    fetched, stats, tokens, rows, dest, owners, token, row, far, far_candidates, fetch, sent_dest, costs,
     n_pairs, n_blocks, n_owners, kv_token, row_bytes,
     LESS: tl.constexpr, SHARING: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -136,18 +136,18 @@ def _pick_kernel(
     m = o < n_pairs
     owner = tl.load(owners + o % n_blocks, mask=m, other=0).to(tl.int32)
     best, b_cost = _cheapest(
-        tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, owner, m, n_owners,
+        tokens, rows, token, row, far, far_candidates, stats, kv_token, row_bytes, owner, m, n_owners,
         LESS, SHARING, C, R, BLOCK,
     )  # fmt: skip
     comes = (tl.load(fetched + o, mask=m, other=0) >> best) & 1
     tl.store(fetch + o, comes, mask=m)
-    tl.store(sent_place + o, tl.where(comes > 0, -1, tl.load(place + o, mask=m, other=-1)), mask=m)
+    tl.store(sent_dest + o, tl.where(comes > 0, -1, tl.load(dest + o, mask=m, other=-1)), mask=m)
     if tl.program_id(0) == 0:
         total = tl.zeros([BLOCK], tl.int64)
         for p in range(0, n_owners, BLOCK):
             o_p = p + tl.arange(0, BLOCK)
             best, b_cost = _cheapest(
-                tokens, rows, token, row, far, far_candidates, facts, kv_token, row_bytes, o_p, o_p < n_owners,
+                tokens, rows, token, row, far, far_candidates, stats, kv_token, row_bytes, o_p, o_p < n_owners,
                 n_owners, LESS, SHARING, C, R, BLOCK,
             )  # fmt: skip
             tl.store(costs + o_p, b_cost, mask=o_p < n_owners)
@@ -159,7 +159,7 @@ class Weighed(NamedTuple):
     """As :class:`moba_cp.eager.exchange.Weighed`."""
 
     fetched: Tensor
-    facts: Tensor
+    stats: Tensor
     tokens: Tensor
 
 
@@ -193,22 +193,20 @@ def weigh_blocks(counts: Tensor, tables, prices, mode: str) -> Weighed:
     return weighed
 
 
-def pick_cheapest(
-    weighed: Weighed, rows: Tensor | None, place: Tensor, tables, prices
-) -> tuple[Tensor, Tensor, Tensor]:
+def pick_cheapest(weighed: Weighed, rows: Tensor | None, dest: Tensor, tables, prices) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moba_cp.eager.exchange.pick_cheapest`."""
-    n_pairs, n_blocks, (n_candidates, n_owners) = place.numel(), place.shape[1], weighed.tokens.shape
-    assert place.is_contiguous() and (rows is None or rows.is_contiguous())
-    fetch = torch.empty(place.shape, dtype=torch.uint8, device=place.device)
-    sent_place = torch.empty(place.shape, dtype=torch.int32, device=place.device)
-    costs = torch.empty(n_owners + 1, dtype=torch.int64, device=place.device)
+    n_pairs, n_blocks, (n_candidates, n_owners) = dest.numel(), dest.shape[1], weighed.tokens.shape
+    assert dest.is_contiguous() and (rows is None or rows.is_contiguous())
+    fetch = torch.empty(dest.shape, dtype=torch.uint8, device=dest.device)
+    sent_dest = torch.empty(dest.shape, dtype=torch.int32, device=dest.device)
+    costs = torch.empty(n_owners + 1, dtype=torch.int64, device=dest.device)
     copies = 0 if rows is None else rows.shape[0]
-    with on_device(place):
+    with on_device(dest):
         _pick_kernel[(max(1, cdiv(n_pairs, BLOCK)),)](
-            *weighed, weighed.tokens if rows is None else rows, place, tables.owner, prices.token, prices.row,
-            prices.far, prices.far_candidates, fetch, sent_place, costs,
+            *weighed, weighed.tokens if rows is None else rows, dest, tables.owner, prices.token, prices.row,
+            prices.far, prices.far_candidates, fetch, sent_dest, costs,
             n_pairs, max(1, n_blocks), n_owners, prices.kv_token, prices.row_bytes,
             LESS=prices.all_for_less, SHARING=prices.sharing, C=n_candidates, R=copies, BLOCK=BLOCK,
             **launch_options(4, fused=False),
         )  # fmt: skip
-    return fetch.view(torch.bool), sent_place, costs
+    return fetch.view(torch.bool), sent_dest, costs

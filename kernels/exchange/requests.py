@@ -22,10 +22,10 @@ TOTALS = 2
 
 
 @triton.jit
-def _rows_to(ends, s_ends, place, m):
-    """Rows of each ``place``; ``ends`` [places] says where each place's part of the list of rows ends."""
-    end = tl.load(ends + place * s_ends, mask=m, other=0)
-    return (end - tl.load(ends + (place - 1) * s_ends, mask=m & (place > 0), other=0)).to(tl.int64)
+def _rows_to(ends, s_ends, dest, m):
+    """Rows of each ``dest``; ``ends`` [places] says where each place's part of the list of rows ends."""
+    end = tl.load(ends + dest * s_ends, mask=m, other=0)
+    return (end - tl.load(ends + (dest - 1) * s_ends, mask=m & (dest > 0), other=0)).to(tl.int64)
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def _lists_kernel(
     # What is given is counted behind what is wanted, and listed behind what could have been.
     wanted = tl.load(sums + n_want - 1, mask=n_want > 0, other=0)
     is_want = o < n_want
-    place = before // PAIR + tl.where(is_want, 0, n_want - wanted // PAIR)
-    tl.store(lists + place, tl.load(pairs + o, mask=m, other=0), mask=m & moves)
-    tl.store(offsets + place, before % PAIR - tl.where(is_want, 0, wanted % PAIR), mask=m & moves)
+    dest = before // PAIR + tl.where(is_want, 0, n_want - wanted // PAIR)
+    tl.store(lists + dest, tl.load(pairs + o, mask=m, other=0), mask=m & moves)
+    tl.store(offsets + dest, before % PAIR - tl.where(is_want, 0, wanted % PAIR), mask=m & moves)
 
     m = o < 2 * stages * (n_owners + 1)
     owner = o % (n_owners + 1)
@@ -120,7 +120,7 @@ def _lists_kernel(
 
 @triton.jit(do_not_specialize=["n_kv", "n_owners", "stages", "s_ends"], do_not_specialize_on_alignment=["ends"])
 def _sum_up_kernel(
-    arrived, header_at, ends, costs, facts, candidates, out, n_kv, n_owners, stages, s_ends, BLOCK: tl.constexpr
+    arrived, header_at, ends, costs, stats, candidates, out, n_kv, n_owners, stages, s_ends, BLOCK: tl.constexpr
 ):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n_sizes = 2 * stages * (n_owners + 1)
@@ -142,10 +142,10 @@ def _sum_up_kernel(
         rows += _word(arrived, at + 8 * stages + 8, o_p < n_owners)
     fact = tl.where(o == 0, tl.sum(total, 0), 0)
     fact = tl.where(o == 5, tl.sum(rows, 0), fact)
-    fact = tl.where(o == 1, tl.load(facts), fact)
+    fact = tl.where(o == 1, tl.load(stats), fact)
     fact = tl.where(o == 2, tl.load(candidates) * n_kv, fact)
     fact = tl.where(o == 3, tl.load(costs + n_owners), fact)
-    fact = tl.where(o == 4, tl.load(facts + 1), fact)
+    fact = tl.where(o == 4, tl.load(stats + 1), fact)
     tl.store(out + n_sizes + o, fact, mask=m)
 
 
@@ -209,7 +209,7 @@ def sum_up(
     header_at: Tensor,
     ends: Tensor,
     costs: Tensor,
-    facts: Tensor,
+    stats: Tensor,
     candidates: Tensor,
     n_kv: int,
     out: Tensor,
@@ -218,6 +218,6 @@ def sum_up(
     assert out.is_contiguous() and out[0].numel() >= 6
     with on_device(arrived):
         _sum_up_kernel[(cdiv(out[0].numel(), BLOCK),)](
-            arrived, header_at, ends, costs, facts, candidates, out,
+            arrived, header_at, ends, costs, stats, candidates, out,
             n_kv, header_at.numel(), out.shape[2], ends.stride(0), BLOCK=BLOCK, **launch_options(4),
         )  # fmt: skip

@@ -31,7 +31,7 @@ HEAD_DIMS = (64, 128)
 # Blocks besides its own that a row may choose where threads keep them in registers. On an H100, 131,072 tokens of 16
 # heads, ms of the other kernel and of this one: D = 64, B = 128, k = 8: 3.44, 1.43; D = 128, B = 128, k = 8: 3.52,
 # 1.88; D = 128, B = 512, k = 8: 1.44, 0.94; D = 128, B = 4096, k = 12: 0.86, 0.94.
-MAX_CHOSEN = 15
+MAX_SELECTED = 15
 ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 try:
@@ -142,7 +142,7 @@ def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
 
 def selects(q: Tensor, n_slots: int) -> bool:
     """Whether the choice of ``n_slots`` blocks for each row of q [N, Hq, D] can run here."""
-    return runs_on(q.device) and q.dtype in ELEMENTS and q.shape[2] in HEAD_DIMS and n_slots <= MAX_CHOSEN
+    return runs_on(q.device) and q.dtype in ELEMENTS and q.shape[2] in HEAD_DIMS and n_slots <= MAX_SELECTED
 
 
 def _is_regular(x: Tensor) -> bool:
@@ -171,12 +171,12 @@ def _places(part, tasks) -> tuple[int, int, int]:
     return places, *lists
 
 
-def launch_select(q: Tensor, means: Tensor, first: Tensor, own: Tensor, chosen: Tensor) -> None:
+def launch_select(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, block_indices: Tensor) -> None:
     """See :func:`..select.select_blocks`."""
     n_rows, n_heads, dim = q.shape
     select_kernel[(cdiv(n_rows, WIDTH.value), n_heads)](
-        q, means, first, own, chosen, n_rows, *q.stride()[:2], *means.stride()[:2],
-        HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=chosen.shape[2], **launch_options(1),
+        q, means, first, current_block, block_indices, n_rows, *q.stride()[:2], *means.stride()[:2],
+        HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=block_indices.shape[2], **launch_options(1),
     )  # fmt: skip
 
 
@@ -192,12 +192,12 @@ def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, par
 
 
 def launch_keys(
-    part, tile: Tile, tasks, key_tiles: int, dout, into, dk, dv, sum_k, sum_v, table, stats, facts,
+    part, tile: Tile, tasks, key_tiles: int, dout, part_dq, dk, dv, sum_k, sum_v, table, stats, facts,
     scale: float, first_head: int,
 ) -> None:  # fmt: skip
     """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1."""
     key_kernel[part.grid(tasks, key_tiles)](
-        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, dk, dv, sum_k, sum_v,
+        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, part_dq, dk, dv, sum_k, sum_v,
         table, stats, facts, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
         D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
         DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
@@ -205,10 +205,10 @@ def launch_keys(
     )  # fmt: skip
 
 
-def launch_queries(part, tile: Tile, tasks, dout, into, table, stats, list_start, scale: float) -> None:
+def launch_queries(part, tile: Tile, tasks, dout, part_dq, table, stats, list_start, scale: float) -> None:
     """Partial dQ of the visits of a slice."""
     query_kernel[part.grid(tasks)](
-        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, into, table, stats,
+        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, part_dq, table, stats,
         tasks.table, list_start, scale, part.n_visits, *_places(part, tasks), *part.strides[2:],
         TASK_ROWS=tasks.rows, D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
         REGISTERS=tile.fetch_registers, **launch_options(tile.warps),

@@ -67,15 +67,15 @@ def run(dim: int, block_size: int, grad_dtype: torch.dtype, device: torch.device
     )
     n_blocks = cdiv(n_tokens, block_size)
     token = torch.arange(n_tokens, dtype=torch.int32, device=device)
-    own, visible, first = token // block_size, token % block_size + 1, torch.zeros_like(token)
+    current_block, visible, first = token // block_size, token % block_size + 1, torch.zeros_like(token)
     start = torch.arange(n_blocks, dtype=torch.int64, device=device) * block_size
     length = (n_tokens - start).clamp(max=block_size).int()
     head = torch.arange(n_kv, dtype=torch.int32, device=device)[:, None].expand(-1, n_blocks).contiguous()
     pages = _Pages(k, v, start.expand(n_kv, -1), head, length, block_size)
 
     # Not of the scores: where two differ by their rounding, each set may choose another.
-    chosen = (own - 1)[:, None, None].expand(-1, n_heads, 1)
-    visits, scale = (chosen, own, visible), dim**-0.5
+    block_indices = (current_block - 1)[:, None, None].expand(-1, n_heads, 1)
+    visits, scale = (block_indices, current_block, visible), dim**-0.5
     out, lse = attend(q, pages, *visits, scale)
     delta = (out * dout.float()).sum(-1)
     dq, dk, dv = attend_backward(

@@ -147,7 +147,7 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, dk, dv, begin, own_end, end, key, page, n_keys, i_sum, scale, s_dkr, s_dkh,
+    half: gl.constexpr, part, dk, dv, begin, current_end, end, key, page, n_keys, i_sum, scale, s_dkr, s_dkh,
     first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
     kv_full, q_full, q_empty, ds_full,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
@@ -160,7 +160,7 @@ def _consume(
     o_n = first_n + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
     b_dk = gl.zeros([BN, D], gl.float32, MMA_D)
     b_dv = gl.zeros([BN, D], gl.float32, MMA_D)
-    masked = (gl.maximum(own_end - begin, 0) + BM - 1) // BM * BM
+    masked = (gl.maximum(current_end - begin, 0) + BM - 1) // BM * BM
     middle = gl.minimum(begin + masked, end)
     middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
     mbarrier.wait(kv_full, 0)
@@ -229,7 +229,7 @@ def key_kernel(
     """Arguments as of :func:`..backward._key_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
     i_task = gl.program_id(0) // KEY_TILES
     i_n = gl.program_id(0) % KEY_TILES
-    i_list, begin, end, own_end, n_keys, first_key, page, i_sum, _ = read_facts(facts, i_task, i_n, KEY_TILES)
+    i_list, begin, end, current_end, n_keys, first_key, page, i_sum, _ = read_facts(facts, i_task, i_n, KEY_TILES)
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -269,12 +269,12 @@ def key_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                gl.constexpr(0), part, dk, dv, begin, own_end, end, first_key, dk_page, n_keys, i_sum, scale,
+                gl.constexpr(0), part, dk, dv, begin, current_end, end, first_key, dk_page, n_keys, i_sum, scale,
                 s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
                 place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_consume, (
-                gl.constexpr(1), part, dk, dv, begin, own_end, end, first_key, dk_page, n_keys, i_sum, scale,
+                gl.constexpr(1), part, dk, dv, begin, current_end, end, first_key, dk_page, n_keys, i_sum, scale,
                 s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
                 place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),

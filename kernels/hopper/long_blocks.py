@@ -48,9 +48,9 @@ def _gather_rows(
     head = i_h * G + row % G
     limit = gl.where(m_r, n_keys, 0)
     if SLOTS > S:
-        m_own = m_r & (slot == S)
-        seen = gl.minimum(gl.load(visible + t, mask=m_own, other=0), n_keys)
-        limit = gl.where(m_own, seen, limit)
+        m_current = m_r & (slot == S)
+        seen = gl.minimum(gl.load(visible + t, mask=m_current, other=0), n_keys)
+        limit = gl.where(m_current, seen, limit)
     offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
     place_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
     limit_s.index(buf).store(limit)

@@ -86,7 +86,7 @@ def _score(rank):
 
 @gluon.jit(do_not_specialize=["n_rows"])
 def select_kernel(
-    q, means, first, own, chosen, n_rows, s_qt, s_qh, s_mb, s_mh,
+    q, means, first, current_block, block_indices, n_rows, s_qt, s_qh, s_mb, s_mh,
     HQ: gl.constexpr, G: gl.constexpr, D: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..select._select_kernel`."""
@@ -100,9 +100,9 @@ def select_kernel(
     i_h = gl.program_id(1)
     o_r = begin + gl.arange(0, WIDTH, layout=ROWS)
     b_first = gl.load(first + o_r, mask=o_r < n_rows, other=2147483647)
-    b_own = gl.load(own + o_r, mask=o_r < n_rows, other=-1)
+    b_current = gl.load(current_block + o_r, mask=o_r < n_rows, other=-1)
     oldest = gl.maximum(gl.min(b_first, 0), 0)
-    newest = gl.max(b_own, 0) - 1
+    newest = gl.max(b_current, 0) - 1
 
     o_m = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LEFT))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT))
@@ -123,7 +123,7 @@ def select_kernel(
         score = mma_v2(b_q, b_mean, gl.zeros([WIDTH, WIDTH], gl.float32, MMA))
         columns = _columns(gl.convert_layout(score, WHOLE))
         # Column c is block top - c: candidates are those from ``low`` on, up to ``high``.
-        low = gl.maximum(top - b_own + 1, 0)
+        low = gl.maximum(top - b_current + 1, 0)
         high = top - b_first
         allowed = gl.where(low < WIDTH, -1 << gl.minimum(low, 31), 0)
         allowed &= gl.where(high < 31, (2 << gl.maximum(gl.minimum(high, 30), 0)) - 1, -1)
@@ -146,6 +146,6 @@ def select_kernel(
                 bits &= _better(columns, worst)
                 left = gl.max((bits != 0).to(gl.int32), 0)
 
-    p_chosen = chosen + (o_r.to(gl.int64) * HQ + i_h) * S
+    p_indices = block_indices + (o_r.to(gl.int64) * HQ + i_h) * S
     for s in gl.static_range(S):
-        gl.store(p_chosen + s, blocks[s], mask=o_r < n_rows)
+        gl.store(p_indices + s, blocks[s], mask=o_r < n_rows)

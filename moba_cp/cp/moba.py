@@ -86,7 +86,7 @@ class _MoBAAcrossRanks(torch.autograd.Function):
             if at_once:
                 out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
             for stage in stages or gathering.stages(k_rows, v_rows, False, differentiated):
-                gathering.attend(stage, rows, (out, lse), whole=at_once)
+                gathering.attend(stage, rows, (out, lse), overwrite_out=at_once)
             saved = gathering.take_kept()
         out = out.to(q.dtype)
         for counters in comm.books():

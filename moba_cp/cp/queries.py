@@ -34,17 +34,17 @@ class Queries:
     def _seen(self) -> tuple:
         return self.chosen, self.geometry.own, self.geometry.visible, self.scale
 
-    def attend(self, pages: Pages, kv_heads: slice | None, into: tuple[Tensor, Tensor], **how) -> None:
+    def attend(self, pages: Pages, kv_heads: slice | None, out: tuple[Tensor, Tensor], **how) -> None:
         """Attention to the blocks in ``pages``; arguments as of :func:`moba_cp.eager.attend`."""
-        backend(self.q).attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, into=into, **how)
+        backend(self.q).attend(self.q, pages, *self._seen, index=self.index, kv_heads=kv_heads, out=out, **how)
 
     def attend_backward(
-        self, pages: Pages, kv_heads: slice, into: tuple[Tensor, Tensor, Tensor], output: "OutputGradient", **how
+        self, pages: Pages, kv_heads: slice, out: tuple[Tensor, Tensor, Tensor], output: "OutputGradient", **how
     ) -> None:
         """Gradients of :meth:`attend`; ``how`` as of :func:`moba_cp.eager.attend_backward`."""
         rows = output.dout, output.lse, output.delta, output.deterministic
         backend(self.q).attend_backward(
-            self.q, pages, *self._seen, *rows, index=self.index, kv_heads=kv_heads, into=into, **how
+            self.q, pages, *self._seen, *rows, index=self.index, kv_heads=kv_heads, out=out, **how
         )
 
 

@@ -18,12 +18,12 @@ from .exchange import (
     weigh_blocks,
     write_request,
 )
-from .movement import add_pages, add_rows, copy_pages, gather_rows, merge_rows, pack_slab, sum_shares
+from .movement import add_pages, add_rows, copy_pages, gather_rows, merge_rows, pack_kv_shard, sum_partial_grads
 from .select import block_means, select_blocks
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_slab",
-    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "sum_shares",
+    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
+    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "sum_partial_grads",
     "sum_up", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -5,7 +5,8 @@ looking at one block. Visits are sorted by block, cut into tasks of at most ``TA
 small dense attention. Nothing of size tokens x tokens is ever made.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, n blocks,
-S chosen blocks per row, E visits, R rows per task, W keys of a task. Wide means float32, or float64 for float64 inputs.
+S selected blocks per row, E visits, R rows per task, W keys of a task. Wide means float32, or float64 for float64
+inputs.
 """
 
 from collections.abc import Callable
@@ -51,15 +52,17 @@ def _tasks(blocks: Tensor, limits: Tensor, n_blocks: int, task_rows: int) -> _Ta
     return _Tasks(padded.view(total, task_rows), limit.view(total, task_rows), task_block)
 
 
-def _visits(pages: Pages, kv_head: int, chosen: Tensor, own: Tensor | None, visible: Tensor | None):
+def _visits(pages: Pages, kv_head: int, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None):
     """Blocks and limits [N, G, S'] of the visits whose block lies in ``pages``; chosen [N, G, S]."""
     here = pages.row[kv_head] >= 0
-    found = (chosen >= 0) & here[chosen.long().clamp(min=0)] if here.numel() else chosen >= 0
-    blocks = torch.where(found, chosen, -1)
+    found = (block_indices >= 0) & here[block_indices.long().clamp(min=0)] if here.numel() else block_indices >= 0
+    blocks = torch.where(found, block_indices, -1)
     limits = pages.length[blocks.long().clamp(min=0)] if here.numel() else blocks
-    if own is not None:
-        mine = torch.where(here[own.long()] & (visible > 0), own, -1)[:, None, None].expand(-1, chosen.shape[1], 1)
-        seen = visible[:, None, None].expand(-1, chosen.shape[1], 1)
+    if current_block is not None:
+        mine = torch.where(here[current_block.long()] & (visible > 0), current_block, -1)[:, None, None].expand(
+            -1, block_indices.shape[1], 1
+        )
+        seen = visible[:, None, None].expand(-1, block_indices.shape[1], 1)
         blocks, limits = torch.cat([mine, blocks], -1), torch.cat([seen, limits], -1)
     return blocks, limits
 
@@ -67,10 +70,10 @@ def _visits(pages: Pages, kv_head: int, chosen: Tensor, own: Tensor | None, visi
 class _Head:
     """One KV head's tasks over one storage, and the gathers that forward and backward share."""
 
-    def __init__(self, q, pages: Pages, kv_head: int, chosen, own, visible):
+    def __init__(self, q, pages: Pages, kv_head: int, block_indices, current_block, visible):
         group = q.shape[1] // pages.row.shape[0]
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        blocks, limits = _visits(pages, kv_head, chosen[:, heads], own, visible)
+        blocks, limits = _visits(pages, kv_head, block_indices[:, heads], current_block, visible)
         self.n_slots = blocks.shape[-1]
         self.pages, self.kv_head, self.heads = pages, kv_head, heads
         task_rows = min(TASK_ROWS, max(16, q.shape[0] * group))
@@ -135,60 +138,63 @@ class _Head:
 def attend(
     q: Tensor,
     pages: Pages,
-    chosen: Tensor,
-    own: Tensor | None,
+    block_indices: Tensor,
+    current_block: Tensor | None,
     visible: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-    whole: bool = False,
-    shared: dict | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    overwrite_out: bool = False,
+    task_cache: dict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows to those of their blocks that lie in ``pages``.
 
     Args:
         q: [N, Hq, D].
         pages: the storage; Hkv is ``pages.row.shape[0]``.
-        chosen: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped.
-        own: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
-        visible: [N] int32, with ``own``.
+        block_indices: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped.
+        current_block: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
+        visible: [N] int32, with ``current_block``.
         scale: factor of the scores.
         out_dtype: of the output; wide if it is None.
         index: of :func:`routing_index`.
-        kv_heads: with ``into``: the KV heads to do; all if it is None.
-        into: wide out and lse over other keys, to join the result to; out may hold anything where lse is -inf.
-        whole: there are no other keys: ``into`` holds nothing yet, and out may have any dtype.
-        shared: of calls that differ in ``kv_heads``, ``into`` and the storages alone, which are laid out alike, with
-            the very same ``q``, ``chosen``, ``index``, ``pages.row`` and ``pages.head``: the kernels leave in it what
-            serves the calls that follow; not used here.
+        kv_heads: with ``out``: the KV heads to compute; all if it is None.
+        out: the output and the log-sum-exp over other keys, wide: the result is merged into both. The output may hold
+            anything where the log-sum-exp is -inf.
+        overwrite_out: ``out`` holds nothing yet and is overwritten; its output may have any dtype.
+        task_cache: a dict, empty at first, for calls that differ only in ``kv_heads``, ``out`` and the storages. These
+            must have the same layout, and ``q``, ``block_indices``, ``index``, ``pages.row`` and ``pages.head`` must be
+            the same objects. The kernels keep their tasks in it; this path does not use it.
 
     Returns:
         out [N, Hq, D] and lse [N, Hq] wide; a row that sees nothing has out 0 and lse -inf.
     """
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        q, pages, chosen = q[:, at], pages.of_heads(kv_heads), chosen[:, at]
-    out, lse = _attend(q, pages, chosen, own, visible, scale)
-    if into is None:
-        return out.to(out_dtype or out.dtype), lse
-    to_out, to_lse = into if kv_heads is None else (x[:, at] for x in into)
-    if not whole:
+        q, pages, block_indices = q[:, at], pages.of_heads(kv_heads), block_indices[:, at]
+    part, part_lse = _attend(q, pages, block_indices, current_block, visible, scale)
+    if out is None:
+        return part.to(out_dtype or part.dtype), part_lse
+    to_out, to_lse = out if kv_heads is None else (x[:, at] for x in out)
+    if not overwrite_out:
         before = torch.where(to_lse[..., None] == -torch.inf, 0, to_out)
-        out, lse = merge([before, out], [to_lse, lse])
-    to_out.copy_(out), to_lse.copy_(lse)
-    return into
+        part, part_lse = merge([before, part], [to_lse, part_lse])
+    to_out.copy_(part), to_lse.copy_(part_lse)
+    return out
 
 
-def _attend(q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float):
+def _attend(
+    q: Tensor, pages: Pages, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, scale: float
+):
     """:func:`attend`: out and lse, wide."""
     n_rows, n_heads, dim = q.shape
     wide = WIDE[q.dtype]
     out = torch.zeros(n_rows, n_heads, dim, dtype=wide, device=q.device)
     lse = torch.full((n_rows, n_heads), -torch.inf, dtype=wide, device=q.device)
     for kv_head in range(pages.row.shape[0]):
-        head = _Head(q, pages, kv_head, chosen, own, visible)
+        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
         group = head.heads.stop - head.heads.start
         part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=wide, device=q.device)
         part_lse = torch.full((n_rows * group * head.n_slots,), -torch.inf, dtype=wide, device=q.device)
@@ -211,8 +217,8 @@ def _attend(q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible
 def attend_backward(
     q: Tensor,
     pages: Pages,
-    chosen: Tensor,
-    own: Tensor | None,
+    block_indices: Tensor,
+    current_block: Tensor | None,
     visible: Tensor | None,
     scale: float,
     dout: Tensor,
@@ -222,11 +228,11 @@ def attend_backward(
     local_dtype: torch.dtype | None = None,
     index: Tensor | None = None,
     kv_heads: slice | None = None,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-    fresh: bool = False,
-    whole: bool = False,
-    keys_done: Callable[[], None] | None = None,
-    shared: dict | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    overwrite_dkv: bool = False,
+    overwrite_dq: bool = False,
+    dkdv_done: Callable[[], None] | None = None,
+    task_cache: dict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
 
@@ -237,46 +243,47 @@ def attend_backward(
         deterministic: accepted for symmetry with the kernels; this path always is, on any number of threads.
         local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`.
         index, kv_heads: as in :func:`attend`.
-        into: wide dq, dk and dv to add to instead of new ones; dk and dv with equal strides; not with ``local_dtype``.
-        fresh: dk and dv of ``into`` hold nothing yet, and may have any dtype: the rows of the blocks here are written,
-            others are left or zeroed, so that one call has to serve the whole storage.
-        whole: no other storage has a part in dq: that of ``into`` holds nothing yet, and may have any dtype.
-        keys_done: called once dk and dv are on their way to be written; dq may follow.
-        shared: as in :func:`attend`.
+        out: dq, dk and dv to add the gradients to; new tensors if it is None. They are wide, dk and dv have equal
+            strides, and ``local_dtype`` is None.
+        overwrite_dkv: dk and dv of ``out`` hold nothing yet, and may have any dtype. Rows of blocks in ``pages`` are
+            overwritten, others are kept or zeroed, so one call must cover all blocks of the storage.
+        overwrite_dq: dq of ``out`` holds nothing yet, and may have any dtype, because this is the first storage.
+        dkdv_done: called once dk and dv are on their way to be written; dq may follow.
+        task_cache: as in :func:`attend`.
 
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; wide unless ``local_dtype``.
     """
     if kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        q, pages, chosen = q[:, at], pages.of_heads(kv_heads), chosen[:, at]
+        q, pages, block_indices = q[:, at], pages.of_heads(kv_heads), block_indices[:, at]
         dout, lse, delta = dout[:, at], lse[:, at], delta[:, at]
-    targets = into or (None, None, None)
-    if kv_heads is not None and into is not None:
-        targets = into[0][:, at], *into[1:]
+    targets = out or (None, None, None)
+    if kv_heads is not None and out is not None:
+        targets = out[0][:, at], *out[1:]
     sums = [
         torch.zeros(x.shape, dtype=lse.dtype, device=q.device) if target is None or new else target
-        for x, target, new in zip((q, pages.k, pages.v), targets, (whole, fresh, fresh))
+        for x, target, new in zip((q, pages.k, pages.v), targets, (overwrite_dq, overwrite_dkv, overwrite_dkv))
     ]
-    _add_gradients(q, pages, chosen, own, visible, scale, dout, lse, delta, *sums)
-    if into is not None:
+    _add_gradients(q, pages, block_indices, current_block, visible, scale, dout, lse, delta, *sums)
+    if out is not None:
         for target, total in zip(targets, sums):
             if target is not total:
                 target.copy_(total)
-    if keys_done is not None:
-        keys_done()
-    return into or tuple(x.to(local_dtype or x.dtype) for x in sums)
+    if dkdv_done is not None:
+        dkdv_done()
+    return out or tuple(x.to(local_dtype or x.dtype) for x in sums)
 
 
 def _add_gradients(
-    q: Tensor, pages: Pages, chosen: Tensor, own: Tensor | None, visible: Tensor | None, scale: float,
+    q: Tensor, pages: Pages, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, scale: float,
     dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """:func:`attend_backward`: add to dq, dk and dv, wide."""
     n_rows, n_heads, dim = q.shape
     wide = dq.dtype
     for kv_head in range(pages.row.shape[0]):
-        head = _Head(q, pages, kv_head, chosen, own, visible)
+        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
         group = head.heads.stop - head.heads.start
         part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=wide, device=q.device)
         for tasks in head.chunks():
@@ -295,13 +302,13 @@ def _add_gradients(
 
 
 def routing_index(
-    q: Tensor, chosen: Tensor, own: Tensor | None, visible: Tensor | None, page_row: Tensor
+    q: Tensor, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, page_row: Tensor
 ) -> Tensor | None:
     """Which rows visit each block, for :func:`attend` and :func:`attend_backward` over any storages of these blocks.
 
     Args:
         q: [N, Hq, D].
-        chosen, own, visible: as in :func:`attend`.
+        block_indices, current_block, visible: as in :func:`attend`.
         page_row: [Hkv, n] int64, -1 for blocks that nobody will attend to by this index.
 
     Returns:

@@ -21,44 +21,44 @@ import torch
 from torch import Tensor
 
 
-def count_choices(chosen: Tensor, open_place: Tensor, unit: int) -> Tensor:
+def count_choices(block_indices: Tensor, open_dest: Tensor, unit: int) -> Tensor:
     """How many slots chose each block, and the shares of rows that would go to it.
 
     Args:
-        chosen: [N, Hq, S] int32 block ids, -1 for none.
-        open_place: [Hkv, n] int32 places; -1 also where rows are not to be counted.
+        block_indices: [N, Hq, S] int32 block ids, -1 for none.
+        open_dest: [Hkv, n] int32 places; -1 also where rows are not to be counted.
         unit: a row's share is ``unit`` over the number of its slots with the same place; 0 for no shares.
 
     Returns:
         [1 or 2, R, Hkv, n] int64, to be summed over R: numbers of slots, and if ``unit`` is not 0 the shares, which are
-        0 where ``open_place`` is -1.
+        0 where ``open_dest`` is -1.
     """
-    counts = torch.zeros(2 if unit else 1, 1, *open_place.shape, dtype=torch.int64, device=chosen.device)
-    for head, block, place in _by_head(chosen, open_place):
+    counts = torch.zeros(2 if unit else 1, 1, *open_dest.shape, dtype=torch.int64, device=block_indices.device)
+    for head, block, dest in _by_head(block_indices, open_dest):
         at = block.clamp(min=0).flatten()
         counts[0, 0, head].scatter_add_(0, at, (block >= 0).long().flatten())
         if unit:
-            together = torch.zeros_like(place)
-            for slot in range(place.shape[-1]):
-                together += (place == place[..., slot : slot + 1]) & (place >= 0)
-            part = unit // together.clamp(min=1) * (place >= 0)
+            together = torch.zeros_like(dest)
+            for slot in range(dest.shape[-1]):
+                together += (dest == dest[..., slot : slot + 1]) & (dest >= 0)
+            part = unit // together.clamp(min=1) * (dest >= 0)
             counts[1, 0, head].scatter_add_(0, at, part.flatten())
     return counts
 
 
-def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
+def count_rows(block_indices: Tensor, dest: Tensor, fetched: Tensor, n_candidates: int, n_owners: int) -> Tensor:
     """Rows sent to each owner, for several candidates of what is fetched instead.
 
     Args:
-        chosen: [N, Hq, S] int32.
-        place: [Hkv, n] int32.
+        block_indices: [N, Hq, S] int32.
+        dest: [Hkv, n] int32.
         fetched: [Hkv, n] int32, bit ``c`` says that candidate ``c`` fetches the block.
 
     Returns:
         [R, candidates, owners] int32, to be summed over R.
     """
-    rows = torch.zeros(1, n_candidates, n_owners, dtype=torch.int32, device=chosen.device)
-    for head, block, at in _by_head(chosen, place):
+    rows = torch.zeros(1, n_candidates, n_owners, dtype=torch.int32, device=block_indices.device)
+    for head, block, at in _by_head(block_indices, dest):
         for candidate, counts in enumerate(rows[0]):
             fetch = (fetched[head] >> candidate & 1).bool()
             first = _first(torch.where((block >= 0) & ~fetch[block.clamp(min=0)], at, -1))
@@ -66,27 +66,27 @@ def count_rows(chosen: Tensor, place: Tensor, fetched: Tensor, n_candidates: int
     return rows
 
 
-def list_rows(chosen: Tensor, place: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
-    """The slots whose rows are sent; ``place`` [Hkv, n] int32 is -1 also for blocks that are fetched.
+def list_rows(block_indices: Tensor, dest: Tensor, n_dests: int) -> tuple[Tensor, Tensor]:
+    """The slots whose rows are sent; ``dest`` [Hkv, n] int32 is -1 also for blocks that are fetched.
 
     Returns:
         int32 indices into the flattened [Hq, N, S] slots, int64 where there are 2^31 or more, by place, head, token,
         slot, as many as there are slots at all: those past the last end mean nothing; and [places] int32, where each
         place's part of the list ends.
     """
-    places = [torch.where(_first(at), at, n_places) for _, _, at in _by_head(chosen, place)]
+    places = [torch.where(_first(at), at, n_dests) for _, _, at in _by_head(block_indices, dest)]
     flat = torch.cat(places, 1).transpose(0, 1).flatten()
-    counts = torch.zeros(n_places + 1, dtype=torch.int32, device=chosen.device)
+    counts = torch.zeros(n_dests + 1, dtype=torch.int32, device=block_indices.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
     dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
     return flat.argsort(stable=True).to(dtype), counts[:-1].cumsum(0, dtype=torch.int32)
 
 
-def _by_head(chosen: Tensor, place: Tensor):
+def _by_head(block_indices: Tensor, dest: Tensor):
     """(KV head, blocks, places) of its group's slots, [N, G, S] int64 each."""
-    group = chosen.shape[1] // place.shape[0]
-    for head, table in enumerate(place.long()):
-        block = chosen[:, head * group : (head + 1) * group].long()
+    group = block_indices.shape[1] // dest.shape[0]
+    for head, table in enumerate(dest.long()):
+        block = block_indices[:, head * group : (head + 1) * group].long()
         yield head, block, torch.where(block >= 0, table[block.clamp(min=0)], -1)
 
 
@@ -98,26 +98,26 @@ def _first(at: Tensor) -> Tensor:
     return first
 
 
-def row_ids(chosen: Tensor, slots: Tensor, place: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+def row_ids(block_indices: Tensor, slots: Tensor, dest: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
     """The blocks that each row sent wants from where it goes: those with the place of the slot that it is sent for.
 
     Args:
-        chosen: [N, H, S] int32 block ids, -1 for none.
-        slots: [M] int32, places in [H, N, S] of chosen blocks.
-        place: [Hkv, n] int32, where a row goes that wants a block, -1 for nowhere.
+        block_indices: [N, H, S] int32 block ids, -1 for none.
+        slots: [M] int32, places in [H, N, S] of selected blocks.
+        dest: [Hkv, n] int32, where a row goes that wants a block, -1 for nowhere.
         number: [Hkv, n], what a (KV head, block) is called there.
         dtype: of the result.
 
     Returns:
         [M, S] numbers, -1 for slots that want something else.
     """
-    n_rows, n_heads, n_slots = chosen.shape
+    n_rows, n_heads, n_slots = block_indices.shape
     slot = slots.long()
     row = slot // n_slots
     token, head = row % n_rows, row // n_rows
-    block = chosen[token, head].long()
-    at = (head // (n_heads // place.shape[0]))[:, None], block.clamp(min=0)
-    goes = place[at]
+    block = block_indices[token, head].long()
+    at = (head // (n_heads // dest.shape[0]))[:, None], block.clamp(min=0)
+    goes = dest[at]
     wanted = (block >= 0) & (goes == goes.gather(1, (slot % n_slots)[:, None]))
     return torch.where(wanted, number[at], -1).to(dtype)
 
@@ -175,7 +175,7 @@ class Weighed(NamedTuple):
 
     fetched: Tensor
     """[Hkv, n] int32, bit ``c`` says that candidate ``c`` fetches the block."""
-    facts: Tensor
+    stats: Tensor
     """[3] int64: pairs of other ranks that are needed in one way or the other; most rows that chose one pair, wherever
     it lies; needed pairs of far owners, 0 where ``sharing`` is 1."""
     tokens: Tensor
@@ -186,13 +186,13 @@ def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str)
     """The candidates of exchange ``mode``, by the ``counts`` of :func:`moba_cp.eager.choices.count_choices`."""
     sums = counts.sum(1)
     everything = (sums[0] > 0) & tables.elsewhere | tables.always
-    facts = torch.stack([everything.sum(), sums[0].amax() if sums[0].numel() else sums.sum(), sums.new_zeros(())])
+    stats = torch.stack([everything.sum(), sums[0].amax() if sums[0].numel() else sums.sum(), sums.new_zeros(())])
     if prices.sharing > 1:
-        facts[2] = (everything & prices.far[tables.owner]).sum()
+        stats[2] = (everything & prices.far[tables.owner]).sum()
     always = tables.always.expand_as(everything)
     candidates = [always if mode == "query" else everything]
     if mode == "auto":
-        price = _token_prices(prices, facts)[tables.owner] * (tables.length.double() * prices.unit)
+        price = _token_prices(prices, stats)[tables.owner] * (tables.length.double() * prices.unit)
         worth = sums[1] * prices.row[tables.owner] >= price
         candidates += [(everything & worth) | always, always]
     candidates = torch.stack(candidates)
@@ -200,38 +200,38 @@ def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str)
     zero = tokens.new_zeros(len(candidates), prices.token.numel())
     bit = 1 << torch.arange(len(candidates), dtype=torch.int32, device=counts.device)
     fetched = (candidates * bit[:, None, None]).sum(0, dtype=torch.int32)
-    return Weighed(fetched, facts, zero.scatter_add_(1, tables.owner.expand_as(tokens), tokens))
+    return Weighed(fetched, stats, zero.scatter_add_(1, tables.owner.expand_as(tokens), tokens))
 
 
 def pick_cheapest(
-    weighed: Weighed, rows: Tensor | None, place: Tensor, tables: BlockTables, prices: Prices
+    weighed: Weighed, rows: Tensor | None, dest: Tensor, tables: BlockTables, prices: Prices
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The candidate with the lowest price for each owner, the first of equal ones; with three of them the price of the
     first, everything, counts ``prices.all_for_less``.
 
     Args:
         rows: [R, C, P] int32, to be summed over R: rows sent for each candidate; None if there are none.
-        place: [Hkv, n] int32, where a row goes that wants a block, -1 for blocks that are here.
+        dest: [Hkv, n] int32, where a row goes that wants a block, -1 for blocks that are here.
 
     Returns:
-        fetch [Hkv, n] bool; ``place`` with -1 also for what is fetched; and [P + 1] int64, bytes by owner, then in all.
+        fetch [Hkv, n] bool; ``dest`` with -1 also for what is fetched; and [P + 1] int64, bytes by owner, then in all.
     """
     tokens = weighed.tokens
     rows = torch.zeros_like(tokens) if rows is None else rows.sum(0)
-    price = tokens * _token_prices(prices, weighed.facts) + rows * prices.row
+    price = tokens * _token_prices(prices, weighed.stats) + rows * prices.row
     if len(price) > 1:
         price[0] *= prices.all_for_less
     best = price.argmin(0)
     fetch = (weighed.fetched >> best[tables.owner] & 1).bool()
     cost = (tokens * prices.kv_token + rows * prices.row_bytes).gather(0, best[None])[0]
-    return fetch, torch.where(fetch, -1, place), torch.cat([cost, cost.sum(0, keepdim=True)])
+    return fetch, torch.where(fetch, -1, dest), torch.cat([cost, cost.sum(0, keepdim=True)])
 
 
-def _token_prices(prices: Prices, facts: Tensor) -> Tensor:
+def _token_prices(prices: Prices, stats: Tensor) -> Tensor:
     """[P] float64, price of a token by owner, where ranks share what is needed."""
     if prices.sharing == 1:
         return prices.token
-    needed = (facts[2] / prices.far_candidates.double()).clamp(max=1)
+    needed = (stats[2] / prices.far_candidates.double()).clamp(max=1)
     # Not in the default dtype, which a model's builder may have set to bfloat16.
     sharers = 1 + (prices.sharing - 1) * needed
     return torch.where(prices.far, prices.token / sharers, prices.token)
@@ -332,7 +332,7 @@ def sum_up(
     header_at: Tensor,
     ends: Tensor,
     costs: Tensor,
-    facts: Tensor,
+    stats: Tensor,
     candidates: Tensor,
     n_kv: int,
     out: Tensor,
@@ -343,7 +343,7 @@ def sum_up(
         arrived: uint8, the requests received, one of every rank.
         header_at: [P] int64, where in it each header begins.
         ends, costs: as in :func:`write_request`.
-        facts: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.eager.decision.Weighed`.
+        stats: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.eager.decision.Weighed`.
         candidates: [] int64, blocks of other ranks that could have been needed, by each of the ``n_kv`` KV heads.
         out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then six
             numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this
@@ -357,7 +357,7 @@ def sum_up(
     out[0, 1, :, :-1] = _lengths(ends).view(stages, size)
     # Every rank's header also went to itself, so that these sums are the same everywhere.
     cost, rows = received[:, stages:].sum(0)
-    out[1].view(-1)[:6] = torch.stack([cost, facts[0], candidates * n_kv, costs[-1], facts[1], rows])
+    out[1].view(-1)[:6] = torch.stack([cost, stats[0], candidates * n_kv, costs[-1], stats[1], rows])
 
 
 def _lengths(ends: Tensor) -> Tensor:

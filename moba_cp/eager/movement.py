@@ -71,38 +71,38 @@ def add_pages(
     dv[row, head] += arrived[at, 1].to(dv.dtype)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
+def pack_kv_shard(k: Tensor, v: Tensor, shard: Tensor, cut: int) -> None:
     """Lay K beside V: first each head's rows before the cut, head by head, then the others likewise.
 
     Args:
         k, v: [R, H, D].
-        slab: [H * W, 2, D] contiguous, W >= R; places of rows past R are left as they are.
+        shard: [H * W, 2, D] contiguous, W >= R; places of rows past R are left as they are.
     """
-    for rows, part in _slab_parts(k, slab, cut):
+    for rows, part in _shard_parts(k, shard, cut):
         part[:, :, 0], part[:, :, 1] = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
 
 
-def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
-    """Write the sums of all ranks' shares of the gradients of some rows; wide sums.
+def sum_partial_grads(own_part: Tensor, parts: Tensor, spans: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
+    """Write the sums of all ranks' partial gradients of some rows; the sums are wide.
 
     Args:
-        own: [H * W, 2, D] contiguous, any floating dtype: the share of this rank, a slab as of :func:`pack_slab`.
-        shares: [M, 2, D] contiguous, any floating dtype: what others return.
-        places: [S, 3] int64: share i begins at row ``places[i, 0]`` of ``shares`` and has the slab's rows
-            ``places[i, 1] .. places[i, 2]``. They are summed in this order.
+        own_part: [H * W, 2, D] contiguous, any floating dtype: this rank's part, laid out as by :func:`pack_kv_shard`.
+        parts: [M, 2, D] contiguous, any floating dtype: what the other ranks return.
+        spans: [S, 3] int64: part i begins at row ``spans[i, 0]`` of ``parts`` and has the shard's rows
+            ``spans[i, 1] .. spans[i, 2]``. They are summed in this order.
         dk, dv: [R, H, D] with R <= W and equal strides, written in their dtype.
     """
-    total = own.to(WIDE[own.dtype], copy=True)
-    for start, first, end in places.tolist():
-        total[first:end] += shares[start : start + end - first]
-    for rows, part in _slab_parts(dk, total, cut):
+    total = own_part.to(WIDE[own_part.dtype], copy=True)
+    for start, first, end in spans.tolist():
+        total[first:end] += parts[start : start + end - first]
+    for rows, part in _shard_parts(dk, total, cut):
         dk[rows], dv[rows] = part[:, :, 0].transpose(0, 1).to(dk.dtype), part[:, :, 1].transpose(0, 1).to(dv.dtype)
 
 
-def _slab_parts(rows: Tensor, slab: Tensor, cut: int) -> list[tuple[slice, Tensor]]:
-    """For rows [R, H, D]: those before the cut and the others, and where they lie in a slab, [H, rows, 2, D]."""
+def _shard_parts(rows: Tensor, shard: Tensor, cut: int) -> list[tuple[slice, Tensor]]:
+    """For rows [R, H, D]: those before the cut and the others, and where they lie in a shard, [H, rows, 2, D]."""
     n_rows, n_heads, _ = rows.shape
-    before, after = slab.tensor_split([n_heads * cut])
+    before, after = shard.tensor_split([n_heads * cut])
     parts = (0, min(cut, n_rows), before), (min(cut, n_rows), n_rows, after)
     return [(slice(a, b), x.view(n_heads, -1, *x.shape[1:])[:, : b - a]) for a, b, x in parts if a < b]
 

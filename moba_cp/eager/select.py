@@ -99,24 +99,25 @@ def _scores(q: Tensor, means: Tensor) -> Tensor:
     return score.to(wide)
 
 
-def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: int) -> Tensor:
+def select_blocks(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, top_k: int) -> Tensor:
     """The ``top_k - 1`` best blocks of every row and head.
 
     Args:
         q: [N, Hq, D].
         means: [n, Hkv, D].
-        first, own: [N] int32; the candidates of row ``t`` are the blocks ``first[t] <= id < own[t]``.
-        top_k: blocks per query, the own block included.
+        first, current_block: [N] int32; the candidates of row ``t`` are the blocks
+            ``first[t] <= id < current_block[t]``.
+        top_k: blocks per query, the current block included.
 
     Returns:
         [N, Hq, top_k - 1] int32, best first, -1 where there are fewer candidates. Equal scores: the higher id.
     """
     n_rows, n_heads, dim = q.shape
     n, n_kv, _ = means.shape
-    chosen = torch.full((n_rows, n_heads, top_k - 1), -1, dtype=torch.int32, device=q.device)
+    block_indices = torch.full((n_rows, n_heads, top_k - 1), -1, dtype=torch.int32, device=q.device)
     n_take = min(top_k - 1, n)
     if n_take == 0:
-        return chosen
+        return block_indices
     keys = means.transpose(0, 1)
     block = torch.arange(n, device=q.device)
     never = torch.iinfo(torch.int64).min
@@ -126,9 +127,9 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, own: Tensor, top_k: i
         rows = q[lo:hi].view(hi - lo, n_kv, n_heads // n_kv, dim).transpose(0, 1)
         score = _scores(rows.flatten(1, 2), keys).double()
         score = score.view(n_kv, hi - lo, -1, n).transpose(0, 1).flatten(1, 2)
-        candidate = (block >= first[lo:hi, None]) & (block < own[lo:hi, None])
+        candidate = (block >= first[lo:hi, None]) & (block < current_block[lo:hi, None])
         rank = torch.where(candidate[:, None], _ordered_bits(score), never).flip(-1)
         rank, order = rank.sort(dim=-1, descending=True, stable=True)
         best = (n - 1 - order[..., :n_take]).int()
-        chosen[lo:hi, :, :n_take] = torch.where(rank[..., :n_take] == never, -1, best)
-    return chosen
+        block_indices[lo:hi, :, :n_take] = torch.where(rank[..., :n_take] == never, -1, best)
+    return block_indices

@@ -119,20 +119,20 @@ def streams(monkeypatch) -> Streams:
         found.accesses.setdefault(dk.untyped_storage().data_ptr(), [])
         found.access(dk, "sum writes", True)
 
-    def gradients(rows, pages, heads, into, output, keys_done, **how):
+    def gradients(rows, pages, heads, out, output, dkdv_done, **how):
         def done():
-            found.access(into[1], "gradients are written", True)
-            keys_done()
+            found.access(out[1], "gradients are written", True)
+            dkdv_done()
 
         found.access(pages.k, "backward reads")
-        real_backward(rows, pages, heads, into, output, keys_done=done, **how)
+        real_backward(rows, pages, heads, out, output, dkdv_done=done, **how)
         found.access(pages.k, "dQ reads")
 
     real_backward = Queries.attend_backward
     monkeypatch.setattr(Queries, "attend_backward", gradients)
     watch(Queries, "attend", lambda rows, pages, *args, **how: found.access(pages.k, "forward reads"))
-    watch(eager, "pack_slab", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
-    watch(eager, "sum_shares", sums)
+    watch(eager, "pack_kv_shard", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
+    watch(eager, "sum_partial_grads", sums)
     watch(moba, "assemble_backward", lambda dk, *args: found.access(dk, "sums are used"))
     watch(gather_stages, "_copy", copies)
     monkeypatch.setattr(comm.Communicator, "mark", lambda self, x: found.event())

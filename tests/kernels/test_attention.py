@@ -89,9 +89,9 @@ def test_the_default_dtype_changes_nothing(dtype):
             results += kernels.attend_backward(
                 p.q, p.pages, *p.visits, *args, True, local_dtype=torch.float32, scratch_bytes=scratch
             )
-        into = torch.zeros_like(p.q), *(torch.zeros_like(x, dtype=torch.float16) for x in (p.k, p.v))
+        out = torch.zeros_like(p.q), *(torch.zeros_like(x, dtype=torch.float16) for x in (p.k, p.v))
         results += kernels.attend_backward(
-            p.q, p.pages, *p.visits, *args, True, scratch_bytes=1 << 13, into=into, fresh=True
+            p.q, p.pages, *p.visits, *args, True, scratch_bytes=1 << 13, out=out, overwrite_dkv=True
         )
         return results
 

@@ -60,10 +60,10 @@ def test_facts_of_tasks(monkeypatch, shape, order):
     monkeypatch.setattr(sys.modules["moba_cp.kernels.attention"], "_visit_table_kernel", noting)
     index = kernels.routing_index(p.q, *p.visits, p.pages.row)
     stats = torch.zeros(tokens, 2 * GROUP, device=DEVICE)
-    into = [torch.zeros_like(x) for x in (p.q, p.k, p.v)]
+    out = [torch.zeros_like(x) for x in (p.q, p.k, p.v)]
     with poisoned():
         kernels.attend_backward(
-            p.q, p.pages, *p.visits, p.scale, p.dout, stats, stats, index=index, kv_heads=slice(1, 2), into=into
+            p.q, p.pages, *p.visits, p.scale, p.dout, stats, stats, index=index, kv_heads=slice(1, 2), out=out
         )
     visits, table, list_start, all_facts = noting.seen
     n_blocks = p.pages.row.shape[1]

@@ -43,7 +43,7 @@ def test_candidates_and_the_cheapest(heads, n, size, sharing, mode):
     best = decision.pick_cheapest(expected, rows, place, tables, prices)
     for name, a, e in zip((*expected._fields, "fetch", "place", "costs"), (*ours, *picked), (*expected, *best)):
         assert a.dtype == e.dtype and torch.equal(a, e), name
-    assert ours.facts[0] > 0 or n < 5
+    assert ours.stats[0] > 0 or n < 5
 
 
 def test_prices_by_hand():
@@ -64,7 +64,7 @@ def test_prices_by_hand():
     for module in (decision, kernels):
         alone = Prices(1, 1, price, price, UNIT, 1, far, tensor(2))
         weighed = module.weigh_blocks(counts, tables, alone, "auto")
-        assert weighed.fetched.tolist() == [[0, 3, 1, 1, 1]] and weighed.facts.tolist() == [4, 9, 0]
+        assert weighed.fetched.tolist() == [[0, 3, 1, 1, 1]] and weighed.stats.tolist() == [4, 9, 0]
         assert weighed.tokens.tolist() == [[0, 8, 8], [0, 4, 0], [0, 0, 0]]
         fetch, goes, costs = module.pick_cheapest(weighed, rows, place, tables, alone)
         assert fetch.tolist() == [[False, True, False, False, False]]
@@ -72,7 +72,7 @@ def test_prices_by_hand():
         # All of rank 2's blocks are needed: six ranks share them, so that 8 tokens cost less than 2 rows.
         shared = alone._replace(sharing=6)
         weighed = module.weigh_blocks(counts, tables, shared, "auto")
-        assert weighed.fetched.tolist() == [[0, 3, 1, 3, 3]] and weighed.facts.tolist() == [4, 9, 2]
+        assert weighed.fetched.tolist() == [[0, 3, 1, 3, 3]] and weighed.stats.tolist() == [4, 9, 2]
         fetch, goes, costs = module.pick_cheapest(weighed, rows, place, tables, shared)
         assert fetch.tolist() == [[False, True, False, True, True]] and costs.tolist() == [0, 5, 8, 13]
 
@@ -137,6 +137,6 @@ def test_no_blocks():
     place = torch.zeros(3, 0, dtype=torch.int32, device=DEVICE)
     for module in (decision, kernels):
         weighed = module.weigh_blocks(counts, tables, prices, "auto")
-        assert weighed.fetched.shape == (3, 0) and not weighed.facts.any() and not weighed.tokens.any()
+        assert weighed.fetched.shape == (3, 0) and not weighed.stats.any() and not weighed.tokens.any()
         fetch, goes, costs = module.pick_cheapest(weighed, None, place, tables, prices)
         assert fetch.shape == goes.shape == (3, 0) and costs.tolist() == [0, 0, 0]

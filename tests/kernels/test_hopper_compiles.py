@@ -92,7 +92,7 @@ def test_selection_compiles_without_spilling(compiled, dim, top_k):
     kernels.select_blocks(q, means, first, own, top_k)
     kernel = compiled.pop("select_kernel")
     assert kernel.metadata.num_warps == 1 and ".local" not in kernel.asm["ptx"]
-    kernels.select_blocks(q, means, first, own, hopper.MAX_CHOSEN + 2)
+    kernels.select_blocks(q, means, first, own, hopper.MAX_SELECTED + 2)
     kernels.select_blocks(q.float(), means.float(), first, own, top_k)
     kernels.select_blocks(q[..., :48], means[..., :48], first, own, top_k)
     assert not compiled, "more than registers hold, float32 and other head dims are the other kernel's"

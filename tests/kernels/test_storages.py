@@ -55,27 +55,37 @@ def test_storages_alike_share_their_work(block_size, scratch):
     out, lse, delta, grads = exact(p)
     row = p.pages.row.contiguous()
     index = kernels.routing_index(p.q, *p.visits, row)
-    into = torch.full_like(p.q, torch.nan), torch.full(lse.shape, torch.nan, device=p.q.device)
+    merged = torch.full_like(p.q, torch.nan), torch.full(lse.shape, torch.nan, device=p.q.device)
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (p.q, p.k, p.v))
     forward, backward = {}, {}
-    how = dict(index=index, scratch_bytes=scratch, whole=True)
+    how = dict(index=index, scratch_bytes=scratch)
     # Where each head lies in the storage that has it.
     place = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=p.q.device)[:, None].expand(4, row.shape[1])
     for heads in (slice(0, 1), slice(1, 3), slice(3, 4)):
         k, v = p.k[:, heads].contiguous(), p.v[:, heads].contiguous()
         pages = replace(p.pages, k=k, v=v, row=row, head=place)
         inputs = p.q, pages, *p.visits, p.scale
-        kernels.attend(*inputs, kv_heads=heads, into=into, shared=forward, **how)
+        kernels.attend(*inputs, kv_heads=heads, out=merged, overwrite_out=True, task_cache=forward, **how)
         kernels.attend_backward(
-            *inputs, p.dout, lse.float(), delta.float(), kv_heads=heads, into=(dq, dk[:, heads], dv[:, heads]),
-            fresh=True, shared=backward, **how,
+            *inputs, p.dout, lse.float(), delta.float(), kv_heads=heads, out=(dq, dk[:, heads], dv[:, heads]),
+            overwrite_dkv=True, overwrite_dq=True, task_cache=backward, **how,
         )  # fmt: skip
     assert len(forward) == len(backward) == 2
-    for actual, expected in zip((*into, dq, dk, dv), (out, lse, *grads)):
+    for actual, expected in zip((*merged, dq, dk, dv), (out, lse, *grads)):
         close(actual, expected)
     for other in (replace(pages, row=row.clone()), replace(pages, head=place.clone())):
         with pytest.raises(AssertionError, match="one table of blocks"):
-            kernels.attend(p.q, other, *p.visits, p.scale, kv_heads=heads, into=into, shared=forward, **how)
+            kernels.attend(
+                p.q,
+                other,
+                *p.visits,
+                p.scale,
+                kv_heads=heads,
+                out=merged,
+                overwrite_out=True,
+                task_cache=forward,
+                **how,
+            )
 
 
 @pytest.mark.parametrize("n_parts", [0, 3, 40])
@@ -113,7 +123,7 @@ def test_results_join_what_is_there(block_size, deterministic, has_index):
     n_blocks = p.pages.row.shape[1]
     is_first = torch.arange(n_blocks, device=p.q.device) % 2 == 0
     storages = [replace(p.pages, row=torch.where(is_first == first, p.pages.row, -1)) for first in (True, False)]
-    into = strided(torch.full_like(p.q, torch.nan)), torch.full(lse.shape, -torch.inf, device=p.q.device)
+    merged = strided(torch.full_like(p.q, torch.nan)), torch.full(lse.shape, -torch.inf, device=p.q.device)
     # K and V side by side, with something in them before.
     both = torch.ones(110, 2, 2, 32, device=p.q.device)
     dq = torch.ones_like(p.q)
@@ -122,13 +132,13 @@ def test_results_join_what_is_there(block_size, deterministic, has_index):
     for pages in storages:
         for kv_heads in (slice(0, 1), slice(1, 2)):
             inputs = p.q, pages, *p.visits, p.scale
-            joined = kernels.attend(*inputs, index=index, kv_heads=kv_heads, into=into)
-            assert all(a is b for a, b in zip(joined, into))
+            joined = kernels.attend(*inputs, index=index, kv_heads=kv_heads, out=merged)
+            assert all(a is b for a, b in zip(joined, merged))
             kernels.attend_backward(
                 *inputs, *rest, deterministic, index=index, kv_heads=kv_heads,
-                into=(dq, both[:, :, 0], both[:, :, 1]),
+                out=(dq, both[:, :, 0], both[:, :, 1]),
             )  # fmt: skip
-    for actual, expected in zip(into, (out, lse)):
+    for actual, expected in zip(merged, (out, lse)):
         close(actual, expected)
     for actual, expected in zip((dq, both[:, :, 0], both[:, :, 1]), grads):
         close(actual - 1, expected)
@@ -161,7 +171,7 @@ def test_fresh_gradients_need_no_zeros(deterministic, block_size, dtype, scratch
         both, seen = torch.full((2, 110, 2, 32), torch.nan, dtype=dtype, device=p.q.device), []
         kernels.attend_backward(
             p.q, pages, *p.visits, p.scale, p.dout, lse.float(), delta.float(), deterministic, scratch_bytes=scratch,
-            index=index, into=(dq, *both), fresh=True, keys_done=lambda: seen.append(both.clone()),
+            index=index, out=(dq, *both), overwrite_dkv=True, dkdv_done=lambda: seen.append(both.clone()),
         )  # fmt: skip
         here = (is_first == first)[p.own.long()]
         assert len(seen) == 1 and torch.equal(seen[0].nan_to_num(), both.nan_to_num())
@@ -183,7 +193,7 @@ def test_rows_that_are_cut_do_without_the_index(deterministic):
         close(kernels.attend(p.q, p.pages, *p.visits, p.scale, scratch_bytes=scratch, index=index)[0], out)
         kernels.attend_backward(
             p.q, p.pages, *p.visits, p.scale, p.dout, lse.float(), delta.float(), deterministic, scratch_bytes=scratch,
-            index=index, into=(dq, both[:, :, 0], both[:, :, 1]),
+            index=index, out=(dq, both[:, :, 0], both[:, :, 1]),
         )  # fmt: skip
         for actual, expected in zip((dq, both[:, :, 0], both[:, :, 1]), grads):
             close(actual - 1, expected)

@@ -65,7 +65,7 @@ class Layer:
 
     def share_places(self, count: int) -> Tensor:
         """[P - 1, 3] int64: where the shares of this rank's slab of ``count`` heads are in what others return, see
-        :func:`moba_cp.eager.sum_shares`; made once.
+        :func:`moba_cp.eager.sum_partial_grads`; made once.
 
         Copy engines bring what each of the others can see, in their order; a collective brings slabs of all ranks.
         """
@@ -157,7 +157,7 @@ class Stage:
         """All that needs the storage was issued."""
 
     def _pack(self, k_rows: Tensor, v_rows: Tensor, slab: Tensor) -> None:
-        backend(slab).pack_slab(k_rows[:, self.heads], v_rows[:, self.heads], slab, self.layer.geometry.cut)
+        backend(slab).pack_kv_shard(k_rows[:, self.heads], v_rows[:, self.heads], slab, self.layer.geometry.cut)
 
     def _own(self, storage: Tensor) -> Tensor:
         """[H * W, 2, D], this rank's slab."""
@@ -172,7 +172,7 @@ class Stage:
         """
         used_here(dk, dv)
         sums, layer = (x[:, self.heads] for x in (dk, dv)), self.layer
-        backend(arrived).sum_shares(
+        backend(arrived).sum_partial_grads(
             self._own(grads), arrived, layer.share_places(self.count), *sums, layer.geometry.cut
         )
 

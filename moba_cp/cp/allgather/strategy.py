@@ -59,7 +59,7 @@ class Gathering:
         self.layer = Layer(cp.comm, geometry, memory, heads, dim, k.dtype, options.wire_dtype(k.dtype))
         self._keep = options.keep
         self._kept: list[Tensor] = []
-        self._shared: dict = {}
+        self._task_cache: dict = {}
         """What attention to the stages of a pass has in common."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
@@ -92,7 +92,7 @@ class Gathering:
                 # All ranks know, and nothing has begun.
                 memory.close_pass()
                 raise
-        self._returning, self._shared, self._kept = None, {}, []
+        self._returning, self._task_cache, self._kept = None, {}, []
         kind = CollectiveStage if memory is None else PeerStage
         ready = comm.mark(k_rows)
         with (memory or comm).beside(ready):
@@ -112,15 +112,21 @@ class Gathering:
         kept, self._kept = self._kept, []
         return kept
 
-    def attend(self, stage: Stage, rows: Queries, into: tuple[Tensor, Tensor], whole: bool) -> None:
+    def attend(self, stage: Stage, rows: Queries, out: tuple[Tensor, Tensor], overwrite_out: bool) -> None:
         """Attention to a stage's heads.
 
         Args:
             stage: of :meth:`stages`.
-            into: out [L, Hq, D] and lse [L, Hq], see :func:`moba_cp.ops.attend`.
-            whole: ``into`` holds nothing yet; otherwise what it has of own blocks.
+            out: out [L, Hq, D] and lse [L, Hq], see :func:`moba_cp.eager.attend`.
+            overwrite_out: ``out`` holds nothing yet; otherwise it holds the attention to this rank's blocks.
         """
-        rows.attend(stage.pages(with_own=whole), stage.heads, into, whole=whole, shared=self._shared)
+        rows.attend(
+            stage.pages(with_own=overwrite_out),
+            stage.heads,
+            out,
+            overwrite_out=overwrite_out,
+            task_cache=self._task_cache,
+        )
 
     def attend_backward(
         self, stage: Stage, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor
@@ -134,13 +140,13 @@ class Gathering:
         """
         grads = stage.gradients()
 
-        def keys_done() -> None:
+        def dkdv_done() -> None:
             self._sum_up()
             self._returning = stage.give_back(grads, dk, dv)
 
-        into = dq, grads[:, :1], grads[:, 1:]
-        how = dict(fresh=True, whole=True, keys_done=keys_done, shared=self._shared)
-        rows.attend_backward(stage.pages(with_own=True), stage.heads, into, output, **how)
+        out = dq, grads[:, :1], grads[:, 1:]
+        how = dict(overwrite_dkv=True, overwrite_dq=True, dkdv_done=dkdv_done, task_cache=self._task_cache)
+        rows.attend_backward(stage.pages(with_own=True), stage.heads, out, output, **how)
 
     def wait(self) -> None:
         """Let the current stream wait for dK and dV of all stages."""
@@ -161,6 +167,6 @@ class Gathering:
             stage.finish()
             if number + stage.ahead < len(self.layer.heads):
                 ahead.append(begin(number + stage.ahead))
-        self._shared = {}
+        self._task_cache = {}
         if self.layer.memory is not None:
             self.layer.memory.close_pass()

@@ -95,7 +95,7 @@ def decide(
     weighed = ops.weigh_blocks(counts, tables, prices, mode)
     rows = ops.count_rows(chosen, place, weighed.fetched, n_candidates, size) if mode != "kv" else None
     fetch, place, bytes_ = ops.pick_cheapest(weighed, rows, place, tables, prices)
-    return Decision(fetch, place, mode != "kv", weighed.facts, bytes_)
+    return Decision(fetch, place, mode != "kv", weighed.stats, bytes_)
 
 
 def _prices(geometry: BlockGeometry, n_kv: int, costs: WireCosts, weighing: Weighing, rank: int) -> Prices:

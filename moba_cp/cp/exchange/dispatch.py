@@ -111,7 +111,7 @@ class RowStage:
         dq = torch.zeros(q.shape[0], 1, q.shape[1], dtype=owned.dtype, device=q.device)
         backend(q).attend_backward(
             q[:, None], pages, ids[:, None], None, None, scale, dout[:, None], lse, delta, deterministic,
-            index=self._index, into=(dq, *owned),
+            index=self._index, out=(dq, *owned),
         )  # fmt: skip
         self._gradients = self._sums = None
         if not self.keep:

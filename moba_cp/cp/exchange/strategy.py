@@ -170,7 +170,7 @@ def backward(
             storages, parts = waits[0](), []
             for pages in stage.blocks.visible(storages):
                 part, of_kv = stage.blocks.new_gradients(pages)
-                rows.attend_backward(pages, stage.kv_heads, (dq, *of_kv), output, fresh=stage.blocks.writes_all)
+                rows.attend_backward(pages, stage.kv_heads, (dq, *of_kv), output, overwrite_dkv=stage.blocks.writes_all)
                 parts.append(part)
             finish = stage.blocks.give_back(storages, parts, grads, wire)
         return answer, finish

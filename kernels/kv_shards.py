@@ -1,6 +1,6 @@
 """Some heads of K and V laid side by side for other ranks, and the sums of what these return.
 
-Legend: R rows of a rank, W most rows of any rank, H heads, D head dim, S shares. A *slab* is [H * W, 2, D], K beside V:
+Legend: R rows of a rank, W most rows of any rank, H heads, D head dim, S parts. A *shard* is [H * W, 2, D], K beside V:
 first each head's rows before the cut, head by head, then the others likewise.
 """
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
+from .common import cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 
 # Programs that pack, each passing over many tiles: it runs beside attention, whose programs fill a multiprocessor each,
 # and most of these should stay with it. (Sums are waited for, and take all that they can get.)
@@ -18,14 +18,14 @@ PACK_TILE, SUM_TILE = 1 << 14, 1 << 12
 
 
 @triton.jit
-def _slab_row(o_m, i_h, n_heads, cut, widest):
-    """Where rows of a head lie in a slab."""
+def _shard_row(o_m, i_h, n_heads, cut, widest):
+    """Where rows of a head lie in a shard."""
     return tl.where(o_m < cut, i_h * cut + o_m, n_heads * cut + i_h * (widest - cut) + o_m - cut)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_heads", "cut", "widest", "tiles"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["n_rows", "n_heads", "cut", "widest", "tiles"])
 def _pack_kernel(
-    k, v, slab, n_rows, n_heads, cut, widest, tiles, s_kr, s_kh, s_vr, s_vh,
+    k, v, shard, n_rows, n_heads, cut, widest, tiles, s_kr, s_kh, s_vr, s_vh,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BD)
@@ -36,69 +36,69 @@ def _pack_kernel(
         m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
         b_k = tl.load(k + (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :], mask=m, other=0.0)
         b_v = tl.load(v + (o_m * s_vr + i_h * s_vh)[:, None] + o_d[None, :], mask=m, other=0.0)
-        p_slab = slab + (_slab_row(o_m, i_h, n_heads, cut, widest) * 2 * D)[:, None] + o_d[None, :]
-        tl.store(p_slab, b_k, mask=m)
-        tl.store(p_slab + D, b_v, mask=m)
+        p_shard = shard + (_shard_row(o_m, i_h, n_heads, cut, widest) * 2 * D)[:, None] + o_d[None, :]
+        tl.store(p_shard, b_k, mask=m)
+        tl.store(p_shard + D, b_v, mask=m)
 
 
-@triton.jit(do_not_specialize=["n_rows", "cut", "widest", "n_shares"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["n_rows", "cut", "widest", "n_parts"])
 def _sum_kernel(
-    own, shares, places, dk, dv, n_rows, cut, widest, n_shares, s_kr, s_kh,
+    own_part, parts, spans, dk, dv, n_rows, cut, widest, n_parts, s_kr, s_kh,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
     o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_d = tl.arange(0, BD)
     m = (o_m < n_rows)[:, None] & (o_d < D)[None, :]
-    row = _slab_row(o_m, i_h, tl.num_programs(1), cut, widest)
-    o_own = (row * 2 * D)[:, None] + o_d[None, :]
-    b_dk = tl.load(own + o_own, mask=m, other=0.0).to(tl.float32)
-    b_dv = tl.load(own + o_own + D, mask=m, other=0.0).to(tl.float32)
-    for i in range(n_shares):
-        start, first, end = tl.load(places + 3 * i), tl.load(places + 3 * i + 1), tl.load(places + 3 * i + 2)
-        m_share = m & ((row >= first) & (row < end))[:, None]
-        p_share = shares + ((start + row - first) * 2 * D)[:, None] + o_d[None, :]
-        b_dk += tl.load(p_share, mask=m_share, other=0.0).to(tl.float32)
-        b_dv += tl.load(p_share + D, mask=m_share, other=0.0).to(tl.float32)
+    row = _shard_row(o_m, i_h, tl.num_programs(1), cut, widest)
+    o_own_part = (row * 2 * D)[:, None] + o_d[None, :]
+    b_dk = tl.load(own_part + o_own_part, mask=m, other=0.0).to(tl.float32)
+    b_dv = tl.load(own_part + o_own_part + D, mask=m, other=0.0).to(tl.float32)
+    for i in range(n_parts):
+        start, first, end = tl.load(spans + 3 * i), tl.load(spans + 3 * i + 1), tl.load(spans + 3 * i + 2)
+        m_part = m & ((row >= first) & (row < end))[:, None]
+        p_part = parts + ((start + row - first) * 2 * D)[:, None] + o_d[None, :]
+        b_dk += tl.load(p_part, mask=m_part, other=0.0).to(tl.float32)
+        b_dv += tl.load(p_part + D, mask=m_part, other=0.0).to(tl.float32)
     o_out = (o_m * s_kr + i_h * s_kh)[:, None] + o_d[None, :]
     tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=m)
     tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-def pack_slab(k: Tensor, v: Tensor, slab: Tensor, cut: int) -> None:
-    """See :func:`moba_cp.eager.pack_slab`."""
+def pack_kv_shard(k: Tensor, v: Tensor, shard: Tensor, cut: int) -> None:
+    """See :func:`moba_cp.eager.pack_kv_shard`."""
     k, v = check_unit_stride(k), check_unit_stride(v)
     n_rows, n_heads, _ = k.shape
-    widest = _widest(k, slab)
+    widest = _widest(k, shard)
     if k.numel():
         constants = _constants(k, PACK_TILE)
         tiles = cdiv(n_rows, constants["BM"]) * n_heads
         strides = *k.stride()[:2], *v.stride()[:2]
         with on_device(k):
             _pack_kernel[(min(tiles, PACK_PROGRAMS),)](
-                k, v, slab, n_rows, n_heads, cut, widest, tiles, *strides, **constants, **launch_options(8)
+                k, v, shard, n_rows, n_heads, cut, widest, tiles, *strides, **constants, **launch_options(8)
             )
 
 
-def sum_shares(own: Tensor, shares: Tensor, places: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
-    """See :func:`moba_cp.eager.sum_shares`."""
-    widest = _widest(dk, own)
-    assert shares.is_contiguous() and shares.shape[1:] == own.shape[1:] and places.is_contiguous()
+def sum_partial_grads(own_part: Tensor, parts: Tensor, spans: Tensor, dk: Tensor, dv: Tensor, cut: int) -> None:
+    """See :func:`moba_cp.eager.sum_partial_grads`."""
+    widest = _widest(dk, own_part)
+    assert parts.is_contiguous() and parts.shape[1:] == own_part.shape[1:] and spans.is_contiguous()
     assert dk.stride() == dv.stride() and dk.stride(2) == 1 and dk.dtype == dv.dtype
     if dk.numel():
         constants = _constants(dk, SUM_TILE)
         with on_device(dk):
             _sum_kernel[(cdiv(dk.shape[0], constants["BM"]), dk.shape[1])](
-                own, shares, places, dk, dv, dk.shape[0], cut, widest, len(places), *dk.stride()[:2],
+                own_part, parts, spans, dk, dv, dk.shape[0], cut, widest, len(spans), *dk.stride()[:2],
                 **constants, **launch_options(4),
             )  # fmt: skip
 
 
-def _widest(rows: Tensor, slab: Tensor) -> int:
-    """W of a slab for rows [R, H, D]."""
+def _widest(rows: Tensor, shard: Tensor) -> int:
+    """W of a shard for rows [R, H, D]."""
     n_rows, n_heads, dim = rows.shape
-    widest, rest = divmod(slab.shape[0], n_heads)
-    assert slab.is_contiguous() and slab.shape[1:] == (2, dim) and rest == 0 and n_rows <= widest
+    widest, rest = divmod(shard.shape[0], n_heads)
+    assert shard.is_contiguous() and shard.shape[1:] == (2, dim) and rest == 0 and n_rows <= widest
     return widest
 
 

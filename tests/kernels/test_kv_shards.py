@@ -23,7 +23,7 @@ def test_packs(cut, dtype):
     k, v = (torch.randn(90, 5, 40, generator=g).to(DEVICE, dtype)[:, 1:4] for _ in range(2))
     for module in (kernels, eager):
         slab = torch.full((3 * 95, 2, 40), torch.nan, device=DEVICE, dtype=dtype)
-        module.pack_slab(k, v, slab, cut)
+        module.pack_kv_shard(k, v, slab, cut)
         rows = _by_head(slab, cut)
         assert torch.equal(rows[:, :90, 0], k.transpose(0, 1)) and torch.equal(rows[:, :90, 1], v.transpose(0, 1))
         assert rows[:, 90:].isnan().all()
@@ -47,7 +47,7 @@ def test_sums(shares, cut, dtype):
     results = []
     for module in (kernels, eager):
         both = torch.full((2, 90, 5, 40), 7.0, device=DEVICE, dtype=dtype)
-        module.sum_shares(own, arrived, places, *both[:, :, 1:4], cut)
+        module.sum_partial_grads(own, arrived, places, *both[:, :, 1:4], cut)
         results.append(both)
     assert torch.equal(results[1][0, :, 2], _by_head(expected, cut)[1, :90, 0].to(dtype))
     # The interpreter's bfloat16 is not rounded to the nearest.
