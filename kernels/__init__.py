@@ -13,6 +13,7 @@ Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, 
 CAPITALS compile-time constants.
 """
 
+from . import hopper, hopper_check
 from .attention import attend, attend_backward, routing_index
 from .exchange.choices import count_choices, count_rows, list_rows
 from .exchange.decision import pick_cheapest, weigh_blocks
@@ -25,6 +26,8 @@ from .pages import add_pages, copy_pages
 from .rows import gather_rows, row_ids
 from .select import select_blocks
 from .work import index_size
+
+hopper.check_with(hopper_check.compare)
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",

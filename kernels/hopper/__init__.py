@@ -9,12 +9,14 @@ own pace, so that the softmax of one hides behind the products of the other. Gro
 only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
 
 The kernels are written in Gluon, which comes with Triton and changes with it. They were measured on H100 and H200 with
-the versions of :data:`MEASURED`. A newer version of Triton has to pass :mod:`.check` on a GPU before they serve there.
+the versions of :data:`MEASURED`. A newer version of Triton has to pass :mod:`..hopper_check` on a GPU before they
+serve there.
 """
 
 import logging
 import re
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -60,8 +62,19 @@ class Verdict(NamedTuple):
 
 _verdicts: dict[torch.device, Verdict] = {}
 _deciding = threading.RLock()
+# The check of a version of Triton that was not measured; see :func:`check_with`.
+_compare: Callable[[torch.device, threading.local], None]
 # What the thread that runs the check wants for the calls it makes; no other thread sees it.
 _forced = threading.local()
+
+
+def check_with(compare: Callable[[torch.device, threading.local], None]) -> None:
+    """Sets the check that a version of Triton has to pass if it was not measured; called once, on import.
+
+    The check calls functions that call this module, so this module cannot import it.
+    """
+    global _compare
+    _compare = compare
 
 
 def runs_on(device: torch.device) -> bool:
@@ -112,9 +125,7 @@ def _examine(device: torch.device) -> Verdict:
     if torch.cuda.is_current_stream_capturing():
         return Verdict(False, f"portable kernels: no check of {name} while a CUDA graph is captured", final=False)
     try:
-        from .check import compare
-
-        compare(device, _forced)
+        _compare(device, _forced)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         what = f"those for Hopper failed their check with {name}: {type(error).__name__}: {reason}"

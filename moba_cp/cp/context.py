@@ -19,6 +19,7 @@ from .full.schedule import FullPlan
 from .geometry import BlockGeometry, build_geometry
 from .layout import check_layout, positions_of, rank_segments
 from .options import ExchangeOptions
+from .sharing import check_length, unshard
 from .symmetric_memory import PeerMemory, peer_memory
 
 
@@ -192,19 +193,7 @@ class CPContext:
         ranks compute. A loss that all of them compute from the whole sequence counts once for each: divide it by
         ``size``, unless the gradients of weights are averaged over the group and not summed.
         """
-        from .sharing import unshard
-
         return unshard(x, dim, self)
-
-
-def check_length(x: Tensor, dim: int, length: int, what: str) -> None:
-    """Raise ValueError unless dimension ``dim`` of ``x`` has ``length`` tokens, the context's ``what``."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x is a {type(x).__name__}; pass a tensor")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim={dim} is not a dimension of x, whose shape is {tuple(x.shape)}")
-    if x.shape[dim] != length:
-        raise ValueError(f"dimension {dim} of x has length {x.shape[dim]}, not {what}={length}")
 
 
 def check_context(cp: CPContext, q: Tensor) -> None:

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from moba_cp import kernels  # noqa: E402
 from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
-from moba_cp.kernels.hopper import check  # noqa: E402
+from moba_cp.kernels import hopper_check as check  # noqa: E402
 
 SHARED_BYTES = 227 << 10
 
@@ -124,7 +124,7 @@ def examine(monkeypatch):
     def examined(version, compare=lambda *_: pytest.fail("nothing is to be checked")):
         monkeypatch.setattr(hopper, "_verdicts", {})
         monkeypatch.setattr(triton, "__version__", version)
-        monkeypatch.setattr(check, "compare", compare)
+        monkeypatch.setattr(hopper, "_compare", compare)
         return hopper.runs_on(gpu), kernels.serving(gpu)
 
     return examined

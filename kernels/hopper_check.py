@@ -1,6 +1,8 @@
 """Decides whether the kernels for Hopper serve with a version of Triton that they were not measured with.
 
-Each kind of them is compiled, and its results on a small case are compared with those of the portable kernels.
+Each kind of them is compiled, and its results on a small case are compared with those of the portable kernels. The
+check calls :mod:`.attention` and :mod:`.select`, which ask :mod:`.hopper` what serves them, so it stands above all
+three: :mod:`moba_cp.kernels` gives :func:`compare` to :func:`.hopper.check_with`.
 """
 
 from dataclasses import dataclass, replace
@@ -8,9 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..common import cdiv
+from .attention import attend, attend_backward
+from .common import cdiv
+from .select import select_blocks
 
-# D, B and the dtype of gradients: one case for each entry of the table at the end of :mod:`..tuned`. Gradients are
+# D, B and the dtype of gradients: one case for each entry of the table at the end of :mod:`.tuned`. Gradients are
 # rounded in their place, or added to float32 sums, which are two kernels.
 BLOCKS = ((128, torch.bfloat16), (256, torch.float32), (256, torch.bfloat16), (1152, torch.bfloat16))
 CASES = [(dim, *block) for dim in (64, 128) for block in BLOCKS]
@@ -56,9 +60,6 @@ def compare(device: torch.device, forced) -> None:
 
 def run(dim: int, block_size: int, grad_dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Selection, forward and backward of a document of three blocks, the last one short, by either set of kernels."""
-    from ..attention import attend, attend_backward
-    from ..select import select_blocks
-
     n_tokens, n_heads, n_kv = 2 * block_size + block_size // 2 + 5, 4, 2
     g = torch.Generator(device).manual_seed(dim + block_size)
     q, k, v, dout = (
