@@ -89,4 +89,5 @@ def check_no_tangent(**tensors: Tensor) -> None:
 
 
 def _autocast_is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Asked of a device that has no autocast it raises; whether a device has it, Dynamo cannot ask in PyTorch 2.11.
+    return device != "meta" and torch.is_autocast_enabled(device)
