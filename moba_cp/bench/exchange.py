@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from ..cp.allgather.costs import COPY_RATE, GatherCosts
-from ..cp.exchange.decide import decide
-from ..cp.exchange.dispatch import id_dtype
+from ..cp.exchange.plan import decide
+from ..cp.exchange.tables import build_decision_tables, number_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
+from ..ops import integer_backend
 from .chart import Curve, Panel, draw
 from .gates import GATES, RecordedGate, SyntheticGate
 from .rows import Report, Row, Table, number
@@ -151,7 +152,7 @@ class Counted:
 
     def wire_costs(self, geometry: BlockGeometry) -> WireCosts:
         """What a token of a block costs, and a row."""
-        ids = id_dtype(geometry, self.shape.kv_heads)
+        ids = number_dtype(geometry, self.shape.kv_heads)
         return WireCosts.of(self.dtype, self.shape.dim, self.shape.moba.top_k - 1, self.options, ids)
 
     def compute_ms(self, n_local: int) -> float:
@@ -230,7 +231,8 @@ def ask(layer: Counted, rank: int, selection: torch.Tensor | None, geometry: Blo
         return Asked(total, 0, (geometry.owner != rank).expand(layer.shape.kv_heads, -1), 1.0)
     costs, candidates = layer.wire_costs(geometry), layer.shape.kv_heads * max(1, int(geometry.remote_candidate.sum()))
     weighing = options.weighing(len(geometry.owned))
-    decision = decide(selection, geometry, layer.shape.kv_heads, 1, costs, options.mode, weighing, rank)
+    tables = build_decision_tables(geometry, layer.shape.kv_heads, 1, costs, weighing)
+    decision = decide(selection, tables, options.mode, integer_backend(selection))
     ranks = torch.arange(len(geometry.owned), device=selection.device)
     elsewhere = ranks // options.ranks_per_node != rank // options.ranks_per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)

@@ -8,10 +8,14 @@ call it is: a digest of all calls of the group so far, their number, and whether
 import collections
 import hashlib
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+UNNAMED_LAYER = "an unnamed layer"
+"""A layer's name where the model gives none."""
 
 TAG_BYTES = 16
 _WANTED, _GRAD_MODE = 1, 2
@@ -19,6 +23,25 @@ _WANTED, _GRAD_MODE = 1, 2
 
 class ExchangeError(RuntimeError):
     """A collective failed: another rank left, did not come in time, or made another call."""
+
+
+class Where(NamedTuple):
+    """Which layer a message belongs to, and whether to its backward pass."""
+
+    layer: str
+    """whose counters count it"""
+    name: str
+    """of the pass, in error messages"""
+
+    @staticmethod
+    def forward(layer: str) -> "Where":
+        """A forward pass."""
+        return Where(layer, layer)
+
+    @staticmethod
+    def backward(layer: str) -> "Where":
+        """A backward pass."""
+        return Where(layer, f"the backward of {layer}")
 
 
 class Ledger:
@@ -58,20 +81,46 @@ def ledger_of(group: dist.ProcessGroup | None) -> Ledger:
     return Ledger() if group is None else _ledgers.setdefault(group, Ledger())
 
 
+def enter_call(comm, where: Where, *what) -> int:
+    """An attention call begins, or its backward pass; ``what`` says more of it, the same on all ranks.
+
+    Returns:
+        A digest of all calls so far.
+
+    Raises:
+        ExchangeError: by now it is known that an earlier call was not the same on all ranks.
+    """
+    if comm.size == 1 or not comm.checks_calls:
+        return 0
+    ledger = comm.calls
+    while ledger.pending and ledger.pending[0].look():
+        ledger.pending.popleft()
+    comm.context_number = ledger.context(comm.context_number)
+    return ledger.enter((comm.context_number[1], where.name, *what))
+
+
 class Call:
     """One MoBA forward, as this rank makes it and as the others do."""
 
     def __init__(self, comm, what: tuple, wanted: bool):
         """``what``: equal on all ranks; ``wanted``: whether this rank wants gradients of it."""
         self.comm = comm
-        self.differentiates = torch.is_grad_enabled()
+        self.where = Where.forward(comm.layer)
+        self.needs_grad = torch.is_grad_enabled()
         """Whether gradients can be wanted of it."""
-        digest = comm.enter_call(*what)
-        self._flags = _WANTED * wanted + _GRAD_MODE * self.differentiates
+        digest = enter_call(comm, self.where, "moba", *what)
+        self._flags = _WANTED * wanted + _GRAD_MODE * self.needs_grad
         self._mine = digest, comm.calls.count
-        self._name = f"the {comm.direction or 'forward of '}{comm.layer}"
+        self._name = f"the forward of {self.where.name}"
         self._arrived = None
         self._anybody = wanted
+
+    def enter_backward(self) -> Where:
+        """Its backward pass begins."""
+        where = Where.backward(self.where.layer)
+        enter_call(self.comm, where, "moba")
+        self.check()
+        return where
 
     def tag(self, device: torch.device) -> Tensor:
         """[TAG_BYTES] uint8, for the others."""

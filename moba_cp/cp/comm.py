@@ -15,18 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .calls import ExchangeError, ledger_of
+from .calls import UNNAMED_LAYER, ExchangeError, Where, ledger_of
 from .counters import Counters
 from .watchdog import Monitor
 
 # PyTorch 2.13 renamed it; the old name warns there, the new one is missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-UNNAMED_LAYER = "an unnamed layer"
-"""A layer's name where the model gives none."""
-BACKWARD = "the backward of "
-"""What stands before a layer's name in the errors of its backward pass."""
 
 
 def wait_for(event: torch.cuda.Event | None) -> None:
@@ -41,8 +35,8 @@ class SideStream:
     def __init__(self):
         self._stream: torch.cuda.Stream | None = None
 
-    def beside(self, after: torch.cuda.Event | None):
-        """Context in which work is issued beside the current stream, once it has passed ``after``; nothing for None."""
+    def entered(self, after: torch.cuda.Event | None):
+        """Context in which work is issued to this stream, once it has passed ``after``; nothing for None."""
         if after is None:
             return contextlib.nullcontext()
         if self._stream is None:
@@ -89,37 +83,17 @@ class Communicator:
         self.by_layer: dict[str, Counters] = {}
         """The same counts apart for each layer, by its name."""
         self.layer = UNNAMED_LAYER
-        """What is being computed, for counters and error messages; whoever calls a layer sets it."""
-        self.direction = ""
-        """Put before the layer in error messages."""
+        """Name of the layer that is called next, for counters and error messages: a model sets it, a call reads it."""
         self.memory: Any = None
         """Memory that all ranks read, where a caller has such; see :func:`.symmetric_memory.peer_memory`."""
         self._common = _in_common(group)
-        self._what = ""
         self.calls = ledger_of(group)
         """The attention calls of all contexts of this group."""
-        self._context: tuple[int, int] | None = None
+        self.context_number: tuple[int, int] | None = None
+        """What :meth:`.calls.Ledger.context` returned for this communicator's context."""
 
     checks_calls = True
     """Whether calls are counted, and compared with those of other ranks."""
-
-    def enter_call(self, *what) -> int:
-        """An attention call of the current layer begins, or its backward pass; ``what`` says more of it, the same on
-        all ranks.
-
-        Returns:
-            A digest of all calls so far.
-
-        Raises:
-            ExchangeError: by now it is known that an earlier call was not the same on all ranks.
-        """
-        if self.size == 1 or not self.checks_calls:
-            return 0
-        pending = self.calls.pending
-        while pending and pending[0].look():
-            pending.popleft()
-        self._context = self.calls.context(self._context)
-        return self.calls.enter((self._context[1], self.direction, self.layer, *what))
 
     def ranks_per_node(self) -> int | None:
         """Ranks of this group on each node, from LOCAL_WORLD_SIZE as launchers set it.
@@ -139,42 +113,59 @@ class Communicator:
         same = len(set(starts)) == len(starts) and all(node == starts[i] for node, i in zip(nodes, even))
         return count if same and self.size % count == 0 else None
 
-    def all_gather(self, x: Tensor, kind: str) -> Tensor:
+    def all_gather(self, x: Tensor, kind: str, where: Where) -> Tensor:
         """Equal-sized ``x`` of every rank, stacked: [P, *x.shape]."""
-        return self.all_gather_async(x, kind)()
+        return self.all_gather_async(x, kind, where)()
 
-    def all_gather_async(self, x: Tensor, kind: str, uncounted: int = 0) -> Callable[[], Tensor]:
+    def all_gather_async(self, x: Tensor, kind: str, where: Where, uncounted: int = 0) -> Callable[[], Tensor]:
         """:meth:`all_gather` that returns at once; the function it returns waits. ``uncounted`` bytes of ``x`` are no
         payload."""
         others = (x.nbytes - uncounted) * (self.size - 1)
-        self._count(kind, others, others)
-        return self._guarded(f"{kind} all-gather", lambda: self._all_gather(x.contiguous()))
+        self._count(kind, others, others, where)
+        what = f"{kind} all-gather in {where.name}"
+        return self._guarded(what, lambda: self._all_gather(x.contiguous(), what))
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """:meth:`all_gather` for what is not part of an attention layer."""
-        return self._guarded("all-gather", lambda: self._all_gather(x.contiguous()))()
+        what = f"all-gather in {self.layer}"
+        return self._guarded(what, lambda: self._all_gather(x.contiguous(), what))()
 
     def all_to_all_uncounted(self, x: Tensor) -> Tensor:
         """An equal part of ``x`` [P * n, ...] to each rank, and one from each, for what is not part of a layer."""
-        rows = [x.shape[0] // self.size] * self.size
-        return self._guarded("all-to-all", lambda: self._all_to_all(x.contiguous(), rows, rows))()
+        rows, what = [x.shape[0] // self.size] * self.size, f"all-to-all in {self.layer}"
+        return self._guarded(what, lambda: self._all_to_all(x.contiguous(), rows, rows, what))()
 
-    def all_to_all(self, x: Tensor, send: list[int], receive: list[int], kind: str) -> Callable[[], Tensor]:
+    def all_to_all(
+        self, x: Tensor | tuple[Tensor, ...], send: list[int], receive: list[int], kind: str, where: Where
+    ) -> Callable[[], Any]:
         """Send ``send[p]`` rows of ``x`` to each rank p and receive ``receive[p]`` rows from it.
 
         Args:
-            x: [sum(send), ...], the rows for rank 0 first.
+            x: [sum(send), ...], the rows for rank 0 first; or several tensors of so many rows, each a message of its
+                own: side by side in one they would have to be packed, and unpacked again.
 
         Returns:
-            A function that waits for the transfer and returns [sum(receive), ...], the rows of rank 0 first. ``x`` may
-            not be changed before it is called.
+            A function that waits for the transfer and returns [sum(receive), ...], the rows of rank 0 first, for each
+            tensor. ``x`` may not be changed before it is called.
         """
-        row = x.element_size() * x.shape[1:].numel()
-        self._count(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row)
-        return self._guarded(f"{kind} all-to-all", lambda: self._all_to_all(x.contiguous(), send, receive))
+        parts = x if isinstance(x, tuple) else (x,)
+        row = sum(part.element_size() * part.shape[1:].numel() for part in parts)
+        self._count(kind, (sum(send) - send[self.rank]) * row, (sum(receive) - receive[self.rank]) * row, where)
+        what = f"{kind} all-to-all in {where.name}"
+
+        def start() -> Callable[[], Any]:
+            waits = [self._all_to_all(part.contiguous(), send, receive, what) for part in parts]
+            return (lambda: tuple(wait() for wait in waits)) if isinstance(x, tuple) else waits[0]
+
+        return self._guarded(what, start)
 
     def copied(
-        self, kind: str, sent: int, received: int, start: Callable[[], tuple[Tensor, torch.cuda.Event | None]]
+        self,
+        kind: str,
+        sent: int,
+        received: int,
+        start: Callable[[], tuple[Tensor, torch.cuda.Event | None]],
+        where: Where,
     ) -> Callable[[], Tensor]:
         """Bytes that copy engines move between ranks.
 
@@ -184,10 +175,10 @@ class Communicator:
         Returns:
             A function that lets the current stream wait for the copies and returns what holds them.
         """
-        self._count(kind, sent, received)
+        self._count(kind, sent, received, where)
+        what = f"{kind} copy in {where.name}"
 
         def started() -> Callable[[], Tensor]:
-            what = self._what
             out, event = start()
 
             def wait() -> Tensor:
@@ -198,40 +189,39 @@ class Communicator:
 
             return wait
 
-        return self._guarded(f"{kind} copy", started)
+        return self._guarded(what, started)
 
-    def mark(self, x: Tensor) -> torch.cuda.Event | None:
-        """This point of the current stream, for :meth:`beside`; None where ``x`` is not on a GPU."""
+    def record_event(self, x: Tensor) -> torch.cuda.Event | None:
+        """This point of the current stream, for :meth:`on_comm_stream`; None where ``x`` is not on a GPU."""
         return torch.cuda.current_stream().record_event() if x.is_cuda else None
 
-    def beside(self, after: torch.cuda.Event | None):
-        """Context in which work is issued beside the current stream, once it has passed ``after``.
+    def on_comm_stream(self, after: torch.cuda.Event | None):
+        """Context in which work is issued to the communication stream, once it has passed ``after``.
 
         Packing a message and sending it must not queue behind the attention that it is to overlap with, nor wait until
         that leaves room on the GPU: the stream goes before others. (NCCL's own does under TORCH_NCCL_HIGH_PRIORITY=1.)
         """
-        return self._common.side.beside(after)
+        return self._common.side.entered(after)
 
     def reset_counters(self) -> None:
         """Start all counters again from zero."""
         self.counters.reset()
         self.by_layer.clear()
 
-    def books(self) -> tuple[Counters, Counters]:
-        """The counters of all layers and those of the current one."""
-        if self.layer not in self.by_layer:
-            self.by_layer[self.layer] = Counters()
-        return self.counters, self.by_layer[self.layer]
+    def counters_of(self, where: Where) -> tuple[Counters, Counters]:
+        """The counters of all layers and those of one."""
+        if where.layer not in self.by_layer:
+            self.by_layer[where.layer] = Counters()
+        return self.counters, self.by_layer[where.layer]
 
-    def _count(self, kind: str, sent: int, received: int) -> None:
-        for counters in self.books():
+    def _count(self, kind: str, sent: int, received: int, where: Where) -> None:
+        for counters in self.counters_of(where):
             counters.sent[kind] += sent
             counters.received[kind] += received
 
-    def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
-        """``start()`` and the waiting it returns, with errors that say who failed at what and where."""
-        self._what = f"{what} in {self.direction}{self.layer}"
-        name = f"rank {self.rank} of {self.size}: {self._what}"
+    def _guarded(self, what: str, start: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+        """``start()`` and the waiting it returns, with errors that say who failed at what."""
+        name = f"rank {self.rank} of {self.size}: {what}"
 
         def failed(error: RuntimeError) -> ExchangeError:
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -244,7 +234,7 @@ class Communicator:
         except RuntimeError as error:
             raise failed(error) from error
 
-        def guarded() -> Tensor:
+        def guarded():
             try:
                 return wait()
             except RuntimeError as error:
@@ -252,25 +242,28 @@ class Communicator:
 
         return guarded
 
-    def _all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+    def _all_gather(self, x: Tensor, what: str) -> Callable[[], Tensor]:
         if self.size == 1:
             return lambda: x[None]
         out = x.new_empty(self.size, *x.shape)
-        return self._started(_all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True), x, out)
+        work = _all_gather_single(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return self._started(work, x, out, what)
 
-    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Callable[[], Tensor]:
+    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int], what: str) -> Callable[[], Tensor]:
         if self.size == 1:
             return lambda: x
         out = x.new_empty(sum(receive), *x.shape[1:])
-        return self._started(dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True), x, out)
+        work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)
+        return self._started(work, x, out, what)
 
-    def _started(self, work: dist.Work, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
-        what, sent = self._what, [x]
+    def _started(self, work: dist.Work, x: Tensor, out: Tensor, what: str) -> Callable[[], Tensor]:
+        sent = [x]
 
         def wait() -> Tensor:
             work.wait()
-            # Both were made on the stream beside: what is packed or received next must not take their memory too soon.
-            used_here(*sent, out)
+            # Both were allocated on the communication stream: what is packed or received next must not take their
+            # memory too soon.
+            record_stream(*sent, out)
             sent.clear()
             if out.is_cuda:
                 self._watch(torch.cuda.current_stream().record_event(), what)
@@ -307,13 +300,13 @@ def _in_common(group: dist.ProcessGroup | None) -> _InCommon:
     return _InCommon() if group is None else _groups.setdefault(group, _InCommon())
 
 
-def used_here(*tensors: Tensor) -> None:
-    """Tell the allocator that ``tensors``, made on the stream beside, are used on the current one: what takes their
-    memory after them has to wait for both."""
+def record_stream(*tensors: Tensor) -> None:
+    """Tell the allocator that ``tensors``, made on another stream, are used on the current one: their memory is free
+    for others only after both are done with it."""
     on_gpu = [x for x in tensors if x.is_cuda]
-    here = torch.cuda.current_stream() if on_gpu else None
+    current = torch.cuda.current_stream() if on_gpu else None
     for x in on_gpu:
-        x.record_stream(here)
+        x.record_stream(current)
 
 
 def ring_bytes(k: Tensor, size: int) -> int:

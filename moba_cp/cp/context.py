@@ -1,9 +1,10 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..blocks import check_cu_seqlens, fitted_block_size
 from .comm import Communicator
 from .counters import Counters
-from .exchange.tables import WireTables, build_wire_tables
-from .full.schedule import FullPlan
 from .geometry import BlockGeometry, build_geometry
-from .layout import check_layout, positions_of, rank_segments
+from .layout import Segments, check_layout, positions_of, rank_segments
 from .options import ExchangeOptions
 from .sharing import check_length, unshard
 from .symmetric_memory import PeerMemory, peer_memory
+
+T = TypeVar("T")
 
 
 class CPContext:
@@ -66,6 +67,8 @@ class CPContext:
     """Sees what every MoBA layer selects."""
     comm: Communicator
     """The group's collectives and byte counters."""
+    segments: list[Segments]
+    """The runs of tokens that each rank holds; see :mod:`moba_cp.cp.layout`."""
     positions: Tensor
     """[L] int64, global position of each local token."""
     document_positions: Tensor
@@ -95,8 +98,8 @@ class CPContext:
         self.exchange = _options(exchange, self.comm)
 
         bounds = self.cu_seqlens.numpy().astype(np.int64)
-        self._segments = rank_segments(layout, self.seq_len, self.comm.size, bounds)
-        positions = positions_of(self._segments[self.comm.rank])
+        self.segments = rank_segments(layout, self.seq_len, self.comm.size, bounds)
+        positions = positions_of(self.segments[self.comm.rank])
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
         with torch.inference_mode(False):
             # A context made in validation may be kept, and index_select saves these for backward in training.
@@ -104,7 +107,7 @@ class CPContext:
             self.document_starts = torch.from_numpy(starts).to(self.device)
             self.document_positions = torch.from_numpy(positions - starts).to(self.device)
         self._geometry: dict[int, BlockGeometry] = {}
-        self._wire: dict[tuple[int, int], WireTables] = {}
+        self._cache: dict[tuple, Any] = {}
         self._frozen = True
 
     def __setattr__(self, name, value):
@@ -140,21 +143,20 @@ class CPContext:
 
     def geometry(self, block_size: int) -> BlockGeometry:
         """Block owners and rows for one block size; built at the first call and kept."""
-        block_size = fitted_block_size(block_size, self.seq_len)
         if block_size not in self._geometry:
-            bounds = self.cu_seqlens.numpy().astype(np.int64)
-            self._geometry[block_size] = build_geometry(self._segments, self.rank, bounds, block_size, self.device)
+            fitted = fitted_block_size(block_size, self.seq_len)
+            if fitted not in self._geometry:
+                bounds = self.cu_seqlens.numpy().astype(np.int64)
+                self._geometry[fitted] = build_geometry(self.segments, self.rank, bounds, fitted, self.device)
+            self._geometry[block_size] = self._geometry[fitted]
         return self._geometry[block_size]
 
-    def wire(self, block_size: int, n_kv_heads: int) -> WireTables:
-        """Tables of the exchange for one block size and number of KV heads; built at the first call and kept."""
-        key = block_size, n_kv_heads
-        if key not in self._wire:
-            options = self.exchange
-            self._wire[key] = build_wire_tables(
-                self.geometry(block_size), n_kv_heads, options.stages, options.ranks_per_node, self.rank
-            )
-        return self._wire[key]
+    def cached(self, kind: type[T], key: Hashable, build: Callable[[], T]) -> T:
+        """What ``build`` returns at the first call for ``key``, kept with the context: tables of this ``kind`` that a
+        way across ranks derives from what is the same in every call."""
+        if (kind, key) not in self._cache:
+            self._cache[kind, key] = build()
+        return self._cache[kind, key]
 
     @property
     def peers(self) -> PeerMemory | None:
@@ -166,14 +168,9 @@ class CPContext:
         """[T] int64, global position of each row of an all-gather over the ranks."""
         return torch.cat(self.rank_positions()).to(self.device)
 
-    @cached_property
-    def full_plan(self) -> FullPlan:
-        """What full attention sees and moves; built at the first use and kept."""
-        return FullPlan(self._segments, self.rank, self.cu_seqlens.numpy().astype(np.int64))
-
     def rank_positions(self) -> list[Tensor]:
         """Global positions [L] of every rank's tokens, on the CPU."""
-        return [torch.from_numpy(positions_of(segments)) for segments in self._segments]
+        return [torch.from_numpy(positions_of(segments)) for segments in self.segments]
 
     def shard(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's share of ``x``, whose dimension ``dim`` is the whole sequence and which all ranks hold alike.

@@ -17,11 +17,11 @@ class Counters:
     planned: int = 0
     """Bytes, forward and backward, that the plans say this rank's requests and the answers to them take."""
     needed: int = 0
-    """(KV head, block) pairs of other ranks that local queries chose or lie in."""
+    """(KV head, block) pairs of other ranks that local queries selected or lie in."""
     remote: int = 0
-    """(KV head, block) pairs of other ranks that some local query could have chosen."""
+    """(KV head, block) pairs of other ranks that some local query could have selected."""
     hottest: int = 0
-    """Most local rows that chose one (KV head, block) in one call."""
+    """Most local rows that selected one (KV head, block) in one call."""
 
     def reset(self) -> None:
         """Start again from zero."""

@@ -21,37 +21,37 @@ from .layout import Segments, positions_of, ragged_arange
 class BlockGeometry:
     """Blocks as one rank sees them; tensors are on the context's device."""
 
+    rank: int
+    """the rank whose view this is"""
     block_size: int
     length: Tensor
     """[n] int32, tokens of each block."""
     first: Tensor
     """[L] int32, first block of each local token's document."""
-    own: Tensor
+    current_block: Tensor
     """[L] int32, block of each local token."""
     visible: Tensor
-    """[L] int32, keys of its own block that each local token sees: its position in the block plus one."""
+    """[L] int32, keys of its current block that each local token sees: its position in the block plus one."""
     row: Tensor
     """[n] int64, row of each owned block's first token among local and extra rows; -1 for blocks of other ranks."""
     owner: Tensor
     """[n] int64, rank that owns each block."""
     owner_row: Tensor
     """[n] int64, row of each block's first token on its owner."""
-    widest: int
+    most_rows: int
     """most rows, local and extra, that any rank has."""
     cut: int
     """rows of every rank are looked at in two parts, those before this row and the others; no block lies in both."""
     sees: np.ndarray
-    """[P, P, 2] bool: whether some token of rank i can choose, or lies in, a block in each part of rank j's rows."""
+    """[P, P, 2] bool: whether some token of rank i can select, or lies in, a block in each part of rank j's rows."""
     owned: list[Tensor]
     """per rank, [m_p] int64: the blocks it owns, ascending."""
     owned_count: Tensor
     """[P] int64, how many blocks each rank owns."""
-    place: Tensor
-    """[n] int64, place of each block among its owner's."""
-    gathered: Tensor
-    """[n] int64, place of each block in an all-gather of owned blocks padded to the largest count."""
+    local_index: Tensor
+    """[n] int64, index of each block among those of its owner."""
     remote_candidate: Tensor
-    """[n] bool, blocks of other ranks that some local token can choose or lies in."""
+    """[n] bool, blocks of other ranks that some local token can select or lies in."""
     straddles: bool
     """whether any block of any rank straddles."""
     n_extra: int
@@ -74,36 +74,31 @@ class BlockGeometry:
         return self.length.numel()
 
     @cached_property
-    def elsewhere(self) -> Tensor:
+    def is_remote(self) -> Tensor:
         """[n] bool, blocks of other ranks."""
         return self.row < 0
 
     @cached_property
-    def passing(self) -> Tensor:
+    def always_fetched(self) -> Tensor:
         """[n] bool, blocks of other ranks in which local tokens lie."""
-        lies_in = torch.zeros_like(self.elsewhere)
-        lies_in[self.own.long()] = True
-        return lies_in & self.elsewhere
+        lies_in = torch.zeros_like(self.is_remote)
+        lies_in[self.current_block.long()] = True
+        return lies_in & self.is_remote
 
     @cached_property
-    def somewhere(self) -> Tensor:
-        """[n] int64, zeros: a row number for every block, wherever it lies."""
+    def any_row(self) -> Tensor:
+        """[n] int64, zeros: stands for the row of each block where any storage may hold it."""
         return torch.zeros_like(self.row)
 
     @cached_property
-    def no_head(self) -> Tensor:
+    def head_zero(self) -> Tensor:
         """[1, 1] int32, zero: the only head of a storage that has no others."""
-        return self.own.new_zeros(1, 1)
+        return self.current_block.new_zeros(1, 1)
 
     @cached_property
-    def n_candidates(self) -> Tensor:
+    def n_remote_candidates(self) -> Tensor:
         """[] int64, blocks in ``remote_candidate``."""
         return self.remote_candidate.sum()
-
-    @cached_property
-    def tables(self) -> dict:
-        """What others derive from this geometry and want to make once."""
-        return {}
 
 
 def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, block_size: int, device):
@@ -141,22 +136,22 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
     receive = assembled & (owner_of_piece == rank) & (piece["rank"] != rank)
 
     def rows(which, key, by=None):
-        chosen = np.flatnonzero(which)
+        which = np.flatnonzero(which)
         if by is not None:
             # Pieces are in global order, so sender and receiver list the rows of one pair of ranks alike.
-            chosen = chosen[np.argsort(by[chosen], kind="stable")]
+            which = which[np.argsort(by[which], kind="stable")]
         begin = piece["local"] if key == "local" else extra_row[piece["block"]] + piece["offset"]
-        return torch.from_numpy(ragged_arange(begin[chosen], piece["length"][chosen])).to(device)
+        return torch.from_numpy(ragged_arange(begin[which], piece["length"][which])).to(device)
 
     def counts(which, by):
         return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
 
-    first, own, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
+    first, current_block, offset = _local_blocks(segments[rank], cu_seqlens, cu_blocks, block_size)
     # In zigzag all ranks see the first half of each rank's rows, and only lower-numbered ranks the second.
     cut = int(n_local[0]) // 2
-    widest = int((n_local + n_extra).max())
+    most_rows = int((n_local + n_extra).max())
     if ((owner_row < cut) & (owner_row + length > cut)).any():
-        cut = widest
+        cut = most_rows
     reachable = _reachable(piece, cu_blocks, size, n)
     part = owner_row >= cut
     sees = np.zeros((size, size, 2), bool)
@@ -164,30 +159,29 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         for half in range(2):
             sees[:, p, half] = reachable[:, (owner == p) & (part == half)].any(1)
     owned = [np.flatnonzero(owner == p) for p in range(size)]
-    most_owned = max(len(ids) for ids in owned)
-    place = np.empty(n, np.int64)
+    local_index = np.empty(n, np.int64)
     for ids in owned:
-        place[ids] = np.arange(len(ids))
+        local_index[ids] = np.arange(len(ids))
 
     def tensor(x, dtype):
         return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype)
 
     return BlockGeometry(
+        rank=rank,
         block_size=block_size,
         length=tensor(length, torch.int32),
         first=tensor(first, torch.int32),
-        own=tensor(own, torch.int32),
+        current_block=tensor(current_block, torch.int32),
         visible=tensor(offset + 1, torch.int32),
         row=tensor(np.where(mine, owner_row, -1), torch.int64),
         owner=tensor(owner, torch.int64),
         owner_row=tensor(owner_row, torch.int64),
-        widest=widest,
+        most_rows=most_rows,
         cut=cut,
         sees=sees,
         owned=[tensor(ids, torch.int64) for ids in owned],
         owned_count=tensor([len(ids) for ids in owned], torch.int64),
-        place=tensor(place, torch.int64),
-        gathered=tensor(owner * most_owned + place, torch.int64),
+        local_index=tensor(local_index, torch.int64),
         remote_candidate=tensor(reachable[rank] & ~mine, torch.bool),
         straddles=bool((~in_place).any()),
         n_extra=int(n_extra[rank]),
@@ -231,7 +225,7 @@ def _pieces(segments: list[Segments], start: np.ndarray, seq_len: int) -> dict[s
 
 
 def _local_blocks(segments: Segments, cu_seqlens: np.ndarray, cu_blocks: np.ndarray, block_size: int):
-    """first, own, offset [L] of a rank's tokens, see :class:`moba_cp.blocks.BlockTable`."""
+    """first, current_block, offset [L] of a rank's tokens, see :class:`moba_cp.blocks.BlockTable`."""
     position = positions_of(segments)
     doc = np.searchsorted(cu_seqlens, position, side="right") - 1
     in_doc = position - cu_seqlens[doc]
@@ -239,7 +233,7 @@ def _local_blocks(segments: Segments, cu_seqlens: np.ndarray, cu_blocks: np.ndar
 
 
 def _reachable(piece: dict[str, np.ndarray], cu_blocks: np.ndarray, size: int, n: int) -> np.ndarray:
-    """[P, n] bool, blocks that some token of each rank can choose or lies in: those of its document up to its own."""
+    """[P, n] bool, blocks that some token of each rank can select or lies in: its document's, up to its current one."""
     doc_first = cu_blocks[np.searchsorted(cu_blocks, piece["block"], side="right") - 1]
     step = np.zeros((size, n + 1), np.int64)
     np.add.at(step, (piece["rank"], doc_first), 1)

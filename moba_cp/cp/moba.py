@@ -1,29 +1,32 @@
 """MoBA attention across ranks.
 
-Tails of straddling blocks go to the owners; block means are all-gathered; local queries choose among all blocks. Then
-either all K and V come here, some heads at a time (:mod:`.allgather`), or what is needed is planned: the chosen blocks
-come here, or query rows go there (:mod:`.exchange`).
+Tails of straddling blocks go to the owners; block means are all-gathered; local queries select among all blocks. How
+they then attend to blocks of other ranks is a way's: all K and V come here, some heads at a time (:mod:`.allgather`),
+or what moves is planned, selected blocks or query rows (:mod:`.exchange`). A way has the methods of :class:`.ways.Way`.
 
-Legend: L local tokens, X extra rows (assembled straddling blocks), Hq query heads, Hkv key/value heads, D head dim,
-S = k - 1 chosen blocks per row.
+Legend: L local tokens, X extra rows (assembled straddling blocks), n blocks, Hq query heads, Hkv key/value heads,
+D head dim, S = k - 1 selected blocks per row.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..blocks import Pages
 from ..config import MoBAConfig
-from ..dtypes import WIDE
 from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
-from .allgather.strategy import Gathering
-from .calls import Call
-from .comm import BACKWARD, ring_bytes
+from .allgather.strategy import AllGather, Transport, build_transport
+from .calls import TAG_BYTES, Call
+from .comm import Communicator, HostCopy, ring_bytes
 from .compiling import outside_graphs
 from .context import CPContext, check_context
-from .exchange import strategy as planned
+from .exchange.strategy import Exchange, ExchangeTables, build_exchange_tables
+from .geometry import BlockGeometry
 from .options import GATHERING_MODES
-from .queries import OutputGradient, Queries
-from .straddle import assemble, assemble_backward, gather_means, owned_pages
+from .straddle import assemble, assemble_backward
+from .ways import OutputGradient, Queries, Seen, Way
 
 
 @outside_graphs
@@ -41,92 +44,129 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
     """
     check_context(cp, q)
     if torch.is_inference_mode_enabled():
-        # Buffers and tables made by the way outlive it, and serve training too.
+        # Buffers and tables that this call makes outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
             return moba_attention(q, k, v, config, scale, cp)
-    if cp.size == 1:
-        return _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, None, None)
-    cp.comm.direction = ""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    what = "moba", q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k
-    call = Call(cp.comm, what, wanted)
+    call = Call(cp.comm, (q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted)
     # Where other ranks want gradients, this one has to take part in their backward pass.
-    anchor = torch.empty(0, dtype=torch.float32, requires_grad=True) if torch.is_grad_enabled() and not wanted else None
+    others_may = torch.is_grad_enabled() and not wanted and cp.size > 1
+    anchor = torch.empty(0, dtype=torch.float32, requires_grad=True) if others_may else None
     out, lse = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor)
     return out if anchor is None or call.anybody_wants() else out.detach(), lse
+
+
+def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: Call) -> Way:
+    """The way that serves a call: an all-gather if it is asked for, or known beforehand to be the cheapest; otherwise
+    an exchange, which in ``auto`` turns to all-gathering where its plan would save little.
+
+    What is asked here is the same on all ranks, so all of them choose alike.
+    """
+    options, transport, n_slots = cp.exchange, None, config.top_k - 1
+    if cp.comm.size == 1:
+        return Exchange(None, options, None, ops, cp, call)
+    layer = config.block_size, q.shape[1], k.shape[1:], k.dtype, n_slots
+    if options.mode in GATHERING_MODES:
+        transport = cp.cached(Transport, layer, lambda: build_transport(cp, config.block_size, q, k, config.top_k))
+        if transport.tables.at_once:
+            return AllGather(transport, ops, call)
+    tables = cp.cached(ExchangeTables, layer, lambda: build_exchange_tables(cp, config.block_size, n_slots, k))
+    return Exchange(tables, options, transport, ops, cp, call)
 
 
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call | None, _anchor):
-        geometry, comm, mode = cp.geometry(config.block_size), cp.comm, cp.exchange.mode
-        comm.direction = ""
-        k_rows, v_rows = assemble(k, v, geometry, comm)
-        gathering = Gathering(k, cp, config.block_size) if comm.size > 1 and mode in GATHERING_MODES else None
-        at_once = gathering is not None and gathering.costs.at_once(q.shape[0] * q.shape[1], config.top_k)
-        # By grad mode, which is equal on all ranks; what requires a gradient need not be.
-        differentiated = call is not None and call.differentiates
-        # What goes to everybody need not wait for anybody's choice.
-        stages = gathering.stages(k_rows, v_rows, False, differentiated) if at_once else None
-
-        means = gather_means(k_rows, geometry, comm, call)
-        chosen = backend(q).select_blocks(q, means, geometry.first, geometry.own, config.top_k)
-        ready, saved = comm.mark(q), None
-        if not at_once:
-            owned = owned_pages(k_rows, v_rows, geometry)
-            plan = planned.make_plan(chosen, owned, ready, cp)
-        rows = Queries.of(q, chosen, geometry, scale, k.shape[1])
-        if not at_once:
-            out, lse, saved = planned.forward(rows, owned, plan, gathering and gathering.costs, ready, cp, call)
-        gathers = saved is None
-        if gathers:
-            for counters in comm.books():
-                counters.planned += gathering.costs.bytes_of(comm.rank)
-            if at_once:
-                out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
-            for stage in stages or gathering.stages(k_rows, v_rows, False, differentiated):
-                gathering.attend(stage, rows, (out, lse), overwrite_out=at_once)
-            saved = gathering.take_kept()
-        out = out.to(q.dtype)
-        for counters in comm.books():
-            counters.dense_ring += ring_bytes(k, comm.size)
+    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call, _anchor):
+        geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where
+        tables = owned_tables(cp, geometry, k.shape[1])
+        k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
+        owned = owned_pages(k_rows, v_rows, tables, geometry)
+        way = choose(q, k, config, cp, ops, call)
+        way.start(owned, where)
+        means = gather_means(k_rows, tables, geometry, ops, comm, call)
+        block_indices = ops.select_blocks(q, means, geometry.first, geometry.current_block, config.top_k)
+        way.plan(block_indices, owned)
+        seen = Seen(block_indices, geometry.current_block, geometry.visible, scale)
+        index = ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
+        out, lse, saved, way = way.forward(Queries(q, seen, index), owned)
+        out, ring = out.to(q.dtype), ring_bytes(k, comm.size)
+        for counters in comm.counters_of(where):
+            counters.dense_ring += ring
         # Nothing that takes memory may hang on ctx by itself: a checkpoint drops only what autograd has saved, and
-        # backward needs the choice, the plan and the log-sum-exp of one and the same forward.
-        ctx.save_for_backward(q, k, v, out, lse, chosen, rows.index, *saved)
-        ctx.gathering, ctx.call = gathering if gathers else None, call
-        ctx.config, ctx.scale, ctx.cp, ctx.layer = config, scale, cp, comm.layer
+        # backward needs the selection, the plan and the log-sum-exp of one and the same forward.
+        ctx.save_for_backward(q, k, v, out, lse, block_indices, index, *saved)
+        ctx.scale, ctx.deterministic, ctx.comm, ctx.call = scale, config.deterministic, comm, call
+        ctx.geometry, ctx.tables, ctx.way, ctx.ops = geometry, tables, way, ops
         ctx.mark_non_differentiable(lse)
         if cp.observer is not None:
             # At the end: where it fails, nothing is left half done.
-            cp.observer(comm.layer, chosen, k.shape[1], config.block_size)
+            cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
         return out, lse
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, chosen, index, *saved = ctx.saved_tensors
-        cp, config, gathering = ctx.cp, ctx.config, ctx.gathering
-        geometry, comm = cp.geometry(config.block_size), cp.comm
-        comm.layer, comm.direction = ctx.layer, BACKWARD
-        comm.enter_call("moba")
-        if ctx.call is not None:
-            ctx.call.check()
-        rows = Queries(q, chosen, geometry, ctx.scale, index)
-        k_rows, v_rows = assemble(k, v, geometry, comm)
-        stages = gathering.stages(k_rows, v_rows, True, kept=saved) if gathering is not None else None
-        output = OutputGradient(dout, lse, backend(dout).row_sums(dout, out), config.deterministic)
-        if stages is None:
-            dq, grads = planned.backward(saved, rows, output, owned_pages(k_rows, v_rows, geometry), cp)
-        else:
-            # Gradients of straddling blocks are sums yet to be completed.
-            dtype = lse.dtype if geometry.straddles else k.dtype
-            dq, grads = q.new_empty(q.shape), k.new_empty(2, *k_rows.shape, dtype=dtype)
-            for stage in stages:
-                gathering.attend_backward(stage, rows, output, dq, *grads)
-            gathering.wait()
-        dk, dv = assemble_backward(*grads, geometry, comm)
-        for counters in comm.books():
-            counters.dense_ring += 2 * ring_bytes(k, comm.size)
+        q, k, v, out, lse, block_indices, index, *saved = ctx.saved_tensors
+        geometry, comm, way, where = ctx.geometry, ctx.comm, ctx.way, ctx.call.enter_backward()
+        k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
+        owned = owned_pages(k_rows, v_rows, ctx.tables, geometry)
+        way.start(owned, where, saved)
+        queries = Queries(q, Seen(block_indices, geometry.current_block, geometry.visible, ctx.scale), index)
+        output = OutputGradient(dout, lse, ctx.ops.row_sums(dout, out), ctx.deterministic)
+        dq, grads = way.backward(saved, queries, output, owned, where)
+        dk, dv = assemble_backward(*grads, geometry, comm, where) if geometry.straddles else grads
+        ring = 2 * ring_bytes(k, comm.size)
+        for counters in comm.counters_of(where):
+            counters.dense_ring += ring
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+class OwnedTables(NamedTuple):
+    """Where the blocks that this rank owns lie; m of them, or n with those of other ranks."""
+
+    row: Tensor
+    """[m] int64, the first row of each."""
+    length: Tensor
+    """[m] int32, tokens of each."""
+    most: int
+    """the most blocks that any rank owns"""
+    page_row: Tensor
+    """[Hkv, n] int64, the first row of each block, -1 for those of other ranks."""
+    page_head: Tensor
+    """[Hkv, n] int32, the KV head."""
+
+
+def owned_tables(cp: CPContext, geometry: BlockGeometry, n_kv: int) -> OwnedTables:
+    """Built at the first call and kept with the context."""
+
+    def build() -> OwnedTables:
+        mine, most = geometry.owned[cp.rank], max(ids.numel() for ids in geometry.owned)
+        head = torch.arange(n_kv, device=geometry.row.device, dtype=torch.int32)[:, None]
+        table = geometry.row.expand(n_kv, -1), head.expand(-1, geometry.n_blocks)
+        return OwnedTables(geometry.row[mine], geometry.length[mine], most, *table)
+
+    return cp.cached(OwnedTables, (geometry.block_size, n_kv), build)
+
+
+def owned_pages(k: Tensor, v: Tensor, tables: OwnedTables, geometry: BlockGeometry) -> Pages:
+    """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
+    return Pages(k, v, tables.page_row, tables.page_head, geometry.length, geometry.block_size)
+
+
+def gather_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops, comm: Communicator, call: Call):
+    """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call.
+
+    By the way the ranks tell one another which ``call`` they make.
+    """
+    means = ops.block_means(k, tables.row, tables.length, geometry.block_size)
+    if comm.size == 1:
+        return means[geometry.local_index]
+    if means.shape[0] < tables.most:
+        means = torch.cat([means, means.new_zeros(tables.most - means.shape[0], *means.shape[1:])])
+    message = torch.cat([means.view(-1).view(torch.uint8), call.tag(k.device)])
+    arrived = comm.all_gather_async(message, "means", call.where, uncounted=TAG_BYTES)()
+    call.arrive(HostCopy(arrived[:, means.nbytes :]))
+    every = arrived[:, : means.nbytes].view(k.dtype).unflatten(1, means.shape)
+    return every[geometry.owner, geometry.local_index]

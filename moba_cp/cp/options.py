@@ -8,7 +8,7 @@ from ..dtypes import WIDE
 
 MODES = ("auto", "kv", "query", "allgather")
 GATHERING_MODES = ("auto", "allgather")
-"""Those that bring all K and V, or may, by copy engines where there are such."""
+"""Modes that bring all K and V, or may do so, by copy engines where there are any."""
 WIRE_DTYPES = ("input", "float32")
 
 
@@ -21,7 +21,7 @@ class ExchangeOptions:
     """
 
     mode: str = "auto"
-    """``kv``: chosen blocks come to the queries. ``query``: query rows go to the blocks and partial results come back.
+    """``kv``: selected blocks come to the queries. ``query``: query rows go to the blocks, partial results come back.
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
     all-gather where a plan would save little (:meth:`share_to_gather`), or where it costs attention nothing
     (``copy_engines``).
@@ -121,7 +121,7 @@ class WireCosts:
     """Bytes that forward and backward together put on the wire.
 
     With e bytes per input element, g per gradient element and w per wide element (4, or 8 for float64), D head dim and
-    S = k - 1 chosen blocks per row:
+    S = k - 1 selected blocks per row:
 
     - a token of a fetched (KV head, block): K and V forward, K and V again in backward unless kept, dK and dV back:
       ``2 D e (2 or 1) + 2 D g``;
@@ -140,7 +140,7 @@ class WireCosts:
     def of(
         cls, dtype: torch.dtype, dim: int, n_slots: int, options: ExchangeOptions, ids: torch.dtype = torch.int16
     ) -> "WireCosts":
-        """Costs for inputs of ``dtype`` with head dim ``dim``, ``n_slots`` chosen blocks per row and block ``ids``."""
+        """Costs for inputs of ``dtype`` and head dim ``dim``, ``n_slots`` selected blocks per row, block ``ids``."""
         e, g = dtype.itemsize, options.wire_dtype(dtype).itemsize
         w = WIDE[dtype].itemsize
         times = 1 if options.keep else 2

@@ -1,6 +1,6 @@
-"""Watching which blocks are chosen: recording a model's selections, and drawing them.
+"""Watching which blocks are selected: recording a model's selections, and drawing them.
 
-Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, S = k - 1 chosen blocks per row, n blocks.
+Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, S = k - 1 selected blocks per row, n blocks.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .comm import UNNAMED_LAYER
+from .calls import UNNAMED_LAYER
 from .context import CPContext
 
 # More document starts than this would hide what they mark.
@@ -28,19 +28,19 @@ class SelectionRecorder:
         self.block_size = self.n_kv_heads = 0
         self._unnamed = 0
 
-    def __call__(self, layer: str, chosen: Tensor, n_kv_heads: int, block_size: int) -> None:
+    def __call__(self, layer: str, selection: Tensor, n_kv_heads: int, block_size: int) -> None:
         # Activation checkpointing repeats a layer's forward within backward: it was recorded the first time.
         if torch._C._current_graph_task_id() != -1:
             return
         if layer == UNNAMED_LAYER:
             self._unnamed += 1
             layer = f"layer {self._unnamed}"
-        self.layers[layer] = chosen.cpu()
+        self.layers[layer] = selection.cpu()
         self.block_size, self.n_kv_heads = block_size, n_kv_heads
 
     def whole(self, cp: CPContext) -> dict[str, Tensor]:
         """layer -> [T, Hq, S] of the whole sequence; a collective call."""
-        return {layer: cp.unshard(chosen.to(cp.device)).cpu() for layer, chosen in self.layers.items()}
+        return {layer: cp.unshard(selection.to(cp.device)).cpu() for layer, selection in self.layers.items()}
 
     def save(self, path: str | Path, cp: CPContext) -> None:
         """Write the selections of the whole sequence for ``moba-cp bench exchange --gate``, and beside them a drawing
@@ -52,18 +52,18 @@ class SelectionRecorder:
             draw_heat_maps(layers, cp.cu_seqlens, self.block_size, Path(path).with_suffix(".png"))
 
 
-def heat_map(chosen: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
-    """How often the queries of each chunk chose each block: [chunks, n] counts over heads.
+def heat_map(selection: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
+    """How often the queries of each chunk selected each block: [chunks, n] counts over heads.
 
     Args:
-        chosen: [T, Hq, S] int32 block ids, -1 for none.
+        selection: [T, Hq, S] int32 block ids, -1 for none.
         n_blocks: n.
         chunks: rows of the map; at most T.
     """
-    n_tokens = chosen.shape[0]
+    n_tokens = selection.shape[0]
     chunks = min(chunks, n_tokens)
     chunk = torch.arange(n_tokens) * chunks // n_tokens
-    index = chunk[:, None, None] * (n_blocks + 1) + torch.where(chosen < 0, n_blocks, chosen).long()
+    index = chunk[:, None, None] * (n_blocks + 1) + torch.where(selection < 0, n_blocks, selection).long()
     counts = torch.bincount(index.flatten(), minlength=chunks * (n_blocks + 1))
     return counts.view(chunks, n_blocks + 1)[:, :n_blocks]
 
@@ -86,7 +86,7 @@ def draw_heat_maps(layers: dict[str, Tensor], cu_seqlens: Tensor, block_size: in
     lengths = cu_seqlens.diff()
     first_blocks = torch.cat([lengths.new_zeros(1), ((lengths + block_size - 1) // block_size).cumsum(0)])
     n_tokens, n_blocks = int(cu_seqlens[-1]), int(first_blocks[-1])
-    maps = {layer: heat_map(chosen, n_blocks) for layer, chosen in layers.items()}
+    maps = {layer: heat_map(selection, n_blocks) for layer, selection in layers.items()}
     scale = LogNorm(1, max(2, *(int(counts.max()) for counts in maps.values())))
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
@@ -95,7 +95,7 @@ def draw_heat_maps(layers: dict[str, Tensor], cu_seqlens: Tensor, block_size: in
     for axis in axes.flat[len(layers) :]:
         axis.axis("off")
     for axis, (layer, counts) in zip(axes.flat, maps.items(), strict=False):
-        # A block that no query of the chunk chose stays white.
+        # A block that no query of the chunk selected stays white.
         shown = counts.double().masked_fill(counts == 0, float("nan")).numpy()
         image = axis.imshow(
             shown, norm=scale, aspect="auto", interpolation="nearest", origin="upper", extent=(0, n_blocks, n_tokens, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .comm import Communicator, SideStream, wait_for
 from .rendezvous import Rendezvous
 
-# Bytes: what buffers are rounded up to, and the size of the one for meetings.
+# Bytes: what buffers are rounded up to, and the size of the one for barriers.
 _ROUND = 1 << 21
 _RENDEZVOUS_SECONDS = 60
 """How long ranks that map one another's memory wait for one that does not come; NCCL brings K and V then."""
@@ -33,9 +33,9 @@ class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
     A buffer has some slots. Stages of work, counted through all calls, take them in turn. On their streams for copies
-    all ranks do the same in the same order; when they meet, what each copied before has come. So whoever has met to
-    give K and V of a stage knows that nobody reads those of stages before any more, and may write to their slots; and
-    whoever has met to give back gradients of a stage knows it of the gradients of the stage before.
+    all ranks do the same in the same order; after a barrier, what each copied before it has arrived. So after the
+    barrier that hands out K and V of a stage no rank reads those of earlier stages any more, and their slots may be
+    written; and after the barrier that returns the gradients of a stage the same holds for those of the stage before.
     """
 
     def __init__(self, rank: int, size: int):
@@ -45,8 +45,8 @@ class PeerMemory:
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
-        self.meetings = 0
-        """Meetings of stages so far."""
+        self.barriers = 0
+        """Barriers of stages so far."""
         self.generation = 0
         """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
@@ -99,7 +99,7 @@ class PeerMemory:
     def _start_again(self, what: str) -> None:
         """Forget a pass that failed; a collective call. A rank that failed alone waits here for the others, who wait
         for it in the pass: the group's timeout ends both."""
-        places = self._all_ranks((self._stages, self.meetings))
+        places = self._all_ranks((self._stages, self.barriers))
         if len(set(places)) > 1:
             raise RuntimeError(
                 f"{what}: an earlier pass failed after different (stages, meetings) of the ranks, {places}; "
@@ -121,9 +121,9 @@ class PeerMemory:
         assert count <= room, f"{count} bytes in a slot of {name}, {room}"
         return buffer[begin : begin + count].view(dtype).view(shape)
 
-    def beside(self, after: torch.cuda.Event | None):
+    def on_copy_stream(self, after: torch.cuda.Event | None):
         """Context of the stream on which contents move, once it has passed ``after``; nothing for None."""
-        return self._side.beside(after)
+        return self._side.entered(after)
 
     def slot(self, name: str, stage: int) -> int:
         """The number of a stage's slot of buffer ``name``."""
@@ -137,8 +137,8 @@ class PeerMemory:
         """Let the current stream wait until no stage before needs the slot."""
         wait_for(self._released.get((name, self.slot(name, stage))))
 
-    def meet(self) -> None:
-        """What every rank wrote before on its current stream can be copied by all after this, on theirs."""
+    def barrier(self) -> None:
+        """All ranks wait for one another on their current streams: what each wrote there before, all can copy after."""
         raise NotImplementedError
 
     def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
@@ -169,12 +169,12 @@ class SymmetricMemory(PeerMemory):
         self._owned: dict[str, tuple] = {}
         # All have come this far together: nobody takes long.
         limit = min(timeout, timedelta(seconds=_RENDEZVOUS_SECONDS))
-        self._meeting_place = Rendezvous(group, self._device, token, limit)
-        self._rendezvous("meeting", _ROUND)
+        self._meeting_point = Rendezvous(group, self._device, token, limit)
+        self._rendezvous("barrier", _ROUND)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         # A rank that waits in vain ends its process with an error, as NCCL's watchdog does.
-        self._owned["meeting"][1].barrier(0, self._timeout_ms)
+        self._owned["barrier"][1].barrier(0, self._timeout_ms)
 
     def _allocate(self, name: str, nbytes: int) -> list[Tensor]:
         if self._owned.pop(name, None) is not None:
@@ -196,7 +196,7 @@ class SymmetricMemory(PeerMemory):
         _agree(error, self._group(), what)
         handle = None
         try:
-            handle = self._meeting_place.map(buffer)
+            handle = self._meeting_point.map(buffer)
         except RuntimeError as failure:
             error = _first_line(failure)
         _agree(error, self._group(), what)

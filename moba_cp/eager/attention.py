@@ -10,6 +10,7 @@ inputs.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -172,8 +173,8 @@ def attend(
         out [N, Hq, D] and lse [N, Hq] wide; a row that sees nothing has out 0 and lse -inf.
     """
     if kv_heads is not None:
-        at = pages.query_heads(kv_heads, q.shape[1])
-        q, pages, block_indices = q[:, at], pages.of_heads(kv_heads), block_indices[:, at]
+        at, pages = _of_heads(pages, kv_heads, q.shape[1])
+        q, block_indices = q[:, at], block_indices[:, at]
     part, part_lse = _attend(q, pages, block_indices, current_block, visible, scale)
     if out is None:
         return part.to(out_dtype or part.dtype), part_lse
@@ -183,6 +184,15 @@ def attend(
         part, part_lse = merge([before, part], [to_lse, part_lse])
     to_out.copy_(part), to_lse.copy_(part_lse)
     return out
+
+
+def _of_heads(pages: Pages, kv_heads: slice, n_heads: int) -> tuple[slice, Pages]:
+    """The query heads, of ``n_heads`` in all, that share some KV heads; and the pages of these."""
+    group = n_heads // pages.row.shape[0]
+    return (
+        slice(kv_heads.start * group, kv_heads.stop * group),
+        replace(pages, row=pages.row[kv_heads], head=pages.head[kv_heads]),
+    )
 
 
 def _attend(
@@ -255,8 +265,8 @@ def attend_backward(
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; wide unless ``local_dtype``.
     """
     if kv_heads is not None:
-        at = pages.query_heads(kv_heads, q.shape[1])
-        q, pages, block_indices = q[:, at], pages.of_heads(kv_heads), block_indices[:, at]
+        at, pages = _of_heads(pages, kv_heads, q.shape[1])
+        q, block_indices = q[:, at], block_indices[:, at]
         dout, lse, delta = dout[:, at], lse[:, at], delta[:, at]
     targets = out or (None, None, None)
     if kv_heads is not None and out is not None:

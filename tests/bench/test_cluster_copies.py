@@ -67,9 +67,9 @@ def _without_communication(comm):
         layer.comm.handed_bytes = 0
         with layer.comm.recording():
             wanted = candidate.results()
-        kept, handed, met = layer.comm.kept_bytes, layer.comm.handed_bytes, memory.meetings
+        kept, handed, met = layer.comm.kept_bytes, layer.comm.handed_bytes, memory.barriers
         candidate.results()
-        expected, met = layer.comm.handed_bytes - handed, (met, memory.meetings)
+        expected, met = layer.comm.handed_bytes - handed, (met, memory.barriers)
         ranks.settle(comm.size)
         same = []
         # One rank after the other, which meets nobody; nothing is read from any memory but what was recorded.
@@ -80,7 +80,7 @@ def _without_communication(comm):
                 with layer.comm.replaying():
                     same.append(_same(candidate, wanted))
             ranks.barrier()
-        met += (memory.meetings,)
+        met += (memory.barriers,)
         # Slots go on in turn as if nothing had happened.
         same.append(_same(candidate, wanted))
         layer.comm.forget()

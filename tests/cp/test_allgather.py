@@ -12,9 +12,10 @@ import torch.distributed as dist
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
 from moba_cp.cp import moba
 from moba_cp.cp import symmetric_memory as peer
+from moba_cp.cp.allgather import copies
 from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.allgather import stages as gather_stages
-from moba_cp.cp.allgather import strategy as gather
+from moba_cp.cp.allgather.strategy import AllGather
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
 from tests.cp.test_moba import NAMES, across_ranks, fits, in_context
@@ -53,7 +54,7 @@ def test_equals_one_rank(size, layout, shared):
                 assert relative_error(actual, want) < 1e-9, f"seed {seed} {options} {name}"
             arrived = [counters.get(f"received_{kind}_bytes", 0) for kind in ("kv", "kv_gradients")]
             assert sum(arrived) == counters["planned_bytes"]
-            assert peers is None or peers.meetings > 0 and peers.nbytes > 0
+            assert peers is None or peers.barriers > 0 and peers.nbytes > 0
     assert seen >= 2 * size
 
 
@@ -83,11 +84,11 @@ def test_one_copy_from_each_rank(monkeypatch):
     Shares of gradients return likewise."""
     copied = collections.Counter()
 
-    def count(targets, sources, copy=gather_stages._copy):
+    def count(targets, sources, copy=copies._copy):
         copied[tuple(sorted(len(x) for x in sources))] += 1
         copy(targets, sources)
 
-    monkeypatch.setattr(gather_stages, "_copy", count)
+    monkeypatch.setattr(copies, "_copy", count)
     run_threads(4, _run, True, _aligned(n_kv=2), "zigzag", ExchangeOptions("allgather", stages=2))
     # Two stages: K and V in forward and backward, and gradients.
     assert copied == {(64,) * lower + (128,) * (3 - lower): 2 * 3 for lower in range(4)}
@@ -97,10 +98,10 @@ def test_one_copy_from_each_rank(monkeypatch):
 def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
     head, expected = 512 * 2 * 16 * 8, run_reference(_aligned())
     for limit, stages in ((1 << 30, 2), (4 * head, 2), (3 * head, 3), (2 * head, 3), (2 * head - 1, 4), (1, 4)):
-        monkeypatch.setattr(gather, "STAGE_BYTES", limit)
+        monkeypatch.setattr(gather_stages, "STAGE_BYTES", limit)
         results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
         # In backward the ranks meet twice in each stage, also where nothing but gradients travels.
-        assert all(peers.meetings == 3 * stages for *_, peers in results), limit
+        assert all(peers.barriers == 3 * stages for *_, peers in results), limit
         for actual, *_ in results:
             assert all(relative_error(a, want) < 1e-9 for a, want in zip(actual, expected, strict=True)), limit
 
@@ -127,8 +128,8 @@ def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
 )
 def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
     """``limit`` in heads."""
-    monkeypatch.setattr(gather, "STAGE_BYTES", int(1000 * limit))
-    cuts = gather.heads_of_stages(n_kv, stages, 1000)
+    monkeypatch.setattr(gather_stages, "STAGE_BYTES", int(1000 * limit))
+    cuts = gather_stages.heads_of_stages(n_kv, stages, 1000)
     assert [cut.stop - cut.start for cut in cuts] == expected
     assert cuts[0].start == 0 and cuts[-1].stop == n_kv
     assert all(a.stop == b.start for a, b in zip(cuts[:-1], cuts[1:]))
@@ -165,12 +166,12 @@ def _two_sequences(comm):
 
 
 def test_sequences_of_different_sizes_share_the_memory(monkeypatch):
-    def from_present_buffers(targets, sources, copy=gather_stages._copy):
+    def from_present_buffers(targets, sources, copy=copies._copy):
         present = {x.untyped_storage().data_ptr() for parts in _here.memory._buffers.values() for x in parts}
         assert all(x.untyped_storage().data_ptr() in present for x in sources)
         copy(targets, sources)
 
-    monkeypatch.setattr(gather_stages, "_copy", from_present_buffers)
+    monkeypatch.setattr(copies, "_copy", from_present_buffers)
     monkeypatch.setattr(peer, "_ROUND", 1)
     expected = [run_reference(_aligned(n_kv))[:4] for n_kv in (1, 4, 1)]
     for results, (short, longer, again) in run_threads(2, _two_sequences):
@@ -193,9 +194,9 @@ def _layer(dim: int, dtype: torch.dtype) -> Case:
 
 def test_layers_that_are_cut_otherwise_have_tables_of_their_own(monkeypatch):
     """As many stages of other heads."""
-    monkeypatch.setattr(gather, "STAGE_BYTES", 4 * 16 * 512 * 2 * 8)
+    monkeypatch.setattr(gather_stages, "STAGE_BYTES", 4 * 16 * 512 * 2 * 8)
     shapes = [(16, torch.float64), (20, torch.float64), (16, torch.float32), (16, torch.float64)]
-    cuts = [gather.heads_of_stages(5, 1, 512 * 2 * dim * dtype.itemsize) for dim, dtype in shapes]
+    cuts = [gather_stages.heads_of_stages(5, 1, 512 * 2 * dim * dtype.itemsize) for dim, dtype in shapes]
     assert len(cuts[0]) == len(cuts[1]) and cuts[0] != cuts[1]
     expected = [run_reference(_layer(*one).to(torch.float64)) for one in shapes]
     for results in run_threads(2, _layers_of_one_sequence, shapes):
@@ -278,7 +279,7 @@ def _tries_again(comm, case: Case, fails_in: str):
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError) as raised:
         name = {"forward": "attend", "backward": "attend_backward"}.get(fails_in)
-        real, calls = getattr(gather.Gathering, name or "attend"), []
+        real, calls = getattr(AllGather, name or "attend"), []
 
         def second_fails(*args, **how):
             calls.append(0)
@@ -287,19 +288,19 @@ def _tries_again(comm, case: Case, fails_in: str):
             return real(*args, **how)
 
         # Ranks that are threads share the class.
-        gathering = gather.Gathering if name is None else type("Failing", (gather.Gathering,), {name: second_fails})
-        patch.setattr(comm, "gathering", gathering, raising=False)
+        way = AllGather if name is None else type("Failing", (AllGather,), {name: second_fails})
+        patch.setattr(comm, "way", way, raising=False)
         moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp).sum().backward()
     return str(raised.value), in_context(cp, case)
 
 
-def _of_this_rank(k, cp, block_size):
-    return getattr(cp.comm, "gathering", gather.Gathering)(k, cp, block_size)
+def _of_this_rank(transport, ops, call):
+    return getattr(call.comm, "way", AllGather)(transport, ops, call)
 
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward", "observer"])
 def test_a_pass_after_one_that_failed_alike_on_all_ranks_is_right(fails_in, monkeypatch):
-    monkeypatch.setattr(moba, "Gathering", _of_this_rank)
+    monkeypatch.setattr(moba, "AllGather", _of_this_rank)
     case = _aligned()
     expected = run_reference(case)
     for error, results in run_threads(2, _tries_again, case, fails_in):
@@ -357,8 +358,8 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
     case = _aligned()
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-    gathering = out.grad_fn.gathering
-    return gathering is not None, gathering is not None and gathering.layer.memory is not None
+    way = out.grad_fn.way
+    return isinstance(way, AllGather), isinstance(way, AllGather) and isinstance(way.transport, copies.CopyEngines)
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ class Saboteur(Communicator):
         super().__init__(group)
         self.kind, self.deed = kind, deed
 
-    def all_to_all(self, x, send, receive, kind):
+    def all_to_all(self, x, send, receive, kind, where):
         if kind == self.kind and self.rank == 1:
             if self.deed == "hang":
                 time.sleep(3 * TIMEOUT_S)
             raise KeyboardInterrupt(self.deed)
-        return super().all_to_all(x, send, receive, kind)
+        return super().all_to_all(x, send, receive, kind, where)
 
 
 def _sabotaged(rank: int, kind: str, deed: str):

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.context import _default_device
+from moba_cp.cp.exchange.strategy import build_exchange_tables
 from tests.helpers.cases import relative_error
 from tests.helpers.distributed import run_ranks, run_threads
 
@@ -184,7 +185,7 @@ def _use(cp: CPContext, watched: bool = True):
     """What a batch makes a context do: tables of both kinds of attention, and a collective that is watched."""
     q = torch.randn(cp.local_len, 2, 8, requires_grad=True)
     moba_attention(q, q, q, MoBAConfig(16, 2), cp=cp).sum().backward()
-    cp.wire(16, 2)
+    build_exchange_tables(cp, 16, 1, q)
     full_attention(q, q, q, cp=cp).sum().backward()
     cp.unshard(cp.shard(torch.randn(cp.seq_len)))
     if watched:

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, eager, moba_attention
-from moba_cp.cp import comm, moba
+from moba_cp.cp import comm
 from moba_cp.cp import symmetric_memory as peer
-from moba_cp.cp.allgather import stages as gather_stages
+from moba_cp.cp.allgather import copies
 from moba_cp.cp.allgather import strategy as gather
 from moba_cp.cp.options import ExchangeOptions
-from moba_cp.cp.queries import Queries
 from tests.helpers import distributed
 from tests.helpers.cases import Case
 from tests.helpers.distributed import ThreadPeerMemory, run_threads
@@ -57,7 +56,7 @@ class Streams:
             clock[stream] = max(clock.get(stream, 0), tick)
 
     @contextlib.contextmanager
-    def beside(self, after: dict):
+    def entered(self, after: dict):
         before, self.here.stream = self.here.stream, (self.here.stream[0], COPYING)
         self.wait(after)
         yield
@@ -82,8 +81,8 @@ class WatchedMemory(ThreadPeerMemory):
 
     streams: Streams
 
-    def meet(self):
-        super().meet()
+    def barrier(self):
+        super().barrier()
         for event in self._comm._swap(self.streams.event()):
             self.streams.wait(event)
 
@@ -108,7 +107,7 @@ def streams(monkeypatch) -> Streams:
 
         monkeypatch.setattr(module, name, watched)
 
-    def copies(targets, sources):
+    def copied(targets, sources):
         for target, source in zip(targets, sources, strict=False):
             found.access(source, "copy reads")
             found.access(target, "copy writes", True)
@@ -119,29 +118,36 @@ def streams(monkeypatch) -> Streams:
         found.accesses.setdefault(dk.untyped_storage().data_ptr(), [])
         found.access(dk, "sum writes", True)
 
-    def gradients(rows, pages, heads, out, output, dkdv_done, **how):
+    def gradients(q, pages, *rest, out, dkdv_done, **how):
         def done():
             found.access(out[1], "gradients are written", True)
             dkdv_done()
 
         found.access(pages.k, "backward reads")
-        real_backward(rows, pages, heads, out, output, dkdv_done=done, **how)
+        real_backward(q, pages, *rest, out=out, dkdv_done=done, **how)
         found.access(pages.k, "dQ reads")
 
-    real_backward = Queries.attend_backward
-    monkeypatch.setattr(Queries, "attend_backward", gradients)
-    watch(Queries, "attend", lambda rows, pages, *args, **how: found.access(pages.k, "forward reads"))
+    real_backward = eager.attend_backward
+    monkeypatch.setattr(eager, "attend_backward", gradients)
+    watch(eager, "attend", lambda q, pages, *args, **how: found.access(pages.k, "forward reads"))
     watch(eager, "pack_kv_shard", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
     watch(eager, "sum_partial_grads", sums)
-    watch(moba, "assemble_backward", lambda dk, *args: found.access(dk, "sums are used"))
-    watch(gather_stages, "_copy", copies)
-    monkeypatch.setattr(comm.Communicator, "mark", lambda self, x: found.event())
+
+    def used(*args):
+        dq, grads = real_way(*args)
+        found.access(grads[0], "sums are used")
+        return dq, grads
+
+    real_way = gather.AllGather.backward
+    monkeypatch.setattr(gather.AllGather, "backward", used)
+    watch(copies, "_copy", copied)
+    monkeypatch.setattr(comm.Communicator, "record_event", lambda self, x: found.event())
     monkeypatch.setattr(comm.Communicator, "_watch", lambda self, event, what: None)
     for module in (comm, gather, peer):
         monkeypatch.setattr(module, "wait_for", found.wait)
     monkeypatch.setattr(
-        comm.SideStream, "beside",
-        lambda self, after: contextlib.nullcontext() if after is None else found.beside(after),
+        comm.SideStream, "entered",
+        lambda self, after: contextlib.nullcontext() if after is None else found.entered(after),
     )  # fmt: skip
     monkeypatch.setattr(WatchedMemory, "streams", found, raising=False)
     monkeypatch.setattr(distributed, "ThreadPeerMemory", WatchedMemory)
@@ -191,13 +197,13 @@ def test_accesses_are_ordered(layers, keep, streams):
     [
         ("claim", ("copy reads", "gradients are written")),
         ("release", ("forward reads", "slab is packed")),
-        ("meet", ("slab is packed", "copy reads")),
+        ("barrier", ("slab is packed", "copy reads")),
     ],
 )
 def test_what_is_not_ordered_is_found(name, race, streams, monkeypatch):
     """Without claims, releases or meetings."""
     monkeypatch.setattr(WatchedMemory, name, lambda self, *args: None)
-    if name == "meet":
-        monkeypatch.setattr(WatchedMemory, name, ThreadPeerMemory.meet)
+    if name == "barrier":
+        monkeypatch.setattr(WatchedMemory, name, ThreadPeerMemory.barrier)
     run_threads(2, _layers, streams, (6,), ExchangeOptions("allgather", stages=64))
     assert race in streams.races

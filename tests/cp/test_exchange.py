@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import types
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp import moba
+from moba_cp.cp.allgather.copies import CopyEngines
+from moba_cp.cp.allgather.stages import GatherTables
+from moba_cp.cp.allgather.strategy import Collectives
 from moba_cp.cp.comm import Communicator
-from moba_cp.cp.exchange.decide import _prices
+from moba_cp.cp.exchange.tables import DecisionTables, WireTables, build_decision_tables
 from moba_cp.cp.geometry import BlockGeometry
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
@@ -234,8 +238,7 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     for _ in range(2):
         out.backward(cp.shard(case.dout), retain_graph=True)
         gradients.append([x.grad.clone() for x in leaves])
-    gathering = out.grad_fn.gathering
-    return gradients, [] if gathering is None else gathering.take_kept()
+    return gradients, _hangs_on(out.grad_fn.way)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -247,11 +250,17 @@ def test_backward_runs_twice_and_lets_go_of_keys_and_values(mode, keep):
         assert not held
 
 
+KEPT_WITH_THE_CONTEXT = (
+    CPContext, Communicator, BlockGeometry, PeerMemory, WireTables, DecisionTables, GatherTables, moba.OwnedTables,
+    Collectives, CopyEngines,
+)  # fmt: skip
+
+
 def _hangs_on(x) -> int:
-    """Bytes of the tensors that can be reached from an object, those of contexts left out."""
+    """Bytes of the tensors that can be reached from an object, those left out that are kept with its context."""
     if isinstance(x, torch.Tensor):
         return x.untyped_storage().nbytes()
-    if isinstance(x, (CPContext, Communicator, BlockGeometry, PeerMemory)):
+    if isinstance(x, (*KEPT_WITH_THE_CONTEXT, types.ModuleType)):
         return 0
     if isinstance(x, dict):
         return sum(map(_hangs_on, x.values()))
@@ -308,7 +317,7 @@ def _chosen_anew(comm, case: Case, options: ExchangeOptions, again: bool):
 def test_backward_after_another_choice_uses_the_plan_of_that(mode, monkeypatch):
     """What is computed again may choose otherwise; no block that it chose may go without its gradient."""
     real = moba.gather_means
-    monkeypatch.setattr(moba, "gather_means", lambda k, *rest: next(rest[1].signs) * real(k, *rest))
+    monkeypatch.setattr(moba, "gather_means", lambda k, *rest: next(rest[3].signs) * real(k, *rest))
     tensors = (torch.randn(256, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
     case = Case(*tensors, torch.tensor([0, 256], dtype=torch.int32), 16, 3)
     runs = [run_threads(2, _chosen_anew, case, ExchangeOptions(mode), again) for again in (True, False)]
@@ -374,7 +383,7 @@ def test_prices_are_exact_whatever_the_default_dtype():
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        prices = _prices(geometry, 1, costs, weighing, 0)
+        prices = build_decision_tables(geometry, 1, 1, costs, weighing).prices
     finally:
         torch.set_default_dtype(before)
     assert prices.token.tolist() == [2048] and prices.row.tolist() == [4 * 1833]

@@ -8,9 +8,8 @@ from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import MODES, ExchangeOptions
-from moba_cp.cp.straddle import assemble, gather_means
 from moba_cp.ops import backend
-from tests.cp.test_moba import NAMES, across_ranks
+from tests.cp.test_moba import NAMES, across_ranks, selection_across_ranks
 from tests.helpers.cases import Case, run, run_reference
 from tests.helpers.distributed import run_ranks
 
@@ -69,12 +68,7 @@ def _on_nccl(rank):
     for name, args in CASES.items():
         case, chosen, exact, one = _on_one_rank(args)
         for layout in LAYOUTS:
-            cp = CPContext(dist.group.WORLD, layout, case.q.shape[0], case.cu_seqlens)
-            geometry = cp.geometry(case.block_size)
-            q, k, v = (cp.shard(x) for x in (case.q, case.k, case.v))
-            means = gather_means(assemble(k, v, geometry, cp.comm)[0], geometry, cp.comm)
-            mine = backend(q).select_blocks(q, means, geometry.first, geometry.own, case.top_k)
-            same = torch.equal(mine, cp.shard(chosen))
+            same = torch.equal(selection_across_ranks(dist.group.WORLD, case, layout), chosen)
             for index, mode in enumerate(MODES):
                 options = ExchangeOptions(mode, stages=1 + index, ranks_per_node=2 if index % 2 else None)
                 results, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from moba_cp import CPContext, full_attention
 from moba_cp.cp.full import allgather as full_gather
 from moba_cp.cp.full import attention as full
-from moba_cp.cp.full.schedule import FullPlan
+from moba_cp.cp.full.schedule import FullSchedule
 from moba_cp.cp.layout import LAYOUTS, rank_segments
 from tests.helpers.cases import Case, relative_error, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
@@ -121,7 +121,7 @@ def test_a_shard_passes_through_ranks_that_do_not_see_it():
     case = batch(0, 64, 64)
     case.cu_seqlens = torch.tensor([0, 8, 16, 24, 32, 48, 56, 64], dtype=torch.int32)
     bounds = case.cu_seqlens.long().numpy()
-    assert FullPlan(rank_segments("zigzag", 64, 4, bounds), 0, bounds).hops == [0, 0, 0, 3]
+    assert FullSchedule(rank_segments("zigzag", 64, 4, bounds), 0, bounds).hops == [0, 0, 0, 3]
     for results, _ in run_threads(4, across_ranks, case, "zigzag", "ring"):
         for actual, want in zip(results, run_reference(case, full=True)):
             assert relative_error(actual, want) < 1e-10

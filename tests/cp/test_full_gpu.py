@@ -73,7 +73,7 @@ class _Echo(Communicator):
         super().__init__(None)
         self.rank, self.size = rank, size
 
-    def _all_to_all(self, x, send, receive):
+    def _all_to_all(self, x, send, receive, what):
         out = torch.ones(sum(receive), *x.shape[1:], dtype=x.dtype, device=x.device)
         return lambda: out
 

@@ -128,11 +128,11 @@ class ThreadCommunicator(Communicator):
         finally:
             self._turn.acquire()
 
-    def _all_gather(self, x):
+    def _all_gather(self, x, what):
         out = torch.stack(self._swap(x))
         return lambda: out
 
-    def _all_to_all(self, x, send, receive):
+    def _all_to_all(self, x, send, receive, what):
         assert x.shape[0] == sum(send) and len(send) == len(receive) == self.size
         everybody = self._swap(x.split(send))
         arrived = [parts[self.rank] for parts in everybody]
@@ -148,7 +148,7 @@ class ThreadPeerMemory(PeerMemory):
         super().__init__(comm.rank, comm.size)
         self._comm = comm
 
-    def meet(self):
+    def barrier(self):
         self._comm._meet()
 
     def _allocate(self, name, nbytes):
@@ -169,7 +169,7 @@ class FilePeerMemory(PeerMemory):
         super().__init__(dist.get_rank(), dist.get_world_size())
         self._folder, self._files = folder, 0
 
-    def meet(self):
+    def barrier(self):
         dist.barrier()
 
     def _allocate(self, name, nbytes):

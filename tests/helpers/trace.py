@@ -59,12 +59,12 @@ class Trace:
 def trace(comm, mode: str | None) -> dict[str, Trace]:
     """The second call's forward and backward on one rank; ``mode`` None is one device without a context."""
     generator = torch.Generator().manual_seed(comm.rank if comm else 0)
-    n_local, traces = 256, {}
+    n_local, config, traces = 256, MoBAConfig(16, 4), {}
     cp = CPContext(comm, "zigzag", n_local * comm.size, exchange=mode) if comm else None
     for _ in range(2):
         q, k, v = (torch.randn(n_local, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
         with Trace() as traces["forward"]:
-            out = moba_attention(q, k, v, MoBAConfig(16, 4), cp=cp)
+            out = moba_attention(q, k, v, config, cp=cp)
         with Trace() as traces["backward"]:
             out.sum().backward()
     return traces

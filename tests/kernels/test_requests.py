@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moba_cp import CPContext, kernels
+from moba_cp.cp.calls import Where
 from moba_cp.cp.exchange import tables
+from moba_cp.cp.exchange.tables import build_wire_tables
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.eager import exchange as requests
 from tests.helpers.distributed import run_threads
@@ -74,11 +76,12 @@ def _rank(comm, case):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     options = ExchangeOptions(stages=stages, ranks_per_node=per_node)
     cp = CPContext(comm, layout, sum(lengths), cu_seqlens, device=DEVICE, exchange=options)
-    geometry, wire = cp.geometry(BLOCK_SIZE), cp.wire(BLOCK_SIZE, n_kv)
+    geometry, where = cp.geometry(BLOCK_SIZE), Where.forward("a layer")
+    wire = build_wire_tables(geometry, n_kv, stages, per_node)
     n = geometry.n_blocks
     fetches = [_fetch(p, case, n) for p in range(size)]
     # A rank decides to fetch blocks of other ranks only.
-    fetch = fetches[comm.rank].to(DEVICE) & geometry.elsewhere
+    fetch = fetches[comm.rank].to(DEVICE) & geometry.is_remote
     expected = _by_hand(fetches, geometry, comm.rank, per_node or 1, stages)
     ends, costs = _ends(comm.rank, stages, size), _costs(comm.rank, size)
     facts = torch.tensor([5, 6, 7], device=DEVICE)
@@ -88,15 +91,17 @@ def _rank(comm, case):
             numbers = torch.empty((len(wire.hops) + 2, 2, stages, size + 1), dtype=torch.int64, device=DEVICE)
             inner, found = wire.hops[-1], []
             request = module.write_request(fetch, inner.source, ends, costs)
-            arrived = comm.all_to_all(request, inner.send, inner.receive, "requests")()
+            arrived = comm.all_to_all(request, inner.send, inner.receive, "requests", where)()
             found.append((inner, fetch, arrived))
             if len(wire.hops) == 2:
                 outer = wire.hops[0]
                 need = module.relay_request(fetch, arrived, inner.asked_at)
                 request = module.write_request(need, outer.source)
-                found.insert(0, (outer, need, comm.all_to_all(request, outer.send, outer.receive, "requests")()))
+                found.insert(0, (outer, need, comm.all_to_all(request, outer.send, outer.receive, "requests", where)()))
             lists = [module.list_pairs(f, a, t.pairs, numbers[i]) for i, (t, f, a) in enumerate(found)]
-            module.sum_up(arrived, inner.header_at, ends, costs, facts, geometry.n_candidates, n_kv, numbers[-2:])
+            module.sum_up(
+                arrived, inner.header_at, ends, costs, facts, geometry.n_remote_candidates, n_kv, numbers[-2:]
+            )
         for (want, give), of_hop, (all_want, all_give, sizes) in zip(lists, numbers, expected, strict=False):
             assert of_hop.tolist() == sizes
             for side, pairs in ((want, all_want), (give, all_give)):

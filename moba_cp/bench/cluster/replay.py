@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ _CHANGED = ("full_kv_gradients",)
 @dataclass
 class _Message:
     what: str
-    kept: Tensor
-    given: Tensor
-    """What is handed out: ``kept`` itself, or a copy that may be changed."""
+    kept: tuple[Tensor, ...]
+    given: tuple[Tensor, ...]
+    """What is handed out: ``kept`` itself, or copies that may be changed."""
+    single: bool
+    """One tensor was received, not several together."""
 
 
 class ReplayCommunicator(Communicator):
@@ -55,7 +58,8 @@ class ReplayCommunicator(Communicator):
         self.checks_calls = False
         for message in self._messages:
             if message.given is not message.kept:
-                message.given.copy_(message.kept)
+                for given, kept in zip(message.given, message.kept, strict=True):
+                    given.copy_(kept)
         try:
             yield
         finally:
@@ -71,31 +75,39 @@ class ReplayCommunicator(Communicator):
     @property
     def kept_bytes(self) -> int:
         """Memory that the recording takes."""
-        return sum(m.kept.nbytes + (m.given.nbytes if m.given is not m.kept else 0) for m in self._messages)
+        return sum(_nbytes(m.kept) + (_nbytes(m.given) if m.given is not m.kept else 0) for m in self._messages)
 
-    def _guarded(self, what: str, start: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    def _guarded(self, what: str, start: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
         if self._mode == "replay":
             message = self._messages[self._next]
             self._next += 1
             assert message.what == what, f"the pass asks for {what} where {message.what} was recorded"
-            return lambda: message.given
+            return lambda: message.given[0] if message.single else message.given
         wait, copies = super()._guarded(what, start), 1 + what.startswith(_CHANGED)
         if self._mode == "live":
 
-            def counted() -> Tensor:
+            def counted():
                 out = wait()
-                self.handed_bytes += copies * out.nbytes
+                self.handed_bytes += copies * _nbytes(_tensors(out))
                 return out
 
             return counted
         place = len(self._messages)
         self._messages.append(None)
 
-        def recorded() -> Tensor:
+        def recorded():
             out = wait()
-            kept = out.clone()
-            given = kept.clone() if copies > 1 else kept
-            self._messages[place] = _Message(what, kept, given)
+            kept = tuple(x.clone() for x in _tensors(out))
+            given = tuple(x.clone() for x in kept) if copies > 1 else kept
+            self._messages[place] = _Message(what, kept, given, isinstance(out, Tensor))
             return out
 
         return recorded
+
+
+def _tensors(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
+
+
+def _nbytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(x.nbytes for x in tensors)

@@ -4,6 +4,7 @@ Legend: P ranks, L local tokens, W most rows (local and extra) of any rank, Hkv 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class GatherCosts:
     @property
     def arriving_bytes(self) -> int:
         """K and V of all other ranks, padded to W rows each: the most that reaches a rank in a pass."""
-        return (self.size - 1) * self.geometry.widest * self._token_bytes
+        return (self.size - 1) * self.geometry.most_rows * self._token_bytes
 
     def bytes_of(self, rank: int) -> int:
         """Bytes that reach ``rank``, forward and backward."""
@@ -69,18 +70,20 @@ class GatherCosts:
 
     def instead_of(self, planned_bytes: float) -> bool:
         """Whether ``auto`` all-gathers where plans of all ranks together would move so much, forward and backward."""
-        return planned_bytes >= self.options.share_to_gather(self.by_copies) * self.total_bytes
+        return planned_bytes >= self.better_from
 
     @property
+    def better_from(self) -> float:
+        """Bytes of all ranks' plans from which on ``auto`` all-gathers."""
+        return self.options.share_to_gather(self.by_copies) * self.total_bytes
+
+    @cached_property
     def _rows(self) -> np.ndarray:
-        """[P, P] int64, rows of rank j that come to rank i; made once."""
+        """[P, P] int64, rows of rank j that come to rank i."""
         geometry = self.geometry
-        key = "gathered rows", self.by_copies
-        if key not in geometry.tables:
-            parts = np.array([geometry.cut, geometry.widest - geometry.cut])
-            comes = geometry.sees if self.by_copies else np.ones_like(geometry.sees)
-            geometry.tables[key] = (comes * parts).sum(2) * (1 - np.eye(self.size, dtype=np.int64))
-        return geometry.tables[key]
+        parts = np.array([geometry.cut, geometry.most_rows - geometry.cut])
+        comes = geometry.sees if self.by_copies else np.ones_like(geometry.sees)
+        return (comes * parts).sum(2) * (1 - np.eye(self.size, dtype=np.int64))
 
     def _bytes(self, arriving: np.int64, leaving: np.int64) -> int:
         """Of rows that arrive, and of rows that leave and whose gradients come back."""

@@ -1,172 +1,276 @@
 """MoBA attention where all K and V come to every rank, some heads at a time: stages of whole heads.
 
 Where nearly everything is needed anyway, this needs no plan, and a stage has all blocks in one storage: outputs and dQ
-are written once, in their dtype, and so are dK and dV by the sums of all ranks' shares. While a stage is computed, K
-and V of the next one, or with copy engines of the next two, arrive, and the gradients of the one before return.
+are written once, in their dtype, and so are dK and dV by the sums of all ranks' partial gradients. While a stage is
+computed, K and V of the next one, or with copy engines of the next two, arrive, and the gradients of the one before
+return. :class:`Collectives` move them by an all-gather and an all-to-all, :class:`.copies.CopyEngines` between GPUs
+that map each other's memory.
 
-Between GPUs that map each other's memory (:mod:`..symmetric_memory`) copy engines move it all, and only what a rank's
-queries can see. Elsewhere it is an all-gather and an all-to-all.
-
-Legend: P ranks, L local tokens, X extra rows, W most rows (local and extra) of any rank, Hq query heads, Hkv key/value
-heads, H KV heads of a stage, D head dim, n blocks. A rank's *slab* of a stage is [H * W, 2, D], K beside V: first the
-rows before the geometry's cut, head by head, then the others. A *storage* is the slabs of all ranks.
+Legend: P ranks, L local tokens, X extra rows, Hq query heads, H KV heads of a stage, W rows of a packed KV shard and
+head, D head dim. Packed shards and storages are those of :mod:`.stages`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..comm import used_here, wait_for
+from ...blocks import Pages
+from ...dtypes import WIDE
+from ..calls import Call, Where
+from ..comm import Communicator, record_stream, wait_for
 from ..context import CPContext
-from ..queries import OutputGradient, Queries
-from ..symmetric_memory import MissingMemory
-from .costs import GatherCosts
-from .stages import SLOTS, CollectiveStage, Layer, PeerStage, Stage
-
-# K and V of the whole sequence in a stage: copies take most of a millisecond, and memory of a few such stages stays. On
-# four GPUs attention takes as long forward, and twice that backward; a host starts a stage in less.
-STAGE_BYTES = 256 << 20
+from ..ways import Attended, OutputGradient, Queries
+from .copies import CopyEngines
+from .stages import GatherTables, Stage, build_gather_tables
 
 
-def heads_of_stages(n_kv: int, stages: int, head_bytes: int) -> list[slice]:
-    """KV heads of each stage: in ``stages`` stages, or in more where K and V of one would take over STAGE_BYTES.
+class Collectives:
+    """Moves the stages of a layer by collectives: all rows, also those that nobody can see."""
 
-    Long stages have a half before and a half behind: nothing hides how the first one's K and V come in backward, nor
-    how the last one's gradients return.
+    ahead = 2
+    """Stages that have begun when the first of them is computed."""
 
-    Args:
-        head_bytes: of K and V of the whole sequence, one head.
-    """
-    most = max(1, min(n_kv // stages, STAGE_BYTES // head_bytes))
-    edge = most // 2 if most < n_kv and 2 * most * head_bytes > STAGE_BYTES else 0
-    middle = n_kv - 2 * edge
-    n_middle = -(-middle // most)
-    cuts = [0, *(edge + middle * i // n_middle for i in range(n_middle + 1)), n_kv]
-    return [slice(begin, end) for begin, end in zip(cuts[:-1], cuts[1:], strict=True) if begin < end]
+    def __init__(self, tables: GatherTables, comm: Communicator):
+        self.tables, self.comm = tables, comm
+        self.on_comm_stream = comm.on_comm_stream
+
+    def open_pass(self, needs_grad: bool, where: Where) -> None:
+        """The stages of a pass begin."""
+
+    def close_pass(self) -> None:
+        """All its stages were issued."""
+
+    def begin(self, stage: Stage, pack: Callable[[Tensor], None], ready: torch.cuda.Event | None, where: Where) -> None:
+        """Start moving a stage's packed KV shards, once the device has passed ``ready``.
+
+        Args:
+            pack: writes this rank's shard to the [H * W, 2, D] that it is given.
+        """
+        if stage.kept is not None:
+            stage.storage = stage.kept
+            return
+        with self.comm.on_comm_stream(ready):
+            shard = torch.empty(
+                stage.n_rows, 2, self.tables.dim, dtype=self.tables.dtype, device=self.tables.geometry.owner.device
+            )
+            pack(shard)
+            wait = self.comm.all_gather_async(shard, "kv", where)
+        stage.wait = lambda: wait().flatten(0, 1)
+
+    def grads_memory(self, stage: Stage) -> Tensor:
+        """[P * H * W, 2, D], as it will travel, for this rank's partial gradients of the storage; rows that this rank
+        can see hold anything."""
+        grads = stage.storage.new_empty(stage.storage.shape, dtype=self.tables.wire)
+        # What this rank cannot see travels too.
+        for shard, seen in zip(grads.split(stage.n_rows), self.tables.seen_here[stage.count], strict=True):
+            shard[: seen.start], shard[seen.stop :] = 0, 0
+        return grads
+
+    def return_grads(
+        self, stage: Stage, grads: Tensor, sum_up: Callable[[Tensor], None], where: Where
+    ) -> Callable[[], torch.cuda.Event | None]:
+        """Start returning partial gradients.
+
+        Args:
+            grads: of :meth:`grads_memory`, written by what the current stream does before this.
+            sum_up: adds up what others return, [M, 2, D].
+
+        Returns:
+            A function that issues ``sum_up``, and returns the event that follows it; None where it is done. Better
+            called late: where all streams share one queue of the GPU (CUDA_DEVICE_MAX_CONNECTIONS=1), what waits there
+            holds up what was issued after it.
+        """
+        comm, counts = self.comm, [stage.n_rows] * self.tables.size
+        with comm.on_comm_stream(comm.record_event(grads)):
+            wait = comm.all_to_all(grads, counts, counts, "kv_gradients", where)
+            record_stream(grads)
+            issued = comm.record_event(grads)
+
+        def finish() -> torch.cuda.Event | None:
+            with comm.on_comm_stream(issued):
+                sum_up(wait())
+                return comm.record_event(grads)
+
+        return finish
+
+    def finish(self, stage: Stage) -> None:
+        """All that needs the storage was issued."""
 
 
-class Gathering:
-    """What the calls of one layer, forward and backward, have in common."""
+Transport = Collectives | CopyEngines
 
-    def __init__(self, k: Tensor, cp: CPContext, block_size: int):
-        """``k`` [L, Hkv, D]."""
-        geometry, options, memory = cp.geometry(block_size), cp.exchange, cp.peers
-        _, n_kv, dim = k.shape
-        self.costs = GatherCosts(geometry, n_kv, dim, k.dtype, options, memory is not None)
-        head_bytes = len(geometry.owned) * geometry.widest * 2 * dim * k.dtype.itemsize
-        heads = heads_of_stages(n_kv, options.stages, head_bytes)
-        self.layer = Layer(cp.comm, geometry, memory, heads, dim, k.dtype, options.wire_dtype(k.dtype))
-        self._keep = options.keep
+
+def build_transport(cp: CPContext, block_size: int, q: Tensor, k: Tensor, top_k: int) -> Transport:
+    """What moves the stages of a layer with such queries [L, Hq, D] and keys [L, Hkv, D], and its tables."""
+    geometry, memory, n_rows = cp.geometry(block_size), cp.peers, q.shape[0] * q.shape[1]
+    tables = build_gather_tables(
+        geometry, cp.rank, tuple(k.shape), k.dtype, cp.exchange, memory is not None, n_rows, top_k
+    )
+    return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
+
+
+class AllGather:
+    """A :class:`..ways.Way`."""
+
+    def __init__(self, transport: Transport, ops, call: Call):
+        """``ops``: the backend that serves q, see :func:`moba_cp.ops.backend`."""
+        self.transport, self.ops, self._call = transport, ops, call
+        self._stages: Iterator[Stage] | None = None
         self._kept: list[Tensor] = []
         self._task_cache: dict = {}
         """What attention to the stages of a pass has in common."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
 
-    def stages(
-        self, k_rows: Tensor, v_rows: Tensor, backward: bool, differentiated: bool = True, kept: Sequence[Tensor] = ()
-    ) -> Iterator[Stage]:
-        """The stages, in turn; a collective call, which starts the first ones at once. While one is computed the next
-        ones' storages arrive. All have to be taken: the pass ends with the last.
-
-        Args:
-            k_rows, v_rows: [L + X, Hkv, D].
-            backward: whether forward was before.
-            differentiated: forward will be followed by backward.
-            kept: of :meth:`take_kept` after forward: what was kept does not travel again.
+    def start(self, owned: Pages, where: Where, saved: list[Tensor | None] | None = None) -> None:
+        """Start the first stages. While one is computed the next ones' storages arrive.
 
         Raises:
             RuntimeError: an earlier pass failed on this rank, or a rank has no memory for copies.
         """
-        layer, comm, memory = self.layer, self.layer.comm, self.layer.memory
-        if memory is not None:
-            rows = comm.size * max(h.stop - h.start for h in layer.heads) * layer.geometry.widest
-            memory.open_pass(f"rank {comm.rank} in {comm.direction}{comm.layer}")
-            try:
-                memory.reserve("kv", SLOTS["kv"], rows * 2 * layer.dim * layer.dtype.itemsize)
-                if differentiated:
-                    # Before activations fill what is left.
-                    memory.reserve("gradients", SLOTS["gradients"], rows * 2 * layer.dim * layer.wire.itemsize)
-            except MissingMemory:
-                # All ranks know, and nothing has begun.
-                memory.close_pass()
-                raise
+        transport, tables = self.transport, self.transport.tables
+        backward, needs_grad = saved is not None, self._call.needs_grad
+        transport.open_pass(backward or needs_grad, where)
         self._returning, self._task_cache, self._kept = None, {}, []
-        kind = CollectiveStage if memory is None else PeerStage
-        ready = comm.mark(k_rows)
-        with (memory or comm).beside(ready):
-            used_here(k_rows, v_rows)
+        ready = transport.comm.record_event(owned.k)
+        with transport.on_comm_stream(ready):
+            record_stream(owned.k, owned.v)
 
         def begin(number: int) -> Stage:
-            stage = kind(layer, layer.heads[number])
-            stage.begin(k_rows, v_rows, ready, kept[number] if kept else None)
+            heads = tables.heads[number]
+            count = heads.stop - heads.start
+            stage = Stage(heads, count, count * tables.geometry.most_rows, saved[number] if saved else None)
+
+            def pack(shard: Tensor) -> None:
+                self.ops.pack_kv_shard(owned.k[:, heads], owned.v[:, heads], shard, tables.geometry.cut)
+
+            transport.begin(stage, pack, ready, where)
             return stage
 
-        ahead = [begin(number) for number in range(min(kind.ahead, len(layer.heads)))]
-        return self._in_turn(ahead, begin, self._keep and differentiated and not backward)
+        ahead = [begin(number) for number in range(min(transport.ahead, len(tables.heads)))]
+        self._stages = self._in_turn(ahead, begin, tables.keep and needs_grad and not backward)
 
-    def take_kept(self) -> list[Tensor]:
-        """Storages of all stages of forward that are to serve backward too, none if they are to travel again; they
-        are the caller's from now on."""
-        kept, self._kept = self._kept, []
-        return kept
+    def plan(self, block_indices: Tensor, owned: Pages) -> None:
+        """Nothing depends on the selection."""
 
-    def attend(self, stage: Stage, rows: Queries, out: tuple[Tensor, Tensor], overwrite_out: bool) -> None:
+    def forward(self, queries: Queries, owned: Pages, so_far: tuple[Tensor, Tensor] | None = None) -> Attended:
+        """See :class:`..ways.Way`; ``so_far``: out and lse of the blocks that this rank owns, to which the others' are
+        joined."""
+        q = queries.q
+        if self._stages is None:
+            self.start(owned, self._call.where)
+        for counters in self.transport.comm.counters_of(self._call.where):
+            counters.planned += self.transport.tables.planned_bytes
+        out, lse = so_far or (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype]))
+        for stage in self._stages:
+            self.attend(stage, queries, (out, lse), so_far is None)
+        kept, self._kept, self._stages = self._kept, [], None
+        return Attended(out, lse, kept, self)
+
+    def backward(
+        self, saved: list[Tensor | None], queries: Queries, output: OutputGradient, owned: Pages, where: Where
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`..ways.Way`; after :meth:`start`."""
+        q, k = queries.q, owned.k
+        # Gradients of straddling blocks are sums yet to be completed.
+        dtype = output.lse.dtype if self.transport.tables.geometry.straddles else k.dtype
+        dq, grads = q.new_empty(q.shape), k.new_empty(2, *k.shape, dtype=dtype)
+        for stage in self._stages:
+            self.attend_backward(stage, queries, output, dq, grads, where)
+        self._stages = None
+        self._sum_up()
+        wait_for(self._summed)
+        return dq, grads
+
+    def attend(self, stage: Stage, queries: Queries, out: tuple[Tensor, Tensor], overwrite_out: bool) -> None:
         """Attention to a stage's heads.
 
         Args:
-            stage: of :meth:`stages`.
             out: out [L, Hq, D] and lse [L, Hq], see :func:`moba_cp.eager.attend`.
             overwrite_out: ``out`` holds nothing yet; otherwise it holds the attention to this rank's blocks.
         """
-        rows.attend(
-            stage.pages(with_own=overwrite_out),
-            stage.heads,
-            out,
+        self.ops.attend(
+            queries.q,
+            self._pages(stage, overwrite_out),
+            *queries.seen,
+            index=queries.index,
+            kv_heads=stage.heads,
+            out=out,
             overwrite_out=overwrite_out,
             task_cache=self._task_cache,
         )
 
     def attend_backward(
-        self, stage: Stage, rows: Queries, output: OutputGradient, dq: Tensor, dk: Tensor, dv: Tensor
+        self, stage: Stage, queries: Queries, output: OutputGradient, dq: Tensor, kv_grads: Tensor, where: Where
     ) -> None:
         """Gradients of a stage's heads; a collective call.
 
         Args:
-            stage: of :meth:`stages`, which are to come here in turn.
             dq: [L, Hq, D], written in its dtype.
-            dk, dv: [L + X, Hkv, D], written once :meth:`wait` was called.
+            kv_grads: dk and dv, [2, L + X, Hkv, D], written once :meth:`_sum_up` was called after the last stage.
         """
-        grads = stage.gradients()
+        pages, tables = self._pages(stage, True), self.transport.tables
+        grads = self.transport.grads_memory(stage)
+        dk, dv = kv_grads
+
+        def sum_up(arrived: Tensor) -> None:
+            # What nobody attends to, tails of others' blocks, becomes anything.
+            record_stream(dk, dv)
+            own = grads[tables.rank * stage.n_rows : (tables.rank + 1) * stage.n_rows]
+            sums = dk[:, stage.heads], dv[:, stage.heads]
+            self.ops.sum_partial_grads(own, arrived, tables.partial_at[stage.count], *sums, tables.geometry.cut)
 
         def dkdv_done() -> None:
             self._sum_up()
-            self._returning = stage.give_back(grads, dk, dv)
+            self._returning = self.transport.return_grads(stage, grads, sum_up, where)
 
-        out = dq, grads[:, :1], grads[:, 1:]
-        how = dict(overwrite_dkv=True, overwrite_dq=True, dkdv_done=dkdv_done, task_cache=self._task_cache)
-        rows.attend_backward(stage.pages(with_own=True), stage.heads, out, output, **how)
-
-    def wait(self) -> None:
-        """Let the current stream wait for dK and dV of all stages."""
-        self._sum_up()
-        wait_for(self._summed)
+        self.ops.attend_backward(
+            queries.q,
+            pages,
+            *queries.seen,
+            output.dout,
+            output.lse,
+            output.delta,
+            output.deterministic,
+            index=queries.index,
+            kv_heads=stage.heads,
+            out=(dq, grads[:, :1], grads[:, 1:]),
+            overwrite_dkv=True,
+            overwrite_dq=True,
+            dkdv_done=dkdv_done,
+            task_cache=self._task_cache,
+        )
 
     def _sum_up(self) -> None:
-        """Issue the sums of the stage before, whose shares have been on their way for a while."""
+        """Issue the sums of the stage before, whose partial gradients have been on their way for a while."""
         if self._returning is not None:
             self._summed, self._returning = self._returning(), None
 
+    def _pages(self, stage: Stage, with_owned: bool) -> Pages:
+        """The blocks of a stage's storage that this rank can see, those that it owns among them or not; waits for the
+        storage."""
+        tables, storage = self.transport.tables, self._arrived(stage)
+        row, head = tables.all_pages if with_owned else tables.other_pages
+        geometry = tables.geometry
+        return Pages(storage[:, :1], storage[:, 1:], row, head, geometry.length, geometry.block_size)
+
+    @staticmethod
+    def _arrived(stage: Stage) -> Tensor:
+        if stage.storage is None:
+            stage.storage = stage.wait()
+        return stage.storage
+
     def _in_turn(self, ahead: list[Stage], begin: Callable[[int], Stage], keep: bool) -> Iterator[Stage]:
-        for number in range(len(self.layer.heads)):
+        """All stages; the pass ends with the last."""
+        n_stages, transport = len(self.transport.tables.heads), self.transport
+        for number in range(n_stages):
             stage = ahead.pop(0)
             if keep:
-                self._kept.append(stage.storage().clone())
+                self._kept.append(self._arrived(stage).clone())
             yield stage
-            stage.finish()
-            if number + stage.ahead < len(self.layer.heads):
-                ahead.append(begin(number + stage.ahead))
+            transport.finish(stage)
+            if number + transport.ahead < n_stages:
+                ahead.append(begin(number + transport.ahead))
         self._task_cache = {}
-        if self.layer.memory is not None:
-            self.layer.memory.close_pass()
+        transport.close_pass()

@@ -1,7 +1,8 @@
-"""Who can serve which blocks to whom, and where the flags of a request stand: tables made once per context.
+"""What is the same in every call: who can serve which blocks to whom, what they cost, and where the flags of a request
+stand.
 
-Legend: P ranks, n blocks, Hkv key/value heads. A pair is (KV head, block), numbered ``head * n + block``. A stage is
-one of the parts in which remote work is done.
+Legend: P ranks, n blocks, Hkv key/value heads, m blocks owned by this rank. A pair is (KV head, block), numbered
+``head * n + block``. A stage is one of the parts in which remote work is done.
 """
 
 from dataclasses import dataclass
@@ -9,9 +10,68 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...eager.exchange import PAIR, TOTALS, PairTables
+from ...eager.exchange import PAIR, TOTALS, BlockTables, PairTables, Prices
 from ..geometry import BlockGeometry
-from .decide import stage_of
+from ..options import Weighing, WireCosts
+
+# A row's share in a block is counted in integers, so that the decision does not depend on the order of additions.
+ROW_SHARE = 1 << 16
+
+
+def stage_of(n_kv: int, n_blocks: int, stages: int, device) -> Tensor:
+    """[Hkv, n] int64, the stage that each (KV head, block) belongs to.
+
+    Whole heads where there are enough of them, so that a row is not sent once per stage; parts of heads otherwise.
+    """
+    head = torch.arange(n_kv, device=device)[:, None]
+    if n_kv >= stages:
+        return (head * stages // n_kv).expand(-1, n_blocks).contiguous()
+    index = head * n_blocks + torch.arange(n_blocks, device=device)
+    return index * stages // max(1, n_kv * n_blocks)
+
+
+def heads_of_stage(n_kv: int, stages: int, stage: int) -> slice:
+    """The KV heads of which :func:`stage_of` puts anything into ``stage``, or more."""
+    if n_kv < stages:
+        return slice(0, n_kv)
+    return slice(-(-stage * n_kv // stages), -(-(stage + 1) * n_kv // stages))
+
+
+@dataclass(frozen=True)
+class DecisionTables:
+    """What a decision between blocks and rows goes by; see :func:`.plan.decide`."""
+
+    blocks: BlockTables
+    prices: Prices
+    dest: Tensor
+    """[Hkv, n] int32, ``stage * P + owner`` of blocks of other ranks, -1 for those that are here."""
+    open_dest: Tensor
+    """[Hkv, n] int32, the same with -1 also for blocks that are fetched in any case."""
+
+
+def build_decision_tables(
+    geometry: BlockGeometry, n_kv: int, stages: int, costs: WireCosts, weighing: Weighing
+) -> DecisionTables:
+    """:class:`DecisionTables` of ``geometry``'s rank; ``weighing``: how ``auto`` compares blocks and rows."""
+    size, device = len(geometry.owned), geometry.owner.device
+    far = torch.arange(size, device=device) // weighing.per_node != geometry.rank // weighing.per_node
+    candidates = (geometry.remote_candidate & far[geometry.owner]).sum() * n_kv
+    # Not in the default dtype, which a model's builder may have set to bfloat16.
+    weight = far.double() * weighing.far + (~far).double() * weighing.near
+    prices = Prices(
+        kv_token=costs.kv_token,
+        row_bytes=costs.row,
+        token=torch.full_like(weight, costs.kv_token),
+        row=costs.row * weight,
+        unit=ROW_SHARE,
+        sharing=weighing.sharing if weighing.per_node < size else 1,
+        far=far,
+        far_candidates=candidates.clamp(min=1),
+    )
+    dest = stage_of(n_kv, geometry.n_blocks, stages, device) * size + geometry.owner
+    dest = torch.where(geometry.is_remote, dest, -1).int()
+    blocks = BlockTables(geometry.owner, geometry.length, geometry.is_remote, geometry.always_fetched)
+    return DecisionTables(blocks, prices, dest, torch.where(geometry.always_fetched, -1, dest))
 
 
 @dataclass(frozen=True)
@@ -64,17 +124,24 @@ class HopTables:
 class WireTables:
     """Tables of one context for one block size and number of KV heads; building them waits for the device, once."""
 
+    geometry: BlockGeometry
     stages: int
     """parts of the remote work"""
+    kv_heads: list[slice]
+    """of each stage, or more"""
     hops: list[HopTables]
     """one, or the hop between nodes and the one within."""
+    number: Tensor
+    """[Hkv, n] int64, what its owner calls each pair: ``head * m + index``."""
+    number_dtype: torch.dtype
+    """in which these travel"""
+    own_blocks: Tensor
+    """[m] int64, the blocks of this rank."""
 
 
-def build_wire_tables(
-    geometry: BlockGeometry, n_kv: int, stages: int, ranks_per_node: int | None, rank: int
-) -> WireTables:
-    """:class:`WireTables` of one rank."""
-    size = len(geometry.owned)
+def build_wire_tables(geometry: BlockGeometry, n_kv: int, stages: int, ranks_per_node: int | None) -> WireTables:
+    """:class:`WireTables` of ``geometry``'s rank."""
+    size, rank = len(geometry.owned), geometry.rank
     stage = stage_of(n_kv, geometry.n_blocks, stages, geometry.row.device)
     header = 8 * (stages + TOTALS)
     if ranks_per_node in (None, 1) or ranks_per_node >= size:
@@ -82,8 +149,21 @@ def build_wire_tables(
     else:
         between, within = node_hops(geometry, rank, ranks_per_node)
         hops = [(between, 0, False), (within, header, True)]
-    tables = [_hop_tables(*hop, geometry, stage, stages, rank) for hop in hops]
-    return WireTables(stages, tables)
+    count = geometry.owned_count[geometry.owner]
+    return WireTables(
+        geometry=geometry,
+        stages=stages,
+        kv_heads=[heads_of_stage(n_kv, stages, number) for number in range(stages)],
+        hops=[_hop_tables(*hop, geometry, stage, stages, rank) for hop in hops],
+        number=torch.arange(n_kv, device=count.device)[:, None] * count + geometry.local_index,
+        number_dtype=number_dtype(geometry, n_kv),
+        own_blocks=geometry.owned[rank],
+    )
+
+
+def number_dtype(geometry: BlockGeometry, n_kv: int) -> torch.dtype:
+    """Integer dtype in which the (KV head, block) pairs of any one rank can be numbered."""
+    return torch.int16 if n_kv * max(ids.numel() for ids in geometry.owned) < 2**15 else torch.int32
 
 
 def _hop_tables(

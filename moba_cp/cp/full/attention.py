@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ...transforms import once_differentiable, without_autocast
-from ..comm import BACKWARD, ring_bytes
+from ..calls import Where, enter_call
+from ..comm import ring_bytes
 from ..compiling import outside_graphs
 from ..context import CPContext, check_context
 from . import allgather as full_gather
 from . import ring as full_ring
+from .schedule import schedule_of
 
 METHODS = {"ring": full_ring, "allgather": full_gather}
 # Below this a ring's steps are too short to hide their latency.
@@ -38,7 +40,7 @@ def full_attention(
     """
     check_context(cp, q)
     if torch.is_inference_mode_enabled():
-        # Tables made by the way outlive it, and serve training too.
+        # Tables that this call makes outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
             return full_attention(q, k, v, scale, cp, method, backend, deterministic)
     if method != "auto" and method not in METHODS:
@@ -51,23 +53,23 @@ def full_attention(
 def choose_method(k: Tensor, cp: CPContext) -> str:
     """``allgather`` where K and V of the whole sequence are small and nearly all of it is seen, else ``ring``."""
     small = 2 * k.nbytes * cp.size <= SMALL_BYTES
-    return "allgather" if small and cp.size > 1 and max(cp.full_plan.hops) == cp.size - 1 else "ring"
+    return "allgather" if small and cp.size > 1 and max(schedule_of(cp).hops) == cp.size - 1 else "ring"
 
 
 class _FullAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
-        cp.comm.direction = ""
-        cp.comm.enter_call("full", q.shape[1], k.shape[1:])
+        where = Where.forward(cp.comm.layer)
+        enter_call(cp.comm, where, "full", q.shape[1], k.shape[1:])
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = method.forward(q, k, v, scale, cp, backend, deterministic)
+        out, lse = method.forward(q, k, v, scale, cp, backend, deterministic, where)
         out = out.to(q.dtype)
-        for counters in cp.comm.books():
+        for counters in cp.comm.counters_of(where):
             counters.dense_ring += ring_bytes(k, cp.size)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = scale, cp, method, backend, deterministic
-        ctx.layer = cp.comm.layer
+        ctx.layer = where.layer
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -77,9 +79,9 @@ class _FullAcrossRanks(torch.autograd.Function):
     def backward(ctx, dout, _dlse):
         q, k, v, out, lse = ctx.saved_tensors
         scale, cp, method, backend, deterministic = ctx.rest
-        cp.comm.layer, cp.comm.direction = ctx.layer, BACKWARD
-        cp.comm.enter_call("full")
-        dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic)
-        for counters in cp.comm.books():
+        where = Where.backward(ctx.layer)
+        enter_call(cp.comm, where, "full")
+        dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic, where)
+        for counters in cp.comm.counters_of(where):
             counters.dense_ring += 2 * ring_bytes(k, cp.size)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None

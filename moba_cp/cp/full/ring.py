@@ -14,15 +14,19 @@ from torch import Tensor
 
 from ... import dense
 from ...dtypes import WIDE
+from ..calls import Where
 from ..comm import Communicator
 from ..context import CPContext
+from .schedule import schedule_of
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, backend: str, deterministic: bool):
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, backend: str, deterministic: bool, where: Where
+):
     """out [L, Hq, D] in any dtype, lse [L, Hq] wide, of q [L, Hq, D], k, v [L, Hkv, D]; a collective call."""
-    partials = dense.Partials(q)
-    for source, k_shard, v_shard in _shards(k, v, cp.full_plan.hops, cp.comm):
-        ranges = cp.full_plan.ranges(source)
+    schedule, partials = schedule_of(cp), dense.Partials(q)
+    for source, k_shard, v_shard in _shards(k, v, schedule.hops, cp.comm, where):
+        ranges = schedule.ranges(source)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
         if ranges.rectangles and source != cp.rank:
             partials.widen()
@@ -32,12 +36,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, backen
     return partials.result()
 
 
-def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str, deterministic: bool):
+def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str, deterministic: bool, where: Where):
     """dq [L, Hq, D], dk, dv [L, Hkv, D] in any dtype; dout, out like q, lse [L, Hq] wide; a collective call."""
-    dq = dense.Sum(q)
-    gradients = _GradientRing(k, cp.full_plan.hops, cp.comm)
-    for source, k_shard, v_shard in _shards(k, v, cp.full_plan.hops, cp.comm):
-        ranges = cp.full_plan.ranges(source)
+    schedule, dq = schedule_of(cp), dense.Sum(q)
+    gradients = _GradientRing(k, schedule.hops, cp.comm, where)
+    for source, k_shard, v_shard in _shards(k, v, schedule.hops, cp.comm, where):
+        ranges = schedule.ranges(source)
         kernels = dense.choose_backend(q, ranges, backend, deterministic)
         dk, dv = dense.Sum(k_shard), dense.Sum(v_shard)
         dense.attend_backward(q, k_shard, v_shard, ranges, scale, kernels, dout, out, lse, dq, dk, dv, deterministic)
@@ -47,29 +51,32 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
     return dq.narrow(), dk, dv
 
 
-def _shards(k: Tensor, v: Tensor, hops: list[int], comm: Communicator) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _shards(
+    k: Tensor, v: Tensor, hops: list[int], comm: Communicator, where: Where
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(source, K, V) of every step, [L, Hkv, D], or [0, Hkv, D] where the shard does not come; a collective call.
 
     The next shard is on its way while the caller computes with this one.
     """
     rank, size, n_local = comm.rank, comm.size, k.shape[0]
-    wait: tuple[Callable[[], Tensor], ...] = ()
+    wait: Callable[[], tuple[Tensor, ...]] = tuple
     for step in range(max(hops) + 1):
         if step:
-            k, v = (arrive() for arrive in wait)
+            k, v = wait()
         if step < max(hops):
             send, receive = [0] * size, [0] * size
             send[(rank + 1) % size] = k.shape[0] if hops[(rank - step) % size] > step else 0
             receive[rank - 1] = n_local if hops[(rank - step - 1) % size] > step else 0
-            wait = tuple(comm.all_to_all(x[: sum(send)], send, receive, "full_kv") for x in (k, v))
+            rows = sum(send)
+            wait = comm.all_to_all((k[:rows], v[:rows]), send, receive, "full_kv", where)
         yield (rank - step) % size, k, v
 
 
 class _GradientRing:
     """Gradients of the shards, following them one step behind."""
 
-    def __init__(self, k: Tensor, hops: list[int], comm: Communicator):
-        self._k, self._hops, self._comm = k, hops, comm
+    def __init__(self, k: Tensor, hops: list[int], comm: Communicator, where: Where):
+        self._k, self._hops, self._comm, self._where = k, hops, comm, where
         self._step = 0
         self._arrive: Callable[[], None] | None = None
         self._earlier: Tensor | None = None
@@ -102,7 +109,7 @@ class _GradientRing:
         before, last = (rank - 1) % size, (rank + step) % size
         receive[before] += n_local * follows
         receive[last] += n_local * returns
-        wait = self._comm.all_to_all(grads, send, receive, "full_kv_gradients")
+        wait = self._comm.all_to_all(grads, send, receive, "full_kv_gradients", self._where)
 
         def arrive() -> None:
             parts = wait().split(receive)

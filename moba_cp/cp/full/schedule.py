@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 
 from ...dense import Ranges, build_ranges
+from ..context import CPContext
 from ..layout import Segments
 
 
-class FullPlan:
+class FullSchedule:
     """One rank's view of causal attention over the sequence; host arithmetic, done once per context."""
 
     def __init__(self, segments: list[Segments], rank: int, cu_seqlens: np.ndarray):
@@ -41,6 +42,12 @@ class FullPlan:
             for source in np.flatnonzero(seen).tolist():
                 hops[source] = max(hops[source], (rank - source) % size)
         return hops
+
+
+def schedule_of(cp: CPContext) -> FullSchedule:
+    """The context's schedule; built at the first call and kept."""
+    bounds = cp.cu_seqlens.numpy().astype(np.int64)
+    return cp.cached(FullSchedule, None, lambda: FullSchedule(cp.segments, cp.rank, bounds))
 
 
 def _document_extent(segments: list[Segments], cu_seqlens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
