@@ -152,18 +152,18 @@ def test_a_sum_of_one_part_is_zero_elsewhere():
 
 
 @pytest.fixture
-def interpreted_fold(monkeypatch):
-    """:func:`moba_cp.kernels.fold.fold` under Triton's interpreter, whatever the rest of the process does."""
-    from moba_cp.kernels import fold
+def interpreted_merge(monkeypatch):
+    """:func:`moba_cp.kernels.merge.merge_partial` under Triton's interpreter, whatever the rest of the process does."""
+    from moba_cp.kernels import merge
 
     with monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "interpret", True)
-        yield importlib.reload(fold).fold
-    importlib.reload(fold)
+        yield importlib.reload(merge).merge_partial
+    importlib.reload(merge)
 
 
 @pytest.mark.parametrize("picked", [False, True], ids=["all rows", "some rows"])
-def test_fold_kernel(interpreted_fold, picked):
+def test_merge_kernel(interpreted_merge, picked):
     torch.manual_seed(0)
     n, heads, dim = 21, 3, 24
     rows = torch.randperm(n)[:17] if picked else None
@@ -174,8 +174,8 @@ def test_fold_kernel(interpreted_fold, picked):
     part_lse = torch.randn(n_part, heads)
     part_lse[0, 0], part_lse[1, 1] = -torch.inf, torch.nan
     expected, expected_lse = out.clone(), lse.clone()
-    sums._fold(expected, expected_lse, part, part_lse, slice(0, n) if rows is None else rows)
-    interpreted_fold(out, lse, part, part_lse, rows)
+    sums._merge_partial(expected, expected_lse, part, part_lse, slice(0, n) if rows is None else rows)
+    interpreted_merge(out, lse, part, part_lse, rows)
     torch.testing.assert_close(out, expected, equal_nan=True)
     torch.testing.assert_close(lse, expected_lse, equal_nan=True)
     assert out.isnan().sum() == dim

@@ -30,13 +30,13 @@ class Partials:
             self._out, self._lse = self.result()
         self.widen()
         if self._out.is_cuda and self._wide == torch.float32:
-            from ..kernels.fold import fold
+            from ..kernels.merge import merge_partial
 
             picked = isinstance(rows, Tensor)
             into = (self._out, self._lse) if picked else (self._out[rows], self._lse[rows])
-            fold(*into, out, lse, rows if picked else None)
+            merge_partial(*into, out, lse, rows if picked else None)
         else:
-            _fold(self._out, self._lse, out, lse, rows)
+            _merge_partial(self._out, self._lse, out, lse, rows)
 
     def widen(self) -> None:
         """Make room for joining now, before the next result takes memory; :meth:`add` would do it."""
@@ -51,8 +51,8 @@ class Partials:
         return out, torch.full(self._shape[:2], -torch.inf, dtype=self._wide, device=self._device)
 
 
-def _fold(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor) -> None:
-    """:func:`moba_cp.kernels.fold.fold` in plain PyTorch, any dtype."""
+def _merge_partial(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor) -> None:
+    """:func:`moba_cp.kernels.merge.merge_partial` in plain PyTorch, any dtype."""
     joined = torch.logaddexp(lse[rows], part_lse)
     shift = finite_lse(joined)
     old, new = (lse[rows] - shift).exp()[..., None], (part_lse - shift).exp()[..., None]
