@@ -5,13 +5,13 @@ row, S' = S + 1 where rows also see their current block, else S.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import hopper
-from .backward import DQ_ATOMIC, DQ_NONE, FACTS, _finish_kernel, _key_kernel, _query_kernel, _visit_table_kernel
+from .backward import DQ_ATOMIC, DQ_NONE, TASK_INFO, _dkdv_kernel, _dq_kernel, _finish_kernel, _visit_table_kernel
 from .common import (
     cdiv,
     check_head_dim,
@@ -25,9 +25,9 @@ from .common import (
 )
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
-from .routing import Routing, Tasks, build_routing
+from .routing import Tasks, build_routing
 from .tuned import Tile
-from .work import Call, Work, backward_work, cached_work, cut, forward_work, index_size, part_dtype, sum_places
+from .work import Call, Work, backward_work, cached_work, count_sums, cut, forward_work, index_size, part_dtype
 
 LOG2E = 1.4426950408889634
 
@@ -75,8 +75,10 @@ def attend(
     out_dtype = out_dtype or torch.float32
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        some = q[:, at], pages.of_heads(kv_heads), block_indices[:, at], current_block, visible, scale, out_dtype
-        attend(*some, out=tuple(x[:, at] for x in out), overwrite_out=overwrite_out, scratch_bytes=scratch_bytes)
+        attend(
+            q[:, at], pages.of_heads(kv_heads), block_indices[:, at], current_block, visible, scale, out_dtype,
+            out=tuple(x[:, at] for x in out), overwrite_out=overwrite_out, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
         return out
     q, pages, block_indices = _kernel_inputs(q, pages, block_indices)
     n_rows, n_heads, dim = q.shape
@@ -98,9 +100,10 @@ def attend(
 
     call = Call(q, pages, block_indices, current_block, visible, scale, kv_heads, index, scratch_bytes)
     work = cached_work("forward", lambda heads: forward_work(call, heads), call, task_cache)
-    for rows, visits, routing, tasks in zip(work.rows, work.visits, work.routings, work.tasks, strict=True):
-        for some in cut(kv_heads, work.kv_step):
-            _attend_slice(q, pages, *visits, scale, out, lse, join, routing, work.tile, tasks, rows, some)
+    for i in range(len(work.rows)):
+        for some_heads in cut(kv_heads, work.kv_step):
+            part = _Slice(call, work, i, some_heads)
+            _attend_slice(part, work.tile, work.tasks[i], out[part.rows, part.heads], lse[part.rows, part.heads], join)
     return out, lse
 
 
@@ -151,19 +154,11 @@ def attend_backward(
     check_head_dim(q.shape[2])
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
-        rows = dout[:, at], lse[:, at], delta[:, at]
-        some = (
-            q[:, at],
-            pages.of_heads(kv_heads),
-            block_indices[:, at],
-            current_block,
-            visible,
-            scale,
-            *rows,
-            deterministic,
-        )
-        rest = dict(overwrite_dkv=overwrite_dkv, overwrite_dq=overwrite_dq, dkdv_done=dkdv_done)
-        attend_backward(*some, scratch_bytes=scratch_bytes, out=(out[0][:, at], *out[1:]), **rest)
+        attend_backward(
+            q[:, at], pages.of_heads(kv_heads), block_indices[:, at], current_block, visible, scale,
+            dout[:, at], lse[:, at], delta[:, at], deterministic, out=(out[0][:, at], *out[1:]),
+            overwrite_dkv=overwrite_dkv, overwrite_dq=overwrite_dq, dkdv_done=dkdv_done, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
         return out
     q, pages, block_indices = _kernel_inputs(q, pages, block_indices)
     q, dout = _row_major(q), _row_major(dout.to(q.dtype))
@@ -194,30 +189,32 @@ def attend_backward(
             return out
 
     call = Call(q, pages, block_indices, current_block, visible, scale, kv_heads, index, scratch_bytes)
-    how = dout, deterministic, local_dtype is not None, overwrite_dkv
-    work = cached_work("backward", lambda heads: backward_work(call, heads, *how), call, task_cache)
+    make = lambda heads: backward_work(call, heads, dout, deterministic, local_dtype is not None, overwrite_dkv)
+    work = cached_work("backward", make, call, task_cache)
     if overwrite_dkv and not work.direct:
         if dk.dtype == torch.float32:
             dk.zero_(), dv.zero_()
         else:
             dk, dv, dkdv_done = _wide_sums(dk, dv, dkdv_done)
+    grads = _Gradients(dout, lse, delta, dq, dk, dv, add_dq=out is not None and not overwrite_dq)
     head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
-        sums = dk, dv, None, None, 0
         if work.direct:
-            n_sums = sum_places(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
+            n_sums = count_sums(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
             shape = 2, n_sums * pages.block_size, dim
-            sums = dk, dv, *torch.zeros(shape, dtype=torch.float32, device=q.device), 0
+            sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
+            grads = replace(grads, sum_k=sum_k, sum_v=sum_v)
         elif local_dtype is not None:
             shape = 2, pages.k.shape[0], heads, dim
-            sums = *torch.zeros(shape, dtype=torch.float32, device=q.device), None, None, some_heads.start
-        for i, rows in enumerate(work.rows):
-            rest = dout, lse, delta, deterministic, out is not None and not overwrite_dq, dq, *sums
-            done = dkdv_done if some_heads is head_slices[-1] and rows is work.rows[-1] else None
-            _backward_slice(q, pages, *work.visits[i], scale, *rest, work, i, some_heads, done)
+            sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
+            grads = replace(grads, dk=sum_k, dv=sum_v, first_head=some_heads.start)
+        for i in range(len(work.rows)):
+            is_last = some_heads is head_slices[-1] and i == len(work.rows) - 1
+            part = _Slice(call, work, i, some_heads)
+            _backward_slice(part, work, i, grads, deterministic, dkdv_done if is_last else None)
         if local_dtype is not None and not work.direct:
-            dk[:, some_heads], dv[:, some_heads] = sums[:2]
+            dk[:, some_heads], dv[:, some_heads] = grads.dk, grads.dv
     return out or (dq, dk, dv)
 
 
@@ -278,125 +275,161 @@ def _row_major(x: Tensor) -> Tensor:
     return x if fits and x.stride(0) // dim * x.shape[0] < 2**31 else x.contiguous()
 
 
-class _Slice:
-    """What forward and backward launches share for some rows of some KV heads: these, their blocks and compile-time
-    constants."""
+@dataclass(frozen=True)
+class _Gradients:
+    """What a backward reads of the output, and the gradients that it writes."""
 
-    def __init__(
-        self, q: Tensor, pages, block_indices: Tensor, current_block: Tensor | None, rows: slice, kv_heads: slice
-    ):
-        """``block_indices`` and ``current_block`` are of these rows."""
+    dout: Tensor
+    """[N, Hq, D]."""
+    lse: Tensor
+    """[N, Hq] float32."""
+    delta: Tensor
+    """[N, Hq] float32."""
+    dq: Tensor
+    """[N, Hq, D]."""
+    dk: Tensor
+    """[R, heads, D], the storage's, or float32 sums of the heads from ``first_head`` on."""
+    dv: Tensor
+    """Like ``dk``."""
+    add_dq: bool
+    """Whether dq is added to what ``dq`` holds."""
+    sum_k: Tensor | None = None
+    """[places * B, D] float32, sums of lists that are longer than a task, where the others are stored at once."""
+    sum_v: Tensor | None = None
+    """Like ``sum_k``."""
+    first_head: int = 0
+
+
+class _Slice:
+    """What the launches share for some rows of some KV heads: their tensors, strides and compile-time constants."""
+
+    def __init__(self, call: Call, work: Work, i_rows: int, kv_heads: slice):
+        q, pages = call.q, call.pages
         n_kv, self.n_blocks = pages.row.shape
-        group = q.shape[1] // n_kv
-        self.n_slots = block_indices.shape[2] + (current_block is not None)
-        self.block_size = pages.block_size
+        self.rows, self.routing = work.rows[i_rows], work.routings[i_rows]
+        block_indices, self.current_block, self.visible = work.visits[i_rows]
+        self.scale, self.block_size = call.scale, pages.block_size
+        self.n_slots = call.n_slots
         self.heads = pages.query_heads(kv_heads, q.shape[1])
         self.n_heads = self.heads.stop - self.heads.start
-        self.q = q[rows, self.heads]
-        self.n_rows = self.q.shape[0]
+        self.block_indices = block_indices[:, self.heads]
+        self.q = q[self.rows, self.heads]
+        self.n_rows, _, self.dim = self.q.shape
         self.n_visits = self.n_rows * self.n_heads * self.n_slots
         self.k, self.v, self.length = pages.k, pages.v, pages.length
-        self.row, self.head = pages.row[kv_heads], pages.head[kv_heads]
-        self.lists = slice(kv_heads.start * self.n_blocks, kv_heads.stop * self.n_blocks + 1)
-        self.pages = self.row, self.head, self.length
-        self.strides = (*self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2])
-        self.page_strides = self.row.stride(0), *self.head.stride()
-        self.constants = dict(
-            G=group, S=block_indices.shape[2], SLOTS=self.n_slots, D=q.shape[2], BD=padded_dim(q.shape[2]),
-            PRECISION=dot_precision(q.dtype),
-        )  # fmt: skip
+        self.page_row, self.page_head = pages.row[kv_heads], pages.head[kv_heads]
+        self.n_kv, self.n_lists = self.page_row.shape[0], self.page_row.numel()
+        self.first_list = kv_heads.start * self.n_blocks
+        self.list_start = self.routing.list_start[self.first_list : self.first_list + self.n_lists + 1]
+        self.group, self.n_selected = q.shape[1] // n_kv, block_indices.shape[2]
+        self.q_strides = dict(s_qt=self.q.stride(0), s_qh=self.q.stride(1))
+        self.kv_strides = dict(
+            s_kr=self.k.stride(0), s_kh=self.k.stride(1), s_vr=self.v.stride(0), s_vh=self.v.stride(1)
+        )
+        self.visit_constants = dict(G=self.group, S=self.n_selected, SLOTS=self.n_slots)
+        self.dot_constants = dict(D=self.dim, BD=padded_dim(self.dim), PRECISION=dot_precision(q.dtype))
 
     def grid(self, tasks: Tasks, programs: int = 1) -> tuple[int]:
         """Programs for all tasks of the slice, ``programs`` each."""
-        return (tasks.count(self.n_visits, self.row.numel()) * programs,)
+        return (tasks.count(self.n_visits, self.n_lists) * programs,)
 
-    def task_args(self, tasks: Tasks) -> tuple[int, ...]:
-        """What :func:`read_task` wants beside the tensors."""
-        return tasks.table.shape[0], tasks.rows, self.lists.start, self.row.numel()
+    def task_args(self, tasks: Tasks) -> dict[str, int]:
+        """What :func:`read_task` wants besides the tensors and R."""
+        return dict(n_entries=tasks.table.shape[0], first_list=self.first_list, n_lists=self.n_lists)
 
 
-def _attend_slice(
-    q, pages, block_indices, current_block, visible, scale, out, lse, join: bool, routing: Routing, tile: Tile,
-    tasks: Tasks, rows: slice, kv_heads: slice,
-) -> None:  # fmt: skip
-    part = _Slice(q, pages, block_indices, current_block, rows, kv_heads)
+def _attend_slice(part: _Slice, tile: Tile, tasks: Tasks, out: Tensor, lse: Tensor, join: bool) -> None:
+    """``out`` and ``lse`` are those of the slice."""
+    q = part.q
     shape = part.n_rows, part.n_heads, part.n_slots
-    parts = torch.empty(*shape, q.shape[2], dtype=q.dtype, device=q.device)
+    parts = torch.empty(*shape, part.dim, dtype=q.dtype, device=q.device)
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
-    kernel = _short_block_kernel if pages.block_size <= tile.bn else _long_block_kernel
+    kernel = _short_block_kernel if part.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
         if tile.fetch_registers:
-            hopper.launch_forward(part, tile, tasks, routing, visible, parts, parts_lse, scale * LOG2E)
+            hopper.launch_forward(part, tile, tasks, parts, parts_lse, part.scale * LOG2E)
         else:
             kernel[part.grid(tasks)](
-                part.q, part.k, part.v, parts, parts_lse, routing.visits, tasks.table, routing.list_start[part.lists],
-                visible, scale * LOG2E, *part.task_args(tasks), part.n_blocks, part.n_heads, *part.strides,
-                **part.constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
+                q=q, k=part.k, v=part.v, part=parts, part_lse=parts_lse,
+                visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
+                scale_log2=part.scale * LOG2E, task_rows=tasks.rows, **part.task_args(tasks),
+                n_blocks=part.n_blocks, n_heads=part.n_heads, **part.q_strides, **part.kv_strides,
+                **part.visit_constants, **part.dot_constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
+                **launch_options(tile.warps),
             )  # fmt: skip
-    merge_visits(parts, parts_lse, out[rows, part.heads], lse[rows, part.heads], join)
+    merge_visits(parts, parts_lse, out, lse, join)
 
 
 def _backward_slice(
-    q, pages, block_indices, current_block, visible, scale, dout, lse, delta, deterministic, add: bool, dq, dk, dv,
-    sum_k, sum_v, first_head: int, work: Work, i_rows: int, kv_heads: slice, dkdv_done: Callable[[], None] | None,
+    part: _Slice, work: Work, i_rows: int, grads: _Gradients, deterministic: bool,
+    dkdv_done: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    tile, mode, routing, key_tasks = work.tile, work.mode, work.routings[i_rows], work.tasks[i_rows]
-    rows = work.rows[i_rows]
-    part = _Slice(q, pages, block_indices, current_block, rows, kv_heads)
-    key_tiles = cdiv(pages.block_size, tile.bn)
-    dout, lse, delta, dq = (x[rows, part.heads] for x in (dout, lse, delta, dq))
-    n_rows, group = part.n_rows, part.constants["G"]
-    shape = part.row.shape[0], n_rows, group
+    tile, mode, tasks = work.tile, work.mode, work.tasks[i_rows]
+    q, k, v = part.q, part.k, part.v
+    key_tiles = cdiv(part.block_size, tile.bn)
+    dout, lse, delta, dq = (x[part.rows, part.heads] for x in (grads.dout, grads.lse, grads.delta, grads.dq))
+    shape = part.n_kv, part.n_rows, part.group
     if mode == DQ_ATOMIC.value:
-        part_dq = torch.zeros(*shape, q.shape[2], dtype=torch.float32, device=q.device)
+        part_dq = torch.zeros(*shape, part.dim, dtype=torch.float32, device=q.device)
     else:
-        part_dq = torch.empty(*shape, part.n_slots, q.shape[2], dtype=part_dtype(q.dtype), device=q.device)
+        part_dq = torch.empty(*shape, part.n_slots, part.dim, dtype=part_dtype(q.dtype), device=q.device)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
-    facts = torch.empty(*part.grid(key_tasks, FACTS.value + key_tiles), dtype=torch.int32, device=q.device)
+    task_info = torch.empty(*part.grid(tasks, TASK_INFO.value + key_tiles), dtype=torch.int32, device=q.device)
     turn = None
     if deterministic:
-        turn = torch.zeros(1 + part.row.numel() * key_tiles, dtype=torch.int32, device=q.device)
-    list_start = routing.list_start[part.lists]
-    constants = dict(D=q.shape[2], BD=padded_dim(q.shape[2]), PRECISION=dot_precision(q.dtype))
-    inputs = part.q, part.k, part.v, dout
+        turn = torch.zeros(1 + part.n_lists * key_tiles, dtype=torch.int32, device=q.device)
+    dk_strides = dict(s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1))
     with on_device(q):
-        _visit_table_kernel[part.grid(key_tasks)](
-            routing.visits, key_tasks.table, list_start, visible, lse, delta, table, stats, facts,
-            n_rows * group * part.n_slots, *part.task_args(key_tasks), part.n_blocks, part.n_visits,
-            q.stride(0) // q.shape[2], lse.stride(0), delta.stride(0),
-            G=group, S=block_indices.shape[2], SLOTS=part.n_slots, BLOCK=512,
-            KEY_TILES=key_tiles, BN=tile.bn, TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
+        _visit_table_kernel[part.grid(tasks)](
+            visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
+            lse=lse, delta=delta, table=table, stats=stats, task_info=task_info,
+            n_visits=part.n_rows * part.group * part.n_slots, task_rows=tasks.rows, **part.task_args(tasks),
+            n_blocks=part.n_blocks, room=part.n_visits,
+            s_token=q.stride(0) // part.dim, s_lt=lse.stride(0), s_dt=delta.stride(0),
+            **part.visit_constants, BLOCK=512, KEY_TILES=key_tiles, BN=tile.bn,
+            TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
         )  # fmt: skip
-        rest = dk, dv, sum_k, sum_v, table, stats, facts
         if tile.fetch_registers:
-            hopper.launch_keys(part, tile, key_tasks, key_tiles, dout, part_dq, *rest, scale, first_head)
+            hopper.launch_dkdv(part, tile, tasks, key_tiles, dout, part_dq, grads, table, stats, task_info)
         else:
-            _key_kernel[part.grid(key_tasks, key_tiles)](
-                *inputs, part_dq, *rest, turn, scale, part.n_visits, pages.block_size, first_head,
-                *part.strides[2:], *dk.stride()[:2], **constants,
-                SLOTS=part.n_slots, BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode,
-                ORDERED=deterministic, DIRECT=sum_k is not None, STAGES=tile.stages, **launch_options(tile.warps),
+            _dkdv_kernel[part.grid(tasks, key_tiles)](
+                q=q, k=k, v=v, dout=dout, dq=part_dq, dk=grads.dk, dv=grads.dv, sum_k=grads.sum_k, sum_v=grads.sum_v,
+                table=table, stats=stats, task_info=task_info, turn=turn,
+                scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
+                **part.kv_strides, **dk_strides, SLOTS=part.n_slots, **part.dot_constants,
+                BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic, DIRECT=work.direct,
+                STAGES=tile.stages, **launch_options(tile.warps),
             )  # fmt: skip
-        if sum_k is not None:
-            _finish_kernel[(part.row.numel(), cdiv(pages.block_size, 32))](
-                sum_k, sum_v, dk, dv, list_start, *part.pages,
-                part.n_visits, key_tasks.rows, part.row.numel(), part.n_blocks, pages.block_size,
-                *dk.stride()[:2], *part.page_strides, D=q.shape[2], BD=padded_dim(q.shape[2]), BN=32,
-                **launch_options(4),
+        if work.direct:
+            _finish_kernel[(part.n_lists, cdiv(part.block_size, 32))](
+                sum_k=grads.sum_k, sum_v=grads.sum_v, dk=grads.dk, dv=grads.dv, list_start=part.list_start,
+                page_row=part.page_row, page_head=part.page_head, length=part.length,
+                room=part.n_visits, task_rows=tasks.rows, n_lists=part.n_lists, n_blocks=part.n_blocks,
+                block_size=part.block_size, **dk_strides, s_row=part.page_row.stride(0),
+                s_head=part.page_head.stride(0), s_head_n=part.page_head.stride(1),
+                D=part.dim, BD=padded_dim(part.dim), BN=32, **launch_options(4),
             )  # fmt: skip
         if dkdv_done is not None:
             dkdv_done()
-        tile, query_tasks = work.query_tile, work.query_tasks[i_rows]
-        if mode == DQ_NONE.value and tile.fetch_registers:
-            hopper.launch_queries(part, tile, query_tasks, dout, part_dq, table, stats, list_start, scale)
-        elif mode == DQ_NONE.value:
-            _query_kernel[part.grid(query_tasks)](
-                *inputs, part_dq, table, stats, query_tasks.table, list_start,
-                scale, part.n_visits, *part.task_args(query_tasks), *part.strides[2:], **constants,
-                BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
-            )  # fmt: skip
+        if mode == DQ_NONE.value:
+            _launch_dq(part, work.dq_tile, work.dq_tasks[i_rows], dout, part_dq, table, stats)
     if mode == DQ_ATOMIC.value:
-        scale_rows(part_dq, dq, scale, add)
+        scale_rows(part_dq, dq, part.scale, grads.add_dq)
     else:
-        sum_visits(part_dq, dq, block_indices[:, part.heads], current_block, visible, part.row, scale, add)
+        sum_visits(
+            part_dq, dq, part.block_indices, part.current_block, part.visible, part.page_row, part.scale, grads.add_dq
+        )
+
+
+def _launch_dq(part: _Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:
+    """Partial dQ of every visit, where the kernel of dK and dV does not produce it."""
+    if tile.fetch_registers:
+        hopper.launch_dq(part, tile, tasks, dout, part_dq, table, stats)
+        return
+    _dq_kernel[part.grid(tasks)](
+        q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
+        tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
+        task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
+    )  # fmt: skip

@@ -4,21 +4,21 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 (see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
 ``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
 
-``_key_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
+``_dkdv_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
 visits of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32
-atomics. ``_query_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
+atomics. ``_dq_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
 
 ``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
-read it in one step: row of Q and dout, place of its dQ, number of keys it sees, log-sum-exp (base 2) and delta. It also
-lays out what ``_key_kernel`` has to know of each task, and its *edges*: for each tile of keys the first visit that sees
-some of it. The visits before belong to rows of this block that end before the tile; where rows come in order, they
-lead the list.
+read it in one step: row of Q and dout, row of its partial dQ, number of keys it sees, log-sum-exp (base 2) and delta.
+It also lays out what ``_dkdv_kernel`` has to know of each task, and its *edges*: for each tile of keys the first visit
+that sees some of it. The visits before belong to rows of this block that end before the tile; where rows come in order,
+they lead the list.
 
-A list of one task stores its dK, dV; tasks of a longer list add them by atomics, in the deterministic mode one after
-the other in the order of the list. Programs then take their numbers from a counter, so that a program only ever waits
-for one that has started. Where there is nothing to add to and rows come in one slice, lists of one task store their
-results in their place, rounded if gradients are wanted in the inputs' dtype; ``_finish_kernel`` does so with the
-float32 sums of the others.
+The program of a list of one task stores its dK and dV. The tasks of a longer list add theirs by atomics, in the
+deterministic mode one after the other in the order of the list; programs then take their numbers from a counter, so
+that a program waits only for programs that have started. Where there is nothing to add to and all rows come in one
+slice, lists of one task store the final gradients, rounded to the dtype of the output, and ``_finish_kernel`` writes
+those of the longer lists from their float32 sums.
 """
 
 import triton
@@ -31,89 +31,89 @@ LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
 DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)
-# Of a task, before its edges; see :func:`_read_facts`.
-FACTS = tl.constexpr(8)
+# Of a task, before its edges; see :func:`_read_task_info`.
+TASK_INFO = tl.constexpr(8)
 
 
 @triton.jit(
-    do_not_specialize=["n_visits", "places", "first_list", "n_lists", "n_blocks"],
+    do_not_specialize=["n_visits", "n_entries", "first_list", "n_lists", "n_blocks"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _visit_table_kernel(
-    visits, tasks, list_start, visible, lse, delta, table, stats, facts,
-    n_visits, places, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
+    visits, tasks, list_start, visible, lse, delta, table, stats, task_info,
+    n_visits, n_entries, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     KEY_TILES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``facts`` [programs, 8 + KEY_TILES] is what :func:`_read_facts` reads."""
+    """``task_info`` [programs, 8 + KEY_TILES] is what :func:`_read_task_info` reads."""
     i_list, begin, end, n_keys, first_key, page, split = read_task(
-        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+        tasks, n_entries, task_rows, list_start, first_list, n_lists, tl.program_id(0)
     )
     first = tl.load(list_start)
-    p_facts = facts + tl.program_id(0).to(tl.int64) * (FACTS + KEY_TILES)
-    tl.store(p_facts, i_list)
+    p_info = task_info + tl.program_id(0).to(tl.int64) * (TASK_INFO + KEY_TILES)
+    tl.store(p_info, i_list)
     if i_list < 0:
         return
     i_h = i_list // n_blocks
-    p_edges = p_facts + FACTS
-    o_n = tl.arange(0, TILES)
+    p_edges = p_info + TASK_INFO
+    o_n = tl.arange(0, TILES)  # [TILES]
     current_end, first_other = begin, end
     for n in range(0, KEY_TILES, TILES):
         tl.store(p_edges + n + o_n, (begin if SLOTS == S else end) - first, mask=n + o_n < KEY_TILES)
     tl.debug_barrier()
     for r in range(begin, end, BLOCK):
-        o_v = r + tl.arange(0, BLOCK)
-        m_v = o_v < end
-        visit = tl.load(visits + o_v, mask=m_v, other=0)
-        row = visit // SLOTS
-        t = row // G
-        head = i_h * G + row % G
-        limit = tl.full([BLOCK], 2147483647, tl.int32)
+        o_v = r + tl.arange(0, BLOCK)  # [BLOCK]
+        m_v = o_v < end  # [BLOCK]
+        visit = tl.load(visits + o_v, mask=m_v, other=0)  # [BLOCK]
+        row = visit // SLOTS  # [BLOCK]
+        t = row // G  # [BLOCK]
+        head = i_h * G + row % G  # [BLOCK]
+        limit = tl.full([BLOCK], 2147483647, tl.int32)  # [BLOCK]
         if SLOTS > S:
-            m_current = m_v & (visit % SLOTS == S)
+            m_current = m_v & (visit % SLOTS == S)  # [BLOCK]
             limit = tl.load(visible + t, mask=m_current, other=2147483647)
             current_end = tl.maximum(current_end, tl.max(tl.where(m_current, o_v + 1, 0), 0))
             first_other = tl.minimum(first_other, tl.min(tl.where(m_v & (visit % SLOTS != S), o_v, end), 0))
             if current_end > r:
                 for n in range(0, KEY_TILES, TILES):
-                    sees = m_current[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)
-                    edge = tl.min(tl.where(sees, o_v[:, None], end), 0) - first
+                    sees = m_current[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)  # [BLOCK, TILES]
+                    edge = tl.min(tl.where(sees, o_v[:, None], end), 0) - first  # [TILES]
                     tl.atomic_min(p_edges + n + o_n, edge, mask=n + o_n < KEY_TILES, sem="relaxed")
-        p_table = table + o_v - first
+        p_table = table + o_v - first  # [BLOCK]
         tl.store(p_table, t * s_token + head, mask=m_v)
         tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
         tl.store(p_table + 2 * room, limit, mask=m_v)
-        b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E
-        b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)
-        low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E  # [BLOCK]
+        b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)  # [BLOCK]
+        low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF  # [BLOCK]
+        high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32  # [BLOCK]
         tl.store(stats + o_v - first, high | low, mask=m_v)
     if SLOTS > S:
         for n in range(0, KEY_TILES, TILES):
             tl.atomic_min(p_edges + n + o_n, first_other - first, mask=n + o_n < KEY_TILES, sem="relaxed")
-    i_sum = _sum_place(i_list, split - first, n_lists, room, task_rows)
-    tl.store(p_facts + 1, end - first)
-    tl.store(p_facts + 2, current_end - first)
-    tl.store(p_facts + 3, n_keys)
-    tl.store(p_facts + 4, first_key)
-    tl.store(p_facts + 5, page)
-    tl.store(p_facts + 6, tl.where(split >= 0, i_sum.to(tl.int32), -1))
-    tl.store(p_facts + 7, (begin - split) // task_rows)
+    i_sum = _sum_index(i_list, split - first, n_lists, room, task_rows)
+    tl.store(p_info + 1, end - first)
+    tl.store(p_info + 2, current_end - first)
+    tl.store(p_info + 3, n_keys)
+    tl.store(p_info + 4, first_key)
+    tl.store(p_info + 5, page)
+    tl.store(p_info + 6, tl.where(split >= 0, i_sum.to(tl.int32), -1))
+    tl.store(p_info + 7, (begin - split) // task_rows)
 
 
 @triton.jit
-def _read_facts(facts, i_task, i_n, KEY_TILES: tl.constexpr):
+def _read_task_info(task_info, i_task, i_n, KEY_TILES: tl.constexpr):
     """What a program of task ``i_task`` and tile of keys ``i_n`` has to know. All of it comes in one step.
 
     List, or -1 for none; the first visit that sees some of the tile, and where the task ends, and its visits to own
     blocks; number of keys of the block, the first one's row, their head; place of the sums if the list is several
     tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
     """
-    p_facts = facts + i_task.to(tl.int64) * (FACTS + KEY_TILES)
-    i_list, end, current_end = tl.load(p_facts), tl.load(p_facts + 1), tl.load(p_facts + 2)
-    n_keys, first_key, page = tl.load(p_facts + 3), tl.load(p_facts + 4), tl.load(p_facts + 5)
-    i_sum, number = tl.load(p_facts + 6), tl.load(p_facts + 7)
-    return i_list, tl.load(p_facts + FACTS + i_n), end, current_end, n_keys, first_key, page, i_sum, number
+    p_info = task_info + i_task.to(tl.int64) * (TASK_INFO + KEY_TILES)
+    i_list, end, current_end = tl.load(p_info), tl.load(p_info + 1), tl.load(p_info + 2)
+    n_keys, first_key, page = tl.load(p_info + 3), tl.load(p_info + 4), tl.load(p_info + 5)
+    i_sum, number = tl.load(p_info + 6), tl.load(p_info + 7)
+    return i_list, tl.load(p_info + TASK_INFO + i_n), end, current_end, n_keys, first_key, page, i_sum, number
 
 
 @triton.jit
@@ -124,8 +124,9 @@ def _unpack(stats):
 
 
 @triton.jit
-def _sum_place(i_list, start, n_lists, room, task_rows):
-    """Place of a split list's sums among min(lists, visits // R): lists longer than R start at different multiples."""
+def _sum_index(i_list, start, n_lists, room, task_rows):
+    """Number of a split list among the min(lists, visits // R) sums: lists longer than R start at different
+    multiples of it."""
     return tl.where(n_lists <= room // task_rows, i_list, start // task_rows).to(tl.int64)
 
 
@@ -135,37 +136,37 @@ def _key_tile(
     MASKED: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of visits against the program's keys: dk and dv grow, dq is written."""
-    o_v = r + o_m
-    m_m = o_v < end
-    m_md = m_m[:, None] & m_d[None, :]
-    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
-    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))
-    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])
+    o_v = r + o_m  # [BM]
+    m_m = o_v < end  # [BM]
+    m_md = m_m[:, None] & m_d[None, :]  # [BM, BD]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
+    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))  # [BM], [BM]
+    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
+    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
+    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+    b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :])  # [BN, BM]
     if MASKED:
-        limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)
+        limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)  # [BM]
         b_pt = tl.where(o_n[:, None] < limit[None, :], b_pt, 0.0)
-    b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)
-    b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)
-    b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)
+    b_dv = tl.dot(b_pt.to(dout.dtype.element_ty), b_do, b_dv, input_precision=PRECISION)  # [BN, BD]
+    b_dpt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+    b_dst = (b_pt * (b_dpt - b_delta[None, :])).to(q.dtype.element_ty)  # [BN, BM]
+    b_dk = tl.dot(b_dst, b_q, b_dk, input_precision=PRECISION)  # [BN, BD]
     if DQ != DQ_NONE:
-        b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)
-        place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
+        b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)  # [BM, BD]
+        o_dq = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
         if DQ == DQ_PART:
-            p_dq = dq + place[:, None] * D + o_d[None, :]
+            p_dq = dq + o_dq[:, None] * D + o_d[None, :]  # [BM, BD]
             tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
         else:
-            p_dq = dq + (place // SLOTS)[:, None] * D + o_d[None, :]
+            p_dq = dq + (o_dq // SLOTS)[:, None] * D + o_d[None, :]
             tl.atomic_add(p_dq, b_dq, mask=m_md, sem="relaxed")
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=["first_head"])
-def _key_kernel(
-    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, facts, turn,
+def _dkdv_kernel(
+    q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, task_info, turn,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
@@ -178,28 +179,30 @@ def _key_kernel(
         i = tl.program_id(0)
     i_n = i % KEY_TILES
     i_task = i // KEY_TILES
-    i_list, edge, end, current_end, n_keys, first_key, page, i_sum, number = _read_facts(facts, i_task, i_n, KEY_TILES)
+    i_list, edge, end, current_end, n_keys, first_key, page, i_sum, number = _read_task_info(
+        task_info, i_task, i_n, KEY_TILES
+    )
     if i_list < 0:
         return
-    begin = tl.load(facts + i_task.to(tl.int64) * (FACTS + KEY_TILES) + FACTS)
-    # Rows of current blocks that end before this tile of keys are passed over, in whole tiles.
+    begin = tl.load(task_info + i_task.to(tl.int64) * (TASK_INFO + KEY_TILES) + TASK_INFO)
+    # Skip, in whole tiles, the rows of this block that end before this tile of keys.
     begin += (edge - begin) // BM * BM
-    o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
-    m_d = o_d < D
-    key, page = first_key.to(tl.int64) + o_n, page.to(tl.int64)
-    m_kv = (o_n < n_keys)[:, None] & m_d[None, :]
-    b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)
-    b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)
+    o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)  # [BM], [BN], [BD]
+    m_d = o_d < D  # [BD]
+    key, page = first_key.to(tl.int64) + o_n, page.to(tl.int64)  # [BN], scalar
+    m_kv = (o_n < n_keys)[:, None] & m_d[None, :]  # [BN, BD]
+    b_k = tl.load(k + key[:, None] * s_kr + page * s_kh + o_d[None, :], mask=m_kv, other=0.0)  # [BN, BD]
+    b_v = tl.load(v + key[:, None] * s_vr + page * s_vh + o_d[None, :], mask=m_kv, other=0.0)  # [BN, BD]
     scale_log2 = scale * LOG2E
 
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
+    b_dk = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+    b_dv = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
     # Tiles up to the last visit to a current block need a mask, and all do where the block ends within this tile of
     # keys. Elsewhere every row sees every key; rows past the end of the task are zero and add nothing.
     middle = tl.minimum(begin + (tl.maximum(current_end - begin, 0) + BM - 1) // BM * BM, end)
     middle = tl.where(n_keys < i_n * BN + BN, end, middle)
     for r in tl.range(begin, middle, BM, num_stages=STAGES):
-        b_dk, b_dv = _key_tile(
+        b_dk, b_dv = _key_tile(  # [BN, BD], [BN, BD]
             r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
             True, SLOTS, D, DQ, PRECISION,
         )  # fmt: skip
@@ -210,10 +213,10 @@ def _key_kernel(
         )  # fmt: skip
 
     b_dk *= scale
-    o_dk = key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]
+    o_dk = key[:, None] * s_dkr + (page - first_head) * s_dkh + o_d[None, :]  # [BN, BD]
     if DIRECT:
-        o_sum = (i_sum.to(tl.int64) * block_size + o_n)[:, None] * D + o_d[None, :]
-        p_dk, p_dv = sum_k + o_sum, sum_v + o_sum
+        o_sum = (i_sum.to(tl.int64) * block_size + o_n)[:, None] * D + o_d[None, :]  # [BN, BD]
+        p_dk, p_dv = sum_k + o_sum, sum_v + o_sum  # [BN, BD] each
     else:
         p_dk, p_dv = dk + o_dk, dv + o_dk
     if i_sum >= 0:
@@ -255,31 +258,31 @@ def _finish_kernel(
     first_key = tl.load(page_row + i_h * s_row + i_b)
     if first_key < 0:
         return
-    o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    key = first_key + o_n
+    o_n, o_d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BD)  # [BN], [BD]
+    key = first_key + o_n  # [BN]
     n_keys = tl.load(length + i_b)
-    m = (o_n < n_keys)[:, None] & (o_d < D)[None, :]
+    m = (o_n < n_keys)[:, None] & (o_d < D)[None, :]  # [BN, BD]
     # A block that nobody visits has gradient zero.
-    m_sum = (o_n < tl.where(is_split, n_keys, 0))[:, None] & (o_d < D)[None, :]
-    i_sum = _sum_place(i_list, start - first, n_lists, room, task_rows)
-    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]
-    b_dk = tl.load(sum_k + o_sum, mask=m_sum, other=0.0)
-    b_dv = tl.load(sum_v + o_sum, mask=m_sum, other=0.0)
+    m_sum = (o_n < tl.where(is_split, n_keys, 0))[:, None] & (o_d < D)[None, :]  # [BN, BD]
+    i_sum = _sum_index(i_list, start - first, n_lists, room, task_rows)
+    o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]  # [BN, BD]
+    b_dk = tl.load(sum_k + o_sum, mask=m_sum, other=0.0)  # [BN, BD]
+    b_dv = tl.load(sum_v + o_sum, mask=m_sum, other=0.0)  # [BN, BD]
     page = tl.load(page_head + i_h * s_head + i_b * s_head_n).to(tl.int64)
-    o_dk = key[:, None] * s_dkr + page * s_dkh + o_d[None, :]
+    o_dk = key[:, None] * s_dkr + page * s_dkh + o_d[None, :]  # [BN, BD]
     tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m)
     tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["places", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
-def _query_kernel(
+@triton.jit(do_not_specialize=["n_entries", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
+def _dq_kernel(
     q, k, v, dout, part, table, stats, tasks, list_start,
-    scale, room, places, task_rows, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
+    scale, room, n_entries, task_rows, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
     D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
-        tasks, places, task_rows, list_start, first_list, n_lists, tl.program_id(0)
+        tasks, n_entries, task_rows, list_start, first_list, n_lists, tl.program_id(0)
     )
     first = tl.load(list_start)
     if i_list < 0:
@@ -287,30 +290,30 @@ def _query_kernel(
     first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     # A block may be longer than 31 bits of elements.
     s_kr, s_vr = tl.cast(s_kr, tl.int64), tl.cast(s_vr, tl.int64)
-    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
-    m_d = o_d < D
-    p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]
-    p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]
+    o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)  # [BM], [BN], [BD]
+    m_d = o_d < D  # [BD]
+    p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]  # [BN, BD]
+    p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]  # [BD, BN]
 
-    o_v = begin - first + o_m
-    m_m = begin + o_m < end
-    m_md = m_m[:, None] & m_d[None, :]
-    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)
-    place = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)
-    limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)
-    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))
-    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
-    b_dq = tl.zeros([BM, BD], tl.float32)
+    o_v = begin - first + o_m  # [BM]
+    m_m = begin + o_m < end  # [BM]
+    m_md = m_m[:, None] & m_d[None, :]  # [BM, BD]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
+    o_dq = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
+    limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)  # [BM]
+    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))  # [BM], [BM]
+    b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
+    b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
+    b_dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
     scale_log2 = scale * LOG2E
     for n in tl.range(0, tl.max(limit, 0), BN, num_stages=STAGES):
-        m_n = n + o_n < n_keys
-        b_k = tl.load(p_k + n * s_kr, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_v = tl.load(p_v + n * s_vr, mask=m_n[None, :] & m_d[:, None], other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        b_p = tl.where((n + o_n)[None, :] < limit[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)
-        b_dp = tl.dot(b_do, b_v, input_precision=PRECISION)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(q.dtype.element_ty)
+        m_n = n + o_n < n_keys  # [BN]
+        b_k = tl.load(p_k + n * s_kr, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + n * s_vr, mask=m_n[None, :] & m_d[:, None], other=0.0)  # [BD, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BM, BN]
+        b_p = tl.where((n + o_n)[None, :] < limit[:, None], tl.exp2(b_s - b_lse[:, None]), 0.0)  # [BM, BN]
+        b_dp = tl.dot(b_do, b_v, input_precision=PRECISION)  # [BM, BN]
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(q.dtype.element_ty)  # [BM, BN]
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
-    p_dq = part + place[:, None] * D + o_d[None, :]
+    p_dq = part + o_dq[:, None] * D + o_d[None, :]  # [BM, BD]
     tl.store(p_dq, b_dq.to(part.dtype.element_ty), mask=m_md)

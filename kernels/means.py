@@ -19,18 +19,18 @@ def _means_kernel(
 ):  # fmt: skip
     i_b, i_h = tl.program_id(0), tl.program_id(1)
     n_rows = tl.load(length + i_b)
-    o_d = tl.arange(0, BD)
-    o_r = tl.arange(0, ROWS)
+    o_d = tl.arange(0, BD)  # [BD]
+    o_r = tl.arange(0, ROWS)  # [ROWS]
     p_k = k + tl.load(start + i_b).to(tl.int64) * s_kr + i_h.to(tl.int64) * s_kh
     # One partial sum per row of the tile: the order of the additions depends on the block's length alone, so a mean
     # is the same on whatever rank it is computed.
-    b_sum = tl.zeros([ROWS, BD], dtype=tl.float32)
+    b_sum = tl.zeros([ROWS, BD], dtype=tl.float32)  # [ROWS, BD]
     for r in range(0, n_rows, ROWS):
-        m_k = (r + o_r < n_rows)[:, None] & (o_d < D)[None, :]
-        b_k = tl.load(p_k + (r + o_r).to(tl.int64)[:, None] * s_kr + o_d[None, :], mask=m_k, other=0.0)
+        m_k = (r + o_r < n_rows)[:, None] & (o_d < D)[None, :]  # [ROWS, BD]
+        b_k = tl.load(p_k + (r + o_r).to(tl.int64)[:, None] * s_kr + o_d[None, :], mask=m_k, other=0.0)  # [ROWS, BD]
         b_sum += b_k.to(tl.float32)
-    b_mean = tl.sum(b_sum, 0) / tl.maximum(n_rows, 1).to(tl.float32)
-    p_mean = means + i_b.to(tl.int64) * s_mb + i_h * s_mh + o_d
+    b_mean = tl.sum(b_sum, 0) / tl.maximum(n_rows, 1).to(tl.float32)  # [BD]
+    p_mean = means + i_b.to(tl.int64) * s_mb + i_h * s_mh + o_d  # [BD]
     tl.store(p_mean, b_mean.to(means.dtype.element_ty), mask=o_d < D)
 
 
@@ -52,8 +52,8 @@ def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Te
     if means.numel():
         with on_device(k):
             _means_kernel[(n, n_heads)](
-                k, start, length, means,
-                k.stride(0), k.stride(1), means.stride(0), means.stride(1),
+                k=k, start=start, length=length, means=means,
+                s_kr=k.stride(0), s_kh=k.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
                 D=dim, BD=padded_dim(dim), ROWS=min(64, next_power_of_2(block_size)), **launch_options(4),
             )  # fmt: skip
     return means

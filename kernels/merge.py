@@ -50,7 +50,7 @@ def _merge_visits_kernel(
     b_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
     if JOIN:
         b_before = tl.load(p_lse, mask=m_m, other=float("-inf"))  # [BM]
-        b_max = b_before
+        b_max = b_before  # [BM]
     for s in range(SLOTS):
         b_max = tl.maximum(b_max, tl.load(part_lse + o_part + s, mask=m_m, other=float("-inf")))  # [BM]
     b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)  # [BM]
@@ -67,7 +67,8 @@ def _merge_visits_kernel(
         # A visit that never happened has lse -inf, and its partial output was never written.
         m_o = (b_lse != float("-inf"))[:, None] & m_d[None, :]  # [BM, BD]
         b_part = tl.load(part + (o_part + s)[:, None] * D + o_d[None, :], mask=m_o, other=0.0)  # [BM, BD]
-        b_out += b_weight[:, None] * b_part.to(tl.float32)
+        b_part = b_part.to(tl.float32)
+        b_out += b_weight[:, None] * b_part
         b_sum += b_weight
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # [BM, BD]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
@@ -103,22 +104,22 @@ def _sum_visits_kernel(
     ADD: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_m = o_m < n_rows * G
-    m_d = o_d < D
-    t = (o_m // G).to(tl.int64)
-    head = i_h * G + o_m % G
-    o_part = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS
-    b_sum = tl.zeros([BM, BD], tl.float32)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_m = o_m < n_rows * G  # [BM]
+    m_d = o_d < D  # [BD]
+    t = (o_m // G).to(tl.int64)  # [BM]
+    head = i_h * G + o_m % G  # [BM]
+    o_part = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS  # [BM]
+    b_sum = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
     for s in range(SLOTS):
-        block = visit_block(
+        block = visit_block(  # [BM]
             o_m * SLOTS + s, m_m, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
         )
-        m_p = (block >= 0)[:, None] & m_d[None, :]
+        m_p = (block >= 0)[:, None] & m_d[None, :]  # [BM, BD]
         b_sum += tl.load(part + (o_part + s)[:, None] * D + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
-    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
-    m_o = m_m[:, None] & m_d[None, :]
+    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]  # [BM, BD]
+    m_o = m_m[:, None] & m_d[None, :]  # [BM, BD]
     b_sum *= scale
     if ADD:
         b_sum += tl.load(p_out, mask=m_o, other=0.0).to(tl.float32)
@@ -148,13 +149,13 @@ def _scale_rows_kernel(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m = (o_m < n_rows * G)[:, None] & (o_d < D)[None, :]
-    t = (o_m // G).to(tl.int64)
-    head = i_h * G + o_m % G
-    b_x = tl.load(x + (i_h * n_rows * G + o_m).to(tl.int64)[:, None] * D + o_d[None, :], mask=m, other=0.0)
-    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m = (o_m < n_rows * G)[:, None] & (o_d < D)[None, :]  # [BM, BD]
+    t = (o_m // G).to(tl.int64)  # [BM]
+    head = i_h * G + o_m % G  # [BM]
+    b_x = tl.load(x + (i_h * n_rows * G + o_m).to(tl.int64)[:, None] * D + o_d[None, :], mask=m, other=0.0)  # [BM, BD]
+    p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]  # [BM, BD]
     b_x *= scale
     if ADD:
         b_x += tl.load(p_out, mask=m, other=0.0).to(tl.float32)
@@ -178,30 +179,31 @@ def _merge_rows_kernel(
     out, lse, part, part_lse, index, n_pairs, n_heads, s_ot, s_oh, s_lt, s_lh, s_part, s_part_lse,
     SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_m = o_m < n_pairs
-    m_d = o_d < D
-    b_any = tl.full([BM], -1, tl.int32)
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_m = o_m < n_pairs  # [BM]
+    m_d = o_d < D  # [BD]
+    b_any = tl.full([BM], -1, tl.int32)  # [BM]
     for s in range(SLOTS):
         b_any = tl.maximum(b_any, tl.load(index + o_m * SLOTS + s, mask=m_m, other=-1))
     if tl.max(b_any, 0) < 0:
         return
     # A pair without a partial result is neither read nor written.
     m_m = b_any >= 0
-    t, head = o_m // n_heads, o_m % n_heads
-    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]
-    b_out = tl.load(p_out, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    t, head = o_m // n_heads, o_m % n_heads  # [BM], [BM]
+    p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]  # [BM, BD]
+    b_out = tl.load(p_out, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
     if HAS_LSE:
-        p_lse = lse + t * s_lt + head * s_lh
-        b_lse = tl.load(p_lse, mask=m_m, other=float("-inf"))
+        p_lse = lse + t * s_lt + head * s_lh  # [BM]
+        b_lse = tl.load(p_lse, mask=m_m, other=float("-inf"))  # [BM]
     for s in range(SLOTS):
-        o_part = tl.load(index + o_m * SLOTS + s, mask=m_m, other=-1).to(tl.int64)
-        m_s = o_part >= 0
+        o_part = tl.load(index + o_m * SLOTS + s, mask=m_m, other=-1).to(tl.int64)  # [BM]
+        m_s = o_part >= 0  # [BM]
+        # [BM, BD]
         b_part = tl.load(part + o_part[:, None] * s_part + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0)
         if HAS_LSE:
-            b_part_lse = tl.load(part_lse + o_part * s_part_lse, mask=m_s, other=float("-inf"))
-            b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)
+            b_part_lse = tl.load(part_lse + o_part * s_part_lse, mask=m_s, other=float("-inf"))  # [BM]
+            b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)  # [BM, BD], [BM]
         else:
             b_out += b_part
     tl.store(p_out, b_out, mask=m_m[:, None] & m_d[None, :])
@@ -245,13 +247,13 @@ def _on_rows(out: Tensor, lse: Tensor | None, part: Tensor, part_lse: Tensor | N
 def _row_sums_kernel(
     a, b, sums, n_pairs, n_heads, s_at, s_ah, s_bt, s_bh, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_m = o_m < n_pairs
-    m = m_m[:, None] & (o_d < D)[None, :]
-    t, head = o_m // n_heads, o_m % n_heads
-    b_a = tl.load(a + (t * s_at + head * s_ah)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-    b_b = tl.load(b + (t * s_bt + head * s_bh)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_m = o_m < n_pairs  # [BM]
+    m = m_m[:, None] & (o_d < D)[None, :]  # [BM, BD]
+    t, head = o_m // n_heads, o_m % n_heads  # [BM], [BM]
+    b_a = tl.load(a + (t * s_at + head * s_ah)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)  # [BM, BD]
+    b_b = tl.load(b + (t * s_bt + head * s_bh)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)  # [BM, BD]
     tl.store(sums + o_m, tl.sum(b_a * b_b, 1), mask=m_m)
 
 
@@ -278,23 +280,23 @@ def _merge_partial_kernel(
     s_ot, s_oh, s_lt, s_lh, s_pt, s_ph, s_plt, s_plh,
     HQ: tl.constexpr, D: tl.constexpr, HAS_ROWS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_m = o_m < n_pairs
-    m_o = m_m[:, None] & (o_d < D)[None, :]
-    t, head = o_m // HQ, o_m % HQ
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_m = o_m < n_pairs  # [BM]
+    m_o = m_m[:, None] & (o_d < D)[None, :]  # [BM, BD]
+    t, head = o_m // HQ, o_m % HQ  # [BM], [BM]
     # Row of the output.
-    o_t = t
+    o_t = t  # [BM]
     if HAS_ROWS:
         o_t = tl.load(rows + t, mask=m_m, other=0)
-    p_lse = lse + o_t * s_lt + head * s_lh
-    b_lse = tl.load(p_lse, mask=m_m, other=0.0)
-    b_part_lse = tl.load(part_lse + t * s_plt + head * s_plh, mask=m_m, other=0.0)
-    p_out = out + (o_t * s_ot + head * s_oh)[:, None] + o_d[None, :]
-    b_out = tl.load(p_out, mask=m_o, other=0.0)
-    p_part = part + (t * s_pt + head * s_ph)[:, None] + o_d[None, :]
-    b_part = tl.load(p_part, mask=m_o, other=0.0).to(tl.float32)
-    b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)
+    p_lse = lse + o_t * s_lt + head * s_lh  # [BM]
+    b_lse = tl.load(p_lse, mask=m_m, other=0.0)  # [BM]
+    b_part_lse = tl.load(part_lse + t * s_plt + head * s_plh, mask=m_m, other=0.0)  # [BM]
+    p_out = out + (o_t * s_ot + head * s_oh)[:, None] + o_d[None, :]  # [BM, BD]
+    b_out = tl.load(p_out, mask=m_o, other=0.0)  # [BM, BD]
+    p_part = part + (t * s_pt + head * s_ph)[:, None] + o_d[None, :]  # [BM, BD]
+    b_part = tl.load(p_part, mask=m_o, other=0.0).to(tl.float32)  # [BM, BD]
+    b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)  # [BM, BD], [BM]
     tl.store(p_out, b_out, mask=m_o)
     tl.store(p_lse, b_lse, mask=m_m)
 

@@ -14,7 +14,7 @@ from .common import cdiv, check_unit_stride, launch_options, next_power_of_2, on
 
 @triton.jit
 def _page(pairs, row, head, length, n_blocks, s_row, s_head, s_head_n):
-    """First storage row of the program's pair, -1 if it is elsewhere; its head there, and how many keys it has."""
+    """First storage row of the program's pair, -1 if it is in another storage; its head, and how many keys it has."""
     pair = tl.load(pairs + tl.program_id(0))
     i_h, i_b = pair // n_blocks, pair % n_blocks
     start = tl.load(row + i_h * s_row + i_b)
@@ -30,11 +30,11 @@ def _copy_kernel(
     start, page, n_keys = _page(pairs, row, head, length, n_blocks, s_row, s_head, s_head_n)
     if start < 0:
         return
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m = (o_m < n_keys)[:, None] & (o_d < D)[None, :]
-    key = (start + o_m)[:, None]
-    p_out = out + (tl.load(offset + tl.program_id(0)) + o_m)[:, None] * 2 * D + o_d[None, :]
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m = (o_m < n_keys)[:, None] & (o_d < D)[None, :]  # [BM, BD]
+    key = (start + o_m)[:, None]  # [BM, 1]
+    p_out = out + (tl.load(offset + tl.program_id(0)) + o_m)[:, None] * 2 * D + o_d[None, :]  # [BM, BD]
     tl.store(p_out, tl.load(k + key * s_kr + page * s_kh + o_d[None, :], mask=m), mask=m)
     tl.store(p_out + D, tl.load(v + key * s_vr + page * s_vh + o_d[None, :], mask=m), mask=m)
 
@@ -48,27 +48,28 @@ def _add_kernel(
     first = tl.load(offset + tl.program_id(0))
     if (start < 0) | (first < begin) | (first >= end):
         return
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m = (o_m < n_keys)[:, None] & (o_d < D)[None, :]
-    at = (start + o_m)[:, None] * s_r + page * s_h + o_d[None, :]
-    p_arrived = arrived + (first + o_m)[:, None] * 2 * D + o_d[None, :]
-    b_k = tl.load(p_arrived, mask=m, other=0.0).to(tl.float32)
-    b_v = tl.load(p_arrived + D, mask=m, other=0.0).to(tl.float32)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m = (o_m < n_keys)[:, None] & (o_d < D)[None, :]  # [BM, BD]
+    at = (start + o_m)[:, None] * s_r + page * s_h + o_d[None, :]  # [BM, BD]
+    p_arrived = arrived + (first + o_m)[:, None] * 2 * D + o_d[None, :]  # [BM, BD]
+    b_k = tl.load(p_arrived, mask=m, other=0.0).to(tl.float32)  # [BM, BD]
+    b_v = tl.load(p_arrived + D, mask=m, other=0.0).to(tl.float32)  # [BM, BD]
     tl.store(dk + at, tl.load(dk + at, mask=m, other=0.0) + b_k, mask=m)
     tl.store(dv + at, tl.load(dv + at, mask=m, other=0.0) + b_v, mask=m)
 
 
 def copy_pages(pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
     """See :func:`moba_cp.eager.copy_pages`."""
-    if not _launched(pages, pairs, out):
+    if not _has_work(pages, pairs, out):
         return
     k, v = check_unit_stride(pages.k), check_unit_stride(pages.v)
     grid, constants = _launch(pages, pairs, out)
     with on_device(out):
         _copy_kernel[grid](
-            k, v, pages.row, pages.head, pages.length, pairs, offset, out, pages.row.shape[1],
-            *k.stride()[:2], *v.stride()[:2], pages.row.stride(0), *pages.head.stride(),
+            k=k, v=v, row=pages.row, head=pages.head, length=pages.length, pairs=pairs, offset=offset, out=out,
+            n_blocks=pages.row.shape[1], s_kr=k.stride(0), s_kh=k.stride(1), s_vr=v.stride(0), s_vh=v.stride(1),
+            s_row=pages.row.stride(0), s_head=pages.head.stride(0), s_head_n=pages.head.stride(1),
             **constants, **launch_options(4),
         )  # fmt: skip
 
@@ -77,18 +78,20 @@ def add_pages(
     dk: Tensor, dv: Tensor, pages, pairs: Tensor, offset: Tensor, arrived: Tensor, begin: int, end: int
 ) -> None:
     """See :func:`moba_cp.eager.add_pages`."""
-    if not _launched(pages, pairs, arrived):
+    if not _has_work(pages, pairs, arrived):
         return
     assert dk.stride() == dv.stride() and dk.stride(2) == 1 and dk.dtype == dv.dtype == torch.float32
     grid, constants = _launch(pages, pairs, arrived)
     with on_device(arrived):
         _add_kernel[grid](
-            dk, dv, pages.row, pages.head, pages.length, pairs, offset, arrived, begin, end, pages.row.shape[1],
-            *dk.stride()[:2], pages.row.stride(0), *pages.head.stride(), **constants, **launch_options(4),
+            dk=dk, dv=dv, row=pages.row, head=pages.head, length=pages.length, pairs=pairs, offset=offset,
+            arrived=arrived, begin=begin, end=end, n_blocks=pages.row.shape[1], s_r=dk.stride(0), s_h=dk.stride(1),
+            s_row=pages.row.stride(0), s_head=pages.head.stride(0), s_head_n=pages.head.stride(1),
+            **constants, **launch_options(4),
         )  # fmt: skip
 
 
-def _launched(pages, pairs: Tensor, message: Tensor) -> bool:
+def _has_work(pages, pairs: Tensor, message: Tensor) -> bool:
     """Whether there is anything to do."""
     assert message.is_contiguous() and message.shape[1] == 2
     assert pages.row.stride(1) == 1 and pages.length.is_contiguous() and pairs.is_contiguous()
@@ -96,6 +99,7 @@ def _launched(pages, pairs: Tensor, message: Tensor) -> bool:
 
 
 def _launch(pages, pairs: Tensor, message: Tensor):
+    """Grid and compile-time constants."""
     dim = message.shape[2]
     block = padded_dim(dim)
     bm = max(1, min(4096 // block, next_power_of_2(pages.block_size)))

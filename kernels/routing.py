@@ -9,9 +9,9 @@ holds the visits of one (KV head, block) in ascending order: rows of that block 
 contiguous, and the order is the same in every run. A *task* is up to R successive visits of a list, so a block that is
 visited often has many tasks.
 
-The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become places by a
+The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become offsets by a
 running sum over tiles and, in the last program to be done with that, over lists; a second walk over the tile writes
-each visit to its place. The index of all heads is made once, serves forward and backward and all storages, and is cut
+each visit to its offset. The index of all heads is made once, serves forward and backward and all storages, and is cut
 into tasks for any range of heads.
 """
 
@@ -57,16 +57,17 @@ class Tasks(NamedTuple):
     """Pieces of all lists, and how a kernel finds those of some KV heads; see :func:`read_task`."""
 
     table: Tensor
-    """[places, 8] int32: list, -1 at an empty place; begin and end in ``visits``; number of keys of the list's block,
-    the first one's row in the storage, and their head there; where the list begins if it is several tasks, else -1; 0.
+    """[n_entries, 8] int32: list, -1 in an empty entry; begin and end in ``visits``; number of keys of the list's
+    block, row of its first key in the storage, and head there; where the list begins if it has several tasks, else -1;
+    0.
 
-    List ``l`` has the places from ``list_start[l] // R + l`` on. That leaves room for its tasks, needs no sum over
-    lists, and bounds the number of places without a value from the device."""
+    List ``l`` has the entries from ``list_start[l] // R + l`` on. That leaves room for its tasks, needs no sum over
+    lists, and bounds the number of entries without a value from the device."""
     rows: int
     """R."""
 
     def count(self, n_visits: int, n_lists: int) -> int:
-        """Bound of the places of ``n_lists`` successive lists with at most ``n_visits`` visits."""
+        """Bound of the entries of ``n_lists`` successive lists with at most ``n_visits`` visits."""
         return n_visits // self.rows + n_lists + 1
 
 
@@ -76,16 +77,16 @@ def visit_block(
     G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Block ids of visits of KV head ``i_h``, -1 where there is none, or none in this storage."""
-    row = visit // SLOTS
-    slot = visit - row * SLOTS
-    t = (row // G).to(tl.int64)
-    head = i_h * G + row % G
-    block = tl.load(block_indices + t * s_ct + head * S + slot, mask=m_visit & (slot < S), other=-1)
+    row = visit // SLOTS  # [STEP]
+    slot = visit - row * SLOTS  # [STEP]
+    t = (row // G).to(tl.int64)  # [STEP]
+    head = i_h * G + row % G  # [STEP]
+    block = tl.load(block_indices + t * s_ct + head * S + slot, mask=m_visit & (slot < S), other=-1)  # [STEP]
     if SLOTS > S:
-        m_current = m_visit & (slot == S)
-        seen = tl.load(visible + t, mask=m_current, other=0)
+        m_current = m_visit & (slot == S)  # [STEP]
+        seen = tl.load(visible + t, mask=m_current, other=0)  # [STEP]
         block = tl.where(seen > 0, tl.load(current_block + t, mask=m_current, other=-1), block)
-    page = tl.load(page_row + i_h * s_pages + block, mask=block >= 0, other=-1)
+    page = tl.load(page_row + i_h * s_pages + block, mask=block >= 0, other=-1)  # [STEP]
     return tl.where(page >= 0, block, -1)
 
 
@@ -97,7 +98,7 @@ def _count_kernel(
 ):  # fmt: skip
     i_t, i_h = tl.program_id(0), tl.program_id(1)
     p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
-    o_v = tl.arange(0, STEP)
+    o_v = tl.arange(0, STEP)  # [STEP]
     if (i_t == 0) & (i_h == 0):
         tl.store(list_start, 0)
     for b in range(0, n_blocks, STEP):
@@ -107,8 +108,8 @@ def _count_kernel(
     # In this order the sum cannot leave 31 bits.
     end = begin + tl.minimum(tile_visits, n_visits - begin)
     for v in range(begin, end, STEP):
-        visit = v + o_v
-        block = visit_block(
+        visit = v + o_v  # [STEP]
+        block = visit_block(  # [STEP]
             visit, visit < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
         )
         tl.atomic_add(p_counts + block, 1, mask=block >= 0, sem="relaxed")
@@ -117,14 +118,14 @@ def _count_kernel(
 @triton.jit(do_not_specialize=["n_tiles", "n_blocks"], do_not_specialize_on_alignment=SLICED)
 def _running_sum_kernel(counts, list_start, n_tiles, n_blocks, BT: tl.constexpr, BB: tl.constexpr, SIZES: tl.constexpr):
     i_b, i_h = tl.program_id(0), tl.program_id(1)
-    o_b = i_b * BB + tl.arange(0, BB)
-    o_t = tl.arange(0, BT)
-    p_counts = counts + i_h.to(tl.int64) * n_tiles * n_blocks + o_b[None, :]
-    total = tl.zeros([BB], dtype=tl.int32)
+    o_b = i_b * BB + tl.arange(0, BB)  # [BB]
+    o_t = tl.arange(0, BT)  # [BT]
+    p_counts = counts + i_h.to(tl.int64) * n_tiles * n_blocks + o_b[None, :]  # [1, BB]
+    total = tl.zeros([BB], dtype=tl.int32)  # [BB]
     for t in range(0, n_tiles, BT):
-        m = (t + o_t < n_tiles)[:, None] & (o_b < n_blocks)[None, :]
-        p = p_counts + (t + o_t).to(tl.int64)[:, None] * n_blocks
-        b_count = tl.load(p, mask=m, other=0)
+        m = (t + o_t < n_tiles)[:, None] & (o_b < n_blocks)[None, :]  # [BT, BB]
+        p = p_counts + (t + o_t).to(tl.int64)[:, None] * n_blocks  # [BT, BB]
+        b_count = tl.load(p, mask=m, other=0)  # [BT, BB]
         tl.store(p, total[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m)
         total += tl.sum(b_count, 0)
     # One place to the right, so that an inclusive sum over lists yields where each begins.
@@ -133,11 +134,11 @@ def _running_sum_kernel(counts, list_start, n_tiles, n_blocks, BT: tl.constexpr,
     tl.debug_barrier()
     if tl.atomic_add(list_start, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
         n_lists = n_blocks * tl.num_programs(1)
-        o_l = tl.arange(0, SIZES)
+        o_l = tl.arange(0, SIZES)  # [SIZES]
         start = 0
         for i in range(0, n_lists, SIZES):
             p = list_start + 1 + i + o_l
-            b_size = tl.load(p, mask=i + o_l < n_lists, other=0)
+            b_size = tl.load(p, mask=i + o_l < n_lists, other=0)  # [SIZES]
             tl.store(p, start + tl.cumsum(b_size, 0), mask=i + o_l < n_lists)
             start += tl.sum(b_size, 0)
         tl.store(list_start, 0)
@@ -155,21 +156,21 @@ def _scatter_kernel(
     begin = i_t * tile_visits
     # In this order the sum cannot leave 31 bits.
     end = begin + tl.minimum(tile_visits, n_visits - begin)
-    o_v = tl.arange(0, STEP)
-    block = visit_block(
+    o_v = tl.arange(0, STEP)  # [STEP]
+    block = visit_block(  # [STEP]
         begin + o_v, begin + o_v < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
     )
     for v in range(begin, end, STEP):
         # The next step's blocks are on their way while this one waits for its counts.
-        ahead = v + STEP + o_v
-        next_block = visit_block(
+        ahead = v + STEP + o_v  # [STEP]
+        next_block = visit_block(  # [STEP]
             ahead, ahead < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
         )
-        m_v = block >= 0
-        earlier = (block[:, None] == block[None, :]) & (o_v[None, :] < o_v[:, None])
-        place = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)
-        place += tl.load(p_counts + block, mask=m_v, other=0, cache_modifier=".cg")
-        tl.store(visits + place, v + o_v, mask=m_v)
+        m_v = block >= 0  # [STEP]
+        earlier = (block[:, None] == block[None, :]) & (o_v[None, :] < o_v[:, None])  # [STEP, STEP]
+        o_out = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)  # [STEP]
+        o_out += tl.load(p_counts + block, mask=m_v, other=0, cache_modifier=".cg")
+        tl.store(visits + o_out, v + o_v, mask=m_v)
         # Every thread has read the counts before any is raised, and sees them raised in the next step.
         tl.debug_barrier()
         tl.atomic_add(p_counts + block, 1, mask=m_v, sem="relaxed")
@@ -178,30 +179,30 @@ def _scatter_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["first_list", "n_lists", "n_blocks", "places", "steps", "s_row", "s_head"],
+    do_not_specialize=["first_list", "n_lists", "n_blocks", "n_entries", "steps", "s_row", "s_head"],
     do_not_specialize_on_alignment=SLICED,
 )
 def _task_kernel(
-    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, places, task_rows, steps,
+    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, n_entries, task_rows, steps,
     s_row, s_head, s_head_n, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first_place = tl.load(list_start + first_list) // task_rows + first_list
-    o_p = first_place + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_p = o_p < places
-    # The last list whose places begin at or before this one.
-    low = tl.zeros([BLOCK], tl.int32) + first_list
-    high = low + n_lists - 1
+    first_entry = tl.load(list_start + first_list) // task_rows + first_list
+    o_p = first_entry + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_p = o_p < n_entries  # [BLOCK]
+    # The last list whose entries begin at or before this one.
+    low = tl.zeros([BLOCK], tl.int32) + first_list  # [BLOCK]
+    high = low + n_lists - 1  # [BLOCK]
     for _ in range(0, steps):
-        middle = (low + high + 1) // 2
-        is_before = tl.load(list_start + middle) // task_rows + middle <= o_p
+        middle = (low + high + 1) // 2  # [BLOCK]
+        is_before = tl.load(list_start + middle) // task_rows + middle <= o_p  # [BLOCK]
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle - 1)
-    start, end = tl.load(list_start + low), tl.load(list_start + low + 1)
-    begin = start + (o_p - start // task_rows - low) * task_rows
-    i_h, i_b = low // n_blocks, low % n_blocks
-    first_key = tl.load(page_row + i_h * s_row + i_b)
-    is_task = (begin < end) & (first_key >= 0)
-    p_table = table + o_p * RECORD
+    start, end = tl.load(list_start + low), tl.load(list_start + low + 1)  # [BLOCK]
+    begin = start + (o_p - start // task_rows - low) * task_rows  # [BLOCK]
+    i_h, i_b = low // n_blocks, low % n_blocks  # [BLOCK]
+    first_key = tl.load(page_row + i_h * s_row + i_b)  # [BLOCK]
+    is_task = (begin < end) & (first_key >= 0)  # [BLOCK]
+    p_table = table + o_p * RECORD  # [BLOCK]
     tl.store(p_table, tl.where(is_task, low, -1), mask=m_p)
     tl.store(p_table + 1, begin, mask=m_p)
     tl.store(p_table + 2, tl.minimum(begin + task_rows, end), mask=m_p)
@@ -213,14 +214,14 @@ def _task_kernel(
 
 
 @triton.jit
-def read_task(tasks, places, task_rows, list_start, first_list, n_lists, i):
-    """What :class:`Tasks` has at place ``i`` of the lists from ``first_list`` on, but the last number.
+def read_task(tasks, n_entries, task_rows, list_start, first_list, n_lists, i):
+    """What :class:`Tasks` has in entry ``i`` of the lists from ``first_list`` on, but the last number.
 
     Lists are counted from there, -1 is none; ``list_start`` points at the first of these ``n_lists`` lists.
     """
-    place = tl.load(list_start) // task_rows + first_list + i
-    m = place < places
-    p_task = tasks + place * RECORD
+    entry = tl.load(list_start) // task_rows + first_list + i
+    m = entry < n_entries
+    p_task = tasks + entry * RECORD
     i_list = tl.load(p_task, mask=m, other=-1) - first_list
     begin = tl.load(p_task + 1, mask=m, other=0)
     end = tl.load(p_task + 2, mask=m, other=0)
@@ -255,19 +256,24 @@ def build_routing(
     index = Routing(torch.empty(n_kv * n_visits + n_lists + 1, dtype=torch.int32, device=device), n_kv * n_visits)
     list_start, visits = index.list_start, index.visits
 
-    inputs = block_indices, current_block, visible, page_row
-    numbers = n_visits, n_blocks, tile_rows * group * slots, block_indices.stride(0), page_row.stride(0)
+    inputs = dict(block_indices=block_indices, current_block=current_block, visible=visible, page_row=page_row)
+    numbers = dict(
+        n_visits=n_visits, n_blocks=n_blocks, tile_visits=tile_rows * group * slots,
+        s_ct=block_indices.stride(0), s_pages=page_row.stride(0),
+    )  # fmt: skip
     constants = dict(G=group, S=n_selected, SLOTS=slots)
     with on_device(block_indices):
         _count_kernel[(n_tiles, n_kv)](
-            *inputs, counts, list_start, *numbers, **constants, STEP=128, **launch_options(4)
+            **inputs, counts=counts, list_start=list_start, **numbers, **constants, STEP=128, **launch_options(4)
         )
         _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
-            counts, list_start, n_tiles, n_blocks, BT=64, BB=32, SIZES=SIZES_AT_ONCE, **launch_options(4)
-        )
+            counts=counts, list_start=list_start, n_tiles=n_tiles, n_blocks=n_blocks,
+            BT=64, BB=32, SIZES=SIZES_AT_ONCE, **launch_options(4),
+        )  # fmt: skip
         _scatter_kernel[(n_tiles, n_kv)](
-            *inputs, counts, list_start, visits, *numbers, **constants, STEP=64, **launch_options(2)
-        )
+            **inputs, counts=counts, list_start=list_start, visits=visits, **numbers, **constants, STEP=64,
+            **launch_options(2),
+        )  # fmt: skip
     return index
 
 
@@ -282,16 +288,17 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
     n_kv, n_blocks = pages.row.shape
     kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
     n_heads = kv_heads.stop - kv_heads.start
-    places = index.n_visits // task_rows + n_kv * n_blocks
+    n_entries = index.n_visits // task_rows + n_kv * n_blocks
     check_limit("the number of rows of a storage of K and V", pages.k.shape[0], "use more ranks")
-    tasks = Tasks(torch.empty(places, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
+    tasks = Tasks(torch.empty(n_entries, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
     first, some = kv_heads.start * n_blocks, n_heads * n_blocks
     # One more than a slice of these heads may ask for, wherever in a task its lists begin.
-    programs = min(places, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
+    programs = min(n_entries, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](
-            index.list_start, pages.row, pages.head, pages.length, tasks.table,
-            first, some, n_blocks, places, task_rows, (some - 1).bit_length(),
-            pages.row.stride(0), *pages.head.stride(), BLOCK=256, **launch_options(4),
+            list_start=index.list_start, page_row=pages.row, page_head=pages.head, length=pages.length,
+            table=tasks.table, first_list=first, n_lists=some, n_blocks=n_blocks, n_entries=n_entries,
+            task_rows=task_rows, steps=(some - 1).bit_length(), s_row=pages.row.stride(0),
+            s_head=pages.head.stride(0), s_head_n=pages.head.stride(1), BLOCK=256, **launch_options(4),
         )  # fmt: skip
     return tasks

@@ -1,4 +1,4 @@
-"""Scores and top-k in one pass: which blocks each query visits besides its own.
+"""Scores and top-k in one pass: which blocks each query visits besides its current block.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
 
@@ -8,7 +8,7 @@ order. While any row of the tile has a score above its S-th best, every row's be
 one; on long sequences most tiles need few such passes. Newest first and a strict comparison make the newer block win a
 tie.
 
-Where :func:`.hopper.selects` says so, :mod:`.hopper.select` does the same another way.
+Where :func:`.hopper.selects` is true, :mod:`.hopper.select` serves instead, with the same result.
 """
 
 import torch
@@ -40,48 +40,48 @@ def _select_kernel(
     # Late rows have the most candidates: they start first, so that the last programs to run are short.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1)
-    o_m = i_m * BM + tl.arange(0, BM)
-    o_n = tl.arange(0, BN)
-    o_d = tl.arange(0, BD)
-    o_s = tl.arange(0, SLOTS)
-    m_m = o_m < n_rows
-    b_first = tl.load(first + o_m, mask=m_m, other=2147483647)
-    b_current = tl.load(current_block + o_m, mask=m_m, other=-1)
+    o_m = i_m * BM + tl.arange(0, BM)  # [BM]
+    o_n = tl.arange(0, BN)  # [BN]
+    o_d = tl.arange(0, BD)  # [BD]
+    o_s = tl.arange(0, SLOTS)  # [SLOTS]
+    m_m = o_m < n_rows  # [BM]
+    b_first = tl.load(first + o_m, mask=m_m, other=2147483647)  # [BM]
+    b_current = tl.load(current_block + o_m, mask=m_m, other=-1)  # [BM]
     oldest = tl.maximum(tl.min(b_first, 0), 0)
     newest = tl.max(b_current, 0) - 1
 
-    p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
-    p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]
+    p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]  # [BM, BD]
+    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]  # [BD, 1]
 
     # Slots beyond S hold keys above all others and are never replaced.
-    lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s
-    highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32
-    kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)
-    worst = tl.min(kept, 1)
+    lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s  # [SLOTS]
+    highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32  # [SLOTS]
+    kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)  # [BM, SLOTS]
+    worst = tl.min(kept, 1)  # [BM]
     for behind in range(0, newest - oldest + 1, BN):
-        o_b = newest - behind - o_n
-        p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb
-        b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)
-        rank = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))
-        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_current[:, None])
-        rank = tl.where(candidate, rank, EMPTY)
-        best = tl.max(rank, 1)
-        better = best > (worst >> 32).to(tl.int32)
+        o_b = newest - behind - o_n  # [BN]
+        p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb  # [BD, BN]
+        b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)  # [BD, BN]
+        sort_key = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))  # [BM, BN]
+        candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_current[:, None])  # [BM, BN]
+        sort_key = tl.where(candidate, sort_key, EMPTY)
+        best = tl.max(sort_key, 1)  # [BM]
+        better = best > (worst >> 32).to(tl.int32)  # [BM]
         while tl.max(better.to(tl.int32), 0) > 0:
-            column = tl.min(tl.where(rank == best[:, None], o_n[None, :], BN), 1)
-            key = (best.to(tl.int64) << 32) + (newest - behind - column)
+            column = tl.min(tl.where(sort_key == best[:, None], o_n[None, :], BN), 1)  # [BM]
+            key = (best.to(tl.int64) << 32) + (newest - behind - column)  # [BM]
             kept = tl.where((kept == worst[:, None]) & better[:, None], key[:, None], kept)
             worst = tl.min(kept, 1)
-            rank = tl.where(o_n[None, :] == column[:, None], EMPTY, rank)
-            best = tl.max(rank, 1)
+            sort_key = tl.where(o_n[None, :] == column[:, None], EMPTY, sort_key)
+            best = tl.max(sort_key, 1)
             better = best > (worst >> 32).to(tl.int32)
 
     kept = tl.sort(kept, dim=1, descending=True)
-    block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))
+    block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))  # [BM, SLOTS]
     # The keys of the unused slots sort in front.
-    o_out = o_s - (SLOTS - S)
-    p_indices = block_indices + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]
+    o_out = o_s - (SLOTS - S)  # [SLOTS]
+    p_indices = block_indices + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]  # [BM, SLOTS]
     tl.store(p_indices, block, mask=m_m[:, None] & (o_out >= 0)[None, :])
 
 
@@ -115,8 +115,8 @@ def select_blocks(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor
     bm, bn, warps = tuned.select_tile(dim, q.dtype)
     with on_device(q):
         _select_kernel[(cdiv(n_rows, bm), n_heads)](
-            q, means, first, current_block, block_indices,
-            n_rows, q.stride(0), q.stride(1), means.stride(0), means.stride(1),
+            q=q, means=means, first=first, current_block=current_block, block_indices=block_indices, n_rows=n_rows,
+            s_qt=q.stride(0), s_qh=q.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim),
             S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn,
             PRECISION=dot_precision(q.dtype), **launch_options(warps),

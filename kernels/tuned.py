@@ -65,10 +65,10 @@ def forward_tile(
     return Tile(64, 64, 64, 4, 2 if bd > 128 else 3)
 
 
-def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
+def dkdv_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds keys."""
     bd = padded_dim(dim)
-    if specialized and (tile := specialized_tile("keys", dim, block_size)):
+    if specialized and (tile := specialized_tile("dkdv", dim, block_size)):
         return tile
     if dtype == torch.float32:
         return Tile(16 if bd > 128 else 32, _keys(block_size, 32), 512, 4, 1)
@@ -83,10 +83,10 @@ def key_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device
     return Tile(64, bn, rows, 8 if bn * bd > 64 * 64 else 4, 5)
 
 
-def query_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
+def dq_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
     """Tile of the backward kernel that holds queries."""
     bd = padded_dim(dim)
-    if specialized and (tile := specialized_tile("queries", dim, block_size)):
+    if specialized and (tile := specialized_tile("dq", dim, block_size)):
         return tile
     if dtype == torch.float32:
         return Tile(32, _keys(block_size, 32), 32, 4, 1)
@@ -99,12 +99,12 @@ def dq_by_atomics(
     dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False
 ) -> bool:
     """Whether dQ of blocks longer than a tile of keys is summed by atomics, rather than by a kernel of its own."""
-    own_kernel = specialized and any(specialized_tile(name, dim, block_size) for name in ("keys", "queries"))
+    own_kernel = specialized and any(specialized_tile(name, dim, block_size) for name in ("dkdv", "dq"))
     return block_size <= 1024 and not own_kernel
 
 
 def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
-    """Tile of a kernel of :mod:`.hopper`: ``forward``, ``keys`` or ``queries``; None where the other kernel serves."""
+    """Tile of a kernel of :mod:`.hopper`: ``forward``, ``dkdv`` or ``dq``; None where the other kernel serves."""
     return SPECIALIZED.get((name, dim, "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"))
 
 
@@ -115,14 +115,14 @@ def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
 SPECIALIZED = {
     ("forward", 128, "long"): Tile(64, 128, 1024, 4, 2, 56),  # 4 heads, B = 512, k = 8: 3.19, 2.21
     ("forward", 128, "longer"): Tile(64, 128, 512, 4, 2, 56),  # 1 head, B = 4096, k = 12: 5.49, 4.08
-    ("keys", 128, "short"): Tile(64, 128, 4096, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 2.02, 1.79
-    ("keys", 128, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: 4.76, 3.24
-    ("keys", 128, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 1 head, B = 4096, k = 12: 11.8, 7.86
-    ("queries", 128, "long"): Tile(64, 64, 1024, 4, 3, 40),  # 4 heads, B = 512, k = 8: 3.82, 3.13
-    ("queries", 128, "longer"): Tile(64, 64, 256, 4, 3, 40),  # 1 head, B = 4096, k = 12: 7.09, 5.38
+    ("dkdv", 128, "short"): Tile(64, 128, 4096, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 2.02, 1.79
+    ("dkdv", 128, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: 4.76, 3.24
+    ("dkdv", 128, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 1 head, B = 4096, k = 12: 11.8, 7.86
+    ("dq", 128, "long"): Tile(64, 64, 1024, 4, 3, 40),  # 4 heads, B = 512, k = 8: 3.82, 3.13
+    ("dq", 128, "longer"): Tile(64, 64, 256, 4, 3, 40),  # 1 head, B = 4096, k = 12: 7.09, 5.38
     ("forward", 64, "long"): Tile(64, 128, 1024, 4, 4, 56),  # 4 heads, B = 512, k = 8: 1.81, 1.64
     ("forward", 64, "longer"): Tile(64, 128, 256, 4, 4, 56),  # 2 heads, B = 4096, k = 8: 1.97, 1.78
-    ("keys", 64, "short"): Tile(128, 128, 2048, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 1.33, 1.09
-    ("keys", 64, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: with dQ by _query_kernel
-    ("keys", 64, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 2 heads, B = 4096, k = 8: 5.05, 3.40
+    ("dkdv", 64, "short"): Tile(128, 128, 2048, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 1.33, 1.09
+    ("dkdv", 64, "long"): Tile(64, 128, 8192, 4, 4, 40),  # 4 heads, B = 512, k = 8: with dQ by _dq_kernel
+    ("dkdv", 64, "longer"): Tile(64, 128, 4096, 4, 4, 40),  # 2 heads, B = 4096, k = 8: 5.05, 3.40
 }

@@ -64,8 +64,8 @@ class Work(NamedTuple):
     """Of the backward, as what follows: where dQ comes from."""
     direct: bool = False
     """dk and dv are stored at once: rounded, with sums for long lists only."""
-    query_tile: Tile | None = None
-    query_tasks: list[Tasks | None] = []
+    dq_tile: Tile | None = None
+    dq_tasks: list[Tasks | None] = []
 
 
 def forward_work(call: Call, task_heads: slice | None) -> Work:
@@ -87,17 +87,17 @@ def backward_work(
     q, pages = call.q, call.pages
     kind = q.shape[2], pages.block_size, q.dtype, q.device
     specialized = hopper.serves(q, pages, call.scale, dout)
-    tile = tuned.key_tile(*kind, specialized and not deterministic)
-    query_tile = tuned.query_tile(*kind, specialized)
+    tile = tuned.dkdv_tile(*kind, specialized and not deterministic)
+    dq_tile = tuned.dq_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic
     mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, overwrite_dkv)
     visits, routings = _index(call, row_slices)
     tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
-    query_tasks = [None] * len(routings)
+    dq_tasks = [None] * len(routings)
     if mode == DQ_NONE.value:
-        query_tasks = [cut_tasks(routing, query_tile.task_rows, pages, task_heads) for routing in routings]
-    return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, query_tile, query_tasks)
+        dq_tasks = [cut_tasks(routing, dq_tile.task_rows, pages, task_heads) for routing in routings]
+    return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, dq_tile, dq_tasks)
 
 
 def cached_work(name: str, make: Callable[[slice | None], Work], call: Call, task_cache: dict | None) -> Work:
@@ -124,9 +124,9 @@ def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
     return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if n_rows <= row_step else 0
 
 
-def sum_places(n_rows: int, row_visits: int, pages, n_heads: int, key_tile: Tile) -> int:
+def count_sums(n_rows: int, row_visits: int, pages, n_heads: int, dkdv_tile: Tile) -> int:
     """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
-    return min(n_heads * pages.row.shape[1], n_rows * row_visits // key_tile.task_rows)
+    return min(n_heads * pages.row.shape[1], n_rows * row_visits // dkdv_tile.task_rows)
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,7 +201,7 @@ def _steps(
 
 
 def _backward_slices(
-    call: Call, mode: int, key_tile: Tile, local: bool, overwrite_dkv: bool
+    call: Call, mode: int, dkdv_tile: Tile, local: bool, overwrite_dkv: bool
 ) -> tuple[list[slice], int, bool]:
     """Slices of rows, KV heads at a time, and :attr:`Work.direct`.
 
@@ -213,7 +213,7 @@ def _backward_slices(
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * part_dtype(q.dtype).itemsize
     shape = n_rows, group, call.kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
     if local or overwrite_dkv:
-        n_sums = sum_places(n_rows, group * n_slots, pages, 1, key_tile)
+        n_sums = count_sums(n_rows, group * n_slots, pages, 1, dkdv_tile)
         row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch, MAX_TABLE_VISITS)
         if len(row_slices) == 1:
             return row_slices, kv_step, True

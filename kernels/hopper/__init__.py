@@ -40,8 +40,8 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .dkdv import key_kernel
-    from .dq import query_kernel
+    from .dkdv import dkdv_kernel
+    from .dq import dq_kernel
     from .long_blocks import long_block_kernel
     from .select import WIDTH, select_kernel
 
@@ -176,51 +176,52 @@ def _boxes(x: Tensor, rows: int):
     return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, dim], layout)
 
 
-def _places(part, tasks) -> tuple[int, int, int]:
-    """What :func:`..routing.read_task` wants beside the tensors and R, which is a constant here."""
-    places, _, *lists = part.task_args(tasks)
-    return places, *lists
-
-
 def launch_select(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, block_indices: Tensor) -> None:
     """See :func:`..select.select_blocks`."""
     n_rows, n_heads, dim = q.shape
     select_kernel[(cdiv(n_rows, WIDTH.value), n_heads)](
-        q, means, first, current_block, block_indices, n_rows, *q.stride()[:2], *means.stride()[:2],
+        q=q, means=means, first=first, current_block=current_block, block_indices=block_indices, n_rows=n_rows,
+        s_qt=q.stride(0), s_qh=q.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
         HQ=n_heads, G=n_heads // means.shape[1], D=dim, S=block_indices.shape[2], **launch_options(1),
     )  # fmt: skip
 
 
-def launch_forward(part, tile: Tile, tasks, routing, visible, parts: Tensor, parts_lse: Tensor, scale_log2) -> None:
+def _kv_args(part, tile: Tile) -> dict:
+    """K and V of a slice (``part``, of :mod:`..attention`), and descriptors of boxes of a tile of keys."""
+    return dict(k_desc=_boxes(part.k, tile.bn), v_desc=_boxes(part.v, tile.bn), k=part.k, v=part.v)
+
+
+def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, scale_log2: float) -> None:
     """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attention`)."""
     long_block_kernel[part.grid(tasks)](
-        part.q, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, parts, parts_lse,
-        routing.visits, tasks.table, routing.list_start[part.lists], visible,
-        scale_log2, *_places(part, tasks), part.n_blocks, part.n_heads, *part.strides, TASK_ROWS=tasks.rows,
-        **{name: part.constants[name] for name in ("G", "S", "SLOTS", "D")},
+        q=part.q, **_kv_args(part, tile), part=parts, part_lse=parts_lse,
+        visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
+        scale_log2=scale_log2, **part.task_args(tasks), n_blocks=part.n_blocks, n_heads=part.n_heads,
+        **part.q_strides, **part.kv_strides, TASK_ROWS=tasks.rows, **part.visit_constants, D=part.dim,
         BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
     )  # fmt: skip
 
 
-def launch_keys(
-    part, tile: Tile, tasks, key_tiles: int, dout, part_dq, dk, dv, sum_k, sum_v, table, stats, facts,
-    scale: float, first_head: int,
-) -> None:  # fmt: skip
-    """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1."""
-    key_kernel[part.grid(tasks, key_tiles)](
-        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, part_dq, dk, dv, sum_k, sum_v,
-        table, stats, facts, scale, part.n_visits, part.block_size, first_head, *part.strides[2:], *dk.stride()[:2],
-        D=part.q.shape[2], BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles,
-        DQ=key_tiles == 1, DIRECT=sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
+def launch_dkdv(
+    part, tile: Tile, tasks, key_tiles: int, dout: Tensor, part_dq: Tensor, grads, table, stats, task_info
+) -> None:
+    """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1; ``grads`` of :mod:`..attention`."""
+    dkdv_kernel[part.grid(tasks, key_tiles)](
+        q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, dk=grads.dk, dv=grads.dv,
+        sum_k=grads.sum_k, sum_v=grads.sum_v, table=table, stats=stats, task_info=task_info,
+        scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
+        **part.kv_strides, s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1),
+        D=part.dim, BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles, DQ=key_tiles == 1,
+        DIRECT=grads.sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
         **launch_options(tile.warps),
     )  # fmt: skip
 
 
-def launch_queries(part, tile: Tile, tasks, dout, part_dq, table, stats, list_start, scale: float) -> None:
+def launch_dq(part, tile: Tile, tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:
     """Partial dQ of the visits of a slice."""
-    query_kernel[part.grid(tasks)](
-        part.q, dout, _boxes(part.k, tile.bn), _boxes(part.v, tile.bn), part.k, part.v, part_dq, table, stats,
-        tasks.table, list_start, scale, part.n_visits, *_places(part, tasks), *part.strides[2:],
-        TASK_ROWS=tasks.rows, D=part.q.shape[2], BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
-        REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
+    dq_kernel[part.grid(tasks)](
+        q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, table=table, stats=stats,
+        tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
+        **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, D=part.dim,
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
     )  # fmt: skip

@@ -30,10 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..backward import _read_facts
+from ..backward import _read_task_info
 from .shared import LOG2E, barrier, copy_rows, exchange, load_blocks, side_by_side, store_rows, unpack
 
-read_facts = gluon.jit(_read_facts.fn)
+read_task_info = gluon.jit(_read_task_info.fn)
 
 
 @gluon.jit
@@ -45,14 +45,14 @@ def _produce(
     """The group that fetches. ``first_key`` is the program's first key, ``n_keys`` how many there are from it on."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
-    o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))
-    o_f = gl.arange(0, BM, layout=FLAT)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
+    o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))  # [BM]
+    o_f = gl.arange(0, BM, layout=FLAT)  # [BM]
     # On their way while K and V are asked for.
-    row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)
+    row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)  # [BM]
     load_blocks(k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, kv_full, k_s, v_s, 2 * BN, D)
-    b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)
-    limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)
+    b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
+    limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
     place = limit
     if DQ:
         place = gl.load(table + room + begin + o_f, mask=begin + o_f < end, other=-1)
@@ -60,13 +60,13 @@ def _produce(
     for r in range(begin, end, BM):
         stage = i % STAGES
         mbarrier.wait(q_empty.index(stage), i // STAGES % 2 ^ 1)
-        offset = row.to(gl.int64)[:, None] * D + o_d[None, :]
+        offset = row.to(gl.int64)[:, None] * D + o_d[None, :]  # [BM, D]
         # Rows past the end are zero, and add nothing.
-        m_row = (r + o_m < end)[:, None]
+        m_row = (r + o_m < end)[:, None]  # [BM, 1]
         copy_rows(q_s.index(stage), q + offset, mask=m_row)
         copy_rows(do_s.index(stage), dout + offset, mask=m_row)
         async_copy.mbarrier_arrive(q_full.index(stage), increment_count=False)
-        b_lse, b_delta = unpack(b_stats)
+        b_lse, b_delta = unpack(b_stats)  # [BM], [BM]
         lse_s.index(stage).store(b_lse)
         delta_s.index(stage).store(b_delta)
         limit_s.index(stage).store(limit)
@@ -95,32 +95,32 @@ def _step(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_D, 2)
     stage = i % STAGES
-    k_t = k_s.slice(half * BN, BN)
-    v_t = v_s.slice(half * BN, BN)
+    k_t = k_s.slice(half * BN, BN)  # [BN, D]
+    v_t = v_s.slice(half * BN, BN)  # [BN, D]
     mbarrier.wait(q_full.index(stage), i // STAGES % 2)
     fence_async_shared()
-    zero = gl.zeros([BN, BM], gl.float32, MMA)
-    s = warpgroup_mma(k_t, q_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v_t, do_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    zero = gl.zeros([BN, BM], gl.float32, MMA)  # [BN, BM]
+    s = warpgroup_mma(k_t, q_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BN, BM]
+    dp = warpgroup_mma(v_t, do_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BN, BM]
     s = warpgroup_mma_wait(1, deps=[s])
-    b_lse = lse_s.index(stage).load(COLUMNS)
-    b_p = gl.exp2(s * scale_log2 - b_lse[None, :])
+    b_lse = lse_s.index(stage).load(COLUMNS)  # [BM]
+    b_p = gl.exp2(s * scale_log2 - b_lse[None, :])  # [BN, BM]
     if MASKED:
-        limit = gl.minimum(limit_s.index(stage).load(COLUMNS), n_keys)
+        limit = gl.minimum(limit_s.index(stage).load(COLUMNS), n_keys)  # [BM]
         b_p = gl.where(o_n[:, None] < limit[None, :], b_p, 0.0)
-    p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)
-    b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)
+    p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)  # [BN, BM]
+    b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)  # [BN, D]
     if DQ:
         # The exchange of dS needs the registers.
-        dp, b_dv, p = warpgroup_mma_wait(0, deps=[dp, b_dv, p])
+        dp, b_dv, p = warpgroup_mma_wait(0, deps=[dp, b_dv, p])  # [BN, BM], [BN, D], [BN, BM]
     else:
         dp = warpgroup_mma_wait(1, deps=[dp])
-    b_delta = delta_s.index(stage).load(COLUMNS)
-    b_ds = (b_p * (dp - b_delta[None, :])).to(q_s.dtype)
-    ds = gl.convert_layout(b_ds, PROBS)
-    b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)
+    b_delta = delta_s.index(stage).load(COLUMNS)  # [BM]
+    b_ds = (b_p * (dp - b_delta[None, :])).to(q_s.dtype)  # [BN, BM]
+    ds = gl.convert_layout(b_ds, PROBS)  # [BN, BM]
+    b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)  # [BN, D]
     if DQ:
-        ds_t = ds_s.index(i % 2)
+        ds_t = ds_s.index(i % 2)  # [2 * BN, BM]
         ds_t.slice(half * BN, BN).store(b_ds)
         fence_async_shared()
         barrier()
@@ -136,11 +136,12 @@ def _step(
         else:
             ds_half, k_half, column = ds_t.slice(half * 64, 64, dim=1), k_s, 0
             place = place_s.index(stage).slice(half * 64, 64).load(ROWS)
-        b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)
+        b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)  # [64, 64]
+        # [BN, D], [BN, D], [64, 64], [BN, BM], [BN, BM]
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
         store_rows(part + column, place, b_dq, D)
     else:
-        b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])
+        b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])  # [BN, D], [BN, D], [BN, BM], [BN, BM]
     mbarrier.arrive(q_empty.index(stage), count=1)
     return b_dk, b_dv
 
@@ -157,16 +158,16 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     scale_log2 = scale * LOG2E
-    o_n = first_n + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))
-    b_dk = gl.zeros([BN, D], gl.float32, MMA_D)
-    b_dv = gl.zeros([BN, D], gl.float32, MMA_D)
+    o_n = first_n + half * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, MMA))  # [BN]
+    b_dk = gl.zeros([BN, D], gl.float32, MMA_D)  # [BN, D]
+    b_dv = gl.zeros([BN, D], gl.float32, MMA_D)  # [BN, D]
     masked = (gl.maximum(current_end - begin, 0) + BM - 1) // BM * BM
     middle = gl.minimum(begin + masked, end)
     middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
     mbarrier.wait(kv_full, 0)
     i = 0
     for _ in range(begin, middle, BM):
-        b_dk, b_dv = _step(
+        b_dk, b_dv = _step(  # [BN, D], [BN, D]
             b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
@@ -192,15 +193,15 @@ def _consume(
 def _offsets(first_row, s_row, first, n_keys, dtype: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
     """Of BN keys of a block, from ``first`` on, and which of them there are."""
     LAYOUT: gl.constexpr = side_by_side(D, dtype)
-    o_n = first + gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    o_n = first + gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))  # [BN]
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))  # [D]
     return first_row + o_n.to(gl.int64)[:, None] * s_row + o_d[None, :], (o_n < n_keys)[:, None]
 
 
 @gluon.jit
 def _add(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys):
     """Adds to float32 sums, beside other programs."""
-    o, m = _offsets(first_row, s_row, first, n_keys, gl.float32, b_dk.shape[0], b_dk.shape[1])
+    o, m = _offsets(first_row, s_row, first, n_keys, gl.float32, b_dk.shape[0], b_dk.shape[1])  # [BN, D], [BN, 1]
     gl.atomic_add(dk + o, exchange(b_dk, gl.float32), mask=m, sem="relaxed")
     gl.atomic_add(dv + o, exchange(b_dv, gl.float32), mask=m, sem="relaxed")
 
@@ -208,9 +209,9 @@ def _add(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys):
 @gluon.jit
 def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.constexpr):
     dtype: gl.constexpr = dk.dtype.element_ty
-    o, m = _offsets(first_row, s_row, first, n_keys, dtype, b_dk.shape[0], b_dk.shape[1])
-    b_dk = exchange(b_dk, dtype)
-    b_dv = exchange(b_dv, dtype)
+    o, m = _offsets(first_row, s_row, first, n_keys, dtype, b_dk.shape[0], b_dk.shape[1])  # [BN, D], [BN, 1]
+    b_dk = exchange(b_dk, dtype)  # [BN, D]
+    b_dv = exchange(b_dv, dtype)  # [BN, D]
     if not DIRECT:
         # Where rows come in several slices an earlier one may have left its part; slices follow one another.
         b_dk += gl.load(dk + o, mask=m, other=0.0)
@@ -220,16 +221,18 @@ def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.const
 
 
 @gluon.jit(do_not_specialize=["first_head"])
-def key_kernel(
-    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, facts,
+def dkdv_kernel(
+    q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, task_info,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
     DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as of :func:`..backward._key_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
+    """Arguments as of :func:`..backward._dkdv_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
     i_task = gl.program_id(0) // KEY_TILES
     i_n = gl.program_id(0) % KEY_TILES
-    i_list, begin, end, current_end, n_keys, first_key, page, i_sum, _ = read_facts(facts, i_task, i_n, KEY_TILES)
+    i_list, begin, end, current_end, n_keys, first_key, page, i_sum, _ = read_task_info(
+        task_info, i_task, i_n, KEY_TILES
+    )
 
     dtype: gl.constexpr = k_desc.dtype
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -261,7 +264,7 @@ def key_kernel(
         mbarrier.init(q_full.index(i), count=129)
         mbarrier.init(q_empty.index(i), count=2)
     fence_async_shared()
-    # Not earlier: what was asked for above comes meanwhile.
+    # Exit only here: barrier setup overlaps with the task-record loads issued above.
     if i_list < 0:
         return
     first_n = i_n * 2 * BN

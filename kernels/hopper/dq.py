@@ -37,7 +37,7 @@ from .shared import (
 @gluon.jit
 def _limits(table, room, r, end, n_keys, BM: gl.constexpr):
     """Number of keys that each row of a tile sees, in every warp."""
-    o_v = r + gl.arange(0, 2 * BM, layout=in_each_warp(2 * BM))
+    o_v = r + gl.arange(0, 2 * BM, layout=in_each_warp(2 * BM))  # [2 * BM]
     return gl.minimum(gl.load(table + 2 * room + o_v, mask=o_v < end, other=0), n_keys)
 
 
@@ -49,14 +49,14 @@ def _gather_rows(
     """Starts the copies of a tile's rows of Q and dout. Returns how many tiles of keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_v = r + gl.arange(0, 2 * BM, layout=FLAT)
+    o_v = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
     row_s.store(gl.load(table + o_v, mask=o_v < end, other=0))
     n_tiles, _ = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
     barrier()
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
     for half in gl.static_range(2):
-        row = row_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE)).to(gl.int64)
-        offset = row[:, None] * D + o_d[None, :]
+        row = row_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE)).to(gl.int64)  # [BM]
+        offset = row[:, None] * D + o_d[None, :]  # [BM, D]
         copy_rows(q_s.index(2 * buf + half), q + offset)
         copy_rows(do_s.index(2 * buf + half), dout + offset)
     async_copy.commit_group()
@@ -109,20 +109,20 @@ def _step(
     MMA: gl.constexpr, MMA_Q: gl.constexpr,
 ):  # fmt: skip
     """The tile of keys at ``n``, whose products are there: its part of dQ, and the next tile's products."""
-    b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])
+    b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])  # [BM, BN]
     if MASKED:
-        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
+        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))  # [BN]
         b_ds = gl.where(o_n[None, :] < limit[:, None], b_ds, 0.0)
     b_ds = gl.convert_layout(b_ds.to(q_t.dtype), gl.DotOperandLayout(0, MMA_Q, 2))
     if not LAST:
         stage = (i_kv + 1) % STAGES
         mbarrier.wait(kv_full.index(stage), (i_kv + 1) // STAGES % 2)
-        zero = gl.zeros([BM, BN], gl.float32, MMA)
-        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        next_dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    b_dq = warpgroup_mma(b_ds, k_s.index(i_kv % STAGES), b_dq, is_async=True)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)  # [BM, BN]
+        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
+        next_dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
+    b_dq = warpgroup_mma(b_ds, k_s.index(i_kv % STAGES), b_dq, is_async=True)  # [BM, D]
     if LAST:
-        b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_dq, b_ds])
+        b_dq, b_ds = warpgroup_mma_wait(0, deps=[b_dq, b_ds])  # [BM, D], [BM, BN]
     else:
         s, dp, b_dq, b_ds = warpgroup_mma_wait(0, deps=[next_s, next_dp, b_dq, b_ds])
     mbarrier.arrive(kv_empty.index(i_kv % STAGES), count=1)
@@ -143,25 +143,25 @@ def _consume(
     i_kv = 0
     for r in range(begin, end, 2 * BM):
         buf = i % 2
-        o_v = r + half * BM + gl.arange(0, BM, layout=ROWS)
-        limit = gl.load(table + 2 * room + o_v, mask=o_v < end, other=0)
-        b_lse, b_delta = unpack(gl.load(stats + o_v, mask=o_v < end, other=0))
+        o_v = r + half * BM + gl.arange(0, BM, layout=ROWS)  # [BM]
+        limit = gl.load(table + 2 * room + o_v, mask=o_v < end, other=0)  # [BM]
+        b_lse, b_delta = unpack(gl.load(stats + o_v, mask=o_v < end, other=0))  # [BM], [BM]
         n_tiles, whole = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
         n_whole = gl.minimum(whole, n_tiles - 1)
         limit = gl.minimum(limit, n_keys)
-        q_t = q_s.index(2 * buf + half)
-        do_t = do_s.index(2 * buf + half)
+        q_t = q_s.index(2 * buf + half)  # [BM, D]
+        do_t = do_s.index(2 * buf + half)  # [BM, D]
 
         stage = i_kv % STAGES
         mbarrier.wait(kv_full.index(stage), i_kv // STAGES % 2)
-        zero = gl.zeros([BM, BN], gl.float32, MMA)
-        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-        b_dq = gl.zeros([BM, D], gl.float32, MMA_Q)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)  # [BM, BN]
+        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
+        dp = warpgroup_mma(do_t, v_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])  # [BM, BN], [BM, BN]
+        b_dq = gl.zeros([BM, D], gl.float32, MMA_Q)  # [BM, D]
         for j in range(0, n_whole):
-            s, dp, b_dq = _step(
+            s, dp, b_dq = _step(  # [BM, BN], [BM, BN], [BM, D]
                 s, dp, b_dq, b_lse, b_delta, limit, j * BN, scale_log2, i_kv, q_t, do_t, k_s, v_s, kv_full, kv_empty,
                 False, False, BM, BN, STAGES, MMA, MMA_Q,
             )  # fmt: skip
@@ -189,16 +189,16 @@ def _consume(
         i += 1
 
 
-@gluon.jit(do_not_specialize=["places", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
-def query_kernel(
+@gluon.jit(do_not_specialize=["n_entries", "first_list", "n_lists"], do_not_specialize_on_alignment=SLICED)
+def dq_kernel(
     q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start,
-    scale, room, places, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
+    scale, room, n_entries, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
     TASK_ROWS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as of :func:`..backward._query_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
+    """Arguments as of :func:`..backward._dq_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
-        tasks, places, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
+        tasks, n_entries, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
     )
     first = gl.load(list_start)
 
@@ -222,7 +222,7 @@ def query_kernel(
         mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(kv_empty.index(i), count=2)
     fence_async_shared()
-    # Not earlier: what was asked for above comes meanwhile.
+    # Exit only here: barrier setup overlaps with the task-record loads issued above.
     if i_list < 0:
         return
     begin -= first

@@ -4,7 +4,7 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 (see :mod:`..routing`). A tile is 2 * BM visits by BN keys. A program has a task: rows of one list, one tile after the
 other, each against the whole block.
 
-The fetching group sends tiles of K and V round a ring of STAGES places, and gathers the rows of Q of the next tile
+The fetching group sends tiles of K and V round a ring of STAGES buffers, and gathers the rows of Q of the next tile
 while this one is at work (two buffers). Each computing group has BM of the rows. In one step it computes the softmax of
 a tile of keys, and asks for its product with V and the scores of the next tile at once: the other group's softmax runs
 meanwhile. (Scores asked for earlier would come beside this tile's: slower, by the copies between registers.)
@@ -39,26 +39,26 @@ def _gather_rows(
     keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_r = r + gl.arange(0, 2 * BM, layout=FLAT)
-    m_r = o_r < end
-    visit = gl.load(visits + o_r, mask=m_r, other=0)
-    row = visit // SLOTS
-    slot = visit - row * SLOTS
-    t = row // G
-    head = i_h * G + row % G
-    limit = gl.where(m_r, n_keys, 0)
+    o_r = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
+    m_r = o_r < end  # [2 * BM]
+    visit = gl.load(visits + o_r, mask=m_r, other=0)  # [2 * BM]
+    row = visit // SLOTS  # [2 * BM]
+    slot = visit - row * SLOTS  # [2 * BM]
+    t = row // G  # [2 * BM]
+    head = i_h * G + row % G  # [2 * BM]
+    limit = gl.where(m_r, n_keys, 0)  # [2 * BM]
     if SLOTS > S:
-        m_current = m_r & (slot == S)
-        seen = gl.minimum(gl.load(visible + t, mask=m_current, other=0), n_keys)
+        m_current = m_r & (slot == S)  # [2 * BM]
+        seen = gl.minimum(gl.load(visible + t, mask=m_current, other=0), n_keys)  # [2 * BM]
         limit = gl.where(m_current, seen, limit)
     offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
     place_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
     limit_s.index(buf).store(limit)
     barrier()
     n_tiles, _ = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
     for half in gl.static_range(2):
-        offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))
+        offset = offset_s.slice(half * BM, BM).load(gl.SliceLayout(1, WIDE))  # [BM]
         offset = gl.multiple_of(offset, 8)
         copy_rows(q_s.index(2 * buf + half), q + offset[:, None] + o_d[None, :])
     async_copy.commit_group()
@@ -121,28 +121,28 @@ def _step(
 ):  # fmt: skip
     """The tile of keys at ``n``, whose scores are there: softmax, product with V, and the next tile's scores."""
     if MASKED:
-        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))
-        s = gl.where(o_n[None, :] < limit[:, None], s, float("-inf"))
-    b_new = gl.maximum(b_max, gl.max(s, 1))
+        o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))  # [BN]
+        s = gl.where(o_n[None, :] < limit[:, None], s, float("-inf"))  # [BM, BN]
+    b_new = gl.maximum(b_max, gl.max(s, 1))  # [BM]
     # A row whose scores are all -inf so far must not make NaN of -inf - -inf.
-    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new * scale_log2)
-    b_p = gl.exp2(s * scale_log2 - b_shift[:, None])
-    b_scale = gl.exp2(b_max * scale_log2 - b_shift)
-    b_sum = b_sum * b_scale + gl.sum(b_p, 1)
-    p = gl.convert_layout(b_p.to(q_t.dtype), gl.DotOperandLayout(0, MMA_O, 2))
-    b_o = b_o * gl.convert_layout(b_scale, gl.SliceLayout(1, MMA_O))[:, None]
+    b_shift = gl.where(b_new == float("-inf"), 0.0, b_new * scale_log2)  # [BM]
+    b_p = gl.exp2(s * scale_log2 - b_shift[:, None])  # [BM, BN]
+    b_scale = gl.exp2(b_max * scale_log2 - b_shift)  # [BM]
+    b_sum = b_sum * b_scale + gl.sum(b_p, 1)  # [BM]
+    p = gl.convert_layout(b_p.to(q_t.dtype), gl.DotOperandLayout(0, MMA_O, 2))  # [BM, BN]
+    b_o = b_o * gl.convert_layout(b_scale, gl.SliceLayout(1, MMA_O))[:, None]  # [BM, D]
     if not LAST:
         stage = (i_kv + 1) % STAGES
         mbarrier.wait(k_full.index(stage), (i_kv + 1) // STAGES % 2)
-        zero = gl.zeros([BM, BN], gl.float32, MMA)
-        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)  # [BM, BN]
+        next_s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
     before = i_kv % STAGES
     mbarrier.wait(v_full.index(before), i_kv // STAGES % 2)
     b_o = warpgroup_mma(p, v_s.index(before), b_o, is_async=True)
     if LAST:
-        b_o, p = warpgroup_mma_wait(0, deps=[b_o, p])
+        b_o, p = warpgroup_mma_wait(0, deps=[b_o, p])  # [BM, D], [BM, BN]
     else:
-        s, b_o, p = warpgroup_mma_wait(0, deps=[next_s, b_o, p])
+        s, b_o, p = warpgroup_mma_wait(0, deps=[next_s, b_o, p])  # [BM, BN], [BM, D], [BM, BN]
         mbarrier.arrive(k_empty.index(stage), count=1)
     mbarrier.arrive(v_empty.index(before), count=1)
     return s, b_o, b_new, b_sum
@@ -164,20 +164,20 @@ def _consume(
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
         n_tiles, whole = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
         n_whole = gl.minimum(whole, n_tiles - 1)
-        limit = limit_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
-        q_t = q_s.index(2 * buf + half)
+        limit = limit_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))  # [BM]
+        q_t = q_s.index(2 * buf + half)  # [BM, D]
 
         stage = i_kv % STAGES
         mbarrier.wait(k_full.index(stage), i_kv // STAGES % 2)
-        zero = gl.zeros([BM, BN], gl.float32, MMA)
-        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        zero = gl.zeros([BM, BN], gl.float32, MMA)  # [BM, BN]
+        s = warpgroup_mma(q_t, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)  # [BM, BN]
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        b_max = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
-        b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(1, MMA))
-        b_o = gl.zeros([BM, D], gl.float32, MMA_O)
+        b_max = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))  # [BM]
+        b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(1, MMA))  # [BM]
+        b_o = gl.zeros([BM, D], gl.float32, MMA_O)  # [BM, D]
         for j in range(0, n_whole):
-            s, b_o, b_max, b_sum = _step(
+            s, b_o, b_max, b_sum = _step(  # [BM, BN], [BM, D], [BM], [BM]
                 s, b_o, b_max, b_sum, limit, j * BN, scale_log2, i_kv, q_t, k_s, v_s,
                 k_full, k_empty, v_full, v_empty, False, False, BM, BN, STAGES, MMA, MMA_O,
             )  # fmt: skip
@@ -202,26 +202,27 @@ def _consume(
 
         place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
         mbarrier.arrive(q_empty.index(buf), count=1)
-        b_shift = gl.where(b_max == float("-inf"), 0.0, b_max * scale_log2)
+        b_shift = gl.where(b_max == float("-inf"), 0.0, b_max * scale_log2)  # [BM]
         gl.store(part_lse + place, (b_shift + gl.log2(b_sum)) * LN2, mask=place >= 0)
-        b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)
+        b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)  # [BM]
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
         store_rows(part, place, b_o, D)
         i += 1
 
 
 @gluon.jit(
-    do_not_specialize=["places", "first_list", "n_lists", "n_blocks", "n_heads"], do_not_specialize_on_alignment=SLICED
+    do_not_specialize=["n_entries", "first_list", "n_lists", "n_blocks", "n_heads"],
+    do_not_specialize_on_alignment=SLICED,
 )
 def long_block_kernel(
     q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible,
-    scale_log2, places, first_list, n_lists, n_blocks, n_heads, s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
+    scale_log2, n_entries, first_list, n_lists, n_blocks, n_heads, s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
     TASK_ROWS: gl.constexpr, G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..forward._long_block_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
-        tasks, places, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
+        tasks, n_entries, TASK_ROWS, list_start, first_list, n_lists, gl.program_id(0)
     )
 
     dtype: gl.constexpr = k_desc.dtype
@@ -248,7 +249,7 @@ def long_block_kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    # Not earlier: what was asked for above comes meanwhile.
+    # Exit only here: barrier setup overlaps with the task-record loads issued above.
     if i_list < 0:
         return
     i_h = i_list // n_blocks

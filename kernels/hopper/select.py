@@ -45,7 +45,7 @@ def _columns(x):
 @gluon.jit
 def _better(columns, worst):
     """A bit for each column that is not at most ``worst``; NaN is not, and nothing is at most NaN."""
-    bits = gl.zeros([WIDTH], gl.int32, ROWS)
+    bits = gl.zeros([WIDTH], gl.int32, ROWS)  # [WIDTH]
     for i in gl.static_range(WIDTH):
         bits |= gl.where(columns[i] <= worst, 0, 1 << i if i < 31 else -(1 << 31))
     return bits
@@ -55,7 +55,7 @@ def _better(columns, worst):
 def _pick(columns, i):
     """Element ``i`` [WIDTH] of each row."""
     for level in gl.static_range(5):
-        is_odd = (i >> level & 1) != 0
+        is_odd = (i >> level & 1) != 0  # [WIDTH]
         halves = ()
         for j in gl.static_range(WIDTH >> level + 1):
             halves = halves + (gl.where(is_odd, columns[2 * j + 1], columns[2 * j]),)
@@ -64,24 +64,24 @@ def _pick(columns, i):
 
 
 @gluon.jit
-def _insert(ranks, blocks, rank, block, S: gl.constexpr):
-    """``ranks`` with ``rank`` in its place, behind its equals; the last falls out."""
-    was_ahead = rank > ranks[0]
-    new_ranks = (gl.where(was_ahead, rank, ranks[0]),)
+def _insert(sort_keys, blocks, sort_key, block, S: gl.constexpr):
+    """Inserts ``sort_key`` behind the equal ones and drops the last."""
+    was_ahead = sort_key > sort_keys[0]  # [WIDTH]
+    new_keys = (gl.where(was_ahead, sort_key, sort_keys[0]),)
     new_blocks = (gl.where(was_ahead, block, blocks[0]),)
     for s in gl.static_range(1, S):
-        is_ahead = rank > ranks[s]
-        new_ranks = new_ranks + (gl.where(was_ahead, ranks[s - 1], gl.where(is_ahead, rank, ranks[s])),)
+        is_ahead = sort_key > sort_keys[s]  # [WIDTH]
+        new_keys = new_keys + (gl.where(was_ahead, sort_keys[s - 1], gl.where(is_ahead, sort_key, sort_keys[s])),)
         new_blocks = new_blocks + (gl.where(was_ahead, blocks[s - 1], gl.where(is_ahead, block, blocks[s])),)
         was_ahead = is_ahead
-    return new_ranks, new_blocks
+    return new_keys, new_blocks
 
 
 @gluon.jit
-def _score(rank):
-    """The score of a rank, NaN for none."""
-    score = (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
-    return gl.where(rank <= NAN, float("nan"), score)
+def _score(sort_key):
+    """The score of a sort key, NaN for none."""
+    score = (sort_key ^ ((sort_key >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)  # [WIDTH]
+    return gl.where(sort_key <= NAN, float("nan"), score)
 
 
 @gluon.jit(do_not_specialize=["n_rows"])
@@ -98,54 +98,56 @@ def select_kernel(
     # Late rows have the most candidates: they start first, so that the last programs to run are short.
     begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * WIDTH
     i_h = gl.program_id(1)
-    o_r = begin + gl.arange(0, WIDTH, layout=ROWS)
-    b_first = gl.load(first + o_r, mask=o_r < n_rows, other=2147483647)
-    b_current = gl.load(current_block + o_r, mask=o_r < n_rows, other=-1)
+    o_r = begin + gl.arange(0, WIDTH, layout=ROWS)  # [WIDTH]
+    b_first = gl.load(first + o_r, mask=o_r < n_rows, other=2147483647)  # [WIDTH]
+    b_current = gl.load(current_block + o_r, mask=o_r < n_rows, other=-1)  # [WIDTH]
     oldest = gl.maximum(gl.min(b_first, 0), 0)
     newest = gl.max(b_current, 0) - 1
 
-    o_m = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LEFT))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT))
-    p_q = q + (o_m.to(gl.int64) * s_qt + i_h.to(gl.int64) * s_qh)[:, None] + o_d[None, :]
-    b_q = gl.load(p_q, mask=(o_m < n_rows)[:, None], other=0.0)
-    o_n = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, RIGHT))
+    o_m = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LEFT))  # [WIDTH]
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LEFT))  # [D]
+    p_q = q + (o_m.to(gl.int64) * s_qt + i_h.to(gl.int64) * s_qh)[:, None] + o_d[None, :]  # [WIDTH, D]
+    b_q = gl.load(p_q, mask=(o_m < n_rows)[:, None], other=0.0)  # [WIDTH, D]
+    o_n = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, RIGHT))  # [WIDTH]
+    # [D, 1]
     p_means = means + (i_h // G).to(gl.int64) * s_mh + gl.arange(0, D, layout=gl.SliceLayout(1, RIGHT))[:, None]
 
-    ranks, blocks = (), ()
+    sort_keys, blocks = (), ()
     for _ in gl.static_range(S):
-        ranks = ranks + (gl.full([WIDTH], EMPTY, gl.int32, ROWS),)
+        sort_keys = sort_keys + (gl.full([WIDTH], EMPTY, gl.int32, ROWS),)
         blocks = blocks + (gl.full([WIDTH], -1, gl.int32, ROWS),)
-    worst = _score(ranks[S - 1])
+    worst = _score(sort_keys[S - 1])  # [WIDTH]
     for behind in range(0, newest - oldest + 1, WIDTH):
         top = newest - behind
-        o_b = top - o_n
+        o_b = top - o_n  # [WIDTH]
+        # [D, WIDTH]
         b_mean = gl.load(p_means + (o_b.to(gl.int64) * s_mb)[None, :], mask=(o_b >= oldest)[None, :], other=0.0)
-        score = mma_v2(b_q, b_mean, gl.zeros([WIDTH, WIDTH], gl.float32, MMA))
+        score = mma_v2(b_q, b_mean, gl.zeros([WIDTH, WIDTH], gl.float32, MMA))  # [WIDTH, WIDTH]
         columns = _columns(gl.convert_layout(score, WHOLE))
         # Column c is block top - c: candidates are those from ``low`` on, up to ``high``.
-        low = gl.maximum(top - b_current + 1, 0)
-        high = top - b_first
-        allowed = gl.where(low < WIDTH, -1 << gl.minimum(low, 31), 0)
+        low = gl.maximum(top - b_current + 1, 0)  # [WIDTH]
+        high = top - b_first  # [WIDTH]
+        allowed = gl.where(low < WIDTH, -1 << gl.minimum(low, 31), 0)  # [WIDTH]
         allowed &= gl.where(high < 31, (2 << gl.maximum(gl.minimum(high, 30), 0)) - 1, -1)
-        bits = _better(columns, worst) & gl.where(high >= 0, allowed, 0)
+        bits = _better(columns, worst) & gl.where(high >= 0, allowed, 0)  # [WIDTH]
         left = gl.max((bits != 0).to(gl.int32), 0)
         while left > 0:
             passes = 0
             while (left > 0) & (passes < PASSES):
-                lowest = bits & -bits
+                lowest = bits & -bits  # [WIDTH]
                 column = gl.inline_asm_elementwise(
                     "bfind.u32 $0, $1;", "=r,r", [lowest], dtype=gl.int32, is_pure=True, pack=1
                 )
-                rank = gl.where(bits != 0, ordered(_pick(columns, column)), EMPTY)
-                ranks, blocks = _insert(ranks, blocks, rank, top - column, S)
+                sort_key = gl.where(bits != 0, ordered(_pick(columns, column)), EMPTY)  # [WIDTH]
+                sort_keys, blocks = _insert(sort_keys, blocks, sort_key, top - column, S)
                 bits ^= lowest
                 left = gl.max((bits != 0).to(gl.int32), 0)
                 passes += 1
-            worst = _score(ranks[S - 1])
+            worst = _score(sort_keys[S - 1])
             if left > 0:
                 bits &= _better(columns, worst)
                 left = gl.max((bits != 0).to(gl.int32), 0)
 
-    p_indices = block_indices + (o_r.to(gl.int64) * HQ + i_h) * S
+    p_indices = block_indices + (o_r.to(gl.int64) * HQ + i_h) * S  # [WIDTH]
     for s in gl.static_range(S):
         gl.store(p_indices + s, blocks[s], mask=o_r < n_rows)

@@ -90,7 +90,7 @@ def store_rows(out, place, x, D: gl.constexpr):
     QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)
     x = exchange(x, out.dtype.element_ty)
     place = gl.convert_layout(place, gl.SliceLayout(1, QUADS), assert_trivial=True)
-    o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))
+    o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))  # [columns of x]
     gl.store(out + place.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(place >= 0)[:, None])
 
 
@@ -136,8 +136,8 @@ def load_blocks(
 def _copy_keys(x, first_key, column, s_row, n_keys, x_s, ROWS: gl.constexpr, D: gl.constexpr):
     """The rows that a block has, and zeros: what follows may be another document's NaN, and 0 * NaN is NaN."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
     for n in gl.static_range(0, ROWS, 16):
-        o_n = n + gl.arange(0, 16, layout=gl.SliceLayout(1, WIDE))
-        p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]
+        o_n = n + gl.arange(0, 16, layout=gl.SliceLayout(1, WIDE))  # [16]
+        p_x = x + column + (first_key + o_n).to(gl.int64)[:, None] * s_row + o_d[None, :]  # [16, D]
         x_s.slice(n, 16).store(gl.load(p_x, mask=(o_n < n_keys)[:, None], other=0.0))

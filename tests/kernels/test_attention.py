@@ -63,8 +63,8 @@ def test_gradients_of_lists_longer_than_a_task(monkeypatch, deterministic, rows)
     p.visible = torch.where(p.own == p.own[169], 0, p.visible)
     p.chosen[p.own == p.own[169]] = -1
     p.chosen[p.chosen == p.own[169]] = -1
-    tile = tuned.key_tile(16, 16, torch.float32, p.q.device)
-    monkeypatch.setattr(tuned, "key_tile", lambda *_: tile._replace(task_rows=rows))
+    tile = tuned.dkdv_tile(16, 16, torch.float32, p.q.device)
+    monkeypatch.setattr(tuned, "dkdv_tile", lambda *_: tile._replace(task_rows=rows))
     _, lse, delta, grads = exact(p)
     n_lists, n_visits = p.pages.row.numel(), p.q.shape[0] * 2 * 3
     assert (n_lists <= n_visits // rows) == (rows == 32)

@@ -54,8 +54,8 @@ def test_facts_of_tasks(monkeypatch, shape, order):
         p.q, p.dout, p.chosen, p.own, p.visible = p.q[at], p.dout[at], p.chosen[at], p.own[at], p.visible[at]
     # Some rows see nothing of their own block, some nothing else.
     p.visible[3:9], p.chosen[11:30] = 0, -1
-    tile = tuned.key_tile(16, block_size, torch.float32, p.q.device)
-    monkeypatch.setattr(tuned, "key_tile", lambda *_: tile._replace(bn=bn, task_rows=task_rows))
+    tile = tuned.dkdv_tile(16, block_size, torch.float32, p.q.device)
+    monkeypatch.setattr(tuned, "dkdv_tile", lambda *_: tile._replace(bn=bn, task_rows=task_rows))
     noting = _Noting()
     monkeypatch.setattr(sys.modules["moba_cp.kernels.attention"], "_visit_table_kernel", noting)
     index = kernels.routing_index(p.q, *p.visits, p.pages.row)
@@ -83,10 +83,10 @@ class _Noting:
     """In the place of the kernel: launches it, and notes its lists, tasks and what it lays out of them."""
 
     def __getitem__(self, grid):
-        def launch(visits, tasks, list_start, *args, **options):
-            backward._visit_table_kernel[grid](visits, tasks, list_start, *args, **options)
-            *_, facts = args[:6]
-            facts = facts.view(grid[0], -1)
-            self.seen = [x.tolist() for x in (visits, tasks, list_start, facts)]
+        def launch(visits, tasks, list_start, task_info, **rest):
+            backward._visit_table_kernel[grid](
+                visits=visits, tasks=tasks, list_start=list_start, task_info=task_info, **rest
+            )
+            self.seen = [x.tolist() for x in (visits, tasks, list_start, task_info.view(grid[0], -1))]
 
         return launch

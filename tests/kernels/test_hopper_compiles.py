@@ -64,10 +64,10 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize(
     "dim, block_size, names",
     [
-        (128, 128, {"key"}),
-        (128, 512, {"long_block", "key", "query"}),
-        (64, 128, {"key"}),
-        (64, 512, {"long_block", "key"}),
+        (128, 128, {"dkdv"}),
+        (128, 512, {"long_block", "dkdv", "dq"}),
+        (64, 128, {"dkdv"}),
+        (64, 512, {"long_block", "dkdv"}),
     ],
     ids=["128-short", "128-long", "64-short", "64-long"],
 )
@@ -189,7 +189,7 @@ def test_the_check_asks_for_every_kernel(monkeypatch):
         compiled.clear()
         check.run(dim, block_size, dtype, torch.device("cpu"))
         kind = "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"
-        ran = {"long_block_kernel": "forward", "key_kernel": "keys", "query_kernel": "queries"}
+        ran = {"long_block_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq"}
         names |= {(ran[name], dim, kind) for name in compiled if name in ran}
         assert "select_kernel" in compiled
     assert names == set(tuned.SPECIALIZED)
@@ -210,7 +210,7 @@ def test_the_check_refuses_what_differs(monkeypatch):
 
 def test_tiles_of_the_other_kernels_where_these_do_not_serve():
     bf16, device = torch.bfloat16, torch.device("cpu")
-    for tile in (tuned.forward_tile, tuned.key_tile, tuned.query_tile):
+    for tile in (tuned.forward_tile, tuned.dkdv_tile, tuned.dq_tile):
         assert tile(128, 512, bf16, device, specialized=True).fetch_registers
         assert not tile(128, 512, bf16, device).fetch_registers
         assert not tile(96, 512, bf16, device, specialized=True).fetch_registers, "not in the table"

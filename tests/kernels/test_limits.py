@@ -23,7 +23,7 @@ def test_tables_of_visits_stay_within_31_bits(n_kv, group, has_sums):
     chosen = meta(n_rows, n_kv * group, n_slots - 1, dtype=torch.int32)
     call = work.Call(q, pages, chosen, chosen[:, 0, 0], chosen[:, 0, 0], 1.0, slice(0, n_kv), None, None)
     mode = work.DQ_ATOMIC.value
-    tile = tuned.key_tile(dim, 512, torch.bfloat16, torch.device("cpu"))
+    tile = tuned.dkdv_tile(dim, 512, torch.bfloat16, torch.device("cpu"))
     row_slices, kv_step, _ = work._backward_slices(call, mode, tile, has_sums, False)
     rows = max(some.stop - some.start for some in row_slices)
     assert row_slices[-1].stop == n_rows and 3 * rows * kv_step * group * n_slots < 2**31
