@@ -427,9 +427,10 @@ def _launch_dq(part: _Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Te
     if tile.fetch_registers:
         hopper.launch_dq(part, tile, tasks, dout, part_dq, table, stats)
         return
-    _dq_kernel[part.grid(tasks)](
-        q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
-        tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
-        task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
-    )  # fmt: skip
+    with on_device(part.q):
+        _dq_kernel[part.grid(tasks)](
+            q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
+            tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
+            task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
+            BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
+        )  # fmt: skip
