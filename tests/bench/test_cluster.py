@@ -20,6 +20,7 @@ from moba_cp.bench.rows import Report, Row
 from moba_cp.bench.shape import Shape
 from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
+from moba_cp.cp.calls import Where
 from moba_cp.cp.layout import positions_of, rank_segments
 from moba_cp.cp.options import MODES, ExchangeOptions
 from moba_cp.ops import backend
@@ -140,13 +141,14 @@ def test_a_replay_equals_the_real_pass():
 
 
 def test_a_replay_of_another_pass_is_refused():
-    comm = ReplayCommunicator(None)
+    comm, where = ReplayCommunicator(None), Where.forward("layer 1")
     with comm.recording():
-        comm.all_gather(torch.ones(3), "means")
+        comm.all_gather(torch.ones(3), "means", where)
     with comm.replaying():
-        assert torch.equal(comm.all_gather(torch.zeros(3), "means"), torch.ones(1, 3))
-    with comm.replaying(), pytest.raises(AssertionError, match="kv all-gather where means all-gather was recorded"):
-        comm.all_gather(torch.zeros(3), "kv")
+        assert torch.equal(comm.all_gather(torch.zeros(3), "means", where), torch.ones(1, 3))
+    asked = "kv all-gather in layer 1 where means all-gather in layer 1 was recorded"
+    with comm.replaying(), pytest.raises(AssertionError, match=asked):
+        comm.all_gather(torch.zeros(3), "kv", where)
 
 
 @pytest.fixture

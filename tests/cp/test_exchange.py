@@ -196,12 +196,12 @@ def _between_nodes(comm, case, options, per_node):
     crossed = 0
     plain = comm.all_to_all
 
-    def watched(x, send, receive, kind):
+    def watched(x, send, receive, kind, where):
         nonlocal crossed
         if kind in ("kv", "kv_gradients"):
             row = x.element_size() * x.shape[1:].numel()
             crossed += row * sum(n for p, n in enumerate(send) if p // per_node != comm.rank // per_node)
-        return plain(x, send, receive, kind)
+        return plain(x, send, receive, kind, where)
 
     comm.all_to_all = watched
     across_ranks(comm, case, "contiguous", False, options)
