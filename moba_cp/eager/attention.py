@@ -9,8 +9,7 @@ S selected blocks per row, E visits, R rows per task, W keys of a task. Wide mea
 inputs.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -172,56 +171,40 @@ def attend(
     Returns:
         out [N, Hq, D] and lse [N, Hq] wide; a row that sees nothing has out 0 and lse -inf.
     """
-    if kv_heads is not None:
-        at, pages = _of_heads(pages, kv_heads, q.shape[1])
-        q, block_indices = q[:, at], block_indices[:, at]
-    part, part_lse = _attend(q, pages, block_indices, current_block, visible, scale)
+    is_new, wide = out is None, WIDE[q.dtype]
     if out is None:
-        return part.to(out_dtype or part.dtype), part_lse
-    to_out, to_lse = out if kv_heads is None else (x[:, at] for x in out)
-    if not overwrite_out:
-        before = torch.where(to_lse[..., None] == -torch.inf, 0, to_out)
-        part, part_lse = merge([before, part], [to_lse, part_lse])
-    to_out.copy_(part), to_lse.copy_(part_lse)
+        out = (
+            torch.empty(q.shape, dtype=out_dtype or wide, device=q.device),
+            torch.empty(q.shape[:2], dtype=wide, device=q.device),
+        )
+    for kv_head in range(pages.row.shape[0])[kv_heads or slice(None)]:
+        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
+        part, part_lse = _attend_head(head, q, scale)
+        to_out, to_lse = out[0][:, head.heads], out[1][:, head.heads]
+        if not (is_new or overwrite_out):
+            before = torch.where(to_lse[..., None] == -torch.inf, 0, to_out)
+            part, part_lse = merge([before, part], [to_lse, part_lse])
+        to_out.copy_(part), to_lse.copy_(part_lse)
     return out
 
 
-def _of_heads(pages: Pages, kv_heads: slice, n_heads: int) -> tuple[slice, Pages]:
-    """The query heads, of ``n_heads`` in all, that share some KV heads; and the pages of these."""
-    group = n_heads // pages.row.shape[0]
-    return (
-        slice(kv_heads.start * group, kv_heads.stop * group),
-        replace(pages, row=pages.row[kv_heads], head=pages.head[kv_heads]),
-    )
-
-
-def _attend(
-    q: Tensor, pages: Pages, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, scale: float
-):
-    """:func:`attend`: out and lse, wide."""
-    n_rows, n_heads, dim = q.shape
-    wide = WIDE[q.dtype]
-    out = torch.zeros(n_rows, n_heads, dim, dtype=wide, device=q.device)
-    lse = torch.full((n_rows, n_heads), -torch.inf, dtype=wide, device=q.device)
-    for kv_head in range(pages.row.shape[0]):
-        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
-        group = head.heads.stop - head.heads.start
-        part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=wide, device=q.device)
-        part_lse = torch.full((n_rows * group * head.n_slots,), -torch.inf, dtype=wide, device=q.device)
-        for tasks in head.chunks():
-            rows, storage_head = head.key_rows(tasks)
-            score = head.scores(head.gather_rows(q, tasks), pages.k[rows, storage_head].to(wide), scale, tasks)
-            real = head.tasks.visit[tasks] >= 0
-            visit_lse = score.logsumexp(-1)
-            prob = (score - finite_lse(visit_lse)[..., None]).exp()
-            value = torch.matmul(prob, pages.v[rows, storage_head].to(wide))
-            visit = head.tasks.visit[tasks][real]
-            part[visit] = value[real]
-            part_lse[visit] = visit_lse[real]
-        out[:, head.heads], lse[:, head.heads] = merge(
-            part.view(n_rows, group, head.n_slots, dim).unbind(2), part_lse.view(n_rows, group, head.n_slots).unbind(2)
-        )
-    return out, lse
+def _attend_head(head: _Head, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """:func:`attend` of one KV head: out [N, G, D] and lse [N, G] of its query heads, wide."""
+    pages, n_rows, dim, group = head.pages, q.shape[0], q.shape[2], head.heads.stop - head.heads.start
+    part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=head.wide, device=q.device)
+    part_lse = torch.full((n_rows * group * head.n_slots,), -torch.inf, dtype=head.wide, device=q.device)
+    for tasks in head.chunks():
+        rows, storage_head = head.key_rows(tasks)
+        score = head.scores(head.gather_rows(q, tasks), pages.k[rows, storage_head].to(head.wide), scale, tasks)
+        real = head.tasks.visit[tasks] >= 0
+        visit_lse = score.logsumexp(-1)
+        prob = (score - finite_lse(visit_lse)[..., None]).exp()
+        value = torch.matmul(prob, pages.v[rows, storage_head].to(head.wide))
+        visit = head.tasks.visit[tasks][real]
+        part[visit] = value[real]
+        part_lse[visit] = visit_lse[real]
+    parts, lses = part.view(n_rows, group, head.n_slots, dim), part_lse.view(n_rows, group, head.n_slots)
+    return merge(parts.unbind(2), lses.unbind(2))
 
 
 def attend_backward(
@@ -264,51 +247,43 @@ def attend_backward(
     Returns:
         dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; wide unless ``local_dtype``.
     """
-    if kv_heads is not None:
-        at, pages = _of_heads(pages, kv_heads, q.shape[1])
-        q, block_indices = q[:, at], block_indices[:, at]
-        dout, lse, delta = dout[:, at], lse[:, at], delta[:, at]
-    targets = out or (None, None, None)
-    if kv_heads is not None and out is not None:
-        targets = out[0][:, at], *out[1:]
-    sums = [
-        torch.zeros(x.shape, dtype=lse.dtype, device=q.device) if target is None or new else target
-        for x, target, new in zip((q, pages.k, pages.v), targets, (overwrite_dq, overwrite_dkv, overwrite_dkv))
-    ]
-    _add_gradients(q, pages, block_indices, current_block, visible, scale, dout, lse, delta, *sums)
-    if out is not None:
-        for target, total in zip(targets, sums):
-            if target is not total:
-                target.copy_(total)
+    new_dq, new_dkv = out is None or overwrite_dq, out is None or overwrite_dkv
+    dq = torch.empty(q.shape, dtype=lse.dtype, device=q.device) if out is None else out[0]
+    sums = [torch.zeros(x.shape, dtype=lse.dtype, device=q.device) for x in (pages.k, pages.v)] if new_dkv else out[1:]
+    for kv_head in range(pages.row.shape[0])[kv_heads or slice(None)]:
+        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
+        part = _head_gradients(head, q, scale, dout, lse, delta, sums)
+        if new_dq:
+            dq[:, head.heads] = part
+        else:
+            dq[:, head.heads] += part
+    if out is not None and overwrite_dkv:
+        for target, total in zip(out[1:], sums, strict=True):
+            target.copy_(total)
     if dkdv_done is not None:
         dkdv_done()
-    return out or tuple(x.to(local_dtype or x.dtype) for x in sums)
+    return out or tuple(x.to(local_dtype or x.dtype) for x in (dq, *sums))
 
 
-def _add_gradients(
-    q: Tensor, pages: Pages, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, scale: float,
-    dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
-    """:func:`attend_backward`: add to dq, dk and dv, wide."""
-    n_rows, n_heads, dim = q.shape
-    wide = dq.dtype
-    for kv_head in range(pages.row.shape[0]):
-        head = _Head(q, pages, kv_head, block_indices, current_block, visible)
-        group = head.heads.stop - head.heads.start
-        part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=wide, device=q.device)
-        for tasks in head.chunks():
-            rows, storage_head = head.key_rows(tasks)
-            q_rows, do_rows = head.gather_rows(q, tasks), head.gather_rows(dout, tasks)
-            k_rows, v_rows = pages.k[rows, storage_head].to(wide), pages.v[rows, storage_head].to(wide)
-            score = head.scores(q_rows, k_rows, scale, tasks)
-            prob = (score - finite_lse(head.gather_rows(lse, tasks))[..., None]).exp()
-            dprob = torch.matmul(do_rows, v_rows.transpose(1, 2))
-            dscore = prob * (dprob - head.gather_rows(delta, tasks)[..., None]) * scale
-            real = head.tasks.visit[tasks] >= 0
-            part[head.tasks.visit[tasks][real]] = torch.matmul(dscore, k_rows)[real]
-            of_tasks = torch.matmul(dscore.transpose(1, 2), q_rows), torch.matmul(prob.transpose(1, 2), do_rows)
-            head.add_keys((dk, dv), of_tasks, rows, storage_head, tasks)
-        dq[:, head.heads] += part.view(n_rows, group, head.n_slots, dim).sum(2)
+def _head_gradients(
+    head: _Head, q: Tensor, scale: float, dout: Tensor, lse: Tensor, delta: Tensor, sums: Sequence[Tensor]
+) -> Tensor:
+    """:func:`attend_backward` of one KV head: dq [N, G, D] of its query heads, wide. Adds dk and dv to ``sums``."""
+    pages, n_rows, dim, group = head.pages, q.shape[0], q.shape[2], head.heads.stop - head.heads.start
+    part = torch.zeros(n_rows * group * head.n_slots, dim, dtype=head.wide, device=q.device)
+    for tasks in head.chunks():
+        rows, storage_head = head.key_rows(tasks)
+        q_rows, do_rows = head.gather_rows(q, tasks), head.gather_rows(dout, tasks)
+        k_rows, v_rows = (x[rows, storage_head].to(head.wide) for x in (pages.k, pages.v))
+        score = head.scores(q_rows, k_rows, scale, tasks)
+        prob = (score - finite_lse(head.gather_rows(lse, tasks))[..., None]).exp()
+        dprob = torch.matmul(do_rows, v_rows.transpose(1, 2))
+        dscore = prob * (dprob - head.gather_rows(delta, tasks)[..., None]) * scale
+        real = head.tasks.visit[tasks] >= 0
+        part[head.tasks.visit[tasks][real]] = torch.matmul(dscore, k_rows)[real]
+        of_tasks = torch.matmul(dscore.transpose(1, 2), q_rows), torch.matmul(prob.transpose(1, 2), do_rows)
+        head.add_keys(sums, of_tasks, rows, storage_head, tasks)
+    return part.view(n_rows, group, head.n_slots, dim).sum(2)
 
 
 def routing_index(
