@@ -5,7 +5,7 @@ check calls :mod:`.attention` and :mod:`.select`, which ask :mod:`.hopper` what 
 three: :mod:`moba_cp.kernels` gives :func:`compare` to :func:`.hopper.check_with`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,9 +32,6 @@ class _Pages:
     head: Tensor
     length: Tensor
     block_size: int
-
-    def of_heads(self, heads: slice) -> "_Pages":
-        return replace(self, row=self.row[heads], head=self.head[heads])
 
     def query_heads(self, heads: slice, n_heads: int) -> slice:
         group = n_heads // self.row.shape[0]
