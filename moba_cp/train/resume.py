@@ -60,7 +60,8 @@ def describe(path: Path, plan: RunPlan) -> list[str]:
 
 def notes(path: Path, plan: RunPlan) -> list[str]:
     """Why a run resumed from ``path`` will not go on exactly as the run that wrote it would have."""
-    meta, saved, config = checkpoint.read_meta(path), checkpoint.read_meta(path).config, to_dict(plan.config)
+    meta = checkpoint.read_meta(path)
+    saved, config = meta.config, to_dict(plan.config)
     lines = []
     if meta.data_fingerprint != plan.corpus.fingerprint:
         lines.append(f"{path} was trained on other data than {plan.corpus.source} holds now")

@@ -63,7 +63,6 @@ class GatherTables:
     """What is the same in every call of a layer's shape."""
 
     geometry: BlockGeometry
-    rank: int
     heads: list[slice]
     """KV heads of each stage."""
     dim: int
@@ -81,6 +80,11 @@ class GatherTables:
     """That reach this rank, forward and backward."""
     better_from: float
     """``auto`` all-gathers where plans of all ranks together would move so many bytes."""
+
+    @property
+    def rank(self) -> int:
+        """Whose tables they are."""
+        return self.geometry.rank
 
     @property
     def size(self) -> int:
@@ -159,7 +163,6 @@ class GatherTables:
 
 def build_gather_tables(
     geometry: BlockGeometry,
-    rank: int,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     options: ExchangeOptions,
@@ -167,7 +170,7 @@ def build_gather_tables(
     n_rows: int,
     top_k: int,
 ) -> GatherTables:
-    """:class:`GatherTables` of one rank.
+    """:class:`GatherTables` of the geometry's rank.
 
     Args:
         shape: (L, Hkv, D) of k.
@@ -178,7 +181,6 @@ def build_gather_tables(
     head_bytes = len(geometry.owned) * geometry.most_rows * 2 * dim * dtype.itemsize
     return GatherTables(
         geometry=geometry,
-        rank=rank,
         heads=heads_of_stages(n_kv, options.stages, head_bytes),
         dim=dim,
         dtype=dtype,
@@ -186,6 +188,6 @@ def build_gather_tables(
         keep=options.keep,
         by_copies=by_copies,
         at_once=costs.at_once(n_rows, top_k),
-        planned_bytes=costs.bytes_of(rank),
+        planned_bytes=costs.bytes_of(geometry.rank),
         better_from=costs.better_from,
     )

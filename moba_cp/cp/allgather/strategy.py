@@ -104,9 +104,7 @@ Transport = Collectives | CopyEngines
 def build_transport(cp: CPContext, block_size: int, q: Tensor, k: Tensor, top_k: int) -> Transport:
     """What moves the stages of a layer with such queries [L, Hq, D] and keys [L, Hkv, D], and its tables."""
     geometry, memory, n_rows = cp.geometry(block_size), cp.peers, q.shape[0] * q.shape[1]
-    tables = build_gather_tables(
-        geometry, cp.rank, tuple(k.shape), k.dtype, cp.exchange, memory is not None, n_rows, top_k
-    )
+    tables = build_gather_tables(geometry, tuple(k.shape), k.dtype, cp.exchange, memory is not None, n_rows, top_k)
     return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
 
 

@@ -30,8 +30,6 @@ class Decision:
     """[Hkv, n] bool, blocks whose K and V come here. Rows go to the owners of the other blocks that they selected."""
     dest: Tensor
     """[Hkv, n] int32, ``stage * P + owner`` of the blocks to which rows go, -1 for those that are here or come here."""
-    with_rows: bool
-    """whether there can be rows to send."""
     stats: Tensor
     """int64, see :class:`moba_cp.eager.exchange.Weighed`."""
     costs: Tensor
@@ -62,14 +60,14 @@ def decide(block_indices: Tensor, tables: DecisionTables, mode: str, ops) -> Dec
         mode: ``auto``, ``kv`` or ``query``.
         ops: the backend that serves these, see :func:`moba_cp.ops.integer_backend`.
     """
-    size, with_rows = tables.prices.token.numel(), mode != "kv"
+    size = tables.prices.token.numel()
     counts = ops.count_choices(block_indices, tables.open_dest, ROW_SHARE if mode == "auto" else 0)
     weighed = ops.weigh_blocks(counts, tables.blocks, tables.prices, mode)
     rows = None
-    if with_rows:
+    if mode != "kv":
         rows = ops.count_rows(block_indices, tables.dest, weighed.fetched, CANDIDATES[mode], size)
     fetch, dest, costs = ops.pick_cheapest(weighed, rows, tables.dest, tables.blocks, tables.prices)
-    return Decision(fetch, dest, with_rows, weighed.stats, costs)
+    return Decision(fetch, dest, weighed.stats, costs)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def make_plan(
     :func:`decide`."""
     decision = decide(block_indices, decision_tables, mode, ops)
     size, device, stages = comm.size, block_indices.device, wire.stages
-    if decision.with_rows:
+    if mode != "kv":
         slots, ends = ops.list_rows(block_indices, decision.dest, stages * size)
     else:
         slots = torch.empty(0, dtype=torch.int32, device=device)
