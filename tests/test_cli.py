@@ -11,10 +11,11 @@ import yaml
 
 from moba_cp import cli
 from moba_cp.train.config import TrainConfig
+from moba_cp.train.lock import FolderLock
 from moba_cp.train.plan import plan_run
 from moba_cp.train.yaml_config import build, load
 from tests.helpers.distributed import TIME_SCALE
-from tests.helpers.train_runs import DEMO, SHRUNKEN, train, write_text
+from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +210,28 @@ def test_resuming_with_other_settings_says_which(finished, capsys, monkeypatch):
     )
     assert cli.main(arguments(finished, "run.steps=4", "data.pattern='0*'", flags=("--resume", "--dry-run"))) == 0
     assert "note: run/checkpoints/step-00000002 was trained on other data than " in capsys.readouterr().err
+
+
+def test_resume_auto_begins_goes_on_and_says_done(place, capsys, monkeypatch):
+    """One command line for all calls of a job that is requeued; what a run left that ended early is no obstacle."""
+    auto = ("--resume", "auto")
+    Path("run").mkdir()
+    Path("run", "log.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    assert cli.main(arguments(place, "run.steps=2", flags=auto)) == 0
+    assert set(logged(place / "here" / "run")) == {1, 2} and not Path("run", "lock").exists()
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    capsys.readouterr()
+    assert cli.main(arguments(place, "run.steps=2", flags=auto)) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("done: all 2 steps of run are done\n") and "checkpoints/step-00000002" in shown
+    # The folder itself held the lock meanwhile.
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+    with FolderLock(Path("run")):
+        assert cli.main(arguments(place, "run.steps=3", "run.timeout_seconds=1", flags=auto)) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert cli.main(arguments(place, "run.steps=3", flags=auto)) == 0
+    assert "resumed from run/checkpoints/step-00000002: 2 of 3 steps are done" in capsys.readouterr().out
+    assert set(logged(place / "here" / "run")) == {1, 2, 3}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="go on from a checkpoint, or from the newest of a run's folder (default: run.directory)",
+        help="go on from a checkpoint, or from the newest of a run's folder (default: run.directory); auto: begin, go "
+        "on or say that all steps are done (exit code 0), whichever run.directory calls for: one command to requeue",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run.directory")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")

@@ -6,13 +6,28 @@ from pathlib import Path
 
 from . import checkpoint
 from .checkpoint import CheckpointMeta
-from .log import is_own
+from .log import CHECKPOINTS, is_own
 from .optimizer import OptimizerConfig, learning_rate
 from .plan import RunPlan
 from .yaml_config import to_dict
 
 # They decide the data and the learning rate of every step.
 _DECISIVE = (("run", "seed"), ("run", "steps"), ("data", "seq_len"), ("data", "sequences_per_step"))
+
+
+AUTO = "auto"
+"""What ``--resume`` is given for a command that is called again and again until the run has done all its steps."""
+
+
+def resolve_auto(plan: RunPlan) -> tuple[str | None, bool]:
+    """What ``--resume auto`` comes to: (what :func:`find_checkpoint` is to be asked for, whether all steps are done).
+
+    A run's folder without any checkpoint, which a run leaves that ended before its first, is begun anew.
+    """
+    checkpoints = checkpoint.find_all(Path(plan.config.run.directory) / CHECKPOINTS)
+    if not checkpoints:
+        return None, False
+    return "", checkpoint.read_meta(checkpoints[-1]).step >= plan.config.run.steps
 
 
 def find_checkpoint(resume: str | None, plan: RunPlan) -> Path | None:
