@@ -324,7 +324,7 @@ def test_a_packaged_config_is_found_by_its_name(place, capsys):
 BROKEN_RANK = """
 import sys
 from moba_cp import cli
-from moba_cp.train import packing
+from moba_cp.data import packing
 if __import__("os").environ["RANK"] == "1":
     read = packing.Packer.sequence
     def sequence(self, index):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..cp.comm import Communicator
 from ..cp.context import CPContext
+from ..data.packing import PackedSequence, Packer
 from ..model.loss import IGNORED_LABEL
 from .mesh import Mesh
-from .packing import PackedSequence, Packer
 from .plan import RunPlan
 
 

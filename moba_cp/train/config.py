@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cp.options import ExchangeOptions
+from ..data.text import DataConfig
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
 from .optimizer import OptimizerConfig
-from .text import DataConfig
 
 
 @dataclass(frozen=True)

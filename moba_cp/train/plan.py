@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from ..cp.layout import rank_segments
+from ..data.packing import PackedSequence, Packer, pad_documents, pad_end
+from ..data.text import VOCABULARY, Corpus, open_corpus
 from ..model.attention import AttentionConfig
 from ..model.schedule import phase_ends
 from .config import TrainConfig
 from .log import human
 from .mesh import context_size, divisors
-from .packing import PackedSequence, Packer, pad_documents, pad_end
-from .text import VOCABULARY, Corpus, open_corpus
 
 # Weight, gradient and the two moments of AdamW, in float32.
 _BYTES_PER_PARAMETER = 16

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from moba_cp.data.packing import PackedSequence, Packer, pad_documents, pad_end
+from moba_cp.data.text import Document
 from moba_cp.model.loss import IGNORED_LABEL
-from moba_cp.train.packing import PackedSequence, Packer, pad_documents, pad_end
-from moba_cp.train.text import Document
 
 LENGTHS = [1, 5, 37, 2, 64, 13, 16, 1, 100, 9]
 

@@ -1,0 +1,1 @@
+"""Data: documents, tokenized files, and sequences packed from them."""
