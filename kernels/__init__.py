@@ -1,13 +1,17 @@
 """Triton kernels, in the order in which one attention call runs them.
 
-:mod:`.means` block representatives; :mod:`.select` scores and top-k; :mod:`.routing` which rows visit a block;
-:mod:`.forward` their attention; :mod:`.merge` joins partial results; :mod:`.backward` gradients. :mod:`.attention`
-launches the last four; :mod:`.tuned` has their tile shapes, and says where a kernel of :mod:`.hopper` does the work of
-:mod:`.select`, :mod:`.forward` or :mod:`.backward` instead; :func:`serving` says in a line whether those serve a GPU.
-:mod:`.exchange.choices` counts, :mod:`.exchange.decision` decides, :mod:`.exchange.requests` tells what moves between
-ranks; :mod:`.pages` and :mod:`.rows` copy it, and :mod:`.kv_shards` where everything moves. The other functions have
-the arguments of those of :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU, and on the CPU under
-``TRITON_INTERPRET=1``. Kernels know no autograd.
+:mod:`.means` computes block representatives, :mod:`.select` scores and top-k, :mod:`.routing` which rows visit a block,
+:mod:`.forward` their attention, :mod:`.merge` joins partial results, :mod:`.backward` computes gradients.
+:mod:`.attention` is their public side: :mod:`.work` cuts a call into slices, :mod:`.launches` runs the kernels for one.
+:mod:`.tuned` has the tile shapes, and says where a kernel of :mod:`.hopper` replaces one of :mod:`.select`,
+:mod:`.forward` or :mod:`.backward`; :func:`serving` says in one line whether those serve a GPU.
+
+For the exchange between ranks :mod:`.exchange.choices` counts what rows selected, :mod:`.exchange.decision` decides
+what moves, :mod:`.exchange.requests` writes and reads the requests, and :mod:`.pages` and :mod:`.rows` copy blocks and
+rows. :mod:`.kv_shards` packs K and V for the all-gather.
+
+Functions have the arguments of their twins in :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU,
+and on the CPU under ``TRITON_INTERPRET=1``. Kernels know no autograd.
 
 Vocabulary: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` tile values, ``s_`` strides,
 CAPITALS compile-time constants.

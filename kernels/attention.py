@@ -1,35 +1,21 @@
-"""Block attention of rows over one storage: launches of the kernels, slice by slice (see :mod:`.work`).
+"""Attention of rows to the blocks of one storage, forward and backward: slice by slice, each a few launches.
+
+:mod:`.work` says how a call is cut into slices, :mod:`.launches` runs the kernels for one of them.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S selected blocks per
 row, S' = S + 1 where rows also see their current block, else S.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import hopper
-from .backward import DQ_ATOMIC, DQ_NONE, TASK_INFO, _dkdv_kernel, _dq_kernel, _finish_kernel, _visit_table_kernel
-from .common import (
-    cdiv,
-    check_head_dim,
-    check_limit,
-    check_unit_stride,
-    dot_precision,
-    launch_options,
-    next_power_of_2,
-    on_device,
-    padded_dim,
-)
-from .forward import _long_block_kernel, _short_block_kernel
-from .merge import merge_visits, scale_rows, sum_visits
-from .routing import Tasks, build_routing
-from .tuned import Tile
-from .work import Call, Work, backward_work, cached_work, count_sums, cut, forward_work, index_size, part_dtype
-
-LOG2E = 1.4426950408889634
+from .common import check_head_dim, check_limit, check_unit_stride
+from .launches import Gradients, Slice, launch_backward, launch_forward
+from .routing import build_routing
+from .work import Call, backward_work, cached_work, count_sums, cut, forward_work, index_size
 
 
 def attend(
@@ -102,8 +88,8 @@ def attend(
     work = cached_work("forward", lambda heads: forward_work(call, heads), call, task_cache)
     for i in range(len(work.rows)):
         for some_heads in cut(kv_heads, work.kv_step):
-            part = _Slice(call, work, i, some_heads)
-            _attend_slice(part, work.tile, work.tasks[i], out[part.rows, part.heads], lse[part.rows, part.heads], join)
+            part = Slice(call, work, i, some_heads)
+            launch_forward(part, out[part.rows, part.heads], lse[part.rows, part.heads], join)
     return out, lse
 
 
@@ -196,7 +182,7 @@ def attend_backward(
             dk.zero_(), dv.zero_()
         else:
             dk, dv, dkdv_done = _wide_sums(dk, dv, dkdv_done)
-    grads = _Gradients(dout, lse, delta, dq, dk, dv, add_dq=out is not None and not overwrite_dq)
+    grads = Gradients(dout, lse, delta, dq, dk, dv, add_dq=out is not None and not overwrite_dq)
     head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
@@ -211,8 +197,8 @@ def attend_backward(
             grads = replace(grads, dk=sum_k, dv=sum_v, first_head=some_heads.start)
         for i in range(len(work.rows)):
             is_last = some_heads is head_slices[-1] and i == len(work.rows) - 1
-            part = _Slice(call, work, i, some_heads)
-            _backward_slice(part, work, i, grads, deterministic, dkdv_done if is_last else None)
+            part = Slice(call, work, i, some_heads)
+            launch_backward(part, grads, deterministic, dkdv_done if is_last else None)
         if local_dtype is not None and not work.direct:
             dk[:, some_heads], dv[:, some_heads] = grads.dk, grads.dv
     return out or (dq, dk, dv)
@@ -273,164 +259,3 @@ def _row_major(x: Tensor) -> Tensor:
     dim = x.shape[2]
     fits = x.stride(2) == 1 and x.stride(1) == dim and x.stride(0) % dim == 0
     return x if fits and x.stride(0) // dim * x.shape[0] < 2**31 else x.contiguous()
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """What a backward reads of the output, and the gradients that it writes."""
-
-    dout: Tensor
-    """[N, Hq, D]."""
-    lse: Tensor
-    """[N, Hq] float32."""
-    delta: Tensor
-    """[N, Hq] float32."""
-    dq: Tensor
-    """[N, Hq, D]."""
-    dk: Tensor
-    """[R, heads, D], the storage's, or float32 sums of the heads from ``first_head`` on."""
-    dv: Tensor
-    """Like ``dk``."""
-    add_dq: bool
-    """Whether dq is added to what ``dq`` holds."""
-    sum_k: Tensor | None = None
-    """[places * B, D] float32, sums of lists that are longer than a task, where the others are stored at once."""
-    sum_v: Tensor | None = None
-    """Like ``sum_k``."""
-    first_head: int = 0
-
-
-class _Slice:
-    """What the launches share for some rows of some KV heads: their tensors, strides and compile-time constants."""
-
-    def __init__(self, call: Call, work: Work, i_rows: int, kv_heads: slice):
-        q, pages = call.q, call.pages
-        n_kv, self.n_blocks = pages.row.shape
-        self.rows, self.routing = work.rows[i_rows], work.routings[i_rows]
-        block_indices, self.current_block, self.visible = work.visits[i_rows]
-        self.scale, self.block_size = call.scale, pages.block_size
-        self.n_slots = call.n_slots
-        self.heads = pages.query_heads(kv_heads, q.shape[1])
-        self.n_heads = self.heads.stop - self.heads.start
-        self.block_indices = block_indices[:, self.heads]
-        self.q = q[self.rows, self.heads]
-        self.n_rows, _, self.dim = self.q.shape
-        self.n_visits = self.n_rows * self.n_heads * self.n_slots
-        self.k, self.v, self.length = pages.k, pages.v, pages.length
-        self.page_row, self.page_head = pages.row[kv_heads], pages.head[kv_heads]
-        self.n_kv, self.n_lists = self.page_row.shape[0], self.page_row.numel()
-        self.first_list = kv_heads.start * self.n_blocks
-        self.list_start = self.routing.list_start[self.first_list : self.first_list + self.n_lists + 1]
-        self.group, self.n_selected = q.shape[1] // n_kv, block_indices.shape[2]
-        self.q_strides = dict(s_qt=self.q.stride(0), s_qh=self.q.stride(1))
-        self.kv_strides = dict(
-            s_kr=self.k.stride(0), s_kh=self.k.stride(1), s_vr=self.v.stride(0), s_vh=self.v.stride(1)
-        )
-        self.visit_constants = dict(G=self.group, S=self.n_selected, SLOTS=self.n_slots)
-        self.dot_constants = dict(D=self.dim, BD=padded_dim(self.dim), PRECISION=dot_precision(q.dtype))
-
-    def grid(self, tasks: Tasks, programs: int = 1) -> tuple[int]:
-        """Programs for all tasks of the slice, ``programs`` each."""
-        return (tasks.count(self.n_visits, self.n_lists) * programs,)
-
-    def task_args(self, tasks: Tasks) -> dict[str, int]:
-        """What :func:`read_task` wants besides the tensors and R."""
-        return dict(n_entries=tasks.table.shape[0], first_list=self.first_list, n_lists=self.n_lists)
-
-
-def _attend_slice(part: _Slice, tile: Tile, tasks: Tasks, out: Tensor, lse: Tensor, join: bool) -> None:
-    """``out`` and ``lse`` are those of the slice."""
-    q = part.q
-    shape = part.n_rows, part.n_heads, part.n_slots
-    parts = torch.empty(*shape, part.dim, dtype=q.dtype, device=q.device)
-    parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
-    kernel = _short_block_kernel if part.block_size <= tile.bn else _long_block_kernel
-    with on_device(q):
-        if tile.fetch_registers:
-            hopper.launch_forward(part, tile, tasks, parts, parts_lse, part.scale * LOG2E)
-        else:
-            kernel[part.grid(tasks)](
-                q=q, k=part.k, v=part.v, part=parts, part_lse=parts_lse,
-                visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
-                scale_log2=part.scale * LOG2E, task_rows=tasks.rows, **part.task_args(tasks),
-                n_blocks=part.n_blocks, n_heads=part.n_heads, **part.q_strides, **part.kv_strides,
-                **part.visit_constants, **part.dot_constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
-                **launch_options(tile.warps),
-            )  # fmt: skip
-    merge_visits(parts, parts_lse, out, lse, join)
-
-
-def _backward_slice(
-    part: _Slice, work: Work, i_rows: int, grads: _Gradients, deterministic: bool,
-    dkdv_done: Callable[[], None] | None,
-) -> None:  # fmt: skip
-    tile, mode, tasks = work.tile, work.mode, work.tasks[i_rows]
-    q, k, v = part.q, part.k, part.v
-    key_tiles = cdiv(part.block_size, tile.bn)
-    dout, lse, delta, dq = (x[part.rows, part.heads] for x in (grads.dout, grads.lse, grads.delta, grads.dq))
-    shape = part.n_kv, part.n_rows, part.group
-    if mode == DQ_ATOMIC.value:
-        part_dq = torch.zeros(*shape, part.dim, dtype=torch.float32, device=q.device)
-    else:
-        part_dq = torch.empty(*shape, part.n_slots, part.dim, dtype=part_dtype(q.dtype), device=q.device)
-    table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
-    stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
-    task_info = torch.empty(*part.grid(tasks, TASK_INFO.value + key_tiles), dtype=torch.int32, device=q.device)
-    turn = None
-    if deterministic:
-        turn = torch.zeros(1 + part.n_lists * key_tiles, dtype=torch.int32, device=q.device)
-    dk_strides = dict(s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1))
-    with on_device(q):
-        _visit_table_kernel[part.grid(tasks)](
-            visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
-            lse=lse, delta=delta, table=table, stats=stats, task_info=task_info,
-            n_visits=part.n_rows * part.group * part.n_slots, task_rows=tasks.rows, **part.task_args(tasks),
-            n_blocks=part.n_blocks, room=part.n_visits,
-            s_token=q.stride(0) // part.dim, s_lt=lse.stride(0), s_dt=delta.stride(0),
-            **part.visit_constants, BLOCK=512, KEY_TILES=key_tiles, BN=tile.bn,
-            TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
-        )  # fmt: skip
-        if tile.fetch_registers:
-            hopper.launch_dkdv(part, tile, tasks, key_tiles, dout, part_dq, grads, table, stats, task_info)
-        else:
-            _dkdv_kernel[part.grid(tasks, key_tiles)](
-                q=q, k=k, v=v, dout=dout, dq=part_dq, dk=grads.dk, dv=grads.dv, sum_k=grads.sum_k, sum_v=grads.sum_v,
-                table=table, stats=stats, task_info=task_info, turn=turn,
-                scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
-                **part.kv_strides, **dk_strides, SLOTS=part.n_slots, **part.dot_constants,
-                BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic, DIRECT=work.direct,
-                STAGES=tile.stages, **launch_options(tile.warps),
-            )  # fmt: skip
-        if work.direct:
-            _finish_kernel[(part.n_lists, cdiv(part.block_size, 32))](
-                sum_k=grads.sum_k, sum_v=grads.sum_v, dk=grads.dk, dv=grads.dv, list_start=part.list_start,
-                page_row=part.page_row, page_head=part.page_head, length=part.length,
-                room=part.n_visits, task_rows=tasks.rows, n_lists=part.n_lists, n_blocks=part.n_blocks,
-                block_size=part.block_size, **dk_strides, s_row=part.page_row.stride(0),
-                s_head=part.page_head.stride(0), s_head_n=part.page_head.stride(1),
-                D=part.dim, BD=padded_dim(part.dim), BN=32, **launch_options(4),
-            )  # fmt: skip
-        if dkdv_done is not None:
-            dkdv_done()
-        if mode == DQ_NONE.value:
-            _launch_dq(part, work.dq_tile, work.dq_tasks[i_rows], dout, part_dq, table, stats)
-    if mode == DQ_ATOMIC.value:
-        scale_rows(part_dq, dq, part.scale, grads.add_dq)
-    else:
-        sum_visits(
-            part_dq, dq, part.block_indices, part.current_block, part.visible, part.page_row, part.scale, grads.add_dq
-        )
-
-
-def _launch_dq(part: _Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:
-    """Partial dQ of every visit, where the kernel of dK and dV does not produce it."""
-    if tile.fetch_registers:
-        hopper.launch_dq(part, tile, tasks, dout, part_dq, table, stats)
-        return
-    with on_device(part.q):
-        _dq_kernel[part.grid(tasks)](
-            q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
-            tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
-            task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
-            BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
-        )  # fmt: skip

@@ -24,10 +24,9 @@ those of the longer lists from their float32 sums.
 import triton
 import triton.language as tl
 
-from .common import SLICED
+from .common import LOG2E, SLICED
 from .routing import read_task
 
-LOG2E = tl.constexpr(1.4426950408889634)
 DQ_NONE = tl.constexpr(0)
 DQ_PART = tl.constexpr(1)
 DQ_ATOMIC = tl.constexpr(2)

@@ -12,10 +12,8 @@ with those visits, in order, so tiles that see few keys stop early and the work 
 import triton
 import triton.language as tl
 
-from .common import SLICED
+from .common import LN2, SLICED
 from .routing import read_task
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

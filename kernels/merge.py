@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SLICED, cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
+from .common import LOG2E, SLICED, cdiv, check_unit_stride, launch_options, next_power_of_2, on_device, padded_dim
 from .routing import visit_block
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Elements of a tile, and pairs of a tile where steps of full attention are merged.
 TILE = 4096
 STEP_PAIRS = 32

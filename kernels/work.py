@@ -29,7 +29,7 @@ VISIT_BYTES = 20
 
 
 class Call(NamedTuple):
-    """What a call of :func:`.attend.attend` or its backward is asked to do; arguments as there."""
+    """What a call of :func:`.attention.attend` or its backward is asked to do; arguments as there."""
 
     q: Tensor
     pages: object
@@ -114,7 +114,7 @@ def cached_work(name: str, make: Callable[[slice | None], Work], call: Call, tas
 
 
 def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
-    """Elements of what :func:`.attend.routing_index` returns for q [N, Hq, D] and S' ``n_slots``; 0 for None."""
+    """Elements of what :func:`.attention.routing_index` returns for q [N, Hq, D] and S' ``n_slots``; 0 for None."""
     n_rows, n_heads, _ = q.shape
     if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0

@@ -31,6 +31,11 @@ def test_tensors_are_made_with_a_dtype():
                 assert not is_torch or says, f"{named(path)}:{call.lineno}: torch.{call.func.attr} without dtype="
 
 
+def test_files_are_short_enough_to_read():
+    long = {named(path): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 420}
+    assert not long, f"files of more than 420 lines: {long}"
+
+
 @pytest.mark.parametrize("path", KERNELS, ids=named)
 def test_launches_are_guarded_and_say_what_they_want(path):
     """The device of the tensors may not be the current one, and defaults change with Triton's version."""

@@ -187,12 +187,12 @@ def launch_select(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor
 
 
 def _kv_args(part, tile: Tile) -> dict:
-    """K and V of a slice (``part``, of :mod:`..attention`), and descriptors of boxes of a tile of keys."""
+    """K and V of a slice (``part``, of :mod:`..launches`), and descriptors of boxes of a tile of keys."""
     return dict(k_desc=_boxes(part.k, tile.bn), v_desc=_boxes(part.v, tile.bn), k=part.k, v=part.v)
 
 
 def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, scale_log2: float) -> None:
-    """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..attention`)."""
+    """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..launches`)."""
     long_block_kernel[part.grid(tasks)](
         q=part.q, **_kv_args(part, tile), part=parts, part_lse=parts_lse,
         visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
@@ -205,7 +205,7 @@ def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, sc
 def launch_dkdv(
     part, tile: Tile, tasks, key_tiles: int, dout: Tensor, part_dq: Tensor, grads, table, stats, task_info
 ) -> None:
-    """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1; ``grads`` of :mod:`..attention`."""
+    """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1; ``grads`` of :mod:`..launches`."""
     dkdv_kernel[part.grid(tasks, key_tiles)](
         q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, dk=grads.dk, dv=grads.dv,
         sum_k=grads.sum_k, sum_v=grads.sum_v, table=table, stats=stats, task_info=task_info,

@@ -31,7 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward import _read_task_info
-from .shared import LOG2E, barrier, copy_rows, exchange, load_blocks, side_by_side, store_rows, unpack
+from ..common import LOG2E
+from .shared import barrier, copy_rows, exchange, load_blocks, side_by_side, store_rows, unpack
 
 read_task_info = gluon.jit(_read_task_info.fn)
 

@@ -19,9 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common import SLICED
+from ..common import LOG2E, SLICED
 from .shared import (
-    LOG2E,
     barrier,
     copy_rows,
     in_each_warp,

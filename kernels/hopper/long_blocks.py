@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common import SLICED
-from .shared import LN2, barrier, copy_rows, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys
+from ..common import LN2, SLICED
+from .shared import barrier, copy_rows, in_each_warp, load_block, publish, read_task, store_rows, tiles_of_keys
 
 
 @gluon.jit

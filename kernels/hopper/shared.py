@@ -15,9 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from ..routing import read_task as _read_task
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
 # The first name is that of later versions of Triton: from 3.7 on, and from 3.9 on.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -1,12 +1,10 @@
 """What the gradient kernels find laid out beforehand; the gradients themselves are tested in test_attend.py."""
 
-import sys
-
 import pytest
 import torch
 
 from moba_cp import kernels
-from moba_cp.kernels import backward, tuned
+from moba_cp.kernels import backward, launches, tuned
 from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned
 
 # Tokens, B, keys per tile, visits per task.
@@ -57,7 +55,7 @@ def test_facts_of_tasks(monkeypatch, shape, order):
     tile = tuned.dkdv_tile(16, block_size, torch.float32, p.q.device)
     monkeypatch.setattr(tuned, "dkdv_tile", lambda *_: tile._replace(bn=bn, task_rows=task_rows))
     noting = _Noting()
-    monkeypatch.setattr(sys.modules["moba_cp.kernels.attention"], "_visit_table_kernel", noting)
+    monkeypatch.setattr(launches, "_visit_table_kernel", noting)
     index = kernels.routing_index(p.q, *p.visits, p.pages.row)
     stats = torch.zeros(tokens, 2 * GROUP, device=DEVICE)
     out = [torch.zeros_like(x) for x in (p.q, p.k, p.v)]

@@ -1,0 +1,180 @@
+"""Launches of the kernels of :mod:`.forward` and :mod:`.backward` for one slice of rows and KV heads.
+
+Legend: N query rows, Hq query heads, D head dim, B block size, R storage rows; those of the slice where it has some.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import hopper
+from .backward import DQ_ATOMIC, DQ_NONE, TASK_INFO, _dkdv_kernel, _dq_kernel, _finish_kernel, _visit_table_kernel
+from .common import LOG2E, cdiv, dot_precision, launch_options, next_power_of_2, on_device, padded_dim
+from .forward import _long_block_kernel, _short_block_kernel
+from .merge import merge_visits, scale_rows, sum_visits
+from .routing import Tasks
+from .tuned import Tile
+from .work import Call, Work, part_dtype
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward reads of the output, and the gradients that it writes; of a call, all rows and heads."""
+
+    dout: Tensor
+    """[N, Hq, D]."""
+    lse: Tensor
+    """[N, Hq] float32."""
+    delta: Tensor
+    """[N, Hq] float32."""
+    dq: Tensor
+    """[N, Hq, D]."""
+    dk: Tensor
+    """[R, heads, D], the storage's, or float32 sums of the heads from ``first_head`` on."""
+    dv: Tensor
+    """Like ``dk``."""
+    add_dq: bool
+    """Whether dq is added to what ``dq`` holds."""
+    sum_k: Tensor | None = None
+    """[places * B, D] float32, sums of lists that are longer than a task, where the others are stored at once."""
+    sum_v: Tensor | None = None
+    """Like ``sum_k``."""
+    first_head: int = 0
+
+
+class Slice:
+    """Some rows and some KV heads of a call, as its launches want them: tensors, strides, compile-time constants."""
+
+    def __init__(self, call: Call, work: Work, i_rows: int, kv_heads: slice):
+        q, pages = call.q, call.pages
+        self.work, self.i_rows, self.tasks = work, i_rows, work.tasks[i_rows]
+        n_kv, self.n_blocks = pages.row.shape
+        self.rows, self.routing = work.rows[i_rows], work.routings[i_rows]
+        block_indices, self.current_block, self.visible = work.visits[i_rows]
+        self.scale, self.block_size = call.scale, pages.block_size
+        self.n_slots = call.n_slots
+        self.heads = pages.query_heads(kv_heads, q.shape[1])
+        self.n_heads = self.heads.stop - self.heads.start
+        self.block_indices = block_indices[:, self.heads]
+        self.q = q[self.rows, self.heads]
+        self.n_rows, _, self.dim = self.q.shape
+        self.n_visits = self.n_rows * self.n_heads * self.n_slots
+        self.k, self.v, self.length = pages.k, pages.v, pages.length
+        self.page_row, self.page_head = pages.row[kv_heads], pages.head[kv_heads]
+        self.n_kv, self.n_lists = self.page_row.shape[0], self.page_row.numel()
+        self.first_list = kv_heads.start * self.n_blocks
+        self.list_start = self.routing.list_start[self.first_list : self.first_list + self.n_lists + 1]
+        self.group, self.n_selected = q.shape[1] // n_kv, block_indices.shape[2]
+        self.q_strides = dict(s_qt=self.q.stride(0), s_qh=self.q.stride(1))
+        self.kv_strides = dict(
+            s_kr=self.k.stride(0), s_kh=self.k.stride(1), s_vr=self.v.stride(0), s_vh=self.v.stride(1)
+        )
+        self.visit_constants = dict(G=self.group, S=self.n_selected, SLOTS=self.n_slots)
+        self.dot_constants = dict(D=self.dim, BD=padded_dim(self.dim), PRECISION=dot_precision(q.dtype))
+
+    def grid(self, tasks: Tasks, programs: int = 1) -> tuple[int]:
+        """Programs for all tasks of the slice, ``programs`` each."""
+        return (tasks.count(self.n_visits, self.n_lists) * programs,)
+
+    def task_args(self, tasks: Tasks) -> dict[str, int]:
+        """What :func:`read_task` wants besides the tensors and R."""
+        return dict(n_entries=tasks.table.shape[0], first_list=self.first_list, n_lists=self.n_lists)
+
+
+def launch_forward(part: Slice, out: Tensor, lse: Tensor, join: bool) -> None:
+    """Attention of a slice's rows, written to ``out`` and ``lse`` of the slice, or merged into them if ``join``."""
+    q, tile, tasks = part.q, part.work.tile, part.tasks
+    shape = part.n_rows, part.n_heads, part.n_slots
+    parts = torch.empty(*shape, part.dim, dtype=q.dtype, device=q.device)
+    parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    kernel = _short_block_kernel if part.block_size <= tile.bn else _long_block_kernel
+    with on_device(q):
+        if tile.fetch_registers:
+            hopper.launch_forward(part, tile, tasks, parts, parts_lse, part.scale * LOG2E.value)
+        else:
+            kernel[part.grid(tasks)](
+                q=q, k=part.k, v=part.v, part=parts, part_lse=parts_lse,
+                visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
+                scale_log2=part.scale * LOG2E.value, task_rows=tasks.rows, **part.task_args(tasks),
+                n_blocks=part.n_blocks, n_heads=part.n_heads, **part.q_strides, **part.kv_strides,
+                **part.visit_constants, **part.dot_constants, BM=tile.bm, BN=tile.bn, STAGES=tile.stages,
+                **launch_options(tile.warps),
+            )  # fmt: skip
+    merge_visits(parts, parts_lse, out, lse, join)
+
+
+def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_done: Callable[[], None] | None) -> None:
+    """Gradients of a slice's rows, written or added to those of ``grads``, which are of the whole call."""
+    work, tasks = part.work, part.tasks
+    tile, mode = work.tile, work.mode
+    q, k, v = part.q, part.k, part.v
+    key_tiles = cdiv(part.block_size, tile.bn)
+    dout, lse, delta, dq = (x[part.rows, part.heads] for x in (grads.dout, grads.lse, grads.delta, grads.dq))
+    shape = part.n_kv, part.n_rows, part.group
+    if mode == DQ_ATOMIC.value:
+        part_dq = torch.zeros(*shape, part.dim, dtype=torch.float32, device=q.device)
+    else:
+        part_dq = torch.empty(*shape, part.n_slots, part.dim, dtype=part_dtype(q.dtype), device=q.device)
+    table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
+    stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
+    task_info = torch.empty(*part.grid(tasks, TASK_INFO.value + key_tiles), dtype=torch.int32, device=q.device)
+    turn = None
+    if deterministic:
+        turn = torch.zeros(1 + part.n_lists * key_tiles, dtype=torch.int32, device=q.device)
+    dk_strides = dict(s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1))
+    with on_device(q):
+        _visit_table_kernel[part.grid(tasks)](
+            visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
+            lse=lse, delta=delta, table=table, stats=stats, task_info=task_info,
+            n_visits=part.n_rows * part.group * part.n_slots, task_rows=tasks.rows, **part.task_args(tasks),
+            n_blocks=part.n_blocks, room=part.n_visits,
+            s_token=q.stride(0) // part.dim, s_lt=lse.stride(0), s_dt=delta.stride(0),
+            **part.visit_constants, BLOCK=512, KEY_TILES=key_tiles, BN=tile.bn,
+            TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
+        )  # fmt: skip
+        if tile.fetch_registers:
+            hopper.launch_dkdv(part, tile, tasks, key_tiles, dout, part_dq, grads, table, stats, task_info)
+        else:
+            _dkdv_kernel[part.grid(tasks, key_tiles)](
+                q=q, k=k, v=v, dout=dout, dq=part_dq, dk=grads.dk, dv=grads.dv, sum_k=grads.sum_k, sum_v=grads.sum_v,
+                table=table, stats=stats, task_info=task_info, turn=turn,
+                scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
+                **part.kv_strides, **dk_strides, SLOTS=part.n_slots, **part.dot_constants,
+                BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic, DIRECT=work.direct,
+                STAGES=tile.stages, **launch_options(tile.warps),
+            )  # fmt: skip
+        if work.direct:
+            _finish_kernel[(part.n_lists, cdiv(part.block_size, 32))](
+                sum_k=grads.sum_k, sum_v=grads.sum_v, dk=grads.dk, dv=grads.dv, list_start=part.list_start,
+                page_row=part.page_row, page_head=part.page_head, length=part.length,
+                room=part.n_visits, task_rows=tasks.rows, n_lists=part.n_lists, n_blocks=part.n_blocks,
+                block_size=part.block_size, **dk_strides, s_row=part.page_row.stride(0),
+                s_head=part.page_head.stride(0), s_head_n=part.page_head.stride(1),
+                D=part.dim, BD=padded_dim(part.dim), BN=32, **launch_options(4),
+            )  # fmt: skip
+        if dkdv_done is not None:
+            dkdv_done()
+        if mode == DQ_NONE.value:
+            _launch_dq(part, work.dq_tile, work.dq_tasks[part.i_rows], dout, part_dq, table, stats)
+    if mode == DQ_ATOMIC.value:
+        scale_rows(part_dq, dq, part.scale, grads.add_dq)
+    else:
+        sum_visits(
+            part_dq, dq, part.block_indices, part.current_block, part.visible, part.page_row, part.scale, grads.add_dq
+        )
+
+
+def _launch_dq(part: Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:
+    """Partial dQ of every visit, where the kernel of dK and dV does not produce it."""
+    if tile.fetch_registers:
+        hopper.launch_dq(part, tile, tasks, dout, part_dq, table, stats)
+        return
+    with on_device(part.q):
+        _dq_kernel[part.grid(tasks)](
+            q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
+            tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
+            task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
+            BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
+        )  # fmt: skip
