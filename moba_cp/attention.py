@@ -4,7 +4,7 @@ Legend: T tokens (the local share under context parallelism), Hq query heads, Hk
 """
 
 import math
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -24,17 +24,43 @@ Backend = Literal["auto", "fa4", "cudnn", "flash", "plain"]
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
+class FullPass(NamedTuple):
+    """A forward pass of full attention on one device: what its backward pass needs beside tensors."""
+
+    ranges: dense.Ranges
+    scale: float
+    backend: Any
+    deterministic: bool
+
+
+def full_forward(q: Tensor, k: Tensor, v: Tensor, made: FullPass) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] in q's dtype and lse [T, Hq] wide, without autograd; all are contiguous."""
+    partials = dense.Partials(q)
+    dense.attend(q, k, v, made.ranges, made.scale, made.backend, partials)
+    out, lse = partials.result()
+    return out.to(q.dtype), lse
+
+
+def full_backward(
+    made: FullPass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtype; all are contiguous."""
+    sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
+    dense.attend_backward(
+        q, k, v, made.ranges, made.scale, made.backend, dout, out, lse, *sums, made.deterministic
+    )  # fmt: skip
+    dq, dk, dv = (x.narrow() for x in sums)
+    return dq, dk, dv
+
+
 class _FullAttention(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, ranges: dense.Ranges, scale: float, backend, deterministic: bool):
+    def forward(ctx, q, k, v, made: FullPass):
         q, k, v = (x.contiguous() for x in (q, k, v))
-        partials = dense.Partials(q)
-        dense.attend(q, k, v, ranges, scale, backend, partials)
-        out, lse = partials.result()
-        out = out.to(q.dtype)
+        out, lse = full_forward(q, k, v, made)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = ranges, scale, backend, deterministic
+        ctx.made = made
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -42,11 +68,7 @@ class _FullAttention(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        ranges, scale, backend, deterministic = ctx.rest
-        sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
-        dense.attend_backward(q, k, v, ranges, scale, backend, dout.contiguous(), out, lse, *sums, deterministic)
-        return *(x.narrow() for x in sums), None, None, None, None
+        return *full_backward(ctx.made, *ctx.saved_tensors, dout.contiguous()), None
 
 
 @overload
@@ -181,10 +203,15 @@ def full_attention(
         _refuse_documents(cu_seqlens)
         out, lse = across_ranks(q, k, v, scale, cp, method, backend, deterministic)
     else:
-        ranges = _own_ranges(q.shape[0], cu_seqlens)
-        kernels = dense.choose_backend(q, ranges, backend, deterministic)
-        out, lse = _FullAttention.apply(q, k, v, ranges, scale, kernels, deterministic)
+        out, lse = _FullAttention.apply(q, k, v, full_pass(q, cu_seqlens, scale, backend, deterministic))
     return (out, lse) if return_lse else out
+
+
+def full_pass(q: Tensor, cu_seqlens: Tensor | None, scale: float, backend: Backend, deterministic: bool) -> FullPass:
+    """What :func:`full_forward` and :func:`full_backward` of such queries are called with; arguments as of
+    :func:`full_attention`."""
+    ranges = _own_ranges(q.shape[0], cu_seqlens)
+    return FullPass(ranges, scale, dense.choose_backend(q, ranges, backend, deterministic), deterministic)
 
 
 def _own_ranges(n_tokens: int, cu_seqlens: Tensor | None) -> dense.Ranges:

@@ -102,12 +102,12 @@ def enter_call(comm, where: Where, *what) -> int:
 class Call:
     """One MoBA forward, as this rank makes it and as the others do."""
 
-    def __init__(self, comm, what: tuple, wanted: bool):
-        """``what``: equal on all ranks; ``wanted``: whether this rank wants gradients of it."""
+    def __init__(self, comm, what: tuple, wanted: bool, needs_grad: bool):
+        """``what``: equal on all ranks; ``wanted``: whether this rank wants gradients of it; ``needs_grad``: whether
+        gradients can be wanted of it."""
         self.comm = comm
         self.where = Where.forward(comm.layer)
-        self.needs_grad = torch.is_grad_enabled()
-        """Whether gradients can be wanted of it."""
+        self.needs_grad = needs_grad
         digest = enter_call(comm, self.where, "moba", *what)
         self._flags = _WANTED * wanted + _GRAD_MODE * self.needs_grad
         self._mine = digest, comm.calls.count

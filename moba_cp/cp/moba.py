@@ -8,7 +8,7 @@ Legend: L local tokens, X extra rows (assembled straddling blocks), n blocks, Hq
 D head dim, S = k - 1 selected blocks per row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,17 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
         with torch.inference_mode(False), torch.no_grad():
             return moba_attention(q, k, v, config, scale, cp)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    call = Call(cp.comm, (q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted)
+    call = enter(q, k, config, cp, wanted, torch.is_grad_enabled())
     # Where other ranks want gradients, this one has to take part in their backward pass.
     others_may = torch.is_grad_enabled() and not wanted and cp.size > 1
     anchor = torch.empty(0, dtype=torch.float32, requires_grad=True) if others_may else None
     out, lse = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor)
     return out if anchor is None or call.anybody_wants() else out.detach(), lse
+
+
+def enter(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, wanted: bool, needs_grad: bool) -> Call:
+    """A call of :func:`forward_pass` begins: whether this rank wants gradients of it, and whether it could have any."""
+    return Call(cp.comm, (q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted, needs_grad)
 
 
 def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: Call) -> Way:
@@ -74,53 +79,92 @@ def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: C
     return Exchange(tables, options, transport, ops, cp, call)
 
 
+class Pass(NamedTuple):
+    """A forward pass: what its backward pass needs beside tensors. It holds no tensors of the call itself."""
+
+    scale: float
+    deterministic: bool
+    call: Call
+    comm: Communicator
+    geometry: BlockGeometry
+    tables: "OwnedTables"
+    way: Way
+    ops: Any
+
+
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext, call: Call
+) -> tuple[Tensor, Tensor, list[Tensor | None], Pass]:
+    """The forward pass of :func:`moba_attention` without autograd; a collective call.
+
+    Returns:
+        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, what depends on the selection (the selection itself first), and
+        what :func:`backward_pass` is called with.
+    """
+    geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where
+    tables = owned_tables(cp, geometry, k.shape[1])
+    k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
+    owned = owned_pages(k_rows, v_rows, tables, geometry)
+    way = choose(q, k, config, cp, ops, call)
+    way.start(owned, where)
+    means = gather_means(k_rows, tables, geometry, ops, comm, call)
+    block_indices = ops.select_blocks(q, means, geometry.first, geometry.current_block, config.top_k)
+    way.plan(block_indices, owned)
+    seen = Seen(block_indices, geometry.current_block, geometry.visible, scale)
+    index = ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
+    out, lse, saved, way = way.forward(Queries(q, seen, index), owned)
+    out, ring = out.to(q.dtype), ring_bytes(k, comm.size)
+    for counters in comm.counters_of(where):
+        counters.dense_ring += ring
+    if cp.observer is not None:
+        # At the end: where it fails, nothing is left half done.
+        cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
+    made = Pass(scale, config.deterministic, call, comm, geometry, tables, way, ops)
+    return out, lse, [block_indices, index, *saved], made
+
+
+def backward_pass(
+    made: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: list[Tensor | None], dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtype, from what :func:`forward_pass` returned; a collective call.
+
+    The routing index, second in ``kept``, may be missing (None): then it is made again from the selection.
+    """
+    block_indices, index, *saved = kept
+    geometry, comm, way, where = made.geometry, made.comm, made.way, made.call.enter_backward()
+    k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
+    owned = owned_pages(k_rows, v_rows, made.tables, geometry)
+    way.start(owned, where, saved)
+    seen = Seen(block_indices, geometry.current_block, geometry.visible, made.scale)
+    if index is None:
+        index = made.ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
+    queries = Queries(q, seen, index)
+    output = OutputGradient(dout, lse, made.ops.row_sums(dout, out), made.deterministic)
+    dq, grads = way.backward(saved, queries, output, owned, where)
+    dk, dv = assemble_backward(*grads, geometry, comm, where) if geometry.straddles else grads
+    ring = 2 * ring_bytes(k, comm.size)
+    for counters in comm.counters_of(where):
+        counters.dense_ring += ring
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call, _anchor):
-        geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where
-        tables = owned_tables(cp, geometry, k.shape[1])
-        k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
-        owned = owned_pages(k_rows, v_rows, tables, geometry)
-        way = choose(q, k, config, cp, ops, call)
-        way.start(owned, where)
-        means = gather_means(k_rows, tables, geometry, ops, comm, call)
-        block_indices = ops.select_blocks(q, means, geometry.first, geometry.current_block, config.top_k)
-        way.plan(block_indices, owned)
-        seen = Seen(block_indices, geometry.current_block, geometry.visible, scale)
-        index = ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
-        out, lse, saved, way = way.forward(Queries(q, seen, index), owned)
-        out, ring = out.to(q.dtype), ring_bytes(k, comm.size)
-        for counters in comm.counters_of(where):
-            counters.dense_ring += ring
+        out, lse, kept, ctx.made = forward_pass(q, k, v, config, scale, cp, call)
         # Nothing that takes memory may hang on ctx by itself: a checkpoint drops only what autograd has saved, and
         # backward needs the selection, the plan and the log-sum-exp of one and the same forward.
-        ctx.save_for_backward(q, k, v, out, lse, block_indices, index, *saved)
-        ctx.scale, ctx.deterministic, ctx.comm, ctx.call = scale, config.deterministic, comm, call
-        ctx.geometry, ctx.tables, ctx.way, ctx.ops = geometry, tables, way, ops
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
         ctx.mark_non_differentiable(lse)
-        if cp.observer is not None:
-            # At the end: where it fails, nothing is left half done.
-            cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
         return out, lse
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse, block_indices, index, *saved = ctx.saved_tensors
-        geometry, comm, way, where = ctx.geometry, ctx.comm, ctx.way, ctx.call.enter_backward()
-        k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
-        owned = owned_pages(k_rows, v_rows, ctx.tables, geometry)
-        way.start(owned, where, saved)
-        queries = Queries(q, Seen(block_indices, geometry.current_block, geometry.visible, ctx.scale), index)
-        output = OutputGradient(dout, lse, ctx.ops.row_sums(dout, out), ctx.deterministic)
-        dq, grads = way.backward(saved, queries, output, owned, where)
-        dk, dv = assemble_backward(*grads, geometry, comm, where) if geometry.straddles else grads
-        ring = 2 * ring_bytes(k, comm.size)
-        for counters in comm.counters_of(where):
-            counters.dense_ring += ring
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        q, k, v, out, lse, *kept = ctx.saved_tensors
+        return *backward_pass(ctx.made, q, k, v, out, lse, kept, dout), None, None, None, None, None
 
 
 class OwnedTables(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..cp.comm import Communicator
 from ..cp.context import CPContext
 from ..cp.options import ExchangeOptions
+from ..model.offload import Offloader
 
 _DEFAULT_EXCHANGE = ExchangeOptions()
 
@@ -31,18 +32,27 @@ class MoBAPackedSeqParams:
 
     Args:
         context: layout and documents of the sequence, of which this rank holds a share.
-        rotary_angles: [L, 1, 1, D] float32, for layers that take their rotary angles from this object.
+        angles: [L, D / 2] float32, by which each token's heads turn, for layers that take them from this object.
+        offloader: what the layers keep for the backward pass goes to.
     """
 
     qkv_format = "sbhd"
     cu_seqlens_q = cu_seqlens_kv = cu_seqlens_q_padded = cu_seqlens_kv_padded = None
     local_cp_size = cp_group = None
 
-    def __init__(self, context: CPContext, rotary_angles: Tensor | None = None):
+    def __init__(self, context: CPContext, angles: Tensor | None = None, offloader: Offloader | None = None):
         if not isinstance(context, CPContext):
             raise ValueError(f"context={context!r} is not a CPContext; pass that of the batch")
-        self.context, self.rotary_angles = context, rotary_angles
+        self.context, self.offloader = context, offloader
         self.max_seqlen_q = self.max_seqlen_kv = context.seq_len
+        if angles is not None:
+            self.cos, self.sin = angles.cos(), angles.sin()
+            self._angles = angles
+
+    @property
+    def rotary_angles(self) -> Tensor:
+        """[L, 1, 1, D] float32, as Megatron's own layers take them."""
+        return torch.cat((self._angles, self._angles), -1)[:, None, None]
 
 
 def batch_context(
@@ -67,13 +77,8 @@ def batch_context(
         ValueError: the batch does not fit L or the group, or is of a kind that is not served.
     """
     if isinstance(packed_seq_params, MoBAPackedSeqParams):
-        context, size = packed_seq_params.context, group_size(group)
-        if context.size != size:
-            raise ValueError(
-                f"the batch's context is for {context.size} ranks but the layer's context-parallel group has {size}; "
-                "build the model and the CPContext with the same group"
-            )
-        return context
+        check_group(packed_seq_params.context, group)
+        return packed_seq_params.context
     if packed_seq_params is None:
         return _context_of_shape(group, layout, n_tokens, device, exchange)
     if packed_seq_params.qkv_format != "thd":
@@ -98,6 +103,15 @@ def batch_context(
         context = _context_of_documents(_bounds(packed_seq_params), *where)
         kept = packed_seq_params._moba_context = _Kept(packed_seq_params, where, context)
     return kept.context
+
+
+def check_group(context: CPContext, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError if a batch's context is of another size than the group of the layer that gets it."""
+    if context.size != group_size(group):
+        raise ValueError(
+            f"the batch's context is for {context.size} ranks but the layer's context-parallel group has "
+            f"{group_size(group)}; build the model and the CPContext with the same group"
+        )
 
 
 def group_size(group) -> int:

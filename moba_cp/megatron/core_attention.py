@@ -15,9 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..attention import full_attention, moba_attention
+from ..cp.context import CPContext
 from ..cp.options import ExchangeOptions
 from ..model.attention import AttentionConfig
-from .batch import MoBAPackedSeqParams, batch_context, group_size
+from ..passes import AttentionPasses
+from .batch import MoBAPackedSeqParams, batch_context, check_group, group_size
 
 __all__ = ["MoBACoreAttention", "MoBAPackedSeqParams"]
 
@@ -111,6 +113,16 @@ class MoBACoreAttention(MegatronModule):
             return self._attend(query, key, value, context).flatten(1)
         sequences = zip(query.unbind(1), key.unbind(1), value.unbind(1))
         return torch.stack([self._attend(q, k, v, context) for q, k, v in sequences], dim=1).flatten(2)
+
+    def passes(self, context: CPContext) -> AttentionPasses:
+        """This layer's attention to one sequence, for a layer that schedules its backward pass by itself.
+
+        Raises:
+            ValueError: the context is of another group than the layer.
+        """
+        check_group(context, self.group)
+        scale = self.config.kv_channels**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return AttentionPasses(self.kind, self.moba, scale, context)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
         context.comm.layer = f"layer {self.layer_number}"

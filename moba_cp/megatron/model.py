@@ -4,6 +4,7 @@ Legend: L tokens of one sequence on this rank, b sequences, V vocabulary.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from torch import Tensor
 from ..cp.context import CPContext
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
+from ..model.layer import LayerMemory
 from ..model.loss import linear_cross_entropy
+from ..model.offload import Offloader
 from .batch import MoBAPackedSeqParams, batch_context, group_size
 from .core_attention import MoBACoreAttention
 from .init import init_weights
@@ -34,7 +37,7 @@ class MoBAGPTModel(GPTModel):
     def __init__(self, model: ModelConfig, attention: AttentionConfig, config: TransformerConfig, cp_group):
         super().__init__(
             config,
-            context_layer_spec(attention, model.recompute),
+            context_layer_spec(attention, LayerMemory(model.recompute), model.qk_norm),
             vocab_size=model.vocab_size,
             max_sequence_length=0,
             position_embedding_type="none",
@@ -44,6 +47,7 @@ class MoBAGPTModel(GPTModel):
         self.model_config = model
         self.layout = attention.layout
         self.rotary = ContextRotaryEmbedding(model.head_dim, model.rope_base, scaling=model.rope_scaling)
+        self._offloader: Offloader | None = None
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw the initial weights; they depend on ``seed`` alone, whatever the ranks, sharding and device."""
@@ -55,6 +59,18 @@ class MoBAGPTModel(GPTModel):
         for module in self.modules():
             if isinstance(module, MoBACoreAttention):
                 module.set_attention(attention)
+
+    def set_memory(self, memory: Sequence[LayerMemory]) -> None:
+        """What each layer keeps for the backward pass, and where, from the next forward pass on; no result depends on
+        it."""
+        for layer, of_layer in zip(self.decoder.layers, memory, strict=True):
+            layer.memory = of_layer
+
+    def offloader(self, device: torch.device) -> Offloader:
+        """What the layers keep is held by it, on ``device`` or in host memory."""
+        if self._offloader is None or self._offloader.host.device != device:
+            self._offloader = Offloader(device)
+        return self._offloader
 
     def __call__(self, tokens: Tensor, labels: Tensor | None = None, context: CPContext | None = None) -> Tensor:
         # FSDP2's hooks would rebuild a CPContext, so wrap it before they run; see MoBAPackedSeqParams.
@@ -81,7 +97,8 @@ class MoBAGPTModel(GPTModel):
         batch = tokens.reshape(-1, tokens.shape[-1])
         if context is None:
             context = batch_context(None, batch.shape[1], self.cp_group, self.layout, tokens.device)
-        params = MoBAPackedSeqParams(context, self.rotary(context.document_positions.to(tokens.device)))
+        angles = self.rotary.angles(context.document_positions.to(tokens.device))
+        params = MoBAPackedSeqParams(context, angles, self.offloader(tokens.device))
         hidden = self.embedding(input_ids=batch, position_ids=None)
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=params)
         hidden = hidden.transpose(0, 1).reshape(tokens.numel(), -1)
@@ -145,6 +162,8 @@ def _build_transformer_config(model: ModelConfig, cp_size: int, dtype: torch.dty
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         context_parallel_size=cp_size,

@@ -101,14 +101,21 @@ class ContextRotaryEmbedding(nn.Module):
 
         ``packed_seq`` and ``cp_group`` are what GPTModel passes; the positions already account for both.
         """
+        angles = self.angles(positions + offset)
+        # A pair is two neighbours, or one element of each half.
+        angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), dim=-1)
+        return angles[:, None, None, :]
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Angles [L, R / 2] float32 of ``positions`` [L], by which each pair turns."""
         device = positions.device
         if device not in self._frequencies_on:
             self._frequencies_on[device] = self.frequencies.to(device)
-        # At position 10^6 a float32 angle is off by 0.03; in float64 it is reduced to one turn first.
-        angles = torch.outer((positions + offset).double(), self._frequencies_on[device]) % (2 * torch.pi)
-        # A pair is two neighbours, or one element of each half.
-        angles = angles.repeat_interleave(2, -1) if self.interleaved else torch.cat((angles, angles), dim=-1)
-        return angles.float()[:, None, None, :]
+        angles = torch.empty(len(positions), len(self.frequencies), dtype=torch.float32, device=device)
+        # At position 10^6 a float32 angle is off by 0.03; in float64 it is reduced to one turn first, some at a time.
+        for some, out in zip(positions.split(2**18), angles.split(2**18), strict=True):
+            out.copy_(torch.outer(some.double(), self._frequencies_on[device]) % (2 * torch.pi))
+        return angles
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params=None, **_

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from .attention import AttentionConfig
 from .rope import RopeScaling
+
+RECOMPUTE = ("none", "attention_kept", "full")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,16 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Use the token embedding as output layer too."""
 
-    recompute: str = "none"
-    """What the backward pass recomputes: ``none``, or ``full`` for whole layers, of which only the inputs are then kept
-    (exchanges between ranks are repeated too)."""
+    qk_norm: bool = False
+    """Normalize each head of queries and keys (RMSNorm with weights) before they are turned, as Qwen3 does."""
+
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+
+    recompute: Literal["none", "attention_kept", "full"] = "none"
+    """What the backward pass recomputes: ``none``; ``attention_kept`` all but attention, whose output, log-sum-exp and
+    selection are kept; ``full`` whole layers, of which only the inputs are kept (exchanges between ranks are repeated
+    too). Norms are always recomputed."""
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layers", "hidden_size", "n_heads"):
@@ -85,17 +95,19 @@ class ModelConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"{name}={value!r} is not a positive number")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings={self.tie_embeddings!r} is not a bool; use true or false")
-        if self.recompute not in ("none", "full"):
-            raise ValueError(f"recompute={self.recompute!r} is not understood; use 'none' or 'full'")
+        for name in ("tie_embeddings", "qk_norm", "qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; use true or false")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={self.recompute!r} is not understood; use one of {', '.join(RECOMPUTE)}")
 
     def n_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings`` the token embedding and the output layer do not count."""
         assert self.head_dim and self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
         attention = self.hidden_size * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         ffn = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        norms += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias
         total = self.n_layers * (attention + ffn + norms) + self.hidden_size
         if embeddings:
             total += self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
@@ -108,7 +120,9 @@ class ModelConfig:
         not), and 12 per attended key and unit of head width. Routing and recomputation are not counted.
         """
         assert self.head_dim, "set by __post_init__"
-        weights = self.n_parameters() - (2 * self.n_layers + 1) * self.hidden_size
+        assert self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
+        attention_weights = 2 * self.hidden_size * self.head_dim * (self.n_heads + self.n_kv_heads)
+        weights = self.n_layers * (attention_weights + 3 * self.hidden_size * self.ffn_hidden_size)
         weights += self.vocab_size * self.hidden_size
         full = len(attention.full_layer_numbers(self.n_layers))
         keys = full * (seq_len + 1) / 2

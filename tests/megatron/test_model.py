@@ -154,28 +154,6 @@ def test_bf16_model_is_the_float32_model_rounded():
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def _kept_bytes(model, *inputs):
-    kept = {}
-
-    def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(*inputs)
-    return loss, sum(kept.values())
-
-
-def test_recompute_changes_memory_and_nothing_else():
-    fields = {f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__}
-    plain = build_model(MODEL, SPARSE, dtype=torch.float64)
-    recomputing = build_model(ModelConfig(**{**fields, "recompute": "full"}), SPARSE, dtype=torch.float64)
-    (_, more), (_, less) = _kept_bytes(plain, *batch()), _kept_bytes(recomputing, *batch())
-    assert less < more / 2
-    expected, got = loss_and_grads(plain, *batch()), loss_and_grads(recomputing, *batch())
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
 class _Memory(TorchDispatchMode):
     """Bytes of the storages that operators made under this mode and that are alive; ``peak`` is the most so far."""
 
@@ -195,6 +173,25 @@ class _Memory(TorchDispatchMode):
     def alive(self):
         self._made = {storage: nbytes for storage, nbytes in self._made.items() if not storage.expired()}
         return sum(self._made.values())
+
+
+def _kept_bytes(model, *inputs):
+    """What waits for the backward pass."""
+    with _Memory(model) as memory:
+        loss = model(*inputs)
+        return loss, memory.alive()
+
+
+def test_recompute_changes_memory_and_nothing_else():
+    models = {
+        recompute: build_model(replace(MODEL, recompute=recompute), SPARSE, dtype=torch.float64)
+        for recompute in ("none", "attention_kept", "full")
+    }
+    kept = {recompute: _kept_bytes(model, *batch())[1] for recompute, model in models.items()}
+    assert kept["full"] < kept["attention_kept"] < kept["none"] / 2
+    expected = loss_and_grads(models["none"], *batch())
+    for recompute in ("attention_kept", "full"):
+        torch.testing.assert_close(loss_and_grads(models[recompute], *batch()), expected, rtol=0, atol=0)
 
 
 def _memory_of_a_step(model):

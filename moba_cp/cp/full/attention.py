@@ -4,6 +4,8 @@ Legend: L local tokens, P ranks, Hq query heads, Hkv key/value heads, D head dim
 Wide means float32, or float64 for float64 inputs.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,7 @@ def full_attention(
         # Tables that this call makes outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
             return full_attention(q, k, v, scale, cp, method, backend, deterministic)
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
-    if method == "auto":
-        method = choose_method(k, cp)
-    return _FullAcrossRanks.apply(q, k, v, scale, cp, METHODS[method], backend, deterministic)
+    return _FullAcrossRanks.apply(q, k, v, scale, cp, method, backend, deterministic)
 
 
 def choose_method(k: Tensor, cp: CPContext) -> str:
@@ -56,20 +54,58 @@ def choose_method(k: Tensor, cp: CPContext) -> str:
     return "allgather" if small and cp.size > 1 and max(schedule_of(cp).hops) == cp.size - 1 else "ring"
 
 
+class Pass(NamedTuple):
+    """A forward pass: what its backward pass needs beside tensors."""
+
+    scale: float
+    cp: CPContext
+    method: Any
+    """:mod:`.ring` or :mod:`.allgather`"""
+    backend: str
+    deterministic: bool
+    layer: str
+
+
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cp: CPContext, method: str, backend: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Pass]:
+    """The forward pass of :func:`full_attention` without autograd; a collective call.
+
+    Returns:
+        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and what :func:`backward_pass` is called with.
+    """
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
+    way = METHODS[choose_method(k, cp) if method == "auto" else method]
+    where = Where.forward(cp.comm.layer)
+    enter_call(cp.comm, where, "full", q.shape[1], k.shape[1:])
+    out, lse = way.forward(*(x.contiguous() for x in (q, k, v)), scale, cp, backend, deterministic, where)
+    for counters in cp.comm.counters_of(where):
+        counters.dense_ring += ring_bytes(k, cp.size)
+    return out.to(q.dtype), lse, Pass(scale, cp, way, backend, deterministic, where.layer)
+
+
+def backward_pass(
+    made: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtype, from what :func:`forward_pass` returned; a collective call."""
+    scale, cp, way, backend, deterministic, layer = made
+    where = Where.backward(layer)
+    enter_call(cp.comm, where, "full")
+    q, k, v, dout = (x.contiguous() for x in (q, k, v, dout))
+    dq, dk, dv = way.backward(q, k, v, dout, out, lse, scale, cp, backend, deterministic, where)
+    for counters in cp.comm.counters_of(where):
+        counters.dense_ring += 2 * ring_bytes(k, cp.size)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 class _FullAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, scale: float, cp: CPContext, method, backend: str, deterministic: bool):
-        where = Where.forward(cp.comm.layer)
-        enter_call(cp.comm, where, "full", q.shape[1], k.shape[1:])
+    def forward(ctx, q, k, v, scale: float, cp: CPContext, method: str, backend: str, deterministic: bool):
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = method.forward(q, k, v, scale, cp, backend, deterministic, where)
-        out = out.to(q.dtype)
-        for counters in cp.comm.counters_of(where):
-            counters.dense_ring += ring_bytes(k, cp.size)
+        out, lse, ctx.made = forward_pass(q, k, v, scale, cp, method, backend, deterministic)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = scale, cp, method, backend, deterministic
-        ctx.layer = where.layer
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -77,11 +113,4 @@ class _FullAcrossRanks(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, dout, _dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        scale, cp, method, backend, deterministic = ctx.rest
-        where = Where.backward(ctx.layer)
-        enter_call(cp.comm, where, "full")
-        dq, dk, dv = method.backward(q, k, v, dout.contiguous(), out, lse, scale, cp, backend, deterministic, where)
-        for counters in cp.comm.counters_of(where):
-            counters.dense_ring += 2 * ring_bytes(k, cp.size)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        return *backward_pass(ctx.made, *ctx.saved_tensors, dout), None, None, None, None, None
