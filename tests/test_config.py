@@ -1,6 +1,12 @@
+import typing
+
+import numpy as np
 import pytest
 
-from moba_cp import MoBAConfig
+from moba_cp import ExchangeOptions, MoBAConfig
+from moba_cp.cp.layout import Layout, rank_segments
+from moba_cp.model import AttentionConfig
+from moba_cp.model.schedule import Phase, check_schedule
 
 
 @pytest.mark.parametrize(
@@ -23,3 +29,23 @@ def test_bad_values_are_named(kwargs, says):
 
 def test_it_is_frozen_and_hashable():
     assert {MoBAConfig(512, 3): 1}[MoBAConfig(512, 3)] == 1
+
+
+@pytest.mark.parametrize(
+    "cls, field", [(ExchangeOptions, "mode"), (ExchangeOptions, "gradient_dtype"), (AttentionConfig, "default"),
+                   (AttentionConfig, "layout")]
+)  # fmt: skip
+def test_types_say_which_words_are_taken(cls, field):
+    words = typing.get_args(typing.get_type_hints(cls)[field])
+    for word in words:
+        assert getattr(cls(**{field: word}), field) == word
+    assert len(words) > 1
+    with pytest.raises(ValueError, match=f"{field}='none of these' is not .*{words[0]}.*{words[-1]}"):
+        cls(**{field: "none of these"})
+
+
+def test_types_of_layouts_and_phases_say_which_words_are_taken():
+    for layout in typing.get_args(Layout):
+        assert len(rank_segments(layout, 8, 2, np.array([0, 8]))) == 2
+    for kind in typing.get_args(typing.get_type_hints(Phase)["kind"]):
+        check_schedule((Phase("moba", 0.5), Phase(kind)))

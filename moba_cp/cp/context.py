@@ -16,8 +16,8 @@ from ..blocks import check_cu_seqlens, fitted_block_size
 from .comm import Communicator
 from .counters import Counters
 from .geometry import BlockGeometry, build_geometry
-from .layout import Segments, check_layout, positions_of, rank_segments
-from .options import ExchangeOptions
+from .layout import Layout, Segments, check_layout, positions_of, rank_segments
+from .options import ExchangeOptions, Mode
 from .sharing import check_length, unshard
 from .symmetric_memory import PeerMemory, peer_memory
 
@@ -53,7 +53,7 @@ class CPContext:
 
     group: dist.ProcessGroup | Communicator | None
     """The context-parallel group; None for a single rank."""
-    layout: str
+    layout: Layout
     """``contiguous``, ``zigzag`` or ``zigzag_per_document``."""
     seq_len: int
     """T, tokens of the whole sequence."""
@@ -79,11 +79,11 @@ class CPContext:
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | Communicator | None,
-        layout: str = "zigzag",
+        layout: Layout = "zigzag",
         seq_len: int | None = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         device: torch.device | str | None = None,
-        exchange: ExchangeOptions | str = "auto",
+        exchange: ExchangeOptions | Mode = "auto",
         observer: Callable[[str, Tensor, int, int], None] | None = None,
     ):
         check_layout(layout)
@@ -288,7 +288,7 @@ def _documents(cu_seqlens, seq_len: int) -> Tensor:
     return bounds
 
 
-def _options(exchange, comm: Communicator) -> ExchangeOptions:
+def _options(exchange: ExchangeOptions | Mode, comm: Communicator) -> ExchangeOptions:
     """``exchange`` with what the launcher says of nodes, or ValueError."""
     if isinstance(exchange, str):
         exchange = ExchangeOptions(mode=exchange)

@@ -4,14 +4,17 @@ Legend: T tokens, P ranks, L = T / P tokens per rank. A segment ``(start, length
 rank's tokens are its segments in the order listed.
 """
 
+from typing import Literal, get_args
+
 import numpy as np
 
-LAYOUTS = ("contiguous", "zigzag", "zigzag_per_document")
+Layout = Literal["contiguous", "zigzag", "zigzag_per_document"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 Segments = list[tuple[int, int]]
 
 
-def rank_segments(layout: str, seq_len: int, size: int, cu_seqlens: np.ndarray) -> list[Segments]:
+def rank_segments(layout: Layout, seq_len: int, size: int, cu_seqlens: np.ndarray) -> list[Segments]:
     """Segments of every rank.
 
     ``contiguous`` gives rank ``r`` the ``r``-th of P equal parts. ``zigzag`` cuts the sequence into 2P chunks and

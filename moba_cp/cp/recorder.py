@@ -22,7 +22,7 @@ class SelectionRecorder:
     (``moba_attention`` called directly) has them recorded as ``layer 1``, ``layer 2``, ... in the order of the calls.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: dict[str, Tensor] = {}
         """layer -> [L, Hq, S] int32 on the CPU."""
         self.block_size = self.n_kv_heads = 0

@@ -8,6 +8,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..cp.layout import Layout
 from ..model.rope import RopeScaling, rope_frequencies
 from .batch import MoBAPackedSeqParams, batch_context, group_size
 
@@ -41,7 +42,7 @@ class ContextRotaryEmbedding(nn.Module):
         dim: int,
         base: float | None = None,
         group=None,
-        layout: str = "zigzag",
+        layout: Layout = "zigzag",
         scaling: RopeScaling | None = None,
     ):
         super().__init__()

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, replace
 
 from ..config import MoBAConfig
-from ..cp.layout import LAYOUTS
-from .schedule import KINDS, Phase, check_schedule, phase_at
+from ..cp.layout import LAYOUTS, Layout
+from .schedule import KINDS, Kind, Phase, check_schedule, phase_at
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class AttentionConfig:
         ValueError: a field is out of range; the message names the field, its value and the rule.
     """
 
-    default: str = "moba"
+    default: Kind = "moba"
     """Kind of every layer that ``full_layers`` does not name: ``moba`` or ``full``."""
 
     full_layers: str | tuple[int, ...] = "none"
@@ -38,7 +38,7 @@ class AttentionConfig:
     deterministic: bool = False
     """Bit-identical results from run to run on a fixed number of ranks, at some cost in the backward pass."""
 
-    layout: str = "zigzag"
+    layout: Layout = "zigzag"
     """How batches that come without a :class:`moba_cp.CPContext` are spread over the ranks: ``zigzag`` (Megatron's own)
     or ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
 
@@ -97,7 +97,7 @@ class AttentionConfig:
             )
         return frozenset(self.full_layers)
 
-    def kind(self, layer_number: int, n_layers: int) -> str:
+    def kind(self, layer_number: int, n_layers: int) -> Kind:
         """``moba`` or ``full`` for a layer, counted from 1."""
         return "full" if layer_number in self.full_layer_numbers(n_layers) else "moba"
 

@@ -1,15 +1,17 @@
 """Hybrids by time: which kind of attention is used in which part of a training run."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-KINDS = ("moba", "full")
+Kind = Literal["moba", "full"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of training."""
 
-    kind: str
+    kind: Kind
     """``moba``: the layers attend as ``full_layers`` says; ``full``: every layer attends fully."""
 
     until: float | None = None
