@@ -20,6 +20,7 @@ from .mesh import Mesh
 from .optimizer import build_optimizer, clip_gradients, learning_rate
 from .plan import RunPlan
 from .report import Reporter
+from .signals import Stopped, StopRequest
 from .traffic import gather
 from .yaml_config import to_dict
 
@@ -59,16 +60,26 @@ class Trainer:
 
         Raises:
             ValueError: the loss became infinite or NaN.
+            Stopped: the run was asked to stop, and has saved.
         """
         run = self.config.run
         # Rank 0 writes files only after every rank has passed its checks.
         dist.barrier(self.mesh.group)
-        with Reporter(self.plan, self.mesh, self.step, self._start) as reporter:
+        with (
+            StopRequest(self.mesh.group) as stop,
+            Reporter(self.plan, self.mesh, self.step, self._start) as reporter,
+        ):
             if self.step == 0 and (loss := self.validation_loss()) is not None:
                 reporter.start(loss)
             record: dict[str, Any] = {}
             while self.step < run.steps:
                 record = self.train_step()
+                # Save at once: the machines may be gone in a minute.
+                if stop.agreed() and self.step < run.steps:
+                    self._save()
+                    reporter.report(record)
+                    stop.answer(self.step)
+                    raise Stopped(self.step)
                 if self.step % run.validate_every == 0 or self.step == run.steps:
                     if (loss := self.validation_loss()) is not None:
                         record["validation_loss"] = loss

@@ -14,6 +14,7 @@ from .mesh import Mesh, close_mesh, launched_rank, launched_size, open_mesh
 from .plan import RunPlan, plan_run
 from .report import closing_lines
 from .resume import AUTO, describe, find_checkpoint, notes, resolve_auto
+from .signals import STOPPED, Stopped
 from .yaml_config import load, to_yaml
 
 _PATIENCE_SECONDS = 60.0
@@ -36,8 +37,7 @@ def start(arguments: argparse.Namespace) -> int:
     if arguments.resume != AUTO:
         # What is wrong is said before any process group is made; what holds is decided below, by the first rank.
         _decide(plan, arguments.resume, arguments.overwrite)
-    _run(plan, arguments.resume, arguments.overwrite)
-    return 0
+    return _run(plan, arguments.resume, arguments.overwrite)
 
 
 def _decide(plan: RunPlan, resume: str | None, overwrite: bool) -> tuple[Path | None, bool]:
@@ -66,7 +66,7 @@ def _dry_run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
     return 0
 
 
-def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> None:
+def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
     first, folder, run = launched_rank() == 0, Path(plan.config.run.directory), plan.config.run
     try:
         mesh = open_mesh(run)
@@ -76,6 +76,12 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> None:
                 print(*plan.summary(), *_told(plan, start), sep="\n", flush=True)
             if not done:
                 Trainer(plan, mesh, start).run()
+    except Stopped as stopped:
+        close_mesh()
+        if first:
+            steps = f"{stopped.step} of {run.steps} steps are saved"
+            print(f"stopped as asked: {steps} (exit code {STOPPED}); --resume goes on", flush=True)
+        return stopped.code
     except Exception:
         # The terminal shows one line: the traceback goes into a file.
         if folder.is_dir():
@@ -84,6 +90,7 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> None:
     close_mesh()
     if first:
         print(*([_done(plan)] if done else []), *closing_lines(folder), sep="\n", flush=True)
+    return 0
 
 
 class _Held:
