@@ -202,11 +202,13 @@ class _Layer(torch.autograd.Function):
     @without_autocast
     def forward(ctx, hidden: Tensor, run: LayerRun, *weights: Any):
         w, rows, out = LayerWeights(*weights), hidden.view(-1, hidden.shape[-1]), torch.empty_like(hidden)
-        qkv: list[Tensor | None] = list(run.project(rows, w))
-        attended, kept = run.attention.forward(*qkv, True)
+        q, k, v = run.project(rows, w)
+        attended, kept = run.attention.forward(q, k, v, True)
         keep_all = run.memory.recompute == "none"
-        if not keep_all:
-            qkv, kept = [None] * 3, kept.without_index()
+        qkv: list[Tensor | None] = [q, k, v] if keep_all else [None] * 3
+        # What is not kept goes before the feed-forward network needs memory.
+        del q, k, v
+        kept = kept if keep_all else kept.without_index()
         mid, gate_up = run.finish(rows, attended.flatten(1), w, out.view_as(rows), keep_all)
         if run.memory.recompute == "full":
             tensors = [rows, None, *qkv, mid, gate_up]
