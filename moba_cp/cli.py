@@ -18,9 +18,15 @@ from moba_cp import __version__
 # Command -> its module, what it does. To add a command, add a line.
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
-    "bench attention": ("moba_cp.bench.attention", "time MoBA on one GPU beside dense attention; table, JSON, chart"),
-    "bench cluster": ("moba_cp.bench.cluster.command", "measure attention over several ranks"),
-    "bench exchange": ("moba_cp.bench.exchange", "count the bytes of each exchange mode for any number of ranks"),
+    "bench attention": (
+        "moba_cp.bench.commands.attention",
+        "time MoBA on one GPU beside dense attention",
+    ),
+    "bench cluster": ("moba_cp.bench.commands.cluster", "measure attention over several ranks"),
+    "bench exchange": (
+        "moba_cp.bench.commands.exchange",
+        "count bytes of each exchange mode for any number of ranks",
+    ),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 

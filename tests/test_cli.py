@@ -291,7 +291,7 @@ def test_outside_a_checkout_the_hint_names_packages_that_pypi_has(monkeypatch):
     assert "moba" not in hint and "pytest" not in hint and "torch" not in hint
 
 
-@pytest.mark.parametrize("words", ["--help", "bench", "bench --help", "train --help", "experiment switch --help"])
+@pytest.mark.parametrize("words", ["--help", "bench", "bench --help", *(f"{words} --help" for words in cli.COMMANDS)])
 def test_help_is_quick_and_needs_no_extra(words):
     """It imports neither PyTorch nor anything that only an extra installs: a fraction of a second instead of five."""
     slow = ["torch", "numpy", "megatron", "yaml", "matplotlib", "psutil", "safetensors"]

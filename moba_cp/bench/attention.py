@@ -8,7 +8,6 @@ Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, B block size,
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +18,11 @@ from .chart import Curve, Panel, draw
 from .environment import described, environment
 from .judge import judge_moba
 from .rows import Report, Row, Table, find, number
+from .shape import CHART_SHAPE, SHAPES
 from .timing import Candidate, time_passes
 
 PART, MOBA = "attention", "moba"
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# T, Hq, Hkv, D, B, k
-SHAPES = (
-    "8192,16,16,128,128,8",
-    "32768,16,16,128,128,8",
-    "131072,16,16,128,128,8",
-    "32768,16,16,128,512,3",
-    "131072,16,16,128,512,8",
-    "131072,32,8,128,512,8",
-    "131072,16,16,64,128,8",
-    "131072,16,16,128,4096,12",
-)
-CHART_SHAPE = "16,16,128,512,8"
 CHART_TOKENS = tuple(2**i for i in range(13, 21))
 # Dense attention on more tokens would take minutes: its time grows with the square of T.
 DENSE_MOST = 131072
@@ -43,22 +31,6 @@ STYLES = {
     "flash": ("dense, FlashAttention-2", "tab:orange"),
     "fa4": ("dense, flash-attn-4", "tab:green"),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``moba-cp bench attention``."""
-    parser.add_argument(
-        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight over the range"
-    )
-    parser.add_argument(
-        "--dense", nargs="*", choices=[*DENSE, "fa4"], help="what to compare with (default: all that are installed)"
-    )
-    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
-    parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and environment to FILE")
-    parser.add_argument("--chart", metavar="FILE", help="also time 8K to 1M tokens and draw time against T to this PNG")
-    parser.add_argument("--chart-shape", default=CHART_SHAPE, metavar="HQ,HKV,D,B,K", help="(default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:

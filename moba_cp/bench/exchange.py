@@ -10,24 +10,25 @@ e bytes per element.
 """
 
 import argparse
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..cp.allgather.costs import COPY_RATE, GatherCosts
+from ..cp.allgather.costs import GatherCosts
+from ..cp.exchange.costs import WireCosts
 from ..cp.exchange.plan import decide
 from ..cp.exchange.tables import build_decision_tables, number_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
 from ..cp.layout import positions_of, rank_segments
-from ..cp.options import MODES, WIRE_DTYPES, ExchangeOptions, WireCosts
+from ..cp.options import ExchangeOptions
 from ..ops import integer_backend
 from .chart import Curve, Panel, draw
-from .gates import GATES, RecordedGate, SyntheticGate
+from .gates import RecordedGate, SyntheticGate
+from .links import Links
 from .rows import Report, Row, Table, number
-from .shape import Shape, whole_numbers
-from .shape import add_arguments as add_shape_arguments
+from .shape import GATES, Shape, whole_numbers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TABLE = Table(
@@ -50,49 +51,6 @@ STYLES = {
     "query": {"color": "tab:green", "marker": "^"},
     "allgather": {"color": "tab:red", "marker": "v"},
 }
-
-
-def _speed(default: float, meaning: str):
-    return field(default=default, metadata={"help": f"{meaning} (%(default)s)"})
-
-
-@dataclass(frozen=True)
-class Links:
-    """Speeds for the prediction; the defaults are an H100 or H200 node with one 400 Gb/s card per GPU."""
-
-    within_gbps: float = _speed(370.0, "GB/s per GPU and direction within a node")
-    copy_gbps: float = _speed(COPY_RATE / 1e9, "GB/s that copy engines bring a GPU from the others of its node")
-    between_gbps: float = _speed(48.0, "GB/s per GPU and direction between nodes")
-    within_latency_us: float = _speed(30.0, "microseconds per collective within a node")
-    between_latency_us: float = _speed(90.0, "microseconds per collective between nodes")
-    tflops: float = _speed(
-        320.0,
-        "TFLOP/s of a layer's attention, routing included, forward and backward (2.5 times the operations): an H100 at "
-        "131,072 tokens in blocks of 512",
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    add_shape_arguments(parser, heads=32, kv_heads=8, gate="concentrated")
-    parser.add_argument("--gate-layer", type=int, help="--gate may be a file: its layer (default: the middle one)")
-    parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks, by commas (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="T (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
-    parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
-    parser.add_argument("--gradient-dtype", choices=WIRE_DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--row-weight", type=float, help="see ExchangeOptions (default: 4 in a node, 1 between nodes)")
-    parser.add_argument("--ranks-per-node", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--no-copy-engines", action="store_true", help="GPUs of a node map no memory of each other")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes to count per P, 0 for all (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="where to count: cpu, cuda, or auto for a GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    for speed in fields(Links):
-        option = f"--{speed.name.replace('_', '-')}"
-        parser.add_argument(option, type=float, default=speed.default, help=speed.metadata["help"])
-    parser.add_argument("--json", type=Path, help="write settings and table here")
-    parser.add_argument("--plot", type=Path, help="write a chart of bytes against P here (PNG)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GATES = ("uniform", "concentrated")
+from .shape import GATES
 
 SEGMENT = 1024
 RECENT = 32

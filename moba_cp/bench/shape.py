@@ -7,7 +7,21 @@ import argparse
 from dataclasses import dataclass
 
 from ..config import MoBAConfig
-from .gates import GATES
+
+GATES = ("uniform", "concentrated")
+"""What :class:`.gates.SyntheticGate` draws."""
+SHAPES = (
+    "8192,16,16,128,128,8",
+    "32768,16,16,128,128,8",
+    "131072,16,16,128,128,8",
+    "32768,16,16,128,512,3",
+    "131072,16,16,128,512,8",
+    "131072,32,8,128,512,8",
+    "131072,16,16,64,128,8",
+    "131072,16,16,128,4096,12",
+)
+"""T, Hq, Hkv, D, B, k, as ``bench attention`` takes them; of its chart all but T."""
+CHART_SHAPE = "16,16,128,512,8"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """How blocks and rows are exchanged between ranks."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-
-from ..dtypes import WIDE
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["auto", "kv", "query", "allgather"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -74,8 +73,11 @@ class ExchangeOptions:
                 f"exchange copy_engines={self.copy_engines!r} is not True or False; leave it out, or use False for NCCL"
             )
 
-    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def wire_dtype(self, dtype: "torch.dtype") -> "torch.dtype":
         """Dtype of gradients on the wire for inputs of ``dtype``."""
+        # Command lines name these options, and their help does not wait for PyTorch.
+        from ..dtypes import WIDE
+
         return WIDE[dtype] if self.gradient_dtype == "float32" else dtype
 
     def share_to_gather(self, by_copy_engines: bool) -> float:
@@ -117,37 +119,3 @@ def _is_number(value) -> bool:
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class WireCosts:
-    """Bytes that forward and backward together put on the wire.
-
-    With e bytes per input element, g per gradient element and w per wide element (4, or 8 for float64), D head dim and
-    S = k - 1 selected blocks per row:
-
-    - a token of a fetched (KV head, block): K and V forward, K and V again in backward unless kept, dK and dV back:
-      ``2 D e (2 or 1) + 2 D g``;
-    - a row (token, query head) sent to a block's owner: q and S block ids (of i bytes) forward, partial output and lse
-      back in wide; in backward q and ids again unless kept, dout, lse and delta there, dq back:
-      ``(D e + S i) (2 or 1) + (D + 1) w + D e + 2 w + D g``.
-
-    In bf16 with float32 gradients and everything sent again that is 16 D per token and 14 D + 4 S + 12 per row: a block
-    of B tokens is worth fetching from about 1.1 B rows on.
-    """
-
-    kv_token: int
-    row: int
-
-    @classmethod
-    def of(
-        cls, dtype: torch.dtype, dim: int, n_slots: int, options: ExchangeOptions, ids: torch.dtype = torch.int16
-    ) -> "WireCosts":
-        """Costs for inputs of ``dtype`` and head dim ``dim``, ``n_slots`` selected blocks per row, block ``ids``."""
-        e, g = dtype.itemsize, options.wire_dtype(dtype).itemsize
-        w = WIDE[dtype].itemsize
-        times = 1 if options.keep else 2
-        return cls(
-            kv_token=2 * dim * e * times + 2 * dim * g,
-            row=(dim * e + n_slots * ids.itemsize) * times + (dim + 1) * w + dim * e + 2 * w + dim * g,
-        )

@@ -6,6 +6,7 @@ import torch
 from moba_cp import MoBAConfig, full_attention, moba_attention
 from moba_cp.bench import attention, judge
 from moba_cp.bench.chart import figure
+from moba_cp.bench.commands import attention as command
 from moba_cp.bench.rows import Row
 from moba_cp.bench.timing import Candidate, time_passes
 
@@ -80,7 +81,7 @@ def test_wrong_shapes_are_named():
 def test_no_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parser = argparse.ArgumentParser()
-    attention.add_arguments(parser)
+    command.add_arguments(parser)
     with pytest.raises(ValueError, match="measures a GPU"):
         attention.main(parser.parse_args([]))
 

@@ -11,11 +11,14 @@ import torch
 
 from moba_cp import MoBAConfig
 from moba_cp.bench.chart import figure
-from moba_cp.bench.cluster import chart, check, command, measure, profile
+from moba_cp.bench.cluster import chart, check, measure, profile
 from moba_cp.bench.cluster.inputs import drawn_gate, make_inputs
-from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, exchange_options, overlap
+from moba_cp.bench.cluster.measure import Layer, Limits, overlap
+from moba_cp.bench.cluster.modes import DEFAULT_MODES, exchange_options
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
+from moba_cp.bench.cluster.run import TABLE
+from moba_cp.bench.commands import cluster as command
 from moba_cp.bench.rows import Report, Row
 from moba_cp.bench.shape import Shape
 from moba_cp.bench.timing import Candidate
@@ -86,9 +89,9 @@ def test_the_whole_command(two_ranks):
     assert report["settings"]["gate"] == "uniform" and report["settings"]["tokens"] == "512"
     assert (folder / "two.png").stat().st_size > 10_000
     lines = whole[1].splitlines()
-    table = lines[lines.index(command.TABLE.header()) + 1 :][: len(rows)]
+    table = lines[lines.index(TABLE.header()) + 1 :][: len(rows)]
     assert [line.split()[0] for line in table] == [row["part"] for row in report["rows"]]
-    assert all(len(line) == len(command.TABLE.header()) for line in table), "the columns are aligned"
+    assert all(len(line) == len(TABLE.header()) for line in table), "the columns are aligned"
 
 
 def test_no_measurement_begins_when_the_time_is_over(two_ranks):
@@ -257,7 +260,7 @@ def test_the_chart_compares_with_the_fastest_on_one_rank():
 
 
 def test_rows_are_written_as_they_come(tmp_path, capsys):
-    report = Report({"gpu": "g"}, {"heads": 1}, command.TABLE, tmp_path / "rows.json")
+    report = Report({"gpu": "g"}, {"heads": 1}, TABLE, tmp_path / "rows.json")
     for count in (1, 2):
         report.add(_row("attention", 1024, 1, "moba", 3.0))
         assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == count

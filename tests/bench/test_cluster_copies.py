@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moba_cp.bench.cluster import measure
-from moba_cp.bench.cluster.measure import DEFAULT_MODES, Layer, Limits, overlap
+from moba_cp.bench.cluster.measure import Layer, Limits, overlap
+from moba_cp.bench.cluster.modes import DEFAULT_MODES
 from moba_cp.bench.cluster.predict import predictions
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator

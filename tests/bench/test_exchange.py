@@ -10,7 +10,9 @@ import torch
 from moba_cp import reference
 from moba_cp.bench import exchange
 from moba_cp.bench.chart import figure
+from moba_cp.bench.commands import exchange as command
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
+from moba_cp.bench.links import Links
 from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.options import MODES, ExchangeOptions, Weighing
 from tests.cp.test_allgather import _run
@@ -21,7 +23,7 @@ from tests.helpers.distributed import run_threads
 
 def _args(*given):
     parser = argparse.ArgumentParser()
-    exchange.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(list(given))
 
 
@@ -129,6 +131,10 @@ def test_of_a_dense_ring_at_a_million_tokens(kind, share):
     gate = SyntheticGate(kind, args.heads, args.kv_heads, args.block_size, args.top_k)
     (row,) = exchange.measure(64, gate, ["auto"], args)
     assert row.of_ring == pytest.approx(share, abs=5e-4)
+
+
+def test_the_prediction_goes_by_the_speed_of_copies_that_training_goes_by():
+    assert Links().copy_gbps == gather_costs.COPY_RATE / 1e9
 
 
 def test_copy_engines_change_what_is_gathered_within_a_node():

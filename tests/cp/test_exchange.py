@@ -15,10 +15,11 @@ from moba_cp.cp.allgather.copies import CopyEngines
 from moba_cp.cp.allgather.stages import GatherTables
 from moba_cp.cp.allgather.strategy import Collectives
 from moba_cp.cp.comm import Communicator
+from moba_cp.cp.exchange.costs import WireCosts
 from moba_cp.cp.exchange.tables import DecisionTables, WireTables, build_decision_tables
 from moba_cp.cp.geometry import BlockGeometry
 from moba_cp.cp.layout import LAYOUTS
-from moba_cp.cp.options import MODES, ExchangeOptions, Weighing, WireCosts
+from moba_cp.cp.options import MODES, ExchangeOptions, Weighing
 from moba_cp.cp.symmetric_memory import PeerMemory
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, random_case, relative_error, run_reference

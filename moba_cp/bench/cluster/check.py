@@ -10,7 +10,8 @@ import torch
 
 from ..judge import BOUND, NAMES, distances, exact_full, exact_moba, select, too_far
 from ..shape import Shape
-from .measure import Layer, exchange_options
+from .measure import Layer
+from .modes import exchange_options
 from .ranks import Ranks
 
 FULL_METHODS = ("ring", "allgather")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import CPContext, full_attention, moba_attention
-from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
+from ...cp.options import ExchangeOptions
 from ...cp.symmetric_memory import PeerMemory, peer_memory
 from ..judge import BOUND
 from ..rows import Row
@@ -21,14 +21,11 @@ from ..shape import Shape
 from ..timing import Candidate, time_passes
 from ..torch_cp import ROTATE_METHODS, torch_context_parallel
 from .inputs import make_inputs
+from .modes import exchange_options
 from .ranks import Ranks
 from .replay import ReplayCommunicator
 
 MOBA, FULL, TORCH = "moba", "full", "torch"
-WITHOUT_COPIES = "-nccl"
-VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
-"""What may follow the name of a mode, and the options that it stands for."""
-DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
 PASS_FLOPS = 450e12
 """FLOP/s assumed of dense attention on one GPU where nothing was measured yet."""
 
@@ -42,31 +39,6 @@ class Limits:
     """A pass (forward and backward) that would take longer is not measured."""
     budget_ms: float = 3000.0
     """No more repeats of a candidate after so many ms, but at least two."""
-
-
-def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:
-    """The options of a mode as the command names it.
-
-    ``auto:2`` is ``auto`` with ``row_weight`` 2. Behind the name ``-rounded`` sends gradients in the inputs' dtype,
-    ``-keep`` keeps for backward what was received, ``-nccl`` does without copy engines.
-    """
-    name, _, weight = mode.partition(":")
-    name, *endings = name.split("-")
-    options = {}
-    for ending in endings:
-        if f"-{ending}" not in VARIANTS:
-            raise ValueError(f"modes: {mode!r}: -{ending} is none of {', '.join(VARIANTS)}")
-        options |= VARIANTS[f"-{ending}"]
-    if "copy_engines" in options and name in MODES and name not in GATHERING_MODES:
-        raise ValueError(
-            f"modes: {mode!r}: {name} never uses copy engines; use {name}, or {WITHOUT_COPIES} behind "
-            f"{' or '.join(GATHERING_MODES)}"
-        )
-    try:
-        row_weight = float(weight) if weight else None
-        return ExchangeOptions(name, row_weight=row_weight, ranks_per_node=ranks_per_node, **options)
-    except ValueError as error:
-        raise ValueError(f"modes: {mode!r}: {error}") from None
 
 
 class Layer:

@@ -7,7 +7,8 @@ import torch
 from ...cp.options import ExchangeOptions
 from .. import exchange
 from ..rows import Row
-from .measure import MOBA, Layer, exchange_options
+from .measure import MOBA, Layer
+from .modes import exchange_options
 
 
 def predictions(layer: Layer, modes: list[str]) -> dict[str, Row]:

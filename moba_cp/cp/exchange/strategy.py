@@ -21,9 +21,10 @@ from ..allgather.strategy import AllGather, Transport
 from ..calls import Call, Where
 from ..comm import record_stream
 from ..context import CPContext
-from ..options import ExchangeOptions, WireCosts
+from ..options import ExchangeOptions
 from ..ways import Attended, OutputGradient, Queries
 from . import dispatch, fetch
+from .costs import WireCosts
 from .dispatch import RowStage
 from .fetch import BlockStage
 from .plan import PairLists, Plan, PlanStats, RowLists, Sizes, make_plan

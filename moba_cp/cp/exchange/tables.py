@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...eager.exchange import PAIR, TOTALS, BlockTables, PairTables, Prices
 from ..geometry import BlockGeometry
-from ..options import Weighing, WireCosts
+from ..options import Weighing
+from .costs import WireCosts
 
 # A row's share in a block is counted in integers, so that the decision does not depend on the order of additions.
 ROW_SHARE = 1 << 16

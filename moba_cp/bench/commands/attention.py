@@ -1,0 +1,31 @@
+"""``moba-cp bench attention``: the options of :mod:`..attention`."""
+
+import argparse
+from pathlib import Path
+
+from ..shape import CHART_SHAPE, SHAPES
+
+DENSE = ("cudnn", "flash", "fa4")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``moba-cp bench attention``."""
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight over the range"
+    )
+    parser.add_argument(
+        "--dense", nargs="*", choices=DENSE, help="what to compare with (default: all that are installed)"
+    )
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
+    parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and environment to FILE")
+    parser.add_argument("--chart", metavar="FILE", help="also time 8K to 1M tokens and draw time against T to this PNG")
+    parser.add_argument("--chart-shape", default=CHART_SHAPE, metavar="HQ,HKV,D,B,K", help="(default: %(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from .. import attention
+
+    return attention.main(args)
