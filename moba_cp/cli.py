@@ -18,6 +18,8 @@ from moba_cp import __version__
 # Command -> its module, what it does. To add a command, add a line.
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
+    "data build": ("moba_cp.data.command", "make tokens of text, JSON lines or Parquet, for training"),
+    "data show": ("moba_cp.data.show", "print what tokenized data, or a sequence of it, holds"),
     "bench attention": (
         "moba_cp.bench.commands.attention",
         "time MoBA on one GPU beside dense attention",
@@ -30,6 +32,8 @@ COMMANDS = {
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 
+# What users install beside the package itself, in the order in which a missing package is looked for.
+_EXTRAS = ("train", "data", "metrics")
 # Modules that PyPI has under another name.
 _PYPI_NAMES = {"megatron": "megatron-core", "yaml": "pyyaml"}
 
@@ -113,13 +117,15 @@ def _how_to_install(module: str) -> str:
         requirements = [text.partition(";") for text in importlib.metadata.requires("moba-cp") or ()]
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    of_training = [name.strip() for name, _, marker in requirements if "train" in marker]
-    if not any(name.lower().startswith(package) for name in of_training):
-        return f"pip install {package}"
-    checkout = Path(__file__).parents[1]
-    if (checkout / "setup.cfg").is_file():
-        return f'pip install -c constraints.txt -e ".[train]" in {checkout}'
-    return "pip install " + " ".join(f"'{name}'" for name in of_training)
+    for extra in _EXTRAS:
+        of_extra = [name.strip() for name, _, marker in requirements if f"{extra!r}" in marker.replace('"', "'")]
+        if not any(name.lower().startswith(package) for name in of_extra):
+            continue
+        checkout = Path(__file__).parents[1]
+        if (checkout / "setup.cfg").is_file():
+            return f'pip install -c constraints.txt -e ".[{extra}]" in {checkout}'
+        return "pip install " + " ".join(f"'{name}'" for name in of_extra)
+    return f"pip install {package}"
 
 
 def _fail(words: str, text: str, code: int) -> int:

@@ -7,7 +7,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launchers/environment.sh"
-make_environment train test
+make_environment train data metrics test
 
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

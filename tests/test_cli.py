@@ -271,6 +271,7 @@ def test_an_error_shows_where_it_comes_from_on_request(place, capsys):
     [
         ("yaml", f'pip install -c constraints.txt -e ".[train]" in {ROOT}'),
         ("megatron.core", f'pip install -c constraints.txt -e ".[train]" in {ROOT}'),
+        ("tokenizers", f'pip install -c constraints.txt -e ".[data]" in {ROOT}'),
         ("no_such_package", "pip install no_such_package"),
     ],
 )
@@ -294,7 +295,7 @@ def test_outside_a_checkout_the_hint_names_packages_that_pypi_has(monkeypatch):
 @pytest.mark.parametrize("words", ["--help", "bench", "bench --help", *(f"{words} --help" for words in cli.COMMANDS)])
 def test_help_is_quick_and_needs_no_extra(words):
     """It imports neither PyTorch nor anything that only an extra installs: a fraction of a second instead of five."""
-    slow = ["torch", "numpy", "megatron", "yaml", "matplotlib", "psutil", "safetensors"]
+    slow = "torch numpy megatron yaml matplotlib psutil safetensors tokenizers pyarrow tqdm".split()
     script = f"import sys; sys.modules.update(dict.fromkeys({slow})); from moba_cp import cli; cli.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith("usage: moba-cp"), done.stderr
