@@ -6,11 +6,29 @@ Legend: T tokens, H hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
+from ..dtypes import WIDE
 from ..transforms import cast_inputs, once_differentiable, without_autocast
+from .tokenwise import fused
 
 IGNORED_LABEL = -100
-# Logits held at a time: 256 MiB in float32.
-MAX_LOGITS = 2**26
+# Logits held at a time: 1 GiB in 16 bits. Fewer make more slices, each of which reads and writes the weight's gradient.
+MAX_LOGITS = 2**29
+
+
+@fused
+def _log_sum_exp(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row of logits [n, V], and its difference to the target's logit; both [n] wide."""
+    wide = logits.to(WIDE[logits.dtype])
+    lse = wide.logsumexp(-1)
+    return lse, lse - wide.gather(1, target[:, None])[:, 0]
+
+
+@fused
+def _to_gradient(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -> None:
+    """Overwrite logits [n, V] with the gradient of ``scale`` [n] times the loss."""
+    wide = (logits.to(lse.dtype) - lse[:, None]).exp()
+    hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    logits.copy_((wide - hit.to(wide.dtype)) * scale[:, None])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -19,16 +37,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, slice_len: int) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = WIDE[hidden.dtype]
         lse = hidden.new_empty(labels.shape, dtype=wide)
         loss = hidden.new_empty(labels.shape, dtype=wide)
         valid = labels != IGNORED_LABEL
         target = torch.where(valid, labels, 0)
         for start in range(0, labels.numel(), slice_len):
             rows = slice(start, start + slice_len)
-            logits = (hidden[rows] @ weight.T).to(wide)
-            torch.logsumexp(logits, -1, out=lse[rows])
-            torch.sub(lse[rows], logits.gather(1, target[rows, None])[:, 0], out=loss[rows])
+            lse[rows], loss[rows] = _log_sum_exp(hidden[rows] @ weight.T, target[rows])
         ctx.save_for_backward(hidden, weight, target, valid, lse)
         ctx.slice_len = slice_len
         return torch.where(valid, loss, 0)
@@ -43,10 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
         for start in range(0, target.numel(), ctx.slice_len):
             rows = slice(start, start + ctx.slice_len)
-            grad = (hidden[rows] @ weight.T).to(lse.dtype).sub_(lse[rows, None]).exp_()
-            grad.scatter_add_(1, target[rows, None], grad.new_full((grad.shape[0], 1), -1.0))
-            grad = grad.mul_(scale[rows, None]).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
+            grad = hidden[rows] @ weight.T
+            _to_gradient(grad, lse[rows], target[rows], scale[rows])
+            torch.mm(grad, weight, out=grad_hidden[rows])
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
@@ -58,7 +73,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, slice_l
         hidden: [T, H], last hidden states.
         weight: [V, H] of the output layer, same dtype. Both are cast where autocast is on, float64 excepted.
         labels: [T] int64 in [0, V), or -100 for tokens without a label.
-        slice_len: tokens whose logits are held at a time; by default as many as fit into 256 MiB.
+        slice_len: tokens whose logits are held at a time; by default as many as fit into 1 GiB in 16 bits.
 
     Returns:
         [T] float32 (float64 for float64 inputs), 0 where the label is -100.

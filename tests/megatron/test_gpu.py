@@ -80,8 +80,8 @@ def test_loss_takes_the_memory_of_a_slice():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_cross_entropy(x, weight, labels).mean().backward()
-    # Some slices of 256 MiB, where float32 logits would take 16 GiB.
-    assert torch.cuda.max_memory_allocated() - before < 2**30
+    # A slice of 1 GiB and what is computed of it, where float32 logits would take 16 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 3 * 2**30
 
 
 def test_what_a_layer_recomputed_ends_with_it():
