@@ -37,7 +37,9 @@ class MoBAGPTModel(GPTModel):
     def __init__(self, model: ModelConfig, attention: AttentionConfig, config: TransformerConfig, cp_group):
         super().__init__(
             config,
-            context_layer_spec(attention, LayerMemory(model.recompute), model.qk_norm),
+            context_layer_spec(
+                attention, LayerMemory("none" if model.recompute == "auto" else model.recompute), model.qk_norm
+            ),
             vocab_size=model.vocab_size,
             max_sequence_length=0,
             position_embedding_type="none",

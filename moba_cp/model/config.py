@@ -7,7 +7,7 @@ from typing import Literal
 from .attention import AttentionConfig
 from .rope import RopeScaling
 
-RECOMPUTE = ("none", "attention_kept", "full")
+RECOMPUTE = ("auto", "none", "attention_kept", "full")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class ModelConfig:
     qkv_bias: bool = False
     """Add a bias to queries, keys and values, as Qwen2 does."""
 
-    recompute: Literal["none", "attention_kept", "full"] = "none"
+    recompute: Literal["auto", "none", "attention_kept", "full"] = "auto"
     """What the backward pass recomputes: ``none``; ``attention_kept`` all but attention, whose output, log-sum-exp and
     selection are kept; ``full`` whole layers, of which only the inputs are kept (exchanges between ranks are repeated
-    too). Norms are always recomputed."""
+    too). ``auto``: as little in each layer as memory allows; a model without a trainer recomputes nothing. Norms are
+    always recomputed."""
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layers", "hidden_size", "n_heads"):

@@ -1,6 +1,7 @@
 """``moba-cp train CONFIG``: the options. What they start (:mod:`.start`) is imported only to run it."""
 
 import argparse
+import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what the user should read.
     """
+    # Tensors of a long sequence are gigabytes, of sizes that differ: without segments that grow, what is free between
+    # them is lost. PyTorch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # PyTorch and Megatron-core take seconds to import: --help and a typing error do not wait for them.
     from .start import start
 

@@ -7,6 +7,7 @@ from ..cp.options import ExchangeOptions
 from ..data.text import DataConfig
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
+from .memory import MemoryConfig
 from .optimizer import OptimizerConfig
 
 
@@ -46,6 +47,10 @@ class RunConfig:
     """At each validation, record which blocks the queries of the first sequence choose (selection.pt, for
     moba-cp bench exchange --gate) and draw it layer by layer (selection.png)."""
 
+    trace_step: int | None = None
+    """A step of which rank 0 writes a trace (``trace.json.gz``, for Perfetto or chrome://tracing), a snapshot of the
+    device's memory (``memory.pickle``, for pytorch.org/memory_viz) and the time by part into the log; null for none."""
+
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 for all."""
 
@@ -56,7 +61,7 @@ class RunConfig:
         if not self.directory.strip():
             raise ValueError(f"directory={self.directory!r} is empty; name a folder such as runs/demo")
         least = {"steps": 1, "seed": 0, "validate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 0}
-        for name, bound in (least | {"context_size": 1}).items():
+        for name, bound in (least | {"context_size": 1, "trace_step": 1}).items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} is below {bound}; use {bound} or more")
@@ -84,6 +89,9 @@ class TrainConfig:
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Where a step's tensors are kept."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Length, place and device of the run."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from ..cp.recorder import SelectionRecorder
 from ..megatron.model import build_model
-from . import checkpoint
+from . import checkpoint, memory
 from .batch import Batches, MicroBatch
 from .log import CHECKPOINTS, SELECTION
 from .mesh import Mesh
@@ -21,6 +21,7 @@ from .optimizer import build_optimizer, clip_gradients, learning_rate
 from .plan import RunPlan
 from .report import Reporter
 from .signals import Stopped, StopRequest
+from .trace import backends, device_memory, peak_flops, tracing
 from .traffic import gather
 from .yaml_config import to_dict
 
@@ -42,8 +43,11 @@ class Trainer:
         # Shard the module on the meta device, before it has weights: no rank ever holds all of them.
         self._attention = config.attention.at(1, config.run.steps)
         module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
-        self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
-        self.module.to_empty(device=mesh.device)
+        self.memory = memory.choose(config, mesh.size, plan.tokens_per_rank(), mesh.device, mesh.group)
+        module.set_memory(self.memory.layers)
+        on_host = config.memory.state == "host"
+        self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype), on_host)
+        self.module.to_empty(device="cpu" if on_host else mesh.device)
         self.module.init_weights(config.run.seed)
         self.optimizer = build_optimizer(self.module, config.optimizer)
         # A prolonged run goes on from the last step before the decay.
@@ -69,11 +73,14 @@ class Trainer:
             StopRequest(self.mesh.group) as stop,
             Reporter(self.plan, self.mesh, self.step, self._start) as reporter,
         ):
+            reporter.note(*self.memory.lines(), *backends(self.config, self.mesh.device))
             if self.step == 0 and (loss := self.validation_loss()) is not None:
                 reporter.start(loss)
             record: dict[str, Any] = {}
             while self.step < run.steps:
-                record = self.train_step()
+                with tracing(self.folder, self.step + 1 == run.trace_step, self.mesh) as parts:
+                    record = self.train_step()
+                record |= parts
                 # Save at once: the machines may be gone in a minute.
                 if stop.agreed() and self.step < run.steps:
                     self._save()
@@ -129,6 +136,8 @@ class Trainer:
             "learning_rate": rate,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(self.plan.tokens_per_step / seconds, 1),
+            **self.plan.utilization(self._attention, self.plan.tokens_per_step / seconds, peak_flops(self.mesh.device)),
+            **device_memory(self.mesh.device),
             "attention": self._attention.default,
             "exchange": exchange,
         }
@@ -167,11 +176,16 @@ class Trainer:
         checkpoint.save(self.folder / CHECKPOINTS, meta, self.module, self.optimizer, keep, self._kept_step)
 
 
-def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype) -> nn.Module:
-    """Shard each transformer layer and the rest over all ranks (FSDP2); compute in ``dtype``, sum gradients in fp32."""
+def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bool = False) -> nn.Module:
+    """Shard each transformer layer and the rest over all ranks (FSDP2); compute in ``dtype``, sum gradients in fp32.
+
+    ``on_host``: weights, gradients and what the optimizer keeps stay in page-locked host memory.
+    """
     # Do not cast inputs: FSDP would also round rotary angles, and rebuild the context to cast tensors inside it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if on_host else OffloadPolicy()
+    options = {"mesh": mesh.shard_mesh, "mp_policy": policy, "offload_policy": offload}
     for layer in module.decoder.layers:
-        fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh.shard_mesh, mp_policy=policy)
+        fully_shard(layer, **options)
+    return fully_shard(module, **options)

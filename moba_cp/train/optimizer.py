@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of that mean."""
 
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How the means of the gradient and of its square are kept between steps; computed in float32 either way.
+    ``bfloat16`` takes half the memory and needs ``beta2`` of 0.99 or less: smaller changes would be rounded off."""
+
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all parameters together; null for no clipping."""
 
@@ -57,6 +63,11 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.moments == "bfloat16" and self.beta2 > 0.99:
+            raise ValueError(
+                f"moments='bfloat16' with beta2={self.beta2}: a step changes the mean by less than bfloat16 can tell; "
+                "use beta2 of 0.99 or less, or moments: float32"
+            )
         if self.decay < 0 or (self.decay > 1 and self.decay % 1):
             raise ValueError(f"decay={self.decay} is neither a share below 1 nor a number of steps; 0.2 is usual")
         if not 0 <= self.final_lr_ratio <= 1:
@@ -80,7 +91,41 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    kind = torch.optim.AdamW if config.moments == "float32" else BFloat16AdamW
+    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+class BFloat16AdamW(torch.optim.AdamW):
+    """AdamW whose moments are bfloat16 between steps; a parameter's are widened while it is updated."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One step; gradients may be missing. ``closure`` is not served."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        torch.zeros_like(parameter, dtype=torch.bfloat16) for _ in range(2)
+                    )
+                moments = [_local(state[name]) for name in ("exp_avg", "exp_avg_sq")]
+                wide = [x.float() for x in moments]
+                adamw(
+                    [_local(parameter)], [_local(parameter.grad)], [wide[0]], [wide[1]], [], [state["step"]],
+                    fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                )  # fmt: skip
+                for kept, new in zip(moments, wide, strict=True):
+                    kept.copy_(new)
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -1,6 +1,6 @@
 """A checked run: everything that can be computed, and refused, before it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class RunPlan:
         parameters = model.n_parameters(embeddings=True)
         tokens = config.run.steps * self.tokens_per_step
         epochs = tokens / corpus.training_bytes
-        flops = self._flops_per_token() * self.tokens_per_step
+        flops = self.flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
@@ -65,7 +65,7 @@ class RunPlan:
             f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} for validation",
             *self._remarks_on_data(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
-            f"{self._tokens_per_rank()} tokens of a sequence on each",
+            f"{self.tokens_per_rank()} tokens of a sequence on each",
             f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
             f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
             f"into {config.run.directory}",
@@ -92,7 +92,7 @@ class RunPlan:
             )
         return lines
 
-    def _tokens_per_rank(self) -> int:
+    def tokens_per_rank(self) -> int:
         """Tokens of a sequence on one context rank, with the padding at the end but without that of documents."""
         multiple = self.context_size if self.config.attention.layout == "contiguous" else 2 * self.context_size
         return -(-self.config.data.seq_len // multiple) * multiple // self.context_size
@@ -103,10 +103,20 @@ class RunPlan:
         ends = phase_ends(attention.schedule, steps) or [steps]
         return [(begin + 1, end, attention.at(end, steps)) for begin, end in zip([0, *ends], ends)]
 
-    def _flops_per_token(self) -> float:
+    def flops_per_token(self) -> float:
         """FLOPs of training on one token, averaged over the run."""
         model, seq_len, steps = self.config.model, self.config.data.seq_len, self.config.run.steps
         return sum((b - a + 1) / steps * model.flops_per_token(seq_len, x) for a, b, x in self._phases())
+
+    def utilization(self, attention: AttentionConfig, tokens_per_second: float, peak: float | None) -> dict[str, float]:
+        """Model FLOPs utilization: the share of what the ranks' devices could compute at ``peak`` FLOP/s each that was
+        useful, and what it would be had all layers computed full attention. Empty where the peak is not known."""
+        if peak is None:
+            return {}
+        model, seq_len = self.config.model, self.config.data.seq_len
+        flops = {"mfu": attention, "mfu_as_if_dense": replace(attention, default="full", schedule=())}
+        per_second = tokens_per_second / (peak * self.size)
+        return {name: round(model.flops_per_token(seq_len, x) * per_second, 4) for name, x in flops.items()}
 
     def _schedule(self) -> list[str]:
         if not self.config.attention.schedule:

@@ -34,6 +34,12 @@ class Reporter:
             self._progress = Progress(plan.config.run.steps, self.start_step)
         return self
 
+    def note(self, *lines: str) -> None:
+        """Show lines that stay."""
+        if self._progress is not None:
+            for line in lines:
+                self._progress.note(line)
+
     def start(self, validation_loss: float) -> None:
         """Report the validation loss before the first step."""
         if self._log is not None:

@@ -187,13 +187,13 @@ def test_the_check_of_the_hopper_kernels(monkeypatch):
     serves, line = examine()
     assert serves and "checked" in line, line
 
-    def wrong(part, tile, tasks, routing, visible, parts, parts_lse, scale_log2):
+    def wrong(part, tile, tasks, parts, parts_lse, scale_log2):
         parts.zero_(), parts_lse.zero_()
 
     def broken(*args):
         raise RuntimeError("does not compile")
 
-    for name, launch, reason in (("forward", wrong, "output differs"), ("keys", broken, "does not compile")):
+    for name, launch, reason in (("forward", wrong, "output differs"), ("dkdv", broken, "does not compile")):
         with monkeypatch.context() as patch:
             patch.setattr(hopper, f"launch_{name}", launch)
             serves, line = examine()

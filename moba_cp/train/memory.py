@@ -1,0 +1,289 @@
+"""What a training step takes on each rank, and which layers keep what, and where, so that it fits.
+
+Sizes follow from shapes, so they are known before anything runs; ``docs/long.md`` has them beside measured ones.
+
+Legend: L tokens of a sequence on this rank, H hidden size, F width of the SwiGLU, V vocabulary, h query heads,
+g key/value heads, D head dim, P ranks.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..model.attention import AttentionConfig
+from ..model.config import ModelConfig
+from ..model.layer import SHORTEST_SLICE, SLICE_ELEMENTS, LayerMemory
+from ..model.loss import MAX_LOGITS
+
+GIB = 2**30
+# Of the device's memory, for what the allocator cannot use again, and for workspaces of libraries.
+_SLACK = 0.03
+# Of the host's free memory: the rest is for data, the page cache and everybody else.
+_HOST_SHARE = 0.85
+# Scratch of the attention kernels where queries are smaller (kernels/work.py).
+_LEAST_SCRATCH = 3 << 28
+_MOMENT_BYTES = {"float32": 8, "bfloat16": 4}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Where what waits for the backward pass is kept. What is computed again is ``model.recompute``."""
+
+    offload: Literal["auto", "none", "all"] = "auto"
+    """Which layers keep it in host memory: as many as need be, none, or all. On a CPU: none."""
+
+    state: Literal["device", "host"] = "device"
+    """Where weights, their gradients and the optimizer's moments are, in float32. ``host``: the CPU computes the
+    optimizer's step, which takes longer and gives back 16 bytes of device memory for each parameter of the rank."""
+
+    device_gib: float | None = None
+    """Device memory that a rank may take, in GiB; null for what is free. A run that needs more ends before its first
+    step."""
+
+    host_gib: float | None = None
+    """Host memory that a rank may lock for offloading, in GiB; null for its share of most of what is free."""
+
+    def __post_init__(self):
+        for name in ("device_gib", "host_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} is not above 0; use null for what is free")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the memory of a step depends on, but for what layers keep."""
+
+    model: ModelConfig
+    attention: AttentionConfig
+    n_tokens: int
+    """L of the longest sequence."""
+    size: int
+    """P."""
+    itemsize: int
+    """Bytes of an element in forward and backward."""
+    moments: str = "float32"
+    """``optimizer.moments``."""
+    state_on: str = "device"
+    """``memory.state``."""
+
+    def _row(self, *widths: int) -> int:
+        return self.n_tokens * sum(widths) * self.itemsize
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """Width of queries, and of keys and values together."""
+        model = self.model
+        assert model.head_dim and model.n_kv_heads
+        return model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
+
+    def kept(self, layer_number: int, recompute: str) -> int:
+        """Bytes that a layer keeps for its backward pass."""
+        model, attention = self.model, self.attention
+        (queries, keys), hidden = self._heads, model.hidden_size
+        if recompute == "full":
+            return self._row(hidden)
+        moba = attention.kind(layer_number, model.n_layers) == "moba"
+        # lse and, of MoBA, the selection: 4 bytes each.
+        small = self.n_tokens * model.n_heads * 4 * (1 + (attention.top_k - 1) * moba)
+        if recompute == "attention_kept":
+            return self._row(hidden, queries) + small
+        assert model.ffn_hidden_size
+        index = self.n_tokens * model.n_heads * 4 * attention.top_k * moba
+        return self._row(2 * hidden, 2 * queries, keys, 2 * model.ffn_hidden_size) + small + index
+
+    def state(self) -> dict[str, int]:
+        """Bytes that stand through the whole step: weights, gradients and moments, by part."""
+        model = self.model
+        total = model.n_parameters(embeddings=True)
+        layers = model.n_parameters() // model.n_layers
+        embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+        # The embedding and the output layer stay gathered; of the layers two at a time are, one with its gradient.
+        gathered = self.itemsize * (2 * embeddings + 3 * layers) + 4 * (embeddings + layers)
+        state = {"weights": 4, "gradients": 4, "moments": _MOMENT_BYTES[self.moments]}
+        here = self.state_on == "device"
+        return {name: here * nbytes * total // self.size for name, nbytes in state.items()} | {
+            "gathered weights": gathered
+        }
+
+    def working(self, redo: bool, fetched: int) -> int:
+        """Bytes of what exists for one layer at a time, at the most: in its attention's backward pass, in that of its
+        feed-forward network, or in the loss.
+
+        Args:
+            redo: whether some layer's queries, keys and values are computed again.
+            fetched: what a layer keeps that is in host memory; it and the next one are back on the device.
+        """
+        model = self.model
+        (queries, keys), hidden = self._heads, model.hidden_size
+        assert model.ffn_hidden_size
+        qkv = self._row(queries, keys)
+        # What comes from behind, the layer's own gradient, and that of attention's output.
+        grads = self._row(2 * hidden, queries)
+        index = self.n_tokens * model.n_heads * 4 * self.attention.top_k
+        attention = (1 + redo) * qkv + index + max(_LEAST_SCRATCH, self._row(queries))
+        rows = min(self.n_tokens, max(SHORTEST_SLICE, SLICE_ELEMENTS // (2 * model.ffn_hidden_size)))
+        ffn = redo * qkv * (model.recompute == "full") + rows * self.itemsize * (7 * model.ffn_hidden_size + 3 * hidden)
+        logits = min(self.n_tokens * model.vocab_size, MAX_LOGITS) * self.itemsize
+        loss = self._row(3 * hidden) + 2 * logits + 6 * model.vocab_size * hidden
+        return max(grads + attention + 2 * fetched, grads + ffn + 2 * fetched, loss)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What each layer keeps, where, and what a step then takes on this rank, in bytes."""
+
+    layers: tuple[LayerMemory, ...]
+    parts: dict[str, int]
+    """On the device, by part."""
+    host: int
+    """In host memory."""
+
+    @property
+    def device(self) -> int:
+        """On the device, in all."""
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            name = layer.recompute + (" in host memory" if layer.to_host else "")
+            counts[name] = counts.get(name, 0) + 1
+        kept = ", ".join(f"{count} x {name}" for name, count in counts.items())
+        parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in self.parts.items())
+        host = f"; {self.host / GIB:.2f} GiB in host memory" if self.host else ""
+        return [f"recompute: {kept}", f"memory: {self.device / GIB:.2f} GiB a rank ({parts}){host}"]
+
+
+def plan_layers(shape: StepShape, layers: Sequence[LayerMemory]) -> MemoryPlan:
+    """What a step takes with these layers."""
+    numbered = list(enumerate(layers, 1))
+    on_device = sum(shape.kept(i, layer.recompute) for i, layer in numbered if not layer.to_host)
+    on_host = [shape.kept(i, layer.recompute) for i, layer in numbered if layer.to_host]
+    redo = any(layer.recompute != "none" for layer in layers)
+    parts = shape.state() | {
+        "kept for backward": on_device,
+        "one layer": shape.working(redo, max(on_host, default=0)),
+    }
+    return MemoryPlan(tuple(layers), parts, sum(on_host))
+
+
+def choose_layers(
+    shape: StepShape, recompute: str, offload: str, device_bytes: float, host_bytes: float
+) -> MemoryPlan | None:
+    """The plan that computes least again and fits; None if none does.
+
+    Layers that keep more come last: they are the first whose memory backward gives back. What goes to the host is that
+    of the first layers, which has the longest way to come back.
+
+    Args:
+        recompute: ``auto``, or what all layers do.
+        offload: see :class:`MemoryConfig`.
+    """
+    n = shape.model.n_layers
+    for n_none in range(n, -1, -1):
+        # How many layers keep attention, and how many their input alone.
+        splits = range(n - n_none, -1, -1) if n_none == 0 else (n - n_none,)
+        for n_attention in splits:
+            policies = ["full"] * (n - n_none - n_attention) + ["attention_kept"] * n_attention + ["none"] * n_none
+            if recompute != "auto" and set(policies) != {recompute}:
+                continue
+            for n_host in (n,) if offload == "all" else (0,) if offload == "none" else range(n + 1):
+                layers = [LayerMemory(policy, i < n_host) for i, policy in enumerate(policies)]
+                plan = plan_layers(shape, layers)
+                if plan.host > host_bytes:
+                    break
+                if plan.device <= device_bytes * (1 - _SLACK):
+                    return plan
+    return None
+
+
+def choose(config, size: int, n_tokens: int, device: torch.device, group: dist.ProcessGroup | None) -> MemoryPlan:
+    """The plan of a run on its ranks, all of which choose alike; a collective call. ``n_tokens``: L.
+
+    Raises:
+        ValueError: the step does not fit; the message says what it needs, what there is, and what would make it fit.
+    """
+    memory, model = config.memory, config.model
+    itemsize = getattr(torch, config.run.dtype).itemsize
+    shape = StepShape(model, config.attention, n_tokens, size, itemsize, config.optimizer.moments, memory.state)
+    recompute = model.recompute
+    if device.type != "cuda" and memory.device_gib is None:
+        # The operating system knows better what a CPU's memory can hold.
+        layer = LayerMemory("none" if recompute == "auto" else recompute, memory.offload == "all")
+        return plan_layers(shape, [layer] * model.n_layers)
+    there = torch.tensor([_device_bytes(memory, device), _host_bytes(memory)], dtype=torch.float64, device=device)
+    dist.all_reduce(there, dist.ReduceOp.MIN, group=group)
+    device_bytes, host_bytes = there.tolist()
+    plan = choose_layers(shape, recompute, memory.offload, device_bytes, host_bytes)
+    if plan is None:
+        raise ValueError(_does_not_fit(config, shape, device_bytes, host_bytes))
+    return plan
+
+
+def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: float) -> str:
+    """The message: the least that was possible with the given options, and options that would be enough."""
+    recompute, offload = config.model.recompute, config.memory.offload
+    least = plan_layers(
+        shape,
+        [LayerMemory("full" if recompute == "auto" else recompute, offload != "none")] * config.model.n_layers,
+    )
+    needs = [f"data.seq_len={config.data.seq_len} needs {least.device / GIB:.1f} GiB on the device of each rank"]
+    if least.host:
+        needs.append(f"and {least.host / GIB:.1f} GiB of its host memory")
+    there = f"there are {device_bytes * (1 - _SLACK) / GIB:.1f} and {host_bytes / GIB:.1f}"
+    options = [("model.recompute: auto and memory.offload: auto", shape)]
+    options.append(("memory.state: host", _with(shape, state_on="host")))
+    for times in (2, 4, 8):
+        fewer = -(-shape.n_tokens // times)
+        options.append((f"{times * shape.size} ranks", _with(shape, size=times * shape.size, n_tokens=fewer)))
+    for part in (2, 4, 8):
+        shorter = _with(shape, n_tokens=shape.n_tokens // part)
+        options.append((f"data.seq_len: {config.data.seq_len // part}", shorter))
+    fixes: dict[str, str] = {}
+    for option, changed in options:
+        kind = "ranks" if option.endswith("ranks") else option.split(":")[0]
+        if kind not in fixes and choose_layers(changed, "auto", "auto", device_bytes, host_bytes) is not None:
+            fixes[kind] = option
+    use = "; use " + ", or ".join(fixes.values() or ["more ranks"])
+    return f"{' '.join(needs)}, but {there}{use}"
+
+
+def _with(shape: StepShape, **changes) -> StepShape:
+    return StepShape(**{**shape.__dict__, **changes})
+
+
+def _device_bytes(memory: MemoryConfig, device: torch.device) -> float:
+    """What this rank may take on its device, from before it has built anything."""
+    if device.type != "cuda":
+        return (memory.device_gib or 0) * GIB
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, memory.device_gib * GIB) if memory.device_gib is not None else free
+
+
+def _host_bytes(memory: MemoryConfig) -> float:
+    if memory.host_gib is not None:
+        return memory.host_gib * GIB
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _HOST_SHARE * min(psutil.virtual_memory().available, _control_group_bytes()) / local
+
+
+def _control_group_bytes() -> float:
+    """What a container's limit leaves; infinite without one."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return float(Path(limit).read_text()) - float(Path(used).read_text())
+        except (OSError, ValueError):
+            # No such file, or "max".
+            continue
+    return float("inf")
