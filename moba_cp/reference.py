@@ -86,10 +86,15 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One head: q [Tq, D], k, v [Tk, D], mask [Tq, Tk] -> out [Tq, D], lse [Tq]."""
+    """One head: q [Tq, D], k, v [Tk, D], mask [Tq, Tk] -> out [Tq, D], lse [Tq].
+
+    A key whose score is -inf has no weight, so a row that has no other keys gets 0, and lse -inf.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     score = (_Product.apply(q.to(wide), k.to(wide).T) * scale).masked_fill(~mask, -torch.inf)
-    return _Product.apply(score.softmax(-1), v.to(wide)), score.logsumexp(-1)
+    nothing = (score == -torch.inf).all(-1, keepdim=True)
+    prob = score.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    return _Product.apply(prob, v.to(wide)), score.logsumexp(-1)
 
 
 class _Product(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moba_cp import reference
+from moba_cp import MoBAConfig, full_attention, moba_attention, reference
 from tests.helpers.cases import GOLDEN, golden, relative_error, run_reference
 
 
@@ -73,3 +73,29 @@ def test_no_gradient_flows_through_the_selection():
     chosen = reference.select_blocks(q, k, 16, 2)[-1, 0, 0].item()
     touched = (k.grad.abs().sum((1, 2)) > 0).nonzero()[:, 0].tolist()
     assert touched == [*range(16 * chosen, 16 * chosen + 16), *range(48, 64)]
+
+
+@pytest.mark.parametrize("attend", ["moba", "full"])
+def test_a_row_whose_scores_are_all_minus_infinity_gets_nothing(attend):
+    """By the reference as by what is held against it: out 0, lse -inf, and no part in the gradient of V."""
+    q, k, v = torch.randn(3, 40, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # The first tokens of two documents see themselves alone, and their scores are -inf; all others see numbers too.
+    for first in (0, 20):
+        k[first, 0, 2], q[first : first + 20, 0, 2] = -torch.inf, 1.0
+    documents, results = torch.tensor([0, 20, 40], dtype=torch.int32), []
+    for path in ("reference", "library"):
+        leaf = v.clone().requires_grad_()
+        if attend == "full":
+            function = reference.full_attention if path == "reference" else full_attention
+            out, lse = function(q, k, leaf, cu_seqlens=documents, return_lse=True)
+        elif path == "reference":
+            out, lse = reference.moba_attention(q, k, leaf, 16, 2, documents, return_lse=True)
+        else:
+            out, lse = moba_attention(q, k, leaf, MoBAConfig(16, 2), documents, return_lse=True)
+        out.sum().backward()
+        results.append([out.detach(), lse.detach(), leaf.grad])
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+    out, lse, dv = results[0]
+    assert not out[[0, 20]].any() and (lse[[0, 20]] == -torch.inf).all() and out.isfinite().all()
+    assert not dv[[0, 20]].any() and (dv[[1, 21]] != 0).all()

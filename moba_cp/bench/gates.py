@@ -3,6 +3,7 @@
 Legend: T tokens, Hq query heads, Hkv key/value heads, G = Hq // Hkv, B block size, S = k - 1 selected blocks per row.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,20 @@ class RecordedGate:
             self.n_kv, self.bounds = int(saved["n_kv_heads"]), saved["cu_seqlens"].long().numpy()
         except (OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"gate={str(path)!r} is no recorded selection: {error}") from None
-        names = sorted(self.layers, key=lambda name: int(name.split()[-1]))
-        self.layer = names[len(names) // 2] if layer is None else f"layer {layer}"
-        if self.layer not in self.layers:
-            raise ValueError(f"gate-layer={layer} is not in {path}; it has {', '.join(names)}")
+        names = sorted(self.layers, key=_natural)
+        ending = re.compile(rf"(?<!\d){layer}$")
+        found = [names[len(names) // 2]] if layer is None else [name for name in names if ending.search(name)]
+        if len(found) != 1:
+            what = "more than one layer" if found else "not"
+            raise ValueError(f"gate-layer={layer} is {what} in {path}; it has {', '.join(names)}")
+        self.layer = found[0]
         self.selection = self.layers[self.layer]
 
     def __call__(self, positions: np.ndarray) -> Tensor:
         """[L, Hq, S] int32 block ids for the given [L] positions."""
         return self.selection[torch.from_numpy(positions)]
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts names so that numbers within them count as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

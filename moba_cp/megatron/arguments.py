@@ -12,7 +12,12 @@ _DEFAULT = AttentionConfig()
 
 
 def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--moba-*``; an ``extra_args_provider`` of Megatron-LM's ``parse_args``."""
+    """Add ``--moba-*``; an ``extra_args_provider`` of Megatron-LM's ``parse_args``.
+
+    It also lets ``--help`` work, which megatron-core 0.19 breaks by a ``%`` in texts of its own.
+    """
+    if parser.formatter_class is argparse.HelpFormatter:
+        parser.formatter_class = _HelpFormatter
     group = parser.add_argument_group("MoBA")
     group.add_argument("--moba-block-size", type=int, default=_DEFAULT.block_size, metavar="B",
                        help="Tokens per key/value block, a multiple of 16 (default: %(default)s).")  # fmt: skip
@@ -37,8 +42,8 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Prints a help text as it is where a ``%`` in it is no placeholder: megatron-core 0.19 has some."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Prints a help text as it is where a ``%`` in it is no placeholder."""
 
     def _expand_help(self, action):
         try:

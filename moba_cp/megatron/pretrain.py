@@ -6,7 +6,6 @@ What Megatron-LM's ``pretrain_gpt.py`` does, from the ``megatron.training`` that
 0.19 on, with MoBA's flags in the parser and ``--spec moba_cp.megatron.spec moba_block_spec`` by default.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arguments import HelpFormatter, add_moba_args, attention_from_args
+from .arguments import add_moba_args, attention_from_args
 
 try:
     from megatron.core import parallel_state
@@ -46,7 +45,7 @@ def main() -> None:
     if not {"-h", "--help"} & set(sys.argv) and not torch.cuda.is_available():
         # Megatron says so too, but after a page of arguments, and by an assertion.
         sys.exit("moba_cp.megatron.pretrain: no CUDA GPU; Megatron-LM trains on GPUs only (moba-cp train: on CPUs too)")
-    args = parse_and_validate_args(extra_args_provider=_add_flags, args_defaults=_DEFAULTS)
+    args = parse_and_validate_args(extra_args_provider=add_moba_args, args_defaults=_DEFAULTS)
     try:
         check_args(args)
         attention = attention_from_args(args)
@@ -60,11 +59,6 @@ def main() -> None:
     build_datasets.is_distributed = True
     use_compiled_helpers()
     pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.formatter_class = HelpFormatter
-    return add_moba_args(parser)
 
 
 def check_args(args) -> None:

@@ -34,6 +34,28 @@ def test_a_recorded_selection_is_the_whole_sequence_in_order(tmp_path, documents
         RecordedGate(path, 1)
 
 
+@pytest.mark.parametrize(
+    "names, middle, asked",
+    [
+        (["layer 1", "layer 10", "layer 2"], "layer 2", {10: "layer 10"}),
+        (["decoder.layers.9", "decoder.layers.10", "mtp.layers.0"], "decoder.layers.10", {0: "mtp.layers.0"}),
+        (["encoder 2", "decoder 2", "head"], "encoder 2", {2: None, 3: None}),
+    ],
+)
+def test_layers_may_have_any_names(tmp_path, names, middle, asked):
+    """The middle one is the default, numbers in names counted as numbers; a number names the one that ends with it."""
+    selection = torch.zeros(16, 1, 1, dtype=torch.int32)
+    shape = {"block_size": 16, "n_kv_heads": 1, "cu_seqlens": torch.tensor([0, 16])}
+    torch.save({"layers": dict.fromkeys(names, selection), **shape}, tmp_path / "gate.pt")
+    assert RecordedGate(tmp_path / "gate.pt").layer == middle
+    for number, name in asked.items():
+        if name is None:
+            with pytest.raises(ValueError, match=f"gate-layer={number} is (not|more than one layer) in .*decoder 2"):
+                RecordedGate(tmp_path / "gate.pt", number)
+        else:
+            assert RecordedGate(tmp_path / "gate.pt", number).layer == name
+
+
 def test_heat_map_counts_choices(tmp_path):
     chosen = torch.tensor([[[-1, -1]], [[0, -1]], [[0, 1]], [[1, 2]]], dtype=torch.int32)
     assert heat_map(chosen, 4, chunks=2).tolist() == [[1, 0, 0, 0], [1, 2, 1, 0]]

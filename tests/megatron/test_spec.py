@@ -19,7 +19,7 @@ from torch import nn
 
 from moba_cp.cp.options import ExchangeOptions
 from moba_cp.megatron import AttentionConfig, MoBACoreAttention, add_moba_args, core_attention_spec, layer, layer_spec
-from moba_cp.megatron.arguments import HelpFormatter, attention_from_args
+from moba_cp.megatron.arguments import attention_from_args
 from moba_cp.megatron.layer import MoBATransformerLayer
 from moba_cp.megatron.norm import TorchNorm
 from moba_cp.megatron.spec import block_spec, moba_block_spec, moba_layer_spec
@@ -99,7 +99,7 @@ def test_flags_out_of_range_are_refused(words, message):
 
 
 def test_help_is_printed_whatever_the_texts_of_others(capsys):
-    parser = argparse.ArgumentParser(formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--percent", help="up to 20%) of it (default: %(default)s)")
     parser.add_argument("--share", help="100% of x")
     with pytest.raises(SystemExit, match="0"):
