@@ -207,11 +207,11 @@ def attend_backward(
 def routing_index(
     q: Tensor, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None, page_row: Tensor
 ) -> Tensor | None:
-    """What :func:`attend` and :func:`attend_backward` of the same rows share: which rows visit each block.
+    """Which rows visit each block: made once for all calls of :func:`attend` and :func:`attend_backward` on these rows.
 
     Args:
-        page_row: [Hkv, n] int64, -1 for blocks that nobody will attend to by this index. It may serve several storages,
-            each with some of the blocks.
+        page_row: [Hkv, n] int64, -1 for blocks that no call with this index attends to. The index may serve several
+            storages, each with some of the blocks.
 
     Returns:
         int32, see :class:`.routing.Routing`; None where rows have to be cut, and an index made for each slice.
@@ -223,7 +223,7 @@ def routing_index(
 
 
 def _wide_sums(dk: Tensor, dv: Tensor, dkdv_done: Callable[[], None] | None):
-    """What slices of rows add to in place of dk and dv, and what to call once they have, in place of ``dkdv_done``."""
+    """Sums to which slices of rows add instead of dk and dv, and what to call then instead of ``dkdv_done``."""
     sum_k, sum_v = torch.zeros(2, *dk.shape, dtype=torch.float32, device=dk.device)
 
     def round_off() -> None:

@@ -6,19 +6,19 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head
 
 ``_dkdv_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
 visits of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32
-atomics. ``_dq_kernel`` produces dQ alone, a tile of visits against a whole block: two products more, no atomics.
+atomics. ``_dq_kernel`` computes dQ alone, a tile of visits against a whole block: two matrix products more, no atomics.
 
-``_visit_table_kernel`` first lays out, in the order of the lists, what the other two need of each visit, so that they
-read it in one step: row of Q and dout, row of its partial dQ, number of keys it sees, log-sum-exp (base 2) and delta.
-It also lays out what ``_dkdv_kernel`` has to know of each task, and its *edges*: for each tile of keys the first visit
-that sees some of it. The visits before belong to rows of this block that end before the tile; where rows come in order,
-they lead the list.
+``_visit_table_kernel`` first writes a table, in the order of the lists, with what the other two need of each visit, so
+that they need no dependent loads: row of Q and dout, row of its partial dQ, number of keys it sees, log-sum-exp (base
+2) and delta. It also writes what ``_dkdv_kernel`` has to know of each task, and its *edges*: for each tile of keys the
+first visit that sees some of it. The visits before it belong to rows of this block that end before the tile; if rows
+are in order, they come first in the list.
 
-The program of a list of one task stores its dK and dV. The tasks of a longer list add theirs by atomics, in the
+If a list is one task, its program stores dK and dV. The tasks of a longer list add theirs by atomics, in the
 deterministic mode one after the other in the order of the list; programs then take their numbers from a counter, so
-that a program waits only for programs that have started. Where there is nothing to add to and all rows come in one
-slice, lists of one task store the final gradients, rounded to the dtype of the output, and ``_finish_kernel`` writes
-those of the longer lists from their float32 sums.
+that a program waits only for programs that have started. If gradients are overwritten and all rows are in one slice,
+lists of one task store the final gradients, rounded to the dtype of the output, and ``_finish_kernel`` writes those of
+the longer lists from their float32 sums.
 """
 
 import triton
@@ -102,11 +102,12 @@ def _visit_table_kernel(
 
 @triton.jit
 def _read_task_info(task_info, i_task, i_n, KEY_TILES: tl.constexpr):
-    """What a program of task ``i_task`` and tile of keys ``i_n`` has to know. All of it comes in one step.
+    """What a program of task ``i_task`` and tile of keys ``i_n`` has to know, by loads that do not wait for each other.
 
-    List, or -1 for none; the first visit that sees some of the tile, and where the task ends, and its visits to own
-    blocks; number of keys of the block, the first one's row, their head; place of the sums if the list is several
-    tasks, else -1; and then the task's number in the list. Visits are counted from the slice's first.
+    The list, or -1 for none; the first visit that sees some of the tile, the end of the task, and the end of its visits
+    to current blocks; the number of keys of the block, the row of the first, their head; the index of the float32 sums
+    if the list has several tasks, else -1; and then the task's number in the list. Visits are counted from the slice's
+    first.
     """
     p_info = task_info + i_task.to(tl.int64) * (TASK_INFO + KEY_TILES)
     i_list, end, current_end = tl.load(p_info), tl.load(p_info + 1), tl.load(p_info + 2)
@@ -134,7 +135,7 @@ def _key_tile(
     r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
     MASKED: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of visits against the program's keys: dk and dv grow, dq is written."""
+    """One tile of visits against the program's keys: adds to dk and dv, writes dq."""
     o_v = r + o_m  # [BM]
     m_m = o_v < end  # [BM]
     m_md = m_m[:, None] & m_d[None, :]  # [BM, BD]
@@ -172,7 +173,8 @@ def _dkdv_kernel(
     DIRECT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if ORDERED:
-        # turn[0] hands out the numbers; the rest says, per list and key tile, whose turn it is.
+        # turn[0] counts the programs that have started; the rest holds, for each list and key tile, the task whose
+        # turn it is.
         i = tl.atomic_add(turn, 1)
     else:
         i = tl.program_id(0)
@@ -233,7 +235,7 @@ def _dkdv_kernel(
         tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=m_kv)
         tl.store(dv + o_dk, b_dv.to(dv.dtype.element_ty), mask=m_kv)
     else:
-        # Where rows come in several slices an earlier one may have left its part; slices follow one another.
+        # Of several slices of rows an earlier one may have stored its part; they run one after the other.
         b_dk += tl.load(p_dk, mask=m_kv, other=0.0)
         b_dv += tl.load(p_dv, mask=m_kv, other=0.0)
         tl.store(p_dk, b_dk, mask=m_kv)
@@ -261,7 +263,7 @@ def _finish_kernel(
     key = first_key + o_n  # [BN]
     n_keys = tl.load(length + i_b)
     m = (o_n < n_keys)[:, None] & (o_d < D)[None, :]  # [BN, BD]
-    # A block that nobody visits has gradient zero.
+    # A block without visits has gradient zero.
     m_sum = (o_n < tl.where(is_split, n_keys, 0))[:, None] & (o_d < D)[None, :]  # [BN, BD]
     i_sum = _sum_index(i_list, start - first, n_lists, room, task_rows)
     o_sum = (i_sum * block_size + o_n)[:, None] * D + o_d[None, :]  # [BN, BD]

@@ -11,8 +11,8 @@ MAX_HEAD_DIM = 256
 # Kernels work with powers of two: exp(x) = exp2(x * LOG2E), log(x) = log2(x) * LN2.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Arguments that are tables, or slices of them, and begin anywhere. Their entries are loaded one by one: a kernel of its
-# own for those that happen to be aligned would gain nothing, and compiling one takes seconds.
+# Arguments that are tables, or slices of tables, whose alignment varies. Their entries are loaded one by one, so a
+# kernel specialized on their alignment would gain nothing, and take seconds to compile.
 SLICED = ("list_start", "current_block", "visible", "page_row", "page_head", "block_indices", "lse", "delta")
 
 

@@ -24,7 +24,7 @@ TOLERANCE = 2**-5
 
 @dataclass(frozen=True)
 class _Pages:
-    """As much of :class:`moba_cp.blocks.Pages` as the kernels ask for: one document, in place."""
+    """As much of :class:`moba_cp.blocks.Pages` as the kernels use, for the blocks of one document where they are."""
 
     k: Tensor
     v: Tensor

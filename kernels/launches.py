@@ -38,7 +38,7 @@ class Gradients:
     add_dq: bool
     """Whether dq is added to what ``dq`` holds."""
     sum_k: Tensor | None = None
-    """[places * B, D] float32, sums of lists that are longer than a task, where the others are stored at once."""
+    """[n_sums * B, D] float32, sums of lists of several tasks, if lists of one task store their final gradients."""
     sum_v: Tensor | None = None
     """Like ``sum_k``."""
     first_head: int = 0
@@ -79,7 +79,7 @@ class Slice:
         return (tasks.count(self.n_visits, self.n_lists) * programs,)
 
     def task_args(self, tasks: Tasks) -> dict[str, int]:
-        """What :func:`read_task` wants besides the tensors and R."""
+        """What :func:`.routing.read_task` wants besides the tensors and R."""
         return dict(n_entries=tasks.table.shape[0], first_list=self.first_list, n_lists=self.n_lists)
 
 
@@ -91,7 +91,7 @@ def launch_forward(part: Slice, out: Tensor, lse: Tensor, join: bool) -> None:
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if part.block_size <= tile.bn else _long_block_kernel
     with on_device(q):
-        if tile.fetch_registers:
+        if tile.producer_registers:
             hopper.launch_forward(part, tile, tasks, parts, parts_lse, part.scale * LOG2E.value)
         else:
             kernel[part.grid(tasks)](
@@ -134,7 +134,7 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
             **part.visit_constants, BLOCK=512, KEY_TILES=key_tiles, BN=tile.bn,
             TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
         )  # fmt: skip
-        if tile.fetch_registers:
+        if tile.producer_registers:
             hopper.launch_dkdv(part, tile, tasks, key_tiles, dout, part_dq, grads, table, stats, task_info)
         else:
             _dkdv_kernel[part.grid(tasks, key_tiles)](
@@ -168,7 +168,7 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
 
 def _launch_dq(part: Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:
     """Partial dQ of every visit, where the kernel of dK and dV does not produce it."""
-    if tile.fetch_registers:
+    if tile.producer_registers:
         hopper.launch_dq(part, tile, tasks, dout, part_dq, table, stats)
         return
     with on_device(part.q):

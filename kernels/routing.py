@@ -27,7 +27,7 @@ from .common import SLICED, cdiv, check_limit, launch_options, on_device
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
 MIN_TILE_ROWS = 64
-# Of lists, summed up by the one program that is last.
+# Lists that the last program to finish sums up at a time.
 SIZES_AT_ONCE = 4096
 
 
@@ -49,7 +49,7 @@ class Routing(NamedTuple):
         return self.flat[self.n_visits :]
 
 
-# Numbers of a task: 32 bytes, which a program fetches in one step.
+# Fields of a task: 32 bytes, which a program loads at once.
 RECORD = tl.constexpr(8)
 
 
@@ -105,7 +105,7 @@ def _count_kernel(
         tl.store(p_counts + b + o_v, 0, mask=b + o_v < n_blocks)
     tl.debug_barrier()
     begin = i_t * tile_visits
-    # In this order the sum cannot leave 31 bits.
+    # In this order the sum stays below 2^31.
     end = begin + tl.minimum(tile_visits, n_visits - begin)
     for v in range(begin, end, STEP):
         visit = v + o_v  # [STEP]
@@ -128,9 +128,9 @@ def _running_sum_kernel(counts, list_start, n_tiles, n_blocks, BT: tl.constexpr,
         b_count = tl.load(p, mask=m, other=0)  # [BT, BB]
         tl.store(p, total[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m)
         total += tl.sum(b_count, 0)
-    # One place to the right, so that an inclusive sum over lists yields where each begins.
+    # Shifted by one entry, so that an inclusive sum over lists gives where each list begins.
     tl.store(list_start + 1 + i_h * n_blocks + o_b, total, mask=o_b < n_blocks)
-    # The first place counts the programs that have come this far. The last one sums up, and leaves 0 there.
+    # The first entry counts the programs that have finished. The last one sums up, and resets the entry to 0.
     tl.debug_barrier()
     if tl.atomic_add(list_start, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
         n_lists = n_blocks * tl.num_programs(1)
@@ -154,14 +154,14 @@ def _scatter_kernel(
     p_counts = counts + (i_h * tl.num_programs(0) + i_t).to(tl.int64) * n_blocks
     p_start = list_start + i_h * n_blocks
     begin = i_t * tile_visits
-    # In this order the sum cannot leave 31 bits.
+    # In this order the sum stays below 2^31.
     end = begin + tl.minimum(tile_visits, n_visits - begin)
     o_v = tl.arange(0, STEP)  # [STEP]
     block = visit_block(  # [STEP]
         begin + o_v, begin + o_v < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
     )
     for v in range(begin, end, STEP):
-        # The next step's blocks are on their way while this one waits for its counts.
+        # Loads of the next step's blocks overlap with this step's wait for its counts.
         ahead = v + STEP + o_v  # [STEP]
         next_block = visit_block(  # [STEP]
             ahead, ahead < end, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
@@ -171,7 +171,7 @@ def _scatter_kernel(
         o_out = tl.load(p_start + block, mask=m_v, other=0) + tl.sum(earlier.to(tl.int32), 1)  # [STEP]
         o_out += tl.load(p_counts + block, mask=m_v, other=0, cache_modifier=".cg")
         tl.store(visits + o_out, v + o_v, mask=m_v)
-        # Every thread has read the counts before any is raised, and sees them raised in the next step.
+        # All threads read the counts before any is incremented, and see the increments in the next step.
         tl.debug_barrier()
         tl.atomic_add(p_counts + block, 1, mask=m_v, sem="relaxed")
         tl.debug_barrier()
@@ -283,7 +283,7 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
     Args:
         pages: a :class:`moba_cp.blocks.Pages` of fewer than 2^31 rows, with ``row`` of unit stride and ``length``
             contiguous. Lists of blocks that are not in this storage have no tasks.
-        kv_heads: of lists of these KV heads only, and nobody may ask for those of others; all if it is None.
+        kv_heads: make tasks for the lists of these KV heads alone, and read no others; all if it is None.
     """
     n_kv, n_blocks = pages.row.shape
     kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
@@ -292,7 +292,7 @@ def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = No
     check_limit("the number of rows of a storage of K and V", pages.k.shape[0], "use more ranks")
     tasks = Tasks(torch.empty(n_entries, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
     first, some = kv_heads.start * n_blocks, n_heads * n_blocks
-    # One more than a slice of these heads may ask for, wherever in a task its lists begin.
+    # One more than a slice of these heads may read, wherever in a task its lists begin.
     programs = min(n_entries, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](

@@ -23,8 +23,8 @@ class Tile(NamedTuple):
     """Visits per task."""
     warps: int
     stages: int
-    fetch_registers: int = 0
-    """Registers of a thread that only fetches, in the kernels of :mod:`.hopper`; 0 for the others."""
+    producer_registers: int = 0
+    """Registers of a thread of the producer, in the kernels of :mod:`.hopper`; 0 for the portable ones."""
 
 
 @lru_cache
@@ -66,7 +66,7 @@ def forward_tile(
 
 
 def dkdv_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
-    """Tile of the backward kernel that holds keys."""
+    """Tile of the dK/dV kernel."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("dkdv", dim, block_size)):
         return tile
@@ -76,7 +76,7 @@ def dkdv_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.devic
         return Tile(32, _keys(block_size, 64 if bd <= 128 else 32), 1024, 4 if bd <= 64 else 8, 1)
     if bd > 128:
         return Tile(32, _keys(block_size, 64), 1024, 8, 1)
-    # Five stages: one for the row numbers, the rest keep two tiles of gathered rows on their way.
+    # Five stages: one for the row numbers, the rest keep two tiles of gathered rows in flight.
     bn = _keys(block_size, 128)
     # With even choices a block has about k times its length in visits; longer lists pay for float32 sums in memory.
     rows = 8192 if 256 <= block_size <= 1024 else 4096 if bd == 128 else 2048
@@ -84,7 +84,7 @@ def dkdv_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.devic
 
 
 def dq_tile(dim: int, block_size: int, dtype: torch.dtype, device: torch.device, specialized: bool = False) -> Tile:
-    """Tile of the backward kernel that holds queries."""
+    """Tile of the dQ kernel."""
     bd = padded_dim(dim)
     if specialized and (tile := specialized_tile("dq", dim, block_size)):
         return tile
@@ -104,14 +104,14 @@ def dq_by_atomics(
 
 
 def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
-    """Tile of a kernel of :mod:`.hopper`: ``forward``, ``dkdv`` or ``dq``; None where the other kernel serves."""
+    """Tile of a kernel of :mod:`.hopper`: ``forward``, ``dkdv`` or ``dq``; None where the portable one serves."""
     return SPECIALIZED.get((name, dim, "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"))
 
 
-# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the others in one run
-# (Triton 3.6.0, bf16, 131,072 tokens; 65,536 at D = 64 and B = 4096). Beside each: milliseconds of the other kernel,
-# and of this one, on an H100, or for D = 64 and the gradients of B = 4096 on an H200. Where two kernels come in the
-# place of one with atomics, the time of both against that of one: 7.85 and 6.37 at D = 128, 5.02 and 4.17 at D = 64.
+# Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the portable ones in one
+# run (Triton 3.6.0, bf16, 131,072 tokens; 65,536 at D = 64 and B = 4096). The comment on each: milliseconds of the
+# portable kernel and of this one on an H100, for D = 64 and the gradients of B = 4096 on an H200. Where two kernels
+# replace one with atomics, that one and the two together took 7.85 and 6.37 at D = 128, 5.02 and 4.17 at D = 64.
 SPECIALIZED = {
     ("forward", 128, "long"): Tile(64, 128, 1024, 4, 2, 56),  # 4 heads, B = 512, k = 8: 3.19, 2.21
     ("forward", 128, "longer"): Tile(64, 128, 512, 4, 2, 56),  # 1 head, B = 4096, k = 12: 5.49, 4.08

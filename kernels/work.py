@@ -20,11 +20,11 @@ from .tuned import Tile
 # larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
-# Places of visits are int32, and a task or a tile may reach past the last visit before it is cut off. The backward's
-# table has three numbers of a visit.
+# Indices of visits are int32, and a task or a tile may reach past the last visit before it is masked. The backward's
+# table has three numbers for each visit.
 MAX_VISITS = 2**31 - 2**16
 MAX_TABLE_VISITS = MAX_VISITS // 3
-# Of the backward's table, per visit.
+# Of the backward's tables, for each visit.
 VISIT_BYTES = 20
 
 
@@ -48,22 +48,22 @@ class Call(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How a call is done: alike for storages alike, of which each has some heads."""
+    """How a call is carried out; the same for storages of the same layout that have some heads each."""
 
     tile: Tile
-    """Of the forward, or of the backward kernel that holds keys."""
+    """Of the forward, or of the dK/dV kernel."""
     rows: list[slice]
-    """Slices; an index, and its tasks, are one slice's, and serve all heads."""
+    """Slices of rows; each has an index and tasks of its own, for all heads."""
     kv_step: int
     """Most KV heads at a time."""
     visits: list[tuple[Tensor, Tensor | None, Tensor | None]]
-    """block_indices, current_block and visible by slice, as what follows."""
+    """block_indices, current_block and visible of each slice; the two lists that follow are by slice too."""
     routings: list[Routing]
     tasks: list[Tasks]
     mode: int = DQ_NONE.value
-    """Of the backward, as what follows: where dQ comes from."""
+    """What computes dQ; this and the rest are of the backward."""
     direct: bool = False
-    """dk and dv are stored at once: rounded, with sums for long lists only."""
+    """Lists of one task store their final dk and dv, rounded; only longer lists have float32 sums."""
     dq_tile: Tile | None = None
     dq_tasks: list[Tasks | None] = []
 
@@ -205,7 +205,7 @@ def _backward_slices(
 ) -> tuple[list[slice], int, bool]:
     """Slices of rows, KV heads at a time, and :attr:`Work.direct`.
 
-    That takes that nothing is to be added to, and that all rows come in one slice.
+    That is possible if gradients are overwritten and all rows are in one slice.
     """
     q, pages, n_slots = call.q, call.pages, call.n_slots
     n_rows, n_heads, dim = q.shape

@@ -69,8 +69,8 @@ def _count_kernel(
 
 @triton.jit
 def _first(at, wants, S: tl.constexpr, SP: tl.constexpr):
-    """``wants`` [BM, SP], a bit for each candidate, without those of slots that an earlier one of the row and place has
-    too; ``at`` [BM, SP] are the places."""
+    """``wants`` [BM, SP], a bit for each candidate, cleared where an earlier slot of the row with the same destination
+    ``at`` [BM, SP] has it too."""
     o_s = tl.arange(0, SP)  # [SP]
     for s in range(S - 1):
         later = (at == _column(at, s, SP)) & (o_s > s)[None, :]  # [BM, SP]

@@ -23,7 +23,7 @@ TOTALS = 2
 
 @triton.jit
 def _rows_to(ends, s_ends, dest, m):
-    """Rows of each ``dest``; ``ends`` [places] says where each place's part of the list of rows ends."""
+    """Rows that go to each ``dest``; ``ends`` [dests] says where each destination's part of the list of rows ends."""
     end = tl.load(ends + dest * s_ends, mask=m, other=0)  # [BLOCK]
     return (end - tl.load(ends + (dest - 1) * s_ends, mask=m & (dest > 0), other=0)).to(tl.int64)
 
@@ -99,7 +99,7 @@ def _lists_kernel(
     m = o < n_entries  # [BLOCK]
     before = _before(sums, o, m)  # [BLOCK]
     moves = tl.load(sums + o, mask=m, other=0) != before  # [BLOCK]
-    # What is given is counted behind what is wanted, and listed behind what could have been.
+    # Pairs sent follow pairs received in the running sum, and in the lists all pairs that could have been received.
     wanted = tl.load(sums + n_want - 1, mask=n_want > 0, other=0)
     is_want = o < n_want  # [BLOCK]
     o_list = before // PAIR + tl.where(is_want, 0, n_want - wanted // PAIR)  # [BLOCK]
@@ -109,7 +109,7 @@ def _lists_kernel(
     m = o < 2 * stages * (n_owners + 1)
     owner = o % (n_owners + 1)  # [BLOCK]
     side_stage = o // (n_owners + 1)  # [BLOCK]
-    # Each side has one bound more than places. In the last column the pairs of the whole stage.
+    # Each side has one bound more than (stage, owner) entries. The last column counts the pairs of the whole stage.
     is_last = owner == n_owners  # [BLOCK]
     first = side_stage * n_owners + side_stage // stages + tl.where(is_last, 0, owner)  # [BLOCK]
     end = first + tl.where(is_last, n_owners, 1)  # [BLOCK]

@@ -1,12 +1,13 @@
 """Kernels for Hopper, and their launches.
 
-They take the place of those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
-:mod:`..tuned` say so, and of :mod:`..select` where :func:`selects` does, and mean the same.
+They replace those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
+:mod:`..tuned` say so, and that of :mod:`..select` where :func:`selects` does, and compute the same.
 
-:mod:`.long_blocks` is the forward, :mod:`.dkdv` and :mod:`.dq` are the gradients. A program is three groups of
-four warps. One fetches: K and V by TMA, rows of Q and dout, which lie anywhere, by cp.async. Two compute, each at its
-own pace, so that the softmax of one hides behind the products of the other. Groups meet at barriers in shared memory
-only (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each thread has a row.
+:mod:`.long_blocks` is the forward, :mod:`.dkdv` and :mod:`.dq` are the gradients. A program has three warpgroups. The
+producer loads K and V by TMA, and gathers rows of Q and dout, which lie anywhere, by cp.async. The two consumers
+compute, each at its own pace, so that the softmax of one overlaps with the matrix products of the other. Warpgroups
+synchronize by mbarriers in shared memory alone (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each
+thread has a row.
 
 The kernels are written in Gluon, which comes with Triton and changes with it. They were measured on H100 and H200 with
 the versions of :data:`MEASURED`. A newer version of Triton has to pass :mod:`..hopper_check` on a GPU before they
@@ -64,7 +65,7 @@ _verdicts: dict[torch.device, Verdict] = {}
 _deciding = threading.RLock()
 # The check of a version of Triton that was not measured; see :func:`check_with`.
 _compare: Callable[[torch.device, threading.local], None]
-# What the thread that runs the check wants for the calls it makes; no other thread sees it.
+# Set of kernels that the thread which runs the check asks for; other threads do not see it.
 _forced = threading.local()
 
 
@@ -198,7 +199,7 @@ def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, sc
         visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
         scale_log2=scale_log2, **part.task_args(tasks), n_blocks=part.n_blocks, n_heads=part.n_heads,
         **part.q_strides, **part.kv_strides, TASK_ROWS=tasks.rows, **part.visit_constants, D=part.dim,
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.producer_registers, **launch_options(tile.warps),
     )  # fmt: skip
 
 
@@ -212,7 +213,7 @@ def launch_dkdv(
         scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
         **part.kv_strides, s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1),
         D=part.dim, BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles, DQ=key_tiles == 1,
-        DIRECT=grads.sum_k is not None, STAGES=tile.stages, REGISTERS=tile.fetch_registers,
+        DIRECT=grads.sum_k is not None, STAGES=tile.stages, REGISTERS=tile.producer_registers,
         **launch_options(tile.warps),
     )  # fmt: skip
 
@@ -223,5 +224,5 @@ def launch_dq(part, tile: Tile, tasks, dout: Tensor, part_dq: Tensor, table, sta
         q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, table=table, stats=stats,
         tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
         **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, D=part.dim,
-        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.fetch_registers, **launch_options(tile.warps),
+        BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.producer_registers, **launch_options(tile.warps),
     )  # fmt: skip

@@ -1,23 +1,23 @@
-"""dK and dV: a program keeps a tile of keys while the rows of its task pass. Where that is the whole block, dQ too.
+"""dK and dV: a program keeps a tile of keys and loops over the rows of its task. If that is the whole block, dQ too.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
-:mod:`..routing`). A tile is BM visits by 2 * BN keys; what there is to know of a visit, and of a task, comes from the
-tables that :mod:`..backward` lays out.
+:mod:`..routing`). A tile is BM visits by 2 * BN keys; the tables that :mod:`..backward` lays out describe each visit
+and each task.
 
-The fetching group loads K and V, then gathers Q, dout and statistics of one tile of rows after the other into a ring of
-STAGES places. Each computing group has BN of the keys, with their dK and dV [BN, D] in float32 registers. Scores are
-computed transposed, keys by rows, so that probabilities and dS come to lie as the left operand of the products that
-follow, in registers.
+The producer warpgroup loads K and V, then gathers Q, dout and statistics of one tile of rows after the other into a
+ring of STAGES buffers. Each consumer warpgroup has BN of the keys, with their dK and dV [BN, D] in float32 registers.
+Scores are computed transposed, keys by rows, so that probabilities and dS are already laid out as the left operand, in
+registers, of the products that follow.
 
-Nothing else runs on a multiprocessor while a program begins and ends, so all that it has to know of its task comes in
-one step, while barriers are made.
+A multiprocessor runs one program at a time, so nothing overlaps with the beginning and the end of a program: a program
+therefore reads all that it has to know of its task in one step, while it initializes its barriers.
 
-Barriers: ``q_full`` a tile of rows has come; ``q_empty`` both groups are done with it; ``kv_full`` K and V have come;
-``ds_full`` both groups have stored their part of dS. dQ sums over the keys of both: each group stores its dS, waits for
-the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS, because a
-group that stores for tile i + 2 has waited for the other's dS of tile i + 1, which that one stores after its last look
-at tile i. Groups take tiles in the same order, and the fetching group waits only for tiles that it has handed out, so
-nobody waits in a circle.
+Barriers: ``q_full`` a tile of rows has arrived; ``q_empty`` both consumers are done with it; ``kv_full`` K and V have
+arrived; ``ds_full`` both consumers have stored their part of dS. dQ sums over the keys of both: each stores its dS,
+waits for the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS: a
+consumer that stores for tile i + 2 has waited for the other's dS of tile i + 1, which the other stores after its last
+read of tile i. There is no deadlock, because consumers take tiles in the same order, and the producer waits only for
+tiles that it has already passed on.
 """
 
 from triton.experimental import gluon
@@ -40,23 +40,23 @@ read_task_info = gluon.jit(_read_task_info.fn)
 @gluon.jit
 def _produce(
     q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys, first_key, k_column, v_column,
-    s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s, kv_full, q_full, q_empty,
+    s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, out_row_s, kv_full, q_full, q_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
 ):  # fmt: skip
-    """The group that fetches. ``first_key`` is the program's first key, ``n_keys`` how many there are from it on."""
+    """The producer. ``first_key`` is the program's first key, ``n_keys`` how many there are from it on."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
     o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))  # [BM]
     o_f = gl.arange(0, BM, layout=FLAT)  # [BM]
-    # On their way while K and V are asked for.
+    # These loads are in flight while those of K and V are issued.
     row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)  # [BM]
     load_blocks(k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, kv_full, k_s, v_s, 2 * BN, D)
     b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
     limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
-    place = limit
+    out_row = limit
     if DQ:
-        place = gl.load(table + room + begin + o_f, mask=begin + o_f < end, other=-1)
+        out_row = gl.load(table + room + begin + o_f, mask=begin + o_f < end, other=-1)
     i = 0
     for r in range(begin, end, BM):
         stage = i % STAGES
@@ -72,7 +72,7 @@ def _produce(
         delta_s.index(stage).store(b_delta)
         limit_s.index(stage).store(limit)
         if DQ:
-            place_s.index(stage).store(place)
+            out_row_s.index(stage).store(out_row)
         barrier()
         mbarrier.arrive(q_full.index(stage), count=1)
         ahead = r + BM
@@ -80,19 +80,19 @@ def _produce(
         b_stats = gl.load(stats + ahead + o_f, mask=ahead + o_f < end, other=0)
         limit = gl.load(table + 2 * room + ahead + o_f, mask=ahead + o_f < end, other=0)
         if DQ:
-            place = gl.load(table + room + ahead + o_f, mask=ahead + o_f < end, other=-1)
+            out_row = gl.load(table + room + ahead + o_f, mask=ahead + o_f < end, other=-1)
         i += 1
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def _step(
-    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
+    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
     q_full, q_empty, ds_full, o_n, n_keys, scale_log2,
     MASKED: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     DQ: gl.constexpr, MMA: gl.constexpr, MMA_D: gl.constexpr,
 ):  # fmt: skip
-    """One tile of visits against this group's keys: dK and dV grow, and dQ of the tile is written."""
+    """One tile of visits against this consumer's keys: adds to dK and dV, and writes dQ of the tile."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_D, 2)
     stage = i % STAGES
@@ -112,7 +112,7 @@ def _step(
     p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)  # [BN, BM]
     b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)  # [BN, D]
     if DQ:
-        # The exchange of dS needs the registers.
+        # Exchanging dS between the consumers needs the registers.
         dp, b_dv, p = warpgroup_mma_wait(0, deps=[dp, b_dv, p])  # [BN, BM], [BN, D], [BN, BM]
     else:
         dp = warpgroup_mma_wait(1, deps=[dp])
@@ -127,20 +127,20 @@ def _step(
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
-        # dQ sums over the keys of both groups: each takes half of it, some columns of all rows or all of some rows.
+        # dQ sums over the keys of both consumers: each takes half, some columns of all rows or all columns of some.
         HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
         ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
         zero = gl.zeros([64, 64], gl.float32, HALF)
         if D == 128:
             ds_half, k_half, column = ds_t, k_s.slice(half * 64, 64, dim=1), half * 64
-            place = place_s.index(stage).load(ROWS)
+            out_row = out_row_s.index(stage).load(ROWS)
         else:
             ds_half, k_half, column = ds_t.slice(half * 64, 64, dim=1), k_s, 0
-            place = place_s.index(stage).slice(half * 64, 64).load(ROWS)
+            out_row = out_row_s.index(stage).slice(half * 64, 64).load(ROWS)
         b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)  # [64, 64]
         # [BN, D], [BN, D], [64, 64], [BN, BM], [BN, BM]
         b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
-        store_rows(part + column, place, b_dq, D)
+        store_rows(part + column, out_row, b_dq, D)
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])  # [BN, D], [BN, D], [BN, BM], [BN, BM]
     mbarrier.arrive(q_empty.index(stage), count=1)
@@ -150,12 +150,12 @@ def _step(
 @gluon.jit
 def _consume(
     half: gl.constexpr, part, dk, dv, begin, current_end, end, key, page, n_keys, i_sum, scale, s_dkr, s_dkh,
-    first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
+    first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
     kv_full, q_full, q_empty, ds_full,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
     DIRECT: gl.constexpr,
 ):  # fmt: skip
-    """A group that computes, with BN keys; up to visit ``middle`` some rows do not see all of them."""
+    """A consumer, with BN keys; up to visit ``middle`` some rows do not see all of them."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     MMA_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     scale_log2 = scale * LOG2E
@@ -169,13 +169,13 @@ def _consume(
     i = 0
     for _ in range(begin, middle, BM):
         b_dk, b_dv = _step(  # [BN, D], [BN, D]
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
     for _ in range(middle, end, BM):
         b_dk, b_dv = _step(
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, place_s,
+            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
             q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
@@ -192,7 +192,7 @@ def _consume(
 
 @gluon.jit
 def _offsets(first_row, s_row, first, n_keys, dtype: gl.constexpr, BN: gl.constexpr, D: gl.constexpr):
-    """Of BN keys of a block, from ``first`` on, and which of them there are."""
+    """Offsets of BN keys of a block, from ``first`` on, and the mask of those that exist."""
     LAYOUT: gl.constexpr = side_by_side(D, dtype)
     o_n = first + gl.arange(0, BN, layout=gl.SliceLayout(1, LAYOUT))  # [BN]
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))  # [D]
@@ -201,7 +201,7 @@ def _offsets(first_row, s_row, first, n_keys, dtype: gl.constexpr, BN: gl.conste
 
 @gluon.jit
 def _add(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys):
-    """Adds to float32 sums, beside other programs."""
+    """Adds to float32 sums, to which other programs add too."""
     o, m = _offsets(first_row, s_row, first, n_keys, gl.float32, b_dk.shape[0], b_dk.shape[1])  # [BN, D], [BN, 1]
     gl.atomic_add(dk + o, exchange(b_dk, gl.float32), mask=m, sem="relaxed")
     gl.atomic_add(dv + o, exchange(b_dv, gl.float32), mask=m, sem="relaxed")
@@ -214,7 +214,7 @@ def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.const
     b_dk = exchange(b_dk, dtype)  # [BN, D]
     b_dv = exchange(b_dv, dtype)  # [BN, D]
     if not DIRECT:
-        # Where rows come in several slices an earlier one may have left its part; slices follow one another.
+        # Of several slices of rows an earlier one may have stored its part; they run one after the other.
         b_dk += gl.load(dk + o, mask=m, other=0.0)
         b_dv += gl.load(dv + o, mask=m, other=0.0)
     gl.store(dk + o, b_dk, mask=m)
@@ -251,16 +251,16 @@ def dkdv_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     ds_s = k_s
-    place_s = limit_s
+    out_row_s = limit_s
     ds_full = q_full
     if DQ:
         ds_s = gl.allocate_shared_memory(dtype, [2, 2 * BN, BM], DS_LAYOUT)
-        place_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
+        out_row_s = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROWS)
         ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
         for i in gl.static_range(2):
             mbarrier.init(ds_full.index(i), count=2)
     mbarrier.init(kv_full, count=1)
-    # A tile of rows has come when the copies of the 128 threads that fetch have, and what they stored beside.
+    # A tile of rows is complete when the copies of the producer's 128 threads are, and its stores: one arrival more.
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=129)
         mbarrier.init(q_empty.index(i), count=2)
@@ -275,21 +275,21 @@ def dkdv_kernel(
             (_consume, (
                 gl.constexpr(0), part, dk, dv, begin, current_end, end, first_key, dk_page, n_keys, i_sum, scale,
                 s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
-                place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+                out_row_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_consume, (
                 gl.constexpr(1), part, dk, dv, begin, current_end, end, first_key, dk_page, n_keys, i_sum, scale,
                 s_dkr, s_dkh, first_n, sum_k, sum_v, block_size, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s,
-                place_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
+                out_row_s, kv_full, q_full, q_empty, ds_full, D, BM, BN, STAGES, DQ, DIRECT,
             )),
             (_produce, (
                 q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys - first_n, first_key + first_n,
                 page * s_kh, page * s_vh, s_kr, s_vr,
-                k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, place_s,
+                k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, out_row_s,
                 kv_full, q_full, q_empty, D, BM, BN, STAGES, DQ,
             )),
         ],
         [4, 4],
-        # A thread of 384 has 168 on average; what the fetching group leaves goes to the others.
+        # 168 registers for each of 384 threads on average; those that the producer gives up go to the consumers.
         [252 - REGISTERS // 2, REGISTERS],
     )  # fmt: skip

@@ -1,12 +1,11 @@
-"""dQ along long blocks: K and V are streamed past the rows of a tile.
+"""dQ of long blocks: a program keeps a tile of rows and loops over the keys of the block.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, B block size, S' visits per row (see
-:mod:`..routing`). A tile is 2 * BM visits by BN keys; what there is to know of a visit comes from the table that
-:mod:`..backward` lays out.
+:mod:`..routing`). A tile is 2 * BM visits by BN keys; the table that :mod:`..backward` lays out describes each visit.
 
-Groups, tiles and barriers are those of :mod:`.long_blocks`, with rows of dout beside those of Q, and one barrier for K
-and V of a tile: K is needed twice, for scores and for dQ, so both are kept until the tile's dQ is added. That is asked
-for together with the next tile's scores; so a group holds two tiles of keys, and STAGES is 3.
+Warpgroups, tiles and barriers are those of :mod:`.long_blocks`, with rows of dout in addition to those of Q, and one
+barrier for K and V of a tile: K is needed twice, for scores and for dQ, so both are kept until the tile's dQ is added.
+That product is issued together with the next tile's scores, so a consumer holds two tiles of keys, and STAGES is 3.
 """
 
 from triton.experimental import gluon
@@ -68,7 +67,7 @@ def _produce(
     q_s, do_s, k_s, v_s, row_s, q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The group that fetches."""
+    """The producer."""
     n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, D, BM, BN)
     i = 0
     i_kv = 0
@@ -86,10 +85,10 @@ def _produce(
                 k_s.index(stage), v_s.index(stage), BN, D,
             )  # fmt: skip
             i_kv += 1
-            # K and V come beside the first rows.
+            # The first tile of K and V is loaded together with the first rows.
             if i_kv == 1:
                 publish(q_full.index(0))
-            # The next rows are fetched while these are at work, once two tiles of keys are on their way.
+            # The next rows are gathered while these are computed, once two tiles of keys are in flight.
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
@@ -107,7 +106,7 @@ def _step(
     MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     MMA: gl.constexpr, MMA_Q: gl.constexpr,
 ):  # fmt: skip
-    """The tile of keys at ``n``, whose products are there: its part of dQ, and the next tile's products."""
+    """The tile of keys at ``n``, whose scores and dP are computed: adds its part of dQ, issues the next tile's."""
     b_ds = gl.exp2(s * scale_log2 - b_lse[:, None]) * (dp - b_delta[:, None])  # [BM, BN]
     if MASKED:
         o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))  # [BN]
@@ -134,7 +133,7 @@ def _consume(
     q_full, q_empty, kv_full, kv_empty,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A group that computes: half ``half`` of the rows of each tile."""
+    """A consumer: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_Q: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -243,6 +242,6 @@ def dq_kernel(
             )),
         ],
         [4, 4],
-        # A thread of 384 has 168 on average; what the fetching group leaves goes to the others.
+        # 168 registers for each of 384 threads on average; those that the producer gives up go to the consumers.
         [252 - REGISTERS // 2, REGISTERS],
     )  # fmt: skip

@@ -1,19 +1,19 @@
-"""The forward of blocks longer than a tile of keys: K and V are streamed past the rows of a tile.
+"""The forward of blocks longer than a tile of keys: a program keeps a tile of rows and loops over the block's keys.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
 (see :mod:`..routing`). A tile is 2 * BM visits by BN keys. A program has a task: rows of one list, one tile after the
 other, each against the whole block.
 
-The fetching group sends tiles of K and V round a ring of STAGES buffers, and gathers the rows of Q of the next tile
-while this one is at work (two buffers). Each computing group has BM of the rows. In one step it computes the softmax of
-a tile of keys, and asks for its product with V and the scores of the next tile at once: the other group's softmax runs
-meanwhile. (Scores asked for earlier would come beside this tile's: slower, by the copies between registers.)
+The producer warpgroup loads tiles of K and V into a ring of STAGES buffers, and gathers the rows of Q of the next tile
+while the current one is computed (two buffers). Each consumer warpgroup has BM of the rows. In one step it computes the
+softmax of a tile of keys, then issues the product with V and the scores of the next tile together: meanwhile the other
+consumer computes its softmax. (Issuing the scores earlier was slower, because of copies between registers.)
 
-Barriers, one of each per place: ``k_full``, ``v_full`` a tile of keys has come; ``k_empty``, ``v_empty`` both computing
-groups are done with it; ``q_full`` rows, their places and limits have come; ``q_empty`` both groups are done with
-them. All groups take tiles in the same order. The fetching group waits for a place until both have read what it held a
-round before, which they can, since it handed that out before; it waits for ``q_empty`` of the tile before only when two
-tiles of keys of this one are on their way. So nobody waits in a circle.
+Barriers, one for each buffer: ``k_full``, ``v_full`` a tile of keys has arrived; ``k_empty``, ``v_empty`` both
+consumers are done with it; ``q_full`` rows, where their output goes and their limits have arrived; ``q_empty`` both
+consumers are done with them. All warpgroups take tiles in the same order. There is no deadlock: the producer waits for
+a buffer only until both consumers have read what it passed on one round before, and it waits for ``q_empty`` of the
+tile before only when two tiles of keys of the current one are in flight.
 """
 
 from triton.experimental import gluon
@@ -32,11 +32,11 @@ from .shared import barrier, copy_rows, in_each_warp, load_block, publish, read_
 
 @gluon.jit
 def _gather_rows(
-    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, place_s, limit_s,
+    q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, out_row_s, limit_s,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of a tile's rows of Q, and tells the others their places and limits. Returns how many tiles of
-    keys they see."""
+    """Starts the copies of a tile's rows of Q, and stores where their output goes and their limits. Returns how many
+    tiles of keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_r = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
@@ -52,7 +52,7 @@ def _gather_rows(
         seen = gl.minimum(gl.load(visible + t, mask=m_current, other=0), n_keys)  # [2 * BM]
         limit = gl.where(m_current, seen, limit)
     offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
-    place_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
+    out_row_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
     limit_s.index(buf).store(limit)
     barrier()
     n_tiles, _ = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
@@ -68,14 +68,14 @@ def _gather_rows(
 @gluon.jit
 def _produce(
     q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key, k_column, v_column,
-    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, place_s, limit_s, barriers,
+    s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, out_row_s, limit_s, barriers,
     G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The group that fetches."""
+    """The producer."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n_tiles = _gather_rows(
-        q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, place_s, limit_s,
+        q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, out_row_s, limit_s,
         G, S, SLOTS, D, BM, BN,
     )  # fmt: skip
     i = 0
@@ -97,15 +97,15 @@ def _produce(
                 v_desc, v, first_key + n, v_column, s_vr, n_keys - n, v_full.index(stage), v_s.index(stage), BN, D
             )
             i_kv += 1
-            # K and V come beside the first rows.
+            # The first tile of K and V is loaded together with the first rows.
             if i_kv == 1:
                 publish(q_full.index(0))
-            # The next rows are fetched while these are at work, once two tiles of keys are on their way.
+            # The next rows are gathered while these are computed, once two tiles of keys are in flight.
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
                     q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r + 2 * BM, end, buf,
-                    q_s, offset_s, place_s, limit_s, G, S, SLOTS, D, BM, BN,
+                    q_s, offset_s, out_row_s, limit_s, G, S, SLOTS, D, BM, BN,
                 )  # fmt: skip
         if ahead:
             publish(q_full.index(buf))
@@ -119,7 +119,7 @@ def _step(
     MASKED: gl.constexpr, LAST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     MMA: gl.constexpr, MMA_O: gl.constexpr,
 ):  # fmt: skip
-    """The tile of keys at ``n``, whose scores are there: softmax, product with V, and the next tile's scores."""
+    """The tile of keys at ``n``, whose scores are computed: softmax, product with V, and the next tile's scores."""
     if MASKED:
         o_n = n + gl.arange(0, BN, layout=gl.SliceLayout(0, MMA))  # [BN]
         s = gl.where(o_n[None, :] < limit[:, None], s, float("-inf"))  # [BM, BN]
@@ -150,10 +150,10 @@ def _step(
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, place_s, limit_s, barriers,
+    half: gl.constexpr, part, part_lse, begin, end, scale_log2, q_s, k_s, v_s, out_row_s, limit_s, barriers,
     D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A group that computes: half ``half`` of the rows of each tile."""
+    """A consumer: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -200,13 +200,13 @@ def _consume(
             )  # fmt: skip
         i_kv += 1
 
-        place = place_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
+        out_row = out_row_s.index(buf).slice(half * BM, BM).load(gl.SliceLayout(1, MMA))
         mbarrier.arrive(q_empty.index(buf), count=1)
         b_shift = gl.where(b_max == float("-inf"), 0.0, b_max * scale_log2)  # [BM]
-        gl.store(part_lse + place, (b_shift + gl.log2(b_sum)) * LN2, mask=place >= 0)
+        gl.store(part_lse + out_row, (b_shift + gl.log2(b_sum)) * LN2, mask=out_row >= 0)
         b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)  # [BM]
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
-        store_rows(part, place, b_o, D)
+        store_rows(part, out_row, b_o, D)
         i += 1
 
 
@@ -232,7 +232,7 @@ def long_block_kernel(
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
     offset_s = gl.allocate_shared_memory(gl.int64, [2 * BM], ROWS)
-    place_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
+    out_row_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
     limit_s = gl.allocate_shared_memory(gl.int32, [2, 2 * BM], ROWS)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
@@ -258,19 +258,19 @@ def long_block_kernel(
         [
             (_consume, (
                 gl.constexpr(0), part, part_lse, begin, end, scale_log2,
-                q_s, k_s, v_s, place_s, limit_s, barriers, D, BM, BN, STAGES,
+                q_s, k_s, v_s, out_row_s, limit_s, barriers, D, BM, BN, STAGES,
             )),
             (_consume, (
                 gl.constexpr(1), part, part_lse, begin, end, scale_log2,
-                q_s, k_s, v_s, place_s, limit_s, barriers, D, BM, BN, STAGES,
+                q_s, k_s, v_s, out_row_s, limit_s, barriers, D, BM, BN, STAGES,
             )),
             (_produce, (
                 q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key,
                 page * s_kh, page * s_vh, s_qt, s_qh, s_kr, s_vr,
-                q_s, k_s, v_s, offset_s, place_s, limit_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
+                q_s, k_s, v_s, offset_s, out_row_s, limit_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
             )),
         ],
         [4, 4],
-        # A thread of 384 has 168 on average; what the fetching group leaves goes to the others.
+        # 168 registers for each of 384 threads on average; those that the producer gives up go to the consumers.
         [252 - REGISTERS // 2, REGISTERS],
     )  # fmt: skip

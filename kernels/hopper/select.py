@@ -3,11 +3,11 @@
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S = top_k - 1.
 
 A program is one warp with 32 rows, for which it streams 32 block means at a time, from the newest candidate to the
-oldest, as :mod:`..select` does and with the same result. The scores change hands so that each thread has all of its
-row. It compares them with its S-th best so far and makes a bit of each that may be better; the warp then takes these
-bits one by one, newest first, each thread its own. On long sequences there are two or three for the worst of 32 rows,
-and nothing passes between threads but the question whether any has one left. What a row keeps is sorted, so that a
-score goes behind its equals, which are newer.
+oldest, as :mod:`..select` does and with the same result. Scores are exchanged within the warp so that each thread has
+all those of its row. It compares them with its S-th best so far and sets a bit for each that may be better; threads
+then handle their bits one by one, newest first. On long sequences the worst of 32 rows has two or three, and threads
+exchange nothing but whether any of them has a bit left. The kept scores of a row are sorted, and a score is inserted
+behind its equals, which are newer.
 """
 
 from triton.experimental import gluon
@@ -21,7 +21,7 @@ ordered = gluon.jit(_ordered.fn)
 
 # Of rows and of blocks: the threads of a warp, and the bits of a number.
 WIDTH = gl.constexpr(32)
-# Bits that are taken before the rest is compared with the new S-th best.
+# Bits that are handled before the rest is compared with the new S-th best.
 PASSES = gl.constexpr(8)
 ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 

@@ -1,12 +1,12 @@
-"""What the kernels of this folder share.
+"""What the kernels of this folder share: synchronization of warpgroups, loads of K and V, stores of results.
 
-Groups of warps hand places in shared memory to one another by barriers. Each place has two: *full* completes when the
-data has come, *empty* when all readers are done. A barrier counts rounds; ``wait(barrier, parity)`` waits for the end
-of the last round of that parity, and since nobody gets more than a round ahead of a place, the parity of the round is
-enough: ``use // STAGES % 2`` for full, the opposite for empty, where the first wait finds a round that never was.
+Warpgroups pass buffers in shared memory to one another by mbarriers. Each buffer has two: *full* completes when the
+data has arrived, *empty* when all readers are done. An mbarrier counts phases; ``wait(barrier, parity)`` waits for the
+end of the last phase of that parity. No warpgroup gets more than one phase ahead of a buffer, so the parity of the
+phase is enough: ``use // STAGES % 2`` for full, the opposite for empty, where the first wait returns at once.
 
-Copies by cp.async and stores go the ordinary way to shared memory, matrix units and TMA another: a fence orders the
-two.
+cp.async and ordinary stores write shared memory through the generic proxy, matrix instructions and TMA access it
+through the async proxy: a fence orders the two.
 """
 
 from triton.experimental import gluon
@@ -25,7 +25,7 @@ read_task = gluon.jit(_read_task.fn)
 
 @gluon.jit
 def publish(full):
-    """What this group copied by cp.async, or stored, is now visible to the others' matrix instructions."""
+    """Makes what this warpgroup copied by cp.async, or stored, visible to the other warpgroups' matrix instructions."""
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
@@ -36,7 +36,7 @@ def publish(full):
 def tiles_of_keys(limit, BN: gl.constexpr):
     """How many tiles of keys rows with these limits see in all, at least 1, and how many all of them see whole.
 
-    Limit 0 is that of rows past the end. In a layout of :func:`in_each_warp` this takes no exchange between warps.
+    Limit 0 is that of rows past the end. In a layout of :func:`in_each_warp` warps exchange nothing for it.
     """
     most = gl.max(limit, 0)
     least = gl.min(gl.where(limit > 0, limit, 2147483647), 0)
@@ -51,7 +51,7 @@ def in_each_warp(n):
 
 @gluon.constexpr_function
 def _quads(dim, columns):
-    """Layout of an output [64, dim] whose rows lie as the matrix units give them: a quad of threads has the row.
+    """Layout of an output [64, dim] whose rows lie as in the accumulators of wgmma: a quad of threads has the row.
 
     The first steps in ``columns`` are those of a thread's registers, the next two count the threads of a quad.
     """
@@ -71,24 +71,24 @@ def side_by_side(dim, dtype):
 
 @gluon.jit
 def exchange(x, dtype: gl.constexpr):
-    """x [64, 64 or D] of the matrix units, rounded to ``dtype``, in the layout of :func:`side_by_side`.
+    """An accumulator x [64, 64 or D] of wgmma, rounded to ``dtype``, in the layout of :func:`side_by_side`.
 
-    The units give a thread 2 columns of every 8; quads exchange them. One bit of threads changes place with one of
-    columns at a time, which Triton does by shuffles; both at once would pass through shared memory, for which the
-    kernel of dQ has no room.
+    In the accumulator a thread has 2 columns of every 8; quads exchange them. One bit of the thread index is swapped
+    with one bit of the column at a time, which Triton does by shuffles; both at once would go through shared memory,
+    for which the dQ kernel has no room.
     """
     x = gl.convert_layout(x.to(dtype), _quads(x.shape[1], (1, 2, 8, 4)))
     return gl.convert_layout(x, side_by_side(x.shape[1], dtype))
 
 
 @gluon.jit
-def store_rows(out, place, x, D: gl.constexpr):
-    """Writes x [64, 64 or D] of the matrix units, rounded, to rows ``place`` [64] of out [., D], none where -1."""
+def store_rows(out, out_row, x, D: gl.constexpr):
+    """Writes an accumulator x [64, 64 or D], rounded, to rows ``out_row`` [64] of out [., D], none where -1."""
     QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)
     x = exchange(x, out.dtype.element_ty)
-    place = gl.convert_layout(place, gl.SliceLayout(1, QUADS), assert_trivial=True)
+    out_row = gl.convert_layout(out_row, gl.SliceLayout(1, QUADS), assert_trivial=True)
     o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))  # [columns of x]
-    gl.store(out + place.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(place >= 0)[:, None])
+    gl.store(out + out_row.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(out_row >= 0)[:, None])
 
 
 @gluon.jit
@@ -100,7 +100,8 @@ def unpack(stats):
 
 @gluon.jit
 def load_block(desc, x, first_key, column, s_row, n_keys, full, x_s, ROWS: gl.constexpr, D: gl.constexpr):
-    """Fetches ROWS rows of K or V, as far as the block goes; one arrival at ``full``, and perhaps bytes to come."""
+    """Starts loading ROWS rows of K or V, as far as the block goes; one arrival at ``full``, with the bytes of a TMA
+    load still expected."""
     if n_keys >= ROWS:
         mbarrier.expect(full, ROWS * D * 2)
         load_box(desc, [first_key, column], full, x_s)

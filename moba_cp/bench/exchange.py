@@ -1,6 +1,6 @@
 """``moba-cp bench exchange``: bytes per rank of each exchange mode, for any number of ranks, on one machine.
 
-The decisions are those of training (:mod:`moba_cp.cp.exchange.decide`, :mod:`moba_cp.cp.allgather.costs`), made for one
+The decisions are those of training (:mod:`moba_cp.cp.exchange.plan`, :mod:`moba_cp.cp.allgather.costs`), made for one
 rank after another on selections from a gate; nothing is sent. Time per layer is predicted from these bytes and from the
 speeds of links and kernels, as if communication and computation did not slow each other down. That holds for copy
 engines; NCCL's kernels take a part of the GPU.

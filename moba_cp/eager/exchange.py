@@ -183,7 +183,7 @@ class Weighed(NamedTuple):
 
 
 def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str) -> Weighed:
-    """The candidates of exchange ``mode``, by the ``counts`` of :func:`moba_cp.eager.choices.count_choices`."""
+    """The candidates of exchange ``mode``, by the ``counts`` of :func:`count_choices`."""
     sums = counts.sum(1)
     everything = (sums[0] > 0) & tables.elsewhere | tables.always
     stats = torch.stack([everything.sum(), sums[0].amax() if sums[0].numel() else sums.sum(), sums.new_zeros(())])
@@ -343,7 +343,7 @@ def sum_up(
         arrived: uint8, the requests received, one of every rank.
         header_at: [P] int64, where in it each header begins.
         ends, costs: as in :func:`write_request`.
-        stats: int64, needed pairs and rows of the hottest one first, see :class:`moba_cp.eager.decision.Weighed`.
+        stats: int64, needed pairs and rows of the hottest one first, see :class:`Weighed`.
         candidates: [] int64, blocks of other ranks that could have been needed, by each of the ``n_kv`` KV heads.
         out: [2, 2, stages, P + 1] int64, written: sizes of the lists of rows, with 0 in the last column; then six
             numbers: the bytes of all ranks' decisions, needed pairs, pairs that could have been, the bytes of this

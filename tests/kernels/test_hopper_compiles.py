@@ -211,9 +211,9 @@ def test_the_check_refuses_what_differs(monkeypatch):
 def test_tiles_of_the_other_kernels_where_these_do_not_serve():
     bf16, device = torch.bfloat16, torch.device("cpu")
     for tile in (tuned.forward_tile, tuned.dkdv_tile, tuned.dq_tile):
-        assert tile(128, 512, bf16, device, specialized=True).fetch_registers
-        assert not tile(128, 512, bf16, device).fetch_registers
-        assert not tile(96, 512, bf16, device, specialized=True).fetch_registers, "not in the table"
+        assert tile(128, 512, bf16, device, specialized=True).producer_registers
+        assert not tile(128, 512, bf16, device).producer_registers
+        assert not tile(96, 512, bf16, device, specialized=True).producer_registers, "not in the table"
     # Atomics and a kernel of its own would both write dQ.
     assert tuned.dq_by_atomics(128, 512, bf16, device)
     assert not tuned.dq_by_atomics(128, 512, bf16, device, specialized=True)

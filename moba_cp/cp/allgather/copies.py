@@ -68,7 +68,7 @@ class CopyEngines:
         self._memory.close_pass()
 
     def on_comm_stream(self, after: torch.cuda.Event | None):
-        """See :meth:`Communicator.on_comm_stream`."""
+        """See :meth:`..comm.Communicator.on_comm_stream`."""
         return self._memory.on_copy_stream(after)
 
     def begin(self, stage: Stage, pack: Callable[[Tensor], None], ready: torch.cuda.Event | None, where: Where) -> None:
