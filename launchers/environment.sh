@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and tests/run.sh after they have set `root`, the checkout: finds a Python and makes the
 # environment `venv` with what is asked for. PYTHON=... and VENV=... override its choices.
 venv="${VENV:-$root/.venv}"
@@ -36,6 +37,6 @@ make_environment() { # EXTRA...: install this checkout, editable, with these ext
     echo "installing into $venv"
     # PyTorch first: packages that need it could pull in a newer version than the tested one.
     "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" torch
-    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[$extras]"
+    "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[$extras]"
     echo "$stamp" >"$venv/installed-$extras"
 }

@@ -20,7 +20,7 @@ SOURCES = {
     "launchers": "moba_cp/launchers",
     "configs": "moba_cp/configs",
 }
-SOURCE_SUFFIXES = (".py", ".sh", ".json", ".yaml", ".typed")
+SOURCE_SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".typed")
 
 
 def sources() -> dict[str, Path]:

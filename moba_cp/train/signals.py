@@ -2,8 +2,9 @@
 
 Schedulers give notice before they take machines away. Under torchrun a signal is of little use: it dies of SIGUSR1 and
 SIGUSR2, and kills its ranks 30 seconds after SIGTERM. So a launcher names a file that is not there
-(``MOBA_CP_STOP_FILE``) and makes it when the run should stop. Rank 0 looks for it after each step, all ranks agree,
-save at the same step and end with exit code 75; rank 0 has then written ``saved STEP`` into the file.
+(``MOBA_CP_STOP_FILE``) and makes it when the run should stop. Each rank looks for it after a step, for each machine may
+have a launcher and a file of its own; all agree, save at the same step and end with exit code 75, and the first rank of
+each machine has then written ``saved STEP`` into its file.
 """
 
 import os
@@ -47,7 +48,7 @@ class StopRequest:
         self._group = group
         self._several = dist.get_world_size(group) > 1
         path = os.environ.get(STOP_FILE)
-        self._file = Path(path) if path and dist.get_rank(group) == 0 else None
+        self._file = Path(path) if path else None
         self._signalled = False
         # Signals reach the main thread only; a run in another one has the file.
         self._handles = threading.current_thread() is threading.main_thread()
@@ -74,9 +75,10 @@ class StopRequest:
         return bool(flag.item())
 
     def answer(self, step: int) -> None:
-        """Tell the launcher that ``step`` is saved."""
-        if self._file is not None:
-            partial = self._file.with_name(self._file.name + ".partial")
+        """Tell this machine's launcher that ``step`` is saved."""
+        if self._file is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            # Machines may share the folder.
+            partial = self._file.with_name(f"{self._file.name}.{os.environ.get('RANK', '0')}")
             partial.write_text(f"saved {step}\n")
             partial.replace(self._file)
 
