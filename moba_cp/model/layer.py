@@ -162,7 +162,7 @@ class LayerRun:
                 dq[s], dk[s], dv[s], self.cos[s], self.sin[s], w.q_norm, w.k_norm, self.eps, mixed
             )
             dmixed = dmixed.flatten(1)
-            normed, dnorm = rms_norm_backward(dmixed @ w.qkv, hidden[s], w.input_norm, self.eps, dhidden[s], dhidden[s])
+            normed, dnorm = rms_norm_backward(dmixed @ w.qkv, hidden[s], w.input_norm, self.eps, None, dhidden[s])
             sums.add("input_norm", dnorm)
             sums.add("qkv", dmixed, normed)
             if w.qkv_bias is not None:

@@ -41,14 +41,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @fused
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor, dx: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dx: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`rms_norm` whose input also goes on by itself, around what follows the norm.
 
     Args:
         dy, x: [n, H].
-        residual: [n, H], gradient of the input by the other way.
-        dx: [n, H], written: gradient by both ways. It may be ``residual``.
+        residual: [n, H], gradient of the input by the other way; None where ``dx`` holds it. Two views of one memory,
+            of which one is written, are more than compiled code can take.
+        dx: [n, H], written: gradient by both ways.
 
     Returns:
         the norm's output [n, H] again, and the weight's gradient [H] wide.
@@ -58,7 +59,7 @@ def rms_norm_backward(
     scale = _inverse_rms(wide, eps)
     unit, weighted = wide * scale, dy * weight
     through = scale * (weighted - unit * (unit * weighted).mean(-1, keepdim=True))
-    dx.copy_(residual + through)
+    dx.copy_((dx if residual is None else residual) + through)
     return (unit * weight).to(x.dtype), (dy * unit).sum(0)
 
 

@@ -195,7 +195,9 @@ def choose_layers(
             policies = ["full"] * (n - n_none - n_attention) + ["attention_kept"] * n_attention + ["none"] * n_none
             if recompute != "auto" and set(policies) != {recompute}:
                 continue
-            for n_host in (n,) if offload == "all" else (0,) if offload == "none" else range(n + 1):
+            # What a layer keeps that redoes nothing would take longer to move than the layer takes to compute.
+            movable = n if recompute == "none" else n - n_none
+            for n_host in (n,) if offload == "all" else (0,) if offload == "none" else range(movable + 1):
                 layers = [LayerMemory(policy, i < n_host) for i, policy in enumerate(policies)]
                 plan = plan_layers(shape, layers)
                 if plan.host > host_bytes:
