@@ -48,8 +48,17 @@ class SelectionRecorder:
         layers = self.whole(cp)
         if cp.rank == 0 and layers:
             shape = {"block_size": self.block_size, "n_kv_heads": self.n_kv_heads, "cu_seqlens": cp.cu_seqlens}
-            torch.save({"layers": layers, **shape}, path)
-            draw_heat_maps(layers, cp.cu_seqlens, self.block_size, Path(path).with_suffix(".png"))
+            # Whoever reads them while they are written anew finds the old ones.
+            for target, write in (
+                (Path(path), lambda partial: torch.save({"layers": layers, **shape}, partial)),
+                (
+                    Path(path).with_suffix(".png"),
+                    lambda partial: draw_heat_maps(layers, cp.cu_seqlens, self.block_size, partial),
+                ),
+            ):
+                partial = target.with_name(target.name + ".partial")
+                write(partial)
+                partial.replace(target)
 
 
 def heat_map(selection: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
@@ -111,5 +120,5 @@ def draw_heat_maps(layers: dict[str, Tensor], cu_seqlens: Tensor, block_size: in
     figure.suptitle(f"Blocks chosen: {n_tokens} tokens, blocks of {block_size}, {n_heads} heads{lines}", fontsize=10)
     chunk = n_tokens / next(iter(maps.values())).shape[0]
     figure.colorbar(image, ax=axes, label=f"times chosen by {chunk:.0f} tokens, all heads", shrink=0.9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, format="png", dpi=130)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """The sections of a training run's YAML file; each is a dataclass that stands beside the code that uses it."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,8 @@ from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
 from .memory import MemoryConfig
 from .optimizer import OptimizerConfig
+
+_YEAR = 366 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,22 @@ class RunConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 for all."""
 
+    failed_save: Literal["stop", "go_on"] = "stop"
+    """When a checkpoint cannot be written (a full disk): end the run, or say so and go on to the next. What was there
+    stays. The checkpoint after the last step has to be written."""
+
     timeout_seconds: float = 300.0
     """How long a rank waits for the others before it ends the run with an error."""
 
     def __post_init__(self):
         if not self.directory.strip():
             raise ValueError(f"directory={self.directory!r} is empty; name a folder such as runs/demo")
+        for name in ("directory", "start_from"):
+            if (given := getattr(self, name)) is not None and given.startswith("~"):
+                path = os.path.expanduser(given)
+                if path.startswith("~"):
+                    raise ValueError(f"{name}={given!r} names a home folder that is not known; give the whole path")
+                object.__setattr__(self, name, path)
         least = {"steps": 1, "seed": 0, "validate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 0}
         for name, bound in (least | {"context_size": 1, "trace_step": 1}).items():
             value = getattr(self, name)
@@ -67,8 +80,9 @@ class RunConfig:
                 raise ValueError(f"{name}={value} is below {bound}; use {bound} or more")
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} is above 2**31 - 1; use a smaller one")
-        if self.timeout_seconds <= 0:
-            raise ValueError(f"timeout_seconds={self.timeout_seconds} is not above 0; 300 is usual")
+        if not 0 < self.timeout_seconds <= _YEAR:
+            rule = "is not above 0" if self.timeout_seconds <= 0 else "is more than a year"
+            raise ValueError(f"timeout_seconds={self.timeout_seconds} {rule}; 300 is usual")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ accepted where a number is expected.
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from typing import Any, TypeVar
 import yaml
 
 Config = TypeVar("Config")
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxdict, _BRIEF.maxlist = 3, 4, 6
+_LARGEST = 2**63 - 1
 
 
 def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,6 +40,9 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
     if not file.exists():
         name = file.as_posix().removeprefix("configs/").removesuffix(".yaml")
         file = packaged.get(name, file)
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        # Reading a pipe could block forever, and every rank reads the file.
+        raise ValueError(f"{path}: is a pipe or a device; give a YAML file or one of {', '.join(packaged)}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -42,8 +50,13 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path}: {what}; give a YAML file or one of {', '.join(packaged)}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; a config has sections, keys and lists") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        # A number of thousands of digits, a date that is none.
+        raise ValueError(f"{path}: {error}") from None
     values = {} if values is None else values
     for override in overrides:
         _override(cls, values, override)
@@ -133,10 +146,11 @@ def _parse_override(text: str, members: set[Any], override: str) -> Any:
         return None if typed in ("", "~", "null") else typed
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if str in members:
             return typed
-        raise ValueError(f"--set {override}: {_one_line(error)}") from None
+        why = _one_line(error) if isinstance(error, yaml.YAMLError) else _show(str(error))
+        raise ValueError(f"--set {override[:80]}: {why}") from None
 
 
 def _members(cls: type, keys: Sequence[str]) -> set[Any]:
@@ -150,6 +164,10 @@ def _members(cls: type, keys: Sequence[str]) -> set[Any]:
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """``value`` as the type ``hint``, or ValueError. Unions take the first member that fits."""
+    if type(value) is int and abs(value) > _LARGEST:
+        raise ValueError(f"{path}={_show(value)}: beyond 2**63; give a smaller number")
+    if type(value) is str and "\0" in value:
+        raise ValueError(f"{path}={_show(value)}: holds a zero byte; leave it out")
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -241,7 +259,8 @@ def _join(path: str, key: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    # YAML's aliases make values of a few lines that are endless when written out, and digits without end are refused.
+    text = repr(value) if isinstance(value, str) else _BRIEF.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
