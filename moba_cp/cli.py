@@ -144,8 +144,10 @@ def _fail(words: str, text: str, code: int) -> int:
 
 
 def _of_another_rank(text: str) -> bool:
-    """Whether an error is the transport's: a peer went away."""
-    return any(word in text for word in ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo"))
+    """Whether an error is that a peer went away."""
+    return any(
+        word in text for word in ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "RankLost")
+    )
 
 
 def _sentence(text: str) -> str:

@@ -208,8 +208,8 @@ def test_resuming_with_other_settings_says_which(finished, capsys, monkeypatch):
     changed = ("run.seed=3", "data.seq_len=128", "data.sequences_per_step=4")
     assert cli.main(arguments(finished, "run.steps=4", *changed, flags=("--resume", "--dry-run"))) == 0
     assert capsys.readouterr().err == (
-        "note: this run differs from that of run/checkpoints/step-00000002 in run.seed (0 there, 3 here), run.steps "
-        "(2 there, 4 here), data.seq_len (256 there, 128 here), data.sequences_per_step (2 there, 4 here)\n"
+        "note: this run differs from that of run/checkpoints/step-00000002 in data.seq_len (256 there, 128 here), "
+        "data.sequences_per_step (2 there, 4 here), run.steps (2 there, 4 here), run.seed (0 there, 3 here)\n"
     )
     assert cli.main(arguments(finished, "run.steps=4", "data.pattern='0*'", flags=("--resume", "--dry-run"))) == 0
     assert "note: run/checkpoints/step-00000002 was trained on other data than " in capsys.readouterr().err

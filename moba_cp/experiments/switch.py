@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
             if mesh.first:
                 print(f"{LABELS[name]}:", *plan.summary(), sep="\n  ", flush=True)
             Trainer(plan, mesh, None).run()
-        close_mesh()
+        close_mesh(mesh)
     if launched_rank() == 0:
         logs = {name: read_log(folder / name / LOG) for name in runs}
         first_full = _first_full_step(logs["switch"])
@@ -60,7 +60,7 @@ def _first_full_step(log: list[dict]) -> int:
 
 
 def _losses(log: list[dict], name: str = "loss") -> dict[int, float]:
-    return {record["step"]: record[name] for record in log if name in record}
+    return {record["step"]: record[name] for record in log if record.get(name) is not None}
 
 
 def rise(losses: dict[int, float], step: int, window: int = WINDOW) -> float:

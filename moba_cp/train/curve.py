@@ -13,8 +13,11 @@ def draw(log: Path, picture: Path, title: str) -> None:
     from matplotlib import pyplot
 
     records = read_log(log)
-    training = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    validation = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    # null stands for what was not finite.
+    training, validation = (
+        [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        for name in ("loss", "validation_loss")
+    )
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     if training:
         axes.plot(*zip(*training), color="tab:blue", alpha=0.35, linewidth=0.8, label="training")

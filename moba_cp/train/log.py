@@ -6,6 +6,7 @@ Only rank 0 writes. In the run's folder: ``log.jsonl`` (one object per step), ``
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,10 +17,12 @@ from typing import Any, TextIO
 
 import torch
 
-from .checkpoint import remove_after
+from .checkpoint import copy_aside, set_aside, set_aside_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
 SELECTION = "selection.pt"
+FLIGHT = "flight-rank"
+"""What NCCL's flight recorder writes when a collective times out, with the rank's number."""
 # What a run writes or replaces in its folder beside the log.
 _WRITTEN = (CONFIG, VERSIONS, CHECKPOINTS, CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png")))
 _PACKAGES = ("moba-cp", "torch", "triton", "megatron-core", "numpy")
@@ -62,8 +65,9 @@ class RunLog:
     """The log of one run, open for the steps after ``start_step``.
 
     Args:
-        folder: the run's folder; made if needed. What an earlier run left there is removed, but for the log and the
-            checkpoints up to ``start_step`` of a run that is resumed in its own folder.
+        folder: the run's folder; made if needed. What an earlier run left there is set aside until this one saves a
+            checkpoint, but for the log and the checkpoints up to ``start_step`` of a run that is resumed in its own
+            folder.
         start_step: steps that the resumed checkpoint has done; 0 for a new run and for one resumed from elsewhere.
         config: the resolved config as YAML.
         facts: written with the versions (device, ranks, ...).
@@ -72,12 +76,16 @@ class RunLog:
     def __init__(self, folder: Path, start_step: int, config: str, facts: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        kept = [record for record in read_log(folder / LOG) if start_step and record["step"] <= start_step]
-        remove_after(folder / CHECKPOINTS, start_step)
-        if not start_step:
-            for old in (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
-                (folder / old).unlink(missing_ok=True)
-        for old in folder.glob("error-rank*.txt"):
+        before, checkpoints = read_log(folder / LOG), folder / CHECKPOINTS
+        kept = [record for record in before if start_step and record["step"] <= start_step]
+        checkpoints.mkdir(exist_ok=True)
+        set_aside_after(checkpoints, start_step)
+        if len(kept) < len(before):
+            copy_aside(checkpoints, folder / LOG)
+        for old in () if start_step else (CURVE, SELECTION, str(Path(SELECTION).with_suffix(".png"))):
+            if (folder / old).exists():
+                set_aside(checkpoints, folder / old)
+        for old in (*folder.glob("error-rank*.txt"), *folder.glob(f"{FLIGHT}*")):
             old.unlink()
         _replace(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
         _replace(folder / CONFIG, config)
@@ -85,8 +93,8 @@ class RunLog:
         self._file = open(folder / LOG, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one step's object; it is in the file when this returns."""
-        self._file.write(json.dumps(record) + "\n")
+        """Add one step's object; it is in the file when this returns. Null stands for NaN and infinity."""
+        self._file.write(json.dumps(_without_nonfinite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -103,6 +111,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise ValueError(f"{path}: not a log of this library ({error})") from None
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, Any]:

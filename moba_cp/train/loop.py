@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from ..cp.recorder import SelectionRecorder
 from ..megatron.model import build_model
 from . import checkpoint, memory
 from .batch import Batches, MicroBatch
-from .log import CHECKPOINTS, SELECTION
+from .log import CHECKPOINTS, SELECTION, versions
 from .mesh import Mesh
-from .optimizer import build_optimizer, clip_gradients, learning_rate
+from .optimizer import build_optimizer, clip_gradients, finite_step, learning_rate
 from .plan import RunPlan
 from .report import Reporter
 from .signals import Stopped, StopRequest
+from .storage import StorageError
 from .trace import backends, device_memory, peak_flops, tracing
-from .traffic import gather
+from .traffic import StepTotals
 from .yaml_config import to_dict
 
 
@@ -33,13 +35,16 @@ class Trainer:
         plan: the checked run.
         mesh: this rank's place; all ranks construct and call together.
         resume: a checkpoint of this model to go on from.
+        check_folder: called by the first rank before a checkpoint takes its name; raises ValueError where the run's
+            folder is no longer this run's.
     """
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None):
+    def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None, check_folder: Callable[[], None] = lambda: None):
         config = plan.config
         self.plan, self.config, self.mesh = plan, config, mesh
         self.folder = Path(config.run.directory)
         self.batches = Batches(plan, mesh)
+        mesh.heartbeat.at(0, "building the model")
         # Shard the module on the meta device, before it has weights: no rank ever holds all of them.
         self._attention = config.attention.at(1, config.run.steps)
         module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
@@ -52,18 +57,20 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, config.optimizer)
         # A prolonged run goes on from the last step before the decay.
         self._kept_step = config.optimizer.decay_start(config.run.steps) if config.optimizer.schedule == "wsd" else None
-        self.step, self._start = 0, resume
+        self.step, self._start, self._check_folder = 0, resume, check_folder
+        self._skipped = 0
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
-            checkpoint.load(resume, self.module, self.optimizer)
+            mesh.heartbeat.at(self.step, "loading the checkpoint")
+            checkpoint.load(resume, self.module, self.optimizer, mesh.group)
         elif config.run.start_from is not None:
-            checkpoint.load_weights(checkpoint.find(Path(config.run.start_from)), self.module)
+            checkpoint.load_weights(checkpoint.find(Path(config.run.start_from)), self.module, mesh.group)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns the last step's log entry, on every rank.
 
         Raises:
-            ValueError: the loss became infinite or NaN.
+            ValueError: loss or gradient were infinite or NaN in more than ``optimizer.skip_nonfinite`` steps in a row.
             Stopped: the run was asked to stop, and has saved.
         """
         run = self.config.run
@@ -83,7 +90,7 @@ class Trainer:
                 record |= parts
                 # Save at once: the machines may be gone in a minute.
                 if stop.agreed() and self.step < run.steps:
-                    self._save()
+                    self._save(last=True)
                     reporter.report(record)
                     stop.answer(self.step)
                     raise Stopped(self.step)
@@ -92,7 +99,8 @@ class Trainer:
                         record["validation_loss"] = loss
                 reporter.report(record)
                 if self.step % run.checkpoint_every == 0 or self.step in (run.steps, self._kept_step):
-                    self._save()
+                    if problem := self._save(last=self.step == run.steps):
+                        reporter.note(f"step {self.step}: {problem}")
                     reporter.draw()
         return record
 
@@ -101,6 +109,8 @@ class Trainer:
         started = time.monotonic()
         self.step += 1
         config, step = self.config, self.step
+        heartbeat = self.mesh.heartbeat
+        heartbeat.at(step, "data")
         self._follow_schedule()
         # Random numbers depend on seed and step alone, so a checkpoint need not store a generator's state.
         torch.manual_seed(config.run.seed * 2**32 + step)
@@ -109,30 +119,31 @@ class Trainer:
         labels = sum(batch.label_count() for batch in batches)
         dist.all_reduce(labels, group=self.mesh.group)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        heartbeat.at(step, "forward and backward")
         for batch in batches:
             loss = self._loss_sum(batch)
             # FSDP averages gradients over ranks, but the loss is a mean over the labels of all ranks: undo the average.
             (loss * (self.plan.size / labels.clamp(min=1))).backward()
             loss_sum += loss.detach()
+        heartbeat.at(step, "optimizer")
         norm = clip_gradients(self.module, config.optimizer.clip_norm)
         rate = learning_rate(config.optimizer, step, config.run.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        totals = StepTotals(loss_sum, labels, norm, self.batches.comm, self.mesh.group)
+        # On the device: a loss or gradient that is not finite changes no weight, and nobody waits to learn of it.
+        finite_step(self.optimizer, totals.nonfinite)
         self.optimizer.zero_grad()
-        loss_sum, exchange = gather(loss_sum, self.batches.comm, self.mesh.group)
-        loss = loss_sum / max(1, labels.item())
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss is {loss} at step {step}; lower optimizer.lr={config.optimizer.lr} or raise "
-                f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
-            )
+        heartbeat.at(step, "waiting for the device")
+        # The one wait of the host in a step; not for the optimizer.
+        loss, count, gradient_norm, exchange = totals.get()
+        skipped = self._skip(loss, gradient_norm)
         seconds = time.monotonic() - started
         return {
             "step": step,
             "loss": loss,
-            "labels": labels.item(),
-            "gradient_norm": norm.item(),
+            "labels": count,
+            "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(self.plan.tokens_per_step / seconds, 1),
@@ -140,11 +151,27 @@ class Trainer:
             **device_memory(self.mesh.device),
             "attention": self._attention.default,
             "exchange": exchange,
+            **({"skipped": True} if skipped else {}),
         }
+
+    def _skip(self, loss: float, norm: float) -> bool:
+        """Whether the step was left out because its loss or gradient is not finite; ValueError for one too many."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._skipped = 0
+            return False
+        self._skipped += 1
+        if self._skipped > self.config.optimizer.skip_nonfinite:
+            raise ValueError(
+                f"loss {loss}, gradient norm {norm} at step {self.step}: not finite, {self._skipped} times in a row; "
+                f"no weight was changed by it. Lower optimizer.lr={self.config.optimizer.lr}, raise "
+                "optimizer.warmup_steps, or raise optimizer.skip_nonfinite to leave such steps out"
+            )
+        return True
 
     @torch.no_grad()
     def validation_loss(self) -> float | None:
         """Mean loss per label of the validation sequences, the same on every rank; None without validation data."""
+        self.mesh.heartbeat.at(self.step, "validation")
         sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         recorder = SelectionRecorder() if self.config.run.selection_maps and self.mesh.data_rank == 0 else None
         self.module.eval()
@@ -168,12 +195,30 @@ class Trainer:
         """Loss of this rank's labels in one sequence, summed; scalar fp32."""
         return self.module(batch.tokens, batch.labels, batch.context).sum()
 
-    def _save(self) -> None:
-        meta = checkpoint.CheckpointMeta(
-            self.step, to_dict(self.config), self.plan.corpus.fingerprint, self.config.run.seed
-        )
-        keep = self.config.run.keep_checkpoints
-        checkpoint.save(self.folder / CHECKPOINTS, meta, self.module, self.optimizer, keep, self._kept_step)
+    def _save(self, last: bool) -> str | None:
+        """Write a checkpoint; why it could not be written, where the run is to go on all the same. After the ``last``
+        step it does not."""
+        self.mesh.heartbeat.at(self.step, "checkpoint")
+        run = self.config.run
+        meta = checkpoint.CheckpointMeta(self.step, to_dict(self.config), self.plan.corpus.fingerprint, run.seed)
+        facts = {"ranks": self.plan.size, "context_size": self.plan.context_size, "versions": versions()}
+        try:
+            checkpoint.save(
+                self.folder / CHECKPOINTS,
+                meta,
+                self.module,
+                self.optimizer,
+                keep=run.keep_checkpoints,
+                keep_step=self._kept_step,
+                check=self._check_folder,
+                facts=facts,
+                group=self.mesh.group,
+            )
+        except StorageError as error:
+            if run.failed_save == "stop" or last:
+                raise
+            return str(error)
+        return None
 
 
 def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bool = False) -> nn.Module:

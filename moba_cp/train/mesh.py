@@ -5,7 +5,7 @@ over all ranks together.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .config import RunConfig
+from .heartbeat import Heartbeat, open_heartbeat
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Mesh:
     """All ranks in one dimension, over which weights and optimizer state are sharded."""
     group: dist.ProcessGroup | None = None
     """All ranks of the run; None where these are all of torch.distributed."""
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(0, 1, None, 0.0))
+    """Where this rank is, for the errors of others."""
 
     @property
     def first(self) -> bool:
@@ -70,25 +73,35 @@ def open_mesh(config: RunConfig) -> Mesh:
     Raises:
         ValueError: context_size does not divide the ranks, or the device is not there.
     """
-    size, rank = launched_size(), launched_rank()
-    device = _device(config.device)
-    timeout = timedelta(seconds=config.timeout_seconds)
-    if dist.is_initialized():
-        size, rank = dist.get_world_size(), dist.get_rank()
-    else:
-        start_process_group(device, timeout)
+    device, timeout = start_ranks(config), timedelta(seconds=config.timeout_seconds)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    heartbeat = open_heartbeat(rank, size, config.timeout_seconds)
     context = context_size(config, size)
-    grid = init_device_mesh(device.type, (size // context, context), mesh_dim_names=("data", "context"))
+    # Every rank makes every group. A DeviceMesh would make them with PyTorch's own timeout of half an hour.
+    groups = [dist.new_group(range(i, i + context), timeout=timeout) for i in range(0, size, context)]
     return Mesh(
         rank=rank,
         size=size,
         device=device,
-        data_rank=grid.get_local_rank("data"),
+        data_rank=rank // context,
         data_size=size // context,
-        context_group=grid.get_group("context"),
+        context_group=groups[rank // context],
         context_size=context,
         shard_mesh=init_device_mesh(device.type, (size,), mesh_dim_names=("all",)),
+        heartbeat=heartbeat,
     )
+
+
+def start_ranks(config: RunConfig) -> torch.device:
+    """Start torch.distributed unless it has been, without the groups of :func:`open_mesh`; this rank's device.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    device = _device(config.device)
+    if not dist.is_initialized():
+        start_process_group(device, timedelta(seconds=config.timeout_seconds))
+    return device
 
 
 def backend_of(device: torch.device) -> str:
@@ -98,6 +111,9 @@ def backend_of(device: torch.device) -> str:
 
 def start_process_group(device: torch.device, timeout: timedelta) -> None:
     """Start torch.distributed for the ranks that were launched; collective over them."""
+    # Which collectives each rank had begun, written to files when one of them times out.
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # On a low-priority stream NCCL's kernels would wait for attention to finish instead of overlapping with it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if launched_size() > 1:
@@ -107,8 +123,10 @@ def start_process_group(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def close_mesh() -> None:
-    """End the process groups, if there are any."""
+def close_mesh(mesh: Mesh | None = None) -> None:
+    """End the heartbeat of ``mesh``, and the process groups if there are any."""
+    if mesh is not None:
+        mesh.heartbeat.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -51,6 +51,10 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all parameters together; null for no clipping."""
 
+    skip_nonfinite: int = 0
+    """How many steps in a row are left out whose loss or gradient is infinite or NaN: they change no weight. One more
+    ends the run; with 0 the first does."""
+
     def __post_init__(self):
         for name, low, high, rule in (
             ("lr", 0.0, 1.0, "above 0 and below 1"),
@@ -72,9 +76,9 @@ class OptimizerConfig:
             raise ValueError(f"decay={self.decay} is neither a share below 1 nor a number of steps; 0.2 is usual")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio} must be between 0 and 1")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            name = "warmup_steps" if self.warmup_steps < 0 else "weight_decay"
-            raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 for none")
+        for name in ("warmup_steps", "weight_decay", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 for none")
 
     def decay_start(self, steps: int) -> int:
         """The last step of a run of ``steps`` before the rate falls."""
@@ -116,7 +120,8 @@ class BFloat16AdamW(torch.optim.AdamW):
                 wide = [x.float() for x in moments]
                 adamw(
                     [_local(parameter)], [_local(parameter.grad)], [wide[0]], [wide[1]], [], [state["step"]],
-                    fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                    fused=True, grad_scale=None, found_inf=getattr(self, "found_inf", None), amsgrad=False,
+                    beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                     weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
                 )  # fmt: skip
                 for kept, new in zip(moments, wide, strict=True):
@@ -126,6 +131,21 @@ class BFloat16AdamW(torch.optim.AdamW):
 def _local(x: Tensor) -> Tensor:
     """This rank's shard."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def finite_step(optimizer: torch.optim.Optimizer, nonfinite: Tensor) -> None:
+    """``optimizer.step()``, which changes nothing where ``nonfinite`` is 1; the host does not wait to know.
+
+    Args:
+        optimizer: a fused one, whose kernels look at what ``torch.amp.GradScaler`` calls ``found_inf``.
+        nonfinite: [] float32, 0 or 1; equal on all ranks. Where the parameters are in host memory it is waited for.
+    """
+    assert all(group.get("fused") for group in optimizer.param_groups), "an optimizer that would not look at found_inf"
+    optimizer.found_inf, optimizer.grad_scale = nonfinite.to(optimizer.param_groups[0]["params"][0].device), None
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

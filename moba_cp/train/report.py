@@ -1,6 +1,7 @@
 """The reports of a run while it goes and when it ends: log, progress line, curve. Only rank 0 reports."""
 
-import contextlib
+import collections
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from .log import CURVE, LOG, Progress, RunLog, is_own
 from .mesh import Mesh
 from .plan import RunPlan
 from .yaml_config import to_yaml
+
+_SPIKE_STEPS = 32
 
 
 class Reporter:
@@ -25,6 +28,7 @@ class Reporter:
         self._log: RunLog | None = None
         self._progress: Progress | None = None
         self._attention: str | None = None
+        self._spikes = {"loss": _Spikes(1.5), "gradient_norm": _Spikes(10.0)}
 
     def __enter__(self) -> "Reporter":
         if self.mesh.first:
@@ -53,24 +57,52 @@ class Reporter:
             if self._attention not in (None, record["attention"]):
                 self._progress.note(f"step {record['step']}: attention is {record['attention']} from here on")
             self._attention = record["attention"]
+            for remark in self._remarks(record):
+                self._progress.note(f"step {record['step']}: {remark}")
             sent = record["exchange"]["sent_bytes"]
             self._progress.show(
                 record["step"], record["loss"], record["tokens_per_second"], sent, record.get("validation_loss")
             )
 
+    def _remarks(self, record: dict[str, Any]) -> list[str]:
+        """What a reader should know of this step: that it was left out, or that it stands out."""
+        if record.get("skipped"):
+            return [f"loss {record['loss']}, gradient norm {record['gradient_norm']}: left out, no weight was changed"]
+        return [
+            f"{name} {record[name]:.4g} is {record[name] / usual:.1f} times its median of {_SPIKE_STEPS} steps"
+            for name, spikes in self._spikes.items()
+            if name in record and (usual := spikes.seen(record[name]))
+        ]
+
     def draw(self) -> None:
-        """Draw the curve of all steps so far, with each checkpoint: a run that is killed has one too."""
+        """Draw the curve of all steps so far, with each checkpoint: a run that is killed has one too. A picture that
+        cannot be drawn ends no run."""
         if self._log is not None:
-            draw(self.folder / LOG, self.folder / CURVE, f"{self.folder.name} on {self.plan.size} ranks")
+            name = self.folder.absolute().name
+            try:
+                draw(self.folder / LOG, self.folder / CURVE, f"{name} on {self.plan.size} ranks")
+            except Exception as error:
+                self.note(f"{self.folder / CURVE} could not be drawn: {type(error).__name__}: {error}")
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         if self._log is None:
             return
         self._log.close()
         self._progress.close()
-        # An error of drawing must not hide the error that ended the run.
-        with contextlib.nullcontext() if exception_type is None else contextlib.suppress(Exception):
-            self.draw()
+        self.draw()
+
+
+class _Spikes:
+    """Values that stand out from those before: more than ``ratio`` times the median."""
+
+    def __init__(self, ratio: float):
+        self.ratio, self._recent = ratio, collections.deque(maxlen=_SPIKE_STEPS)
+
+    def seen(self, value: float) -> float | None:
+        """Take the next value; the median of those before if it stands out from a full window of them, else None."""
+        full, usual = len(self._recent) == _SPIKE_STEPS, statistics.median(self._recent or (value,))
+        self._recent.append(value)
+        return usual if full and 0 < usual < value / self.ratio else None
 
 
 def closing_lines(folder: Path) -> list[str]:

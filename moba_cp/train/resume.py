@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from . import checkpoint
 from .checkpoint import CheckpointMeta
@@ -11,26 +12,37 @@ from .optimizer import OptimizerConfig, learning_rate
 from .plan import RunPlan
 from .yaml_config import to_dict
 
-# They decide the data and the learning rate of every step.
-_DECISIVE = (("run", "seed"), ("run", "steps"), ("data", "seq_len"), ("data", "sequences_per_step"))
+# What a run may change without computing anything else than before: where it runs and what it leaves behind. Of the
+# corpus the fingerprint speaks.
+_SAME_RESULTS = {
+    "model": ("recompute", "init_std"),
+    "attention": ("deterministic", "layout"),
+    "data": ("path", "pattern", "not_text"),
+    "optimizer": (),
+    "run": (
+        "directory", "start_from", "context_size", "device", "validate_every", "checkpoint_every", "selection_maps",
+        "trace_step", "keep_checkpoints", "failed_save", "timeout_seconds",
+    ),
+}  # fmt: skip
 
 
 AUTO = "auto"
 """What ``--resume`` is given for a command that is called again and again until the run has done all its steps."""
 
 
-def resolve_auto(plan: RunPlan) -> tuple[str | None, bool]:
+def resolve_auto(plan: RunPlan, damaged: dict[Path, str]) -> tuple[str | None, bool]:
     """What ``--resume auto`` comes to: (what :func:`find_checkpoint` is to be asked for, whether all steps are done).
 
-    A run's folder without any checkpoint, which a run leaves that ended before its first, is begun anew.
+    A run's folder without any checkpoint, which a run leaves that ended before its first, is begun anew; where there
+    are checkpoints but all are damaged, the run does not begin.
     """
-    checkpoints = checkpoint.find_all(Path(plan.config.run.directory) / CHECKPOINTS)
-    if not checkpoints:
+    folder = Path(plan.config.run.directory)
+    if not checkpoint.any_in(folder / CHECKPOINTS):
         return None, False
-    return "", checkpoint.read_meta(checkpoints[-1]).step >= plan.config.run.steps
+    return "", checkpoint.read_meta(checkpoint.find(folder, damaged)).step >= plan.config.run.steps
 
 
-def find_checkpoint(resume: str | None, plan: RunPlan) -> Path | None:
+def find_checkpoint(resume: str | None, plan: RunPlan, damaged: dict[Path, str] | None = None) -> Path | None:
     """The checkpoint to start from, checked against the run.
 
     A run whose schedule can be prolonged goes on from its newest checkpoint before its decay, unless ``resume`` names a
@@ -39,6 +51,7 @@ def find_checkpoint(resume: str | None, plan: RunPlan) -> Path | None:
     Args:
         resume: what ``--resume`` was given: a checkpoint, a run's folder, "" for run.directory; None to start anew.
         plan: the run that is to start.
+        damaged: checkpoints to pass over, with the reason; those found damaged on the way are added.
 
     Returns:
         the checkpoint's folder, None to start anew.
@@ -50,12 +63,12 @@ def find_checkpoint(resume: str | None, plan: RunPlan) -> Path | None:
         if plan.config.run.start_from is not None:
             _same_model(checkpoint.find(Path(plan.config.run.start_from)), plan)
         return None
-    asked = Path(resume or plan.config.run.directory)
-    path = checkpoint.find(asked)
+    asked, damaged = Path(resume or plan.config.run.directory), {} if damaged is None else damaged
+    path = checkpoint.find(asked, damaged)
     meta = _same_model(path, plan)
     if meta.step >= plan.config.run.steps:
         raise ValueError(f"{path}: has done {meta.step} steps and run.steps={plan.config.run.steps}; raise run.steps")
-    return path if path == asked else _before_decay(path, meta, plan)
+    return path if path == asked else _before_decay(path, meta, plan, damaged)
 
 
 def describe(path: Path, plan: RunPlan) -> list[str]:
@@ -78,14 +91,11 @@ def notes(path: Path, plan: RunPlan) -> list[str]:
     meta = checkpoint.read_meta(path)
     saved, config = meta.config, to_dict(plan.config)
     lines = []
+    if meta.format < 2:
+        lines.append(f"{path} was written before checkpoints had a manifest: whether it is whole cannot be told")
     if meta.data_fingerprint != plan.corpus.fingerprint:
         lines.append(f"{path} was trained on other data than {plan.corpus.source} holds now")
-    different = [
-        f"{section}.{key} ({saved[section][key]} there, {config[section][key]} here)"
-        for section, key in _DECISIVE
-        if key in saved.get(section, {}) and saved[section][key] != config[section][key]
-    ]
-    if different:
+    if different := differences(saved, config):
         lines.append(f"this run differs from that of {path} in {', '.join(different)}")
     before, here = _rate(meta), plan.config.optimizer
     if before is not None and not math.isclose(
@@ -95,13 +105,23 @@ def notes(path: Path, plan: RunPlan) -> list[str]:
     return lines
 
 
-def _before_decay(newest: Path, meta: CheckpointMeta, plan: RunPlan) -> Path:
+def differences(saved: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Settings of a checkpoint's config that decide what is computed and are others in ``config``."""
+    return [
+        f"{section}.{key} ({saved[section][key]} there, {config[section][key]} here)"
+        for section, harmless in _SAME_RESULTS.items()
+        for key in config[section]
+        if key not in harmless and key in saved.get(section, {}) and saved[section][key] != config[section][key]
+    ]
+
+
+def _before_decay(newest: Path, meta: CheckpointMeta, plan: RunPlan, damaged: dict[Path, str]) -> Path:
     """The newest checkpoint from before the decay, if ``newest`` is from within it and the run is prolonged."""
     if not _is_prolonged(meta, plan):
         return newest
     last = _optimizer_of(meta).decay_start(meta.config["run"]["steps"])
     earlier = [path for path in checkpoint.find_all(newest.parent) if checkpoint.step_of(path) <= last]
-    return earlier[-1] if earlier else newest
+    return next((path for path in reversed(earlier) if checkpoint.is_whole(path, damaged)), newest)
 
 
 def _is_prolonged(meta: CheckpointMeta, plan: RunPlan) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,16 @@ def test_new_run_starts_an_empty_log_and_removes_what_an_earlier_one_left(tmp_pa
     for left in ("loss.png", "error-rank1.txt", "notes.txt"):
         (folder / left).write_text("x")
     checkpoint = folder / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
+    checkpoint.mkdir()
     (checkpoint / "meta.json").write_text("{}")
     assert write_steps(folder, 0, [0, 1]) == [0, 1]
-    assert {path.name for path in folder.rglob("*")} == {
+    assert {path.name for path in folder.iterdir()} == {
         "log.jsonl", "config.yaml", "versions.json", "notes.txt", "checkpoints"
     }  # fmt: skip
+    # What is replaced stays until this run has a checkpoint of its own.
+    aside = {re.sub("superseded-[0-9a-f]{8}-", "", path.name): path for path in (folder / "checkpoints").iterdir()}
+    assert set(aside) == {"log.jsonl", "loss.png", "step-00000002"}
+    assert [record["step"] for record in read_log(aside["log.jsonl"])] == [0, 1, 2]
     assert (folder / "config.yaml").read_text() == "a: 1\n"
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["ranks"] == 2 and versions["torch"] and versions["python"]
@@ -42,13 +47,14 @@ def test_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     assert write_steps(tmp_path, 5, [6, 7]) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_resumed_run_removes_the_checkpoints_after_its_own(tmp_path):
+def test_resumed_run_sets_the_checkpoints_after_its_own_aside(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     for name in ("step-00000002", "step-00000004", "step-00000006", "step-00000003.partial"):
         (checkpoints / name).mkdir(parents=True)
         (checkpoints / name / "meta.json").write_text("{}")
     write_steps(tmp_path, 4, [5])
-    assert {path.name for path in checkpoints.iterdir()} == {"step-00000002", "step-00000004"}
+    names = {re.sub("superseded-[0-9a-f]{8}", "aside", path.name) for path in checkpoints.iterdir()}
+    assert names == {"step-00000002", "step-00000004", "aside-step-00000006"}
 
 
 def test_only_a_checkpoint_of_the_folder_is_its_own(tmp_path, monkeypatch):

@@ -28,10 +28,14 @@ def test_a_run_that_ends_badly_has_a_curve(tmp_path, reporter, capsys):
     assert "step 0/9  validation 5.5000\n" in capsys.readouterr().out
 
 
-def test_a_curve_that_cannot_be_drawn_hides_no_error(reporter, monkeypatch):
+def test_a_curve_that_cannot_be_drawn_hides_no_error_and_ends_no_run(reporter, monkeypatch, capsys):
     monkeypatch.setattr("moba_cp.train.report.draw", lambda *arguments: 1 / 0)
     with pytest.raises(RuntimeError, match="disk"), reporter:
         raise RuntimeError("the disk is gone")
+    capsys.readouterr()
+    with reporter:
+        reporter.draw()
+    assert capsys.readouterr().out.count("loss.png could not be drawn: ZeroDivisionError") == 2
 
 
 def test_a_run_that_is_killed_has_the_curve_of_its_last_checkpoint(tmp_path, reporter):

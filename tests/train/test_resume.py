@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from moba_cp import cli
-from moba_cp.train import checkpoint
+from moba_cp.train import checkpoint, manifest
 from moba_cp.train.checkpoint import CheckpointMeta
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.plan import plan_run
-from moba_cp.train.resume import describe, find_checkpoint, notes
+from moba_cp.train.resume import _SAME_RESULTS, describe, differences, find_checkpoint, notes
 from moba_cp.train.yaml_config import load, to_dict
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
 
@@ -36,8 +36,9 @@ def leave_checkpoints(run, *steps):
     for step in steps:
         path = checkpoint_of(run, step)
         path.mkdir(parents=True)
-        meta = CheckpointMeta(step, to_dict(run.config), run.corpus.fingerprint, run.config.run.seed)
+        meta = CheckpointMeta(step, to_dict(run.config), run.corpus.fingerprint, run.config.run.seed, 2)
         (path / checkpoint.META).write_text(json.dumps(vars(meta)))
+        manifest.write(path, {"step": step, "files": {}})
 
 
 def checkpoint_of(run, step):
@@ -115,3 +116,29 @@ def test_the_command_says_where_it_goes_on(text, tmp_path, capsys):
     words = [word for setting in [*SHRUNKEN, *settings(text, tmp_path, "wsd", 100)] for word in ("--set", setting)]
     assert cli.main(["train", str(DEMO), *words, "--resume", "--dry-run"]) == 0
     assert f"# resumed from {checkpoint_of(plan(text, tmp_path, 'wsd', 100), 80)}: 80 of 100" in capsys.readouterr().out
+
+
+def test_every_setting_that_changes_results_is_said(text, tmp_path):
+    """What is not said of a resumed run is what it may change without computing anything else."""
+    run = plan(text, tmp_path, "wsd", 100)
+    config = to_dict(run.config)
+    for section, harmless in _SAME_RESULTS.items():
+        for key in config[section]:
+            saved = to_dict(run.config)
+            saved[section][key] = "another"
+            assert bool(differences(saved, config)) != (key in harmless), f"{section}.{key}"
+    assert "rope_base" not in _SAME_RESULTS["model"] and "validation_share" not in _SAME_RESULTS["data"]
+
+
+def test_a_checkpoint_of_before_manifests_is_taken_with_a_word(text, tmp_path):
+    run = plan(text, tmp_path, "wsd", 100)
+    leave_checkpoints(run, 60)
+    path = checkpoint_of(run, 60)
+    (path / manifest.NAME).unlink()
+    meta = json.loads((path / checkpoint.META).read_text())
+    del meta["format"]
+    (path / checkpoint.META).write_text(json.dumps(meta))
+    assert find_checkpoint("", run) == path
+    assert notes(path, run) == [
+        f"{path} was written before checkpoints had a manifest: whether it is whole cannot be told"
+    ]

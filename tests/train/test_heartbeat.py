@@ -1,0 +1,103 @@
+"""An error of a collective says which rank it is for, and no group waits longer than the run's timeout."""
+
+import json
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_cp.train import heartbeat
+from moba_cp.train.config import RunConfig
+from moba_cp.train.heartbeat import Heartbeat, RankLost
+from moba_cp.train.mesh import close_mesh, open_mesh
+from tests.helpers.distributed import TIME_SCALE, run_ranks
+from tests.helpers.launched import Launched
+from tests.helpers.train_runs import write_text
+
+
+@pytest.fixture
+def beats(monkeypatch):
+    """Heartbeats of three ranks of one process, quicker than usual."""
+    monkeypatch.setattr(heartbeat, "_SECONDS_BETWEEN_BEATS", 0.1 * TIME_SCALE)
+    store = dist.HashStore()
+    ranks = [Heartbeat(rank, 3, lambda: store, 300.0) for rank in range(3)]
+    for beat in ranks:
+        beat.at(7, "forward and backward")
+        beat._tell()
+    yield ranks
+    for beat in ranks:
+        beat.close()
+
+
+def test_nobody_is_blamed_where_all_are_alike(beats):
+    error = RuntimeError("gloo: timed out")
+    assert beats[0].blame() == "" and beats[0].explain(error) is error
+
+
+def test_a_silent_rank_is_named(beats):
+    beats[2].close()
+    said = beats[0].explain(RuntimeError("gloo: timed out\nin some file"))
+    assert isinstance(said, RankLost)
+    assert str(said).startswith("rank 2 (process ") and " was last heard " in str(said)
+    assert str(said).endswith("(found by rank 0 in step 7, forward and backward: gloo: timed out)")
+
+
+def test_a_rank_that_is_behind_is_named(beats):
+    beats[1].at(6, "data")
+    assert beats[0].blame().startswith("rank 1 (process ") and " is at step 6, data, for " in beats[0].blame()
+
+
+def test_a_rank_that_ended_is_named_with_its_error(beats):
+    beats[1].at(7, "data")
+    beats[1].ended(ValueError("book.txt: became shorter\nwhile training"))
+    assert "rank 1 " in beats[2].blame()
+    assert beats[2].blame().endswith(" ended at step 7, data: ValueError: book.txt: became shorter")
+    for own in (ValueError("what the user did"), RuntimeError("shapes do not fit")):
+        assert beats[0].explain(own) is own
+
+
+def test_a_store_that_has_gone_is_said(beats):
+    class Gone:
+        def check(self, *arguments):
+            raise RuntimeError("Broken pipe")
+
+        set = check
+
+    beats[0]._store = Gone()
+    assert beats[0].blame().startswith("the store where the ranks met is gone")
+
+
+def _timeouts(rank, config):
+    mesh = open_mesh(config)
+    groups = mesh.context_group, mesh.shard_mesh.get_group()
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    close_mesh(mesh)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return timeouts
+
+
+def test_every_group_has_the_timeout_of_the_run():
+    config = RunConfig(context_size=2, timeout_seconds=77.0, device="cpu")
+    # All ranks are those of the caller, with a timeout of the test's.
+    for context, _ in run_ranks(4, _timeouts, config):
+        assert context == timedelta(seconds=77)
+
+
+def test_a_stopped_rank_ends_the_others_by_name(tmp_path):
+    write_text(tmp_path / "text")
+    timeout = 5 * TIME_SCALE
+    settings = ["run.directory=run", "run.steps=100000", f"run.timeout_seconds={timeout}", "run.context_size=2"]
+    with Launched(2, tmp_path, *settings) as run:
+        run.wait_for_step(tmp_path / "run", 2)
+        run.ranks[1].send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        assert run.wait(0, 60) != 0
+        assert time.monotonic() - started < timeout + 30 * TIME_SCALE
+        said = [line for line in run.output(0).splitlines() if "error:" in line]
+        pid = run.ranks[1].pid
+    assert len(said) == 1 and f"RankLost: rank 1 (process {pid} on " in said[0] and " was last heard " in said[0]
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] >= 2
+    assert (tmp_path / "run" / "error-rank0.txt").exists()

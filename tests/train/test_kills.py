@@ -1,0 +1,239 @@
+"""Ranks that are killed at any moment, disks that are full: nothing is lost, nothing is wrong, nobody hangs.
+
+The default tests take one case of each kind; the campaigns (``slow``) all of them.
+"""
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moba_cp.train import checkpoint
+from tests.helpers.distributed import TIME_SCALE
+from tests.helpers.launched import Launched
+from tests.helpers.train_runs import logged, write_text
+
+STEPS = 6
+SETTINGS = (f"run.steps={STEPS}", "run.checkpoint_every=2", "run.validate_every=3", "run.timeout_seconds=20")
+AUTO = ("--resume", "auto")
+# No rank waits longer for another that is gone.
+NO_HANG_S = 60
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(place with the text, an uninterrupted run's losses, its weights, its seconds)."""
+    place = tmp_path_factory.mktemp("kills")
+    write_text(place / "text")
+    started = time.monotonic()
+    with Launched(2, place, "run.directory=whole", *SETTINGS, flags=AUTO) as run:
+        assert run.wait_all(240) == [0, 0], run.output(0)
+    return place, logged(place / "whole"), _bytes(place / "whole"), time.monotonic() - started
+
+
+def _bytes(folder):
+    """The shards of the newest checkpoint, which verifies: weights and the optimizer's state."""
+    path = checkpoint.find(folder)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert checkpoint.verify(path) is None
+    finally:
+        dist.destroy_process_group()
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.distcp"))}
+
+
+def _same(place, name, whole):
+    """Whether the run ``name`` ended as the uninterrupted one did, to the bit."""
+    assert logged(place / name) == whole[1]
+    assert _bytes(place / name) == whole[2]
+
+
+def _killed_run(place, seed, whole, number=signal.SIGKILL):
+    """A run of which a random rank is killed at a random moment, and that is called again until it is done."""
+    chance, name, calls = random.Random(seed), f"killed-{seed}", 0
+    moment, victim = chance.uniform(0.0, whole[3]), chance.randrange(2)
+    while True:
+        calls += 1
+        assert calls <= 3
+        with Launched(2, place, f"run.directory={name}", *SETTINGS, flags=AUTO) as run:
+            if calls == 1:
+                end = time.monotonic() + moment
+                while time.monotonic() < end and run.ranks[1 - victim].poll() is None:
+                    time.sleep(0.01)
+                run.ranks[victim].send_signal(number)
+                killed = time.monotonic()
+                run.wait(1 - victim, NO_HANG_S)
+                assert time.monotonic() - killed < NO_HANG_S * TIME_SCALE
+                continue
+            assert run.wait_all(240) == [0, 0], run.output(0) + run.output(1)
+        break
+    _same(place, name, whole)
+
+
+def test_a_killed_run_goes_on_bit_identical(whole):
+    _killed_run(whole[0], 3, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(100, 125))
+def test_kill_at_a_random_moment(whole, seed):
+    _killed_run(whole[0], seed, whole)
+
+
+# Where a rank is killed in the second save: before or after a call of what checkpoint.save is made of.
+POINTS = [
+    "checkpoint._state:before",
+    "checkpoint._check_finite:before",
+    "checkpoint._check_finite:after",
+    "checkpoint._begin:after",
+    "storage.write:before",
+    "filesystem.FileSystemWriter.write_data:before",
+    "filesystem.FileSystemWriter.write_data:after",
+    "filesystem.FileSystemWriter.finish:before",
+    "filesystem.FileSystemWriter.finish:after",
+    "checkpoint._entries:before",
+    "manifest.entry:after",
+    "checkpoint._entries:after",
+    "manifest.write:before",
+    "manifest.write:after",
+    "manifest.sync_folder:before",
+    "checkpoint._finish:after",
+    "checkpoint._sweep:before",
+    "checkpoint._delete:before",
+    "shutil.rmtree:before",
+    "checkpoint._sweep:after",
+]
+ON_FIRST_RANK_ALONE = ("_begin", "finish", "_finish", "manifest.write", "sync_folder", "_sweep", "_delete", "rmtree")
+
+KILLING = """
+import os, shutil, signal
+from moba_cp.train import checkpoint, manifest, storage
+from torch.distributed.checkpoint import filesystem
+if os.environ["RANK"] == os.environ["KILLED_RANK"]:
+    name, when = os.environ["KILLED_AT"].split(":")
+    *path, attribute = name.split(".")
+    place = globals()[path[0]]
+    for part in path[1:]:
+        place = getattr(place, part)
+    inner, saves = getattr(place, attribute), [0]
+    begin = checkpoint.save
+
+    def save(*arguments, **keywords):
+        saves[0] += 1
+        return begin(*arguments, **keywords)
+
+    def killing(*arguments, **keywords):
+        if saves[0] >= 2 and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = inner(*arguments, **keywords)
+        if saves[0] >= 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    checkpoint.save = save
+    setattr(place, attribute, killing)
+"""
+
+
+def _killed_in_a_save(whole, point, rank):
+    place, name = whole[0], f"save-{point}-{rank}".replace(":", "-")
+    settings = (f"run.directory={name}", *SETTINGS, "run.keep_checkpoints=1")
+    environment = {"KILLED_AT": point, "KILLED_RANK": str(rank)}
+    with Launched(2, place, *settings, flags=AUTO, preamble=KILLING, environment=environment) as run:
+        assert run.wait(rank, 240) == -signal.SIGKILL, f"never came to {point}: {run.output(rank)}"
+        started = time.monotonic()
+        assert run.wait(1 - rank, NO_HANG_S) != 0
+        assert time.monotonic() - started < NO_HANG_S * TIME_SCALE
+    # A whole checkpoint is found whatever was left half done, the newest or the one before.
+    path = checkpoint.find(place / name)
+    assert path.name in ("step-00000002", "step-00000004")
+    _bytes(place / name)
+    return settings
+
+
+@pytest.mark.parametrize(
+    "point, rank", [("filesystem.FileSystemWriter.write_data:after", 1), ("manifest.write:before", 0)]
+)
+def test_killed_in_a_save(whole, point, rank):
+    settings = _killed_in_a_save(whole, point, rank)
+    with Launched(2, whole[0], *settings, flags=AUTO) as run:
+        assert run.wait_all(240) == [0, 0], run.output(0)
+    assert logged(whole[0] / settings[0].partition("=")[2]) == whole[1]
+    left = [path.name for path in (whole[0] / settings[0].partition("=")[2] / "checkpoints").iterdir()]
+    assert left == [f"step-{STEPS:08d}"], "what the killed save left is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at_each_point_of_a_save(whole, point, rank):
+    if rank and any(word in point for word in ON_FIRST_RANK_ALONE):
+        pytest.skip("the first rank alone does that")
+    _killed_in_a_save(whole, point, rank)
+
+
+FULL_DISK = """
+import os
+from moba_cp.train import checkpoint
+from torch.distributed.checkpoint import filesystem
+inner, saves = filesystem.FileSystemWriter.write_data, [0]
+
+def write_data(self, plan, planner):
+    saves[0] += 1
+    if saves[0] == 2 and os.environ["RANK"] == "1":
+        raise OSError({number}, "{text}", "{place}")
+    return inner(self, plan, planner)
+
+filesystem.FileSystemWriter.write_data = write_data
+"""
+
+
+@pytest.mark.parametrize(
+    "number, text, policy",
+    [(28, "No space left on device", "go_on"), (30, "Read-only file system", "stop")],
+    ids=["full-go_on", "read_only-stop"],
+)
+def test_a_disk_that_takes_nothing(whole, number, text, policy):
+    place, name = whole[0], f"disk-{policy}"
+    settings = (f"run.directory={name}", *SETTINGS, f"run.failed_save={policy}")
+    preamble = FULL_DISK.format(number=number, text=text, place="somewhere")
+    with Launched(2, place, *settings, flags=AUTO, preamble=preamble) as run:
+        codes, said = run.wait_all(240), run.output(0)
+    folders = {path.name for path in (place / name / "checkpoints").iterdir()}
+    assert f"could not be written: rank 1: OSError: [Errno {number}] {text}" in said
+    if policy == "stop":
+        assert codes == [2, 2] and folders == {"step-00000002"}
+    else:
+        assert codes == [0, 0] and folders == {"step-00000002", "step-00000006"}
+        _same(place, name, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(200, 205))
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kill_on_two_gpus(tmp_path_factory, seed):
+    """As on CPUs, over NCCL. (The ranks are forked from a process that has not touched CUDA.)"""
+    place = tmp_path_factory.mktemp("gpus")
+    write_text(place / "text")
+    settings = (*SETTINGS, "run.device=cuda", "attention.deterministic=true")
+    started = time.monotonic()
+    with Launched(2, place, "run.directory=whole", *settings, flags=AUTO) as run:
+        assert run.wait_all(240) == [0, 0], run.output(0)
+    seconds, losses = time.monotonic() - started, logged(place / "whole")
+    chance = random.Random(seed)
+    moment, victim = chance.uniform(0.0, seconds), chance.randrange(2)
+    with Launched(2, place, "run.directory=killed", *settings, flags=AUTO) as run:
+        time.sleep(moment)
+        run.ranks[victim].send_signal(signal.SIGKILL)
+        run.wait(1 - victim, NO_HANG_S)
+    with Launched(2, place, "run.directory=killed", *settings, flags=AUTO) as run:
+        assert run.wait_all(240) == [0, 0], run.output(0)
+    assert logged(place / "killed") == losses
+    assert _bytes(place / "killed") == _bytes(place / "whole")
