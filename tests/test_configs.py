@@ -12,12 +12,12 @@ from moba_cp.train.yaml_config import load
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Several configs read the same text, and reading it takes seconds.
-OPEN_ONCE = functools.cache(plan_module.open_corpus)
+OPEN_ONCE = functools.cache(plan_module.open_corpora)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_config_is_valid_on_eight_ranks(path, monkeypatch):
-    monkeypatch.setattr(plan_module, "open_corpus", OPEN_ONCE)
+    monkeypatch.setattr(plan_module, "open_corpora", OPEN_ONCE)
     config = load(TrainConfig, path)
     if config.data.path is None or Path(config.data.path).exists():
         assert plan_run(config, 8).summary()

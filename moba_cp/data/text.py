@@ -14,9 +14,10 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+
+from .config import DataConfig
 
 VOCABULARY = 256
 # Enough bytes to tell files apart, few enough to read them from many files.
@@ -39,48 +40,6 @@ _MAGIC = {
 _UNREADABLE = "not readable"
 # What a folder of `moba-cp train` holds from its first step on.
 _RUN_FILES = ("log.jsonl", "config.yaml", "versions.json")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on and how it is cut into sequences."""
-
-    path: str | None = None
-    """A folder (with its subfolders) or a file; null for the standard library of the running Python."""
-
-    pattern: str | None = None
-    """Which files of a folder, as a shell pattern for the name; null for all (of the standard library: ``*.py``).
-    Names that start with a dot, and the folders of training runs, are left out."""
-
-    not_text: Literal["skip", "refuse", "take"] = "skip"
-    """Files that are no text (compressed, images, UTF-16, others with zero bytes) or cannot be read (links without a
-    target, pipes, no permission). skip: leave them out and say how many; refuse: end with an error; take: train on
-    their bytes, and leave out only what cannot be read."""
-
-    seq_len: int = 4096
-    """Tokens (bytes) per sequence, over all ranks that share it."""
-
-    sequences_per_step: int = 1
-    """Sequences per optimizer step, over all data ranks; divided among them and accumulated on each."""
-
-    pad_to_multiple: bool = False
-    """Pad each sequence at its end to the length that the layout needs, where seq_len does not fit by itself."""
-
-    validation_share: float = 0.02
-    """Share of the files that is held out for validation (0 to 0.5); 0 for no validation."""
-
-    validation_sequences: int = 8
-    """Sequences of held-out text in one validation; more files than they hold are sampled."""
-
-    def __post_init__(self):
-        if self.path == "" or self.pattern == "":
-            name = "path" if self.path == "" else "pattern"
-            raise ValueError(f"{name}='' is empty; give one, or null for the default")
-        for name, least in (("seq_len", 2), ("sequences_per_step", 1), ("validation_sequences", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}; use {least} or more")
-        if not 0 <= self.validation_share <= 0.5:
-            raise ValueError(f"validation_share={self.validation_share} is not between 0 and 0.5; 0.02 is usual")
 
 
 @dataclass(frozen=True)

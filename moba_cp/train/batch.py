@@ -1,7 +1,7 @@
 """The share of each rank in the sequences of a step.
 
-Labels are shifted within documents before anything is sharded (packing.py), so a token at the edge of a shard has the
-same label as on one rank.
+A label is the next token of its document, wherever that token lies, so a token at the edge of a shard has the label
+that it has on one rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cp.comm import Communicator
 from ..cp.context import CPContext
-from ..data.packing import PackedSequence, Packer
+from ..data.packing import PackedSequence
 from ..model.loss import IGNORED_LABEL
 from .mesh import Mesh
 from .plan import RunPlan
@@ -36,12 +36,9 @@ class Batches:
     """Training and validation batches of one rank."""
 
     def __init__(self, plan: RunPlan, mesh: Mesh):
-        data = plan.config.data
         self.plan, self.mesh = plan, mesh
         self.comm = Communicator(mesh.context_group)
-        self._training = Packer(plan.corpus.training, data.seq_len, plan.config.run.seed)
-        # A fixed seed: every run validates on the same sequences.
-        self._validation = Packer(plan.corpus.validation, data.seq_len, 0) if plan.corpus.validation else None
+        self._training, self._validation = plan.training_sequences, plan.validation_sequences
 
     def training(self, step: int) -> Iterator[MicroBatch]:
         """This rank's share of step ``step`` (1, 2, ...); all data ranks get equally many."""
@@ -58,22 +55,26 @@ class Batches:
         count = min(self.plan.config.data.validation_sequences, self._validation.per_epoch)
         for first in range(0, count, self.mesh.data_size):
             index = first + self.mesh.data_rank
-            sequence = self._validation.sequence(min(index, count - 1))
+            batch = self._micro_batch(
+                self._validation.sequence(min(index, count - 1)), observer if first == 0 else None
+            )
             if index >= count:
                 # All ranks must take part in each forward pass (collectives): without labels this one adds nothing.
-                sequence.labels.fill_(IGNORED_LABEL)
-            yield self._micro_batch(sequence, observer if first == 0 else None)
+                batch.labels.fill_(IGNORED_LABEL)
+            yield batch
 
     def _micro_batch(self, sequence: PackedSequence, observer: Callable | None = None) -> MicroBatch:
+        """What this rank holds of a sequence; nothing else of it is read."""
         sequence = self.plan.fit(sequence)
         context = CPContext(
             self.comm,
             layout=self.plan.config.attention.layout,
-            seq_len=sequence.tokens.numel(),
+            seq_len=len(sequence),
             cu_seqlens=sequence.cu_seqlens,
             device=self.mesh.device,
             exchange=self.plan.config.exchange,
             observer=observer,
         )
-        local = (context.shard(x.to(self.mesh.device)) for x in (sequence.tokens, sequence.labels))
-        return MicroBatch(context, *local)
+        tokens, labels = sequence.read(context.segments[context.rank])
+        self.plan.check_tokens(tokens)
+        return MicroBatch(context, tokens.to(self.mesh.device), labels.to(self.mesh.device))

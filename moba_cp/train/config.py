@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cp.options import ExchangeOptions
-from ..data.text import DataConfig
+from ..data.config import DataConfig
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
 from .memory import MemoryConfig

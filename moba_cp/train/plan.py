@@ -1,13 +1,16 @@
 """A checked run: everything that can be computed, and refused, before it starts."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ..cp.layout import rank_segments
-from ..data.packing import PackedSequence, Packer, pad_documents, pad_end
-from ..data.text import VOCABULARY, Corpus, open_corpus
+from ..data.corpus import Corpora, open_corpora
+from ..data.encode import TokenizerEncoder
+from ..data.packing import Mixer, PackedSequence, Packer, pad_documents, pad_end
 from ..model.attention import AttentionConfig
 from ..model.schedule import phase_ends
 from .config import TrainConfig
@@ -27,7 +30,7 @@ class RunPlan:
     """Ranks."""
     context_size: int
     """Ranks that share a sequence."""
-    corpus: Corpus
+    corpus: Corpora
 
     @property
     def data_size(self) -> int:
@@ -38,6 +41,34 @@ class RunPlan:
     def tokens_per_step(self) -> int:
         """Tokens of all sequences of one optimizer step, without padding."""
         return self.config.data.seq_len * self.config.data.sequences_per_step
+
+    @cached_property
+    def training_sequences(self) -> Mixer:
+        """The sequences to train on, by their number from 0 on."""
+        corpora = self.corpus
+        packers = [self._packer(part.training, self.config.run.seed) for part in corpora.parts]
+        return Mixer(packers, corpora.weights, self.config.run.seed)
+
+    @cached_property
+    def validation_sequences(self) -> Mixer | None:
+        """The sequences to validate on, the same in every run; None without any."""
+        parts = self.corpus.validation
+        if not parts:
+            return None
+        weights = self.corpus.weights if len(parts) > 1 else (1.0,)
+        return Mixer([self._packer(part.validation, 0) for part in parts], weights, 0)
+
+    def _packer(self, documents, seed: int) -> Packer:
+        data = self.config.data
+        return Packer(documents, data.seq_len, seed, data.packing, data.overlap, data.attend_across)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ValueError unless ``tokens`` (on the CPU) are in the model's vocabulary."""
+        if tokens.numel() and (most := int(tokens.max())) >= self.config.model.vocab_size:
+            raise ValueError(
+                f"data: token {most} is beyond model.vocab_size={self.config.model.vocab_size}; set it to the size of "
+                f"the tokenizer of {self.corpus.source}"
+            )
 
     def fit(self, sequence: PackedSequence) -> PackedSequence:
         """The sequence padded, where the layout asks for it, to lengths that divide among the ranks."""
@@ -55,41 +86,50 @@ class RunPlan:
         full = sorted(attention.full_layer_numbers(model.n_layers))
         parameters = model.n_parameters(embeddings=True)
         tokens = config.run.steps * self.tokens_per_step
-        epochs = tokens / corpus.training_bytes
         flops = self.flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
             *self._schedule(),
-            f"data: {corpus.source}: {len(corpus.training)} documents, {human(corpus.training_bytes, 'B')} "
-            f"to train on; {len(corpus.validation)} documents, {human(corpus.validation_bytes, 'B')} for validation",
-            *self._remarks_on_data(),
+            *self._data_lines(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{self.tokens_per_rank()} tokens of a sequence on each",
             f"step: {data.sequences_per_step} x {data.seq_len} = {self.tokens_per_step} tokens, {human(flops, 'FLOP')}",
-            f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {epochs:.2f} epochs, "
+            f"run: {config.run.steps} steps = {human(tokens, 'tokens')} = {tokens / corpus.n_training:.2f} epochs, "
             f"into {config.run.directory}",
             f"memory: {state} per rank for weights, gradients and optimizer state, plus activations",
         ]
 
     def first_text(self, length: int = 200) -> str:
         """The first characters of the first training sequence, escaped; they show a wrong path or pattern at once."""
-        tokens = Packer(self.corpus.training, self.config.data.seq_len, self.config.run.seed).sequence(0).tokens
-        text = bytes(tokens[: 4 * length].tolist()).decode("utf-8", "replace")
-        return repr(text[:length])
+        tokens, _ = self.training_sequences.sequence(0).read([(0, min(self.config.data.seq_len, 4 * length))])
+        if self.corpus.unit == "bytes":
+            return repr(bytes(tokens.tolist()).decode("utf-8", "replace")[:length])
+        corpus, _ = self.training_sequences.place(0)
+        folder = self.corpus.parts[corpus].tokenizer
+        if folder is None:
+            return "tokens " + " ".join(map(str, tokens[:20].tolist()))
+        return repr(TokenizerEncoder(folder).decode(tokens)[:length])
 
-    def _remarks_on_data(self) -> list[str]:
-        """Which files were left out, and which are trained on in a way that may not be meant."""
-        corpus, lines = self.corpus, []
-        if corpus.left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in corpus.left_out)
-            total = sum(count for _, count in corpus.left_out)
-            lines.append(f"left out: {total} files that are no text ({kinds}); data.not_text decides")
-        if corpus.json_lines:
-            lines.append(
-                f"note: {corpus.json_lines} files hold JSON lines; their keys, quotes and escapes are trained on too, "
-                "as bytes: write their text into files to avoid that"
+    def _data_lines(self) -> list[str]:
+        """What is read, by corpus, and how it is packed."""
+        data, corpora, lines = self.config.data, self.corpus, []
+        for part, weight in zip(corpora.parts, corpora.weights):
+            held_out = (
+                f"{len(part.validation.lengths)} documents, {_amount(part.n_validation, part.unit)} for validation"
             )
+            share = f"{100 * weight:.1f} % of " if len(corpora.parts) > 1 else ""
+            lines.append(
+                f"data: {share}{part.source}: {len(part.training.lengths)} documents, "
+                f"{_amount(part.n_training, part.unit)} to train on; "
+                + (f"validation on {data.validation_path}" if data.validation_path is not None else held_out)
+            )
+            lines += part.remarks
+        if data.packing == "best_fit":
+            packers = self.training_sequences.packers
+            waste = sum(weight * packer.waste for weight, packer in zip(corpora.weights, packers))
+            cut = sum(packer.n_cut for packer in packers)
+            lines.append(f"packing: best fit, {100 * waste:.2f} % padding; {cut} documents longer than seq_len are cut")
         return lines
 
     def tokens_per_rank(self) -> int:
@@ -124,6 +164,10 @@ class RunPlan:
         return ["schedule: " + ", ".join(f"{x.default} in steps {a} to {b}" for a, b, x in self._phases())]
 
 
+def _amount(tokens: int, unit: str) -> str:
+    return human(tokens, "B" if unit == "bytes" else "tokens")
+
+
 def plan_run(config: TrainConfig, size: int) -> RunPlan:
     """Check ``config`` for ``size`` ranks and open its data; nothing is written.
 
@@ -131,8 +175,6 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
         ValueError: sections that do not fit together, the number of ranks, or the data.
     """
     model, data = config.model, config.data
-    if model.vocab_size < VOCABULARY:
-        raise ValueError(f"model.vocab_size={model.vocab_size} is below {VOCABULARY}: the tokens are bytes")
     try:
         config.attention.full_layer_numbers(model.n_layers)
         config.attention.at(1, config.run.steps)
@@ -140,6 +182,8 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
         raise ValueError(f"attention.{error}") from None
     context = context_size(config.run, size)
     data_size = size // context
+    config = _with_accumulation(config, data_size)
+    data = config.data
     if data.sequences_per_step % data_size:
         raise ValueError(
             f"data.sequences_per_step={data.sequences_per_step} is not divisible by the {data_size} data ranks "
@@ -152,7 +196,33 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
             f"use one of {divisors(context)}, or null to go by the launcher"
         )
     _check_length(config, context)
-    return RunPlan(config, size, context, open_corpus(data, Path(config.run.directory)))
+    corpora = open_corpora(data, Path(config.run.directory))
+    for part in (*corpora.parts, *corpora.validation):
+        if part.vocab_size is not None:
+            _check_vocabulary(config, part.vocab_size, part.unit)
+    return RunPlan(config, size, context, corpora)
+
+
+def _check_vocabulary(config: TrainConfig, vocab_size: int, unit: str) -> None:
+    if config.model.vocab_size < vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is below {vocab_size}: "
+            + ("the tokens are bytes" if unit == "bytes" else "that is the vocabulary of the data's tokenizer")
+        )
+
+
+def _with_accumulation(config: TrainConfig, data_size: int) -> TrainConfig:
+    """The config with ``sequences_per_step`` as ``gradient_accumulation`` has it on so many data ranks."""
+    data = config.data
+    if data.gradient_accumulation is None:
+        return config
+    per_step = data.gradient_accumulation * data_size
+    if data.sequences_per_step not in (1, per_step):
+        raise ValueError(
+            f"data.sequences_per_step={data.sequences_per_step} and data.gradient_accumulation="
+            f"{data.gradient_accumulation} on {data_size} data ranks ask for different steps; leave one of them out"
+        )
+    return replace(config, data=replace(data, sequences_per_step=per_step))
 
 
 def _check_length(config: TrainConfig, context: int) -> None:

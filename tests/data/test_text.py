@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moba_cp.data.text import DataConfig, open_corpus
+from moba_cp.data.config import DataConfig
+from moba_cp.data.text import open_corpus
 
 GZIP = gzip.compress(b"some text that is longer than its header", mtime=0)
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
