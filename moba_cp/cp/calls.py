@@ -1,8 +1,8 @@
 """All ranks of a group make the same attention calls in the same order: an error on all of them where they do not.
 
-Collectives know nothing of layers. Where a rank leaves a call out, its next one would meet another layer's of the other
-ranks, and be given their keys. So every MoBA forward says, behind the block means that all ranks gather anyway, which
-call it is: a digest of all calls of the group so far, their number, and whether gradients are wanted.
+Collectives know nothing of layers. If a rank skips a call, its next call would be matched with another layer's on the
+other ranks, and receive that layer's keys. So every MoBA forward appends to the block means, which all ranks gather
+anyway, which call it is: a digest of all calls of the group so far, their number, and whether gradients are wanted.
 """
 
 import collections
@@ -49,7 +49,7 @@ class Ledger:
 
     def __init__(self):
         self.pending: collections.deque[Call] = collections.deque()
-        """Calls of which it is not known here yet what others made."""
+        """Calls that were not compared yet with those of the other ranks."""
         self._start = 0
         self.reset()
 
@@ -67,7 +67,7 @@ class Ledger:
         return self._start, self._contexts
 
     def enter(self, what: tuple) -> int:
-        """Write down one call; the digest of all so far."""
+        """Record one call; returns the digest of all so far."""
         self.count += 1
         self._digest = hashlib.blake2b(self._digest + repr(what).encode(), digest_size=8).digest()
         return int.from_bytes(self._digest, "little", signed=True)

@@ -30,7 +30,7 @@ def wait_for(event: torch.cuda.Event | None) -> None:
 
 
 class SideStream:
-    """A stream that goes before others; made at the first use."""
+    """A stream of high priority; made at the first use."""
 
     def __init__(self):
         self._stream: torch.cuda.Stream | None = None
@@ -86,7 +86,7 @@ class Communicator:
         """Name of the layer that is called next, for counters and error messages: a model sets it, a call reads it."""
         self.memory: Any = None
         """Memory that all ranks read, where a caller has such; see :func:`.symmetric_memory.peer_memory`."""
-        self._common = _in_common(group)
+        self._state = _state_of(group)
         self.calls = ledger_of(group)
         """The attention calls of all contexts of this group."""
         self.context_number: tuple[int, int] | None = None
@@ -199,9 +199,9 @@ class Communicator:
         """Context in which work is issued to the communication stream, once it has passed ``after``.
 
         Packing a message and sending it must not queue behind the attention that it is to overlap with, nor wait until
-        that leaves room on the GPU: the stream goes before others. (NCCL's own does under TORCH_NCCL_HIGH_PRIORITY=1.)
+        that leaves room on the GPU: the stream has high priority. (NCCL's own has under TORCH_NCCL_HIGH_PRIORITY=1.)
         """
-        return self._common.side.entered(after)
+        return self._state.side.entered(after)
 
     def reset_counters(self) -> None:
         """Start all counters again from zero."""
@@ -273,11 +273,11 @@ class Communicator:
 
     def _watch(self, event: torch.cuda.Event, what: str) -> None:
         # On a GPU waiting returns at once.
-        self._common.monitor(self).watch(event, what)
+        self._state.monitor(self).watch(event, what)
 
 
-class _InCommon:
-    """What the communicators of a group have in common, which are made for every batch; it ends with the group."""
+class _GroupState:
+    """What all communicators of a group share, of which there is one for every batch; it ends with the group."""
 
     def __init__(self):
         self.side = SideStream()
@@ -293,11 +293,11 @@ class _InCommon:
         return self._monitor
 
 
-_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _InCommon]" = weakref.WeakKeyDictionary()
+_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupState]" = weakref.WeakKeyDictionary()
 
 
-def _in_common(group: dist.ProcessGroup | None) -> _InCommon:
-    return _InCommon() if group is None else _groups.setdefault(group, _InCommon())
+def _state_of(group: dist.ProcessGroup | None) -> _GroupState:
+    return _GroupState() if group is None else _groups.setdefault(group, _GroupState())
 
 
 def record_stream(*tensors: Tensor) -> None:

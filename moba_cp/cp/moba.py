@@ -1,8 +1,9 @@
 """MoBA attention across ranks.
 
-Tails of straddling blocks go to the owners; block means are all-gathered; local queries select among all blocks. How
-they then attend to blocks of other ranks is a way's: all K and V come here, some heads at a time (:mod:`.allgather`),
-or what moves is planned, selected blocks or query rows (:mod:`.exchange`). A way has the methods of :class:`.ways.Way`.
+Tails of straddling blocks go to the owners; block means are all-gathered; local queries select among all blocks. There
+are two ways to attend to blocks of other ranks then: all K and V come here, some heads at a time (:mod:`.allgather`),
+or a plan says which blocks come here and which query rows go to theirs (:mod:`.exchange`). Both have the methods of
+:class:`.ways.Way`.
 
 Legend: L local tokens, X extra rows (assembled straddling blocks), n blocks, Hq query heads, Hkv key/value heads,
 D head dim, S = k - 1 selected blocks per row.
@@ -63,9 +64,9 @@ def enter(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, wanted: bool,
 
 def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: Call) -> Way:
     """The way that serves a call: an all-gather if it is asked for, or known beforehand to be the cheapest; otherwise
-    an exchange, which in ``auto`` turns to all-gathering where its plan would save little.
+    an exchange, which in ``auto`` falls back to an all-gather if its plan would save little.
 
-    What is asked here is the same on all ranks, so all of them choose alike.
+    The choice depends only on what is the same on all ranks, so all of them make the same.
     """
     options, transport, n_slots = cp.exchange, None, config.top_k - 1
     if cp.comm.size == 1:
@@ -117,7 +118,7 @@ def forward_pass(
     for counters in comm.counters_of(where):
         counters.dense_ring += ring
     if cp.observer is not None:
-        # At the end: where it fails, nothing is left half done.
+        # Last, so that an observer that raises interrupts no collective.
         cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
     made = Pass(scale, config.deterministic, call, comm, geometry, tables, way, ops)
     return out, lse, [block_indices, index, *saved], made
@@ -153,8 +154,8 @@ class _MoBAAcrossRanks(torch.autograd.Function):
     @without_autocast
     def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call, _anchor):
         out, lse, kept, ctx.made = forward_pass(q, k, v, config, scale, cp, call)
-        # Nothing that takes memory may hang on ctx by itself: a checkpoint drops only what autograd has saved, and
-        # backward needs the selection, the plan and the log-sum-exp of one and the same forward.
+        # No tensors on ctx itself: activation checkpointing drops only what autograd has saved, and backward needs the
+        # selection, the plan and the log-sum-exp of one and the same forward.
         ctx.save_for_backward(q, k, v, out, lse, *kept)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -202,7 +203,7 @@ def owned_pages(k: Tensor, v: Tensor, tables: OwnedTables, geometry: BlockGeomet
 def gather_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops, comm: Communicator, call: Call):
     """Mean key of every block of the sequence, [n, Hkv, D] in k's dtype; k [L + X, Hkv, D]; a collective call.
 
-    By the way the ranks tell one another which ``call`` they make.
+    The same message says which ``call`` this rank makes.
     """
     means = ops.block_means(k, tables.row, tables.length, geometry.block_size)
     if comm.size == 1:

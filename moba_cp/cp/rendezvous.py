@@ -1,9 +1,8 @@
-"""Where the ranks of a group meet to map one another's memory: keys are numbered by the group's own meetings.
+"""The rendezvous by which the ranks of a group map one another's memory, with keys that are numbered for each group.
 
-PyTorch's symmetric memory numbers the messages of a rendezvous by a counter of the process, not of the group (2.11 and
-2.13 do). Where some ranks of a group have made one in another group before and others have not, they look for one
-another under different keys and wait for ever. So memory is mapped here for a second process group of the same ranks,
-whose store counts anew.
+PyTorch's symmetric memory numbers the keys of a rendezvous by a counter of the process, not of the group (2.11 and 2.13
+do). If some ranks of a group have taken part in one of another group before and others have not, they wait for ever for
+different keys. So memory is mapped here for a second process group of the same ranks, whose store counts anew.
 """
 
 import contextlib
@@ -67,7 +66,7 @@ class RenumberedStore(dist.Store):
 
 
 class Rendezvous:
-    """The meetings of one group's ranks for symmetric memory."""
+    """Maps symmetric memory among the ranks of one group."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, token: str, limit: timedelta):
         """
@@ -84,7 +83,7 @@ class Rendezvous:
         if kind_of is not None and kind_of(device) not in (None, "CUDA"):
             self.name = group.group_name
             return
-        # Nobody else keeps these two.
+        # Nothing else holds references to these two.
         prefixed = dist.PrefixStore(f"moba_cp {token}", _get_process_group_store(group))
         self._store = RenumberedStore(prefixed, limit)
         self._group = dist.ProcessGroup(self._store, group.rank(), group.size())

@@ -1,7 +1,7 @@
-"""Memory of the other GPUs of a node: what one rank lays out, the others copy.
+"""Memory that the GPUs of a node read from one another: each rank writes its part, and the others copy it.
 
-The copies are made by the GPUs' copy engines. They leave multiprocessors to attention, which NCCL's kernels share with
-it, and nobody has to send.
+The GPUs' copy engines make the copies. They leave the multiprocessors to attention, of which NCCL's kernels take some,
+and need no send on the other side.
 """
 
 import os
@@ -32,10 +32,10 @@ class MissingMemory(RuntimeError):
 class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
-    A buffer has some slots. Stages of work, counted through all calls, take them in turn. On their streams for copies
-    all ranks do the same in the same order; after a barrier, what each copied before it has arrived. So after the
-    barrier that hands out K and V of a stage no rank reads those of earlier stages any more, and their slots may be
-    written; and after the barrier that returns the gradients of a stage the same holds for those of the stage before.
+    A buffer has several slots, which stages of work, counted over all calls, use in turn. On their streams for copies
+    all ranks issue the same in the same order, so after a barrier everything that was copied before it has arrived.
+    Hence after the barrier that publishes K and V of a stage no rank reads those of earlier stages any more, and their
+    slots may be written; after the barrier that returns the gradients of a stage the same holds for the stage before.
     """
 
     def __init__(self, rank: int, size: int):
@@ -48,7 +48,7 @@ class PeerMemory:
         self.barriers = 0
         """Barriers of stages so far."""
         self.generation = 0
-        """Counts the buffers that were made, so that whoever keeps parts of them knows when there are others."""
+        """Counts the buffers that were made, so that users of views of them see when they were replaced."""
         self._released: dict[tuple[str, int], torch.cuda.Event | None] = {}
 
     @property
@@ -73,7 +73,7 @@ class PeerMemory:
         if name in self._buffers and self._buffers[name][self.rank].nbytes >= slots * slot:
             return
         if name in self._buffers:
-            # Nobody may be reading what is freed now.
+            # No rank may still read what is freed now.
             self._settle()
             del self._buffers[name]
         # Made in inference mode they could not be written to in training.
@@ -102,7 +102,7 @@ class PeerMemory:
         places = self._all_ranks((self._stages, self.barriers))
         if len(set(places)) > 1:
             raise RuntimeError(
-                f"{what}: an earlier pass failed after different (stages, meetings) of the ranks, {places}; "
+                f"{what}: an earlier pass failed after different (stages, barriers) of the ranks, {places}; "
                 "all ranks have to start again"
             )
         self._settle()
@@ -160,16 +160,16 @@ class SymmetricMemory(PeerMemory):
     def __init__(self, group: dist.ProcessGroup, token: str):
         """``token``: equal on all ranks and new, see :class:`.rendezvous.Rendezvous`."""
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        # The table of memories lets go of a group that nobody else has; its memory must not keep it.
+        # The table of memories holds groups weakly; a group's memory must not keep it alive.
         self._group = weakref.ref(group)
         self._device = torch.device("cuda", torch.cuda.current_device())
         timeout = group._get_backend(self._device).options._timeout
         self._timeout_ms = int(timeout.total_seconds() * 1000)
         # Views of a buffer do not keep it: this does.
         self._owned: dict[str, tuple] = {}
-        # All have come this far together: nobody takes long.
+        # All ranks arrive here at about the same time.
         limit = min(timeout, timedelta(seconds=_RENDEZVOUS_SECONDS))
-        self._meeting_point = Rendezvous(group, self._device, token, limit)
+        self._mapping = Rendezvous(group, self._device, token, limit)
         self._rendezvous("barrier", _ROUND)
 
     def barrier(self) -> None:
@@ -196,7 +196,7 @@ class SymmetricMemory(PeerMemory):
         _agree(error, self._group(), what)
         handle = None
         try:
-            handle = self._meeting_point.map(buffer)
+            handle = self._mapping.map(buffer)
         except RuntimeError as failure:
             error = _first_line(failure)
         _agree(error, self._group(), what)

@@ -53,7 +53,7 @@ def _tasks(blocks: Tensor, limits: Tensor, n_blocks: int, task_rows: int) -> _Ta
 
 
 def _visits(pages: Pages, kv_head: int, block_indices: Tensor, current_block: Tensor | None, visible: Tensor | None):
-    """Blocks and limits [N, G, S'] of the visits whose block lies in ``pages``; chosen [N, G, S]."""
+    """Blocks and limits [N, G, S'] of the visits whose block lies in ``pages``; block_indices [N, G, S]."""
     here = pages.row[kv_head] >= 0
     found = (block_indices >= 0) & here[block_indices.long().clamp(min=0)] if here.numel() else block_indices >= 0
     blocks = torch.where(found, block_indices, -1)

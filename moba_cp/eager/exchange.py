@@ -9,10 +9,10 @@ whole decision, and how many rows it sends in all), then a byte for each pair th
 pair is (KV head, block), numbered ``head * n + block``.
 
 Legend: N rows (tokens), Hq query heads, Hkv key/value heads, G = Hq // Hkv, S selected blocks per row, n blocks,
-P ranks (owners), C candidates. A *slot* is one selected block of one row and head. A *place* is where a row goes that
-wants a block: one number per owner and stage (``stage * owners + owner``), -1 for blocks that are here. A row goes to a
-place once, by its first slot that wants to. *Sizes* are [2, stages, P + 1] int64: rows received from (0) and sent to
-(1) each rank, and in the last column pairs.
+P ranks (owners), C candidates. A *slot* is one selected block of one row and head. A *destination* (``dest``) is where
+a row goes that wants a block: one number per owner and stage (``stage * owners + owner``), -1 for blocks that are here.
+A row goes to a destination once, for its first slot that has it. *Sizes* are [2, stages, P + 1] int64: rows received
+from (0) and sent to (1) each rank, and in the last column pairs.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,8 @@ def count_choices(block_indices: Tensor, open_dest: Tensor, unit: int) -> Tensor
 
     Args:
         block_indices: [N, Hq, S] int32 block ids, -1 for none.
-        open_dest: [Hkv, n] int32 places; -1 also where rows are not to be counted.
-        unit: a row's share is ``unit`` over the number of its slots with the same place; 0 for no shares.
+        open_dest: [Hkv, n] int32 destinations; -1 also where rows are not to be counted.
+        unit: a row's share is ``unit`` over the number of its slots with the same destination; 0 for no shares.
 
     Returns:
         [1 or 2, R, Hkv, n] int64, to be summed over R: numbers of slots, and if ``unit`` is not 0 the shares, which are
@@ -70,12 +70,12 @@ def list_rows(block_indices: Tensor, dest: Tensor, n_dests: int) -> tuple[Tensor
     """The slots whose rows are sent; ``dest`` [Hkv, n] int32 is -1 also for blocks that are fetched.
 
     Returns:
-        int32 indices into the flattened [Hq, N, S] slots, int64 where there are 2^31 or more, by place, head, token,
-        slot, as many as there are slots at all: those past the last end mean nothing; and [places] int32, where each
-        place's part of the list ends.
+        int32 indices into the flattened [Hq, N, S] slots, int64 where there are 2^31 or more, by destination, head,
+        token, slot, as many as there are slots at all: those past the last end mean nothing; and [dests] int32, where
+        each destination's part of the list ends.
     """
-    places = [torch.where(_first(at), at, n_dests) for _, _, at in _by_head(block_indices, dest)]
-    flat = torch.cat(places, 1).transpose(0, 1).flatten()
+    dests = [torch.where(_first(at), at, n_dests) for _, _, at in _by_head(block_indices, dest)]
+    flat = torch.cat(dests, 1).transpose(0, 1).flatten()
     counts = torch.zeros(n_dests + 1, dtype=torch.int32, device=block_indices.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
     dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
@@ -83,7 +83,7 @@ def list_rows(block_indices: Tensor, dest: Tensor, n_dests: int) -> tuple[Tensor
 
 
 def _by_head(block_indices: Tensor, dest: Tensor):
-    """(KV head, blocks, places) of its group's slots, [N, G, S] int64 each."""
+    """(KV head, blocks, destinations) of its group's slots, [N, G, S] int64 each."""
     group = block_indices.shape[1] // dest.shape[0]
     for head, table in enumerate(dest.long()):
         block = block_indices[:, head * group : (head + 1) * group].long()
@@ -91,7 +91,7 @@ def _by_head(block_indices: Tensor, dest: Tensor):
 
 
 def _first(at: Tensor) -> Tensor:
-    """[N, G, S] bool, slots for which their row is sent: the first of each place; ``at`` [N, G, S], -1 for none."""
+    """[N, G, S] bool, slots whose row is sent: the first of each destination; ``at`` [N, G, S], -1 for none."""
     first = at >= 0
     for slot in range(1, at.shape[-1]):
         first[..., slot] &= ~(at[..., :slot] == at[..., slot : slot + 1]).any(-1)
@@ -99,7 +99,7 @@ def _first(at: Tensor) -> Tensor:
 
 
 def row_ids(block_indices: Tensor, slots: Tensor, dest: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
-    """The blocks that each row sent wants from where it goes: those with the place of the slot that it is sent for.
+    """The blocks that each row wants where it is sent: those of all its slots with this destination.
 
     Args:
         block_indices: [N, H, S] int32 block ids, -1 for none.

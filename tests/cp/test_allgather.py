@@ -321,7 +321,7 @@ def _fails_elsewhere(comm):
 
 
 def test_a_pass_that_failed_at_different_places_cannot_be_mended():
-    says = "layer 2: an earlier pass failed after different (stages, meetings) of the ranks, [(0, 0), (1, 0)]; "
+    says = "layer 2: an earlier pass failed after different (stages, barriers) of the ranks, [(0, 0), (1, 0)]; "
     assert run_threads(2, _fails_elsewhere) == [says + "all ranks have to start again"] * 2
 
 

@@ -229,7 +229,7 @@ def test_a_thousand_contexts_leave_nothing_behind(one_rank):
 
 def test_one_monitor_and_one_stream_for_each_group(one_rank):
     first, second = (dist.new_group([0]) for _ in range(2))
-    beside = [Communicator(group)._common for group in (first, first, second, second)]
+    beside = [Communicator(group)._state for group in (first, first, second, second)]
     assert beside[0] is beside[1] is not beside[2] is beside[3]
     assert beside[0].side is not beside[2].side
 

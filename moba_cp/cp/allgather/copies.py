@@ -14,8 +14,8 @@ from ..comm import Communicator
 from ..symmetric_memory import MissingMemory, PeerMemory
 from .stages import GatherTables, Stage
 
-# Of peer memory, by buffer. Between the end of a stage and the next use of its storage lie packing, a barrier and
-# copies: with two, attention to the stage between would have to be longer than all that.
+# Slots of each buffer of peer memory. Between the end of a stage and the next use of its slot are packing, a barrier
+# and copies: with two slots, attention to the stage in between would have to take longer than all of these.
 SLOTS = {"kv": 3, "gradients": 2}
 
 
@@ -59,7 +59,7 @@ class CopyEngines:
                 # Before activations fill what is left.
                 memory.reserve("gradients", SLOTS["gradients"], rows * 2 * tables.dim * tables.wire.itemsize)
         except MissingMemory:
-            # All ranks know, and nothing has begun.
+            # Raised on all ranks, and nothing was issued yet.
             memory.close_pass()
             raise
 
@@ -83,7 +83,7 @@ class CopyEngines:
                 pack(moves.storage[own : own + stage.n_rows])
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
-                # Also where nothing moves: it says that what others gave in earlier stages has been read here.
+                # Also if nothing moves: the others learn that what they gave in earlier stages was read here.
                 _barrier(memory)
                 if kept is None:
                     _copy(moves.targets, moves.sources)
@@ -107,7 +107,7 @@ class CopyEngines:
 
             def start() -> tuple[Tensor, torch.cuda.Event | None]:
                 _barrier(memory)
-                # What was given in the stage before has been copied by all, and summed here.
+                # Past the barrier all ranks have copied what this one gave in the stage before, and summed theirs.
                 memory.release("gradients", stage.number - 1, comm.record_event(grads))
                 arrived = grads.new_empty(sum(moves.n_rows), 2, self.tables.dim)
                 _copy(arrived.split(moves.n_rows), moves.sources)
@@ -133,7 +133,7 @@ class CopyEngines:
         """What moves of buffer ``name`` in this stage: "kv", or partial "gradients". Made once for each slot."""
         memory, tables = self._memory, self.tables
         if self._generation != memory.generation:
-            # Other buffers have taken the place of those.
+            # The buffers have been replaced.
             self._moves.clear()
             self._generation = memory.generation
         key = name, memory.slot(name, stage.number), stage.count

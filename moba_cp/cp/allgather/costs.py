@@ -26,7 +26,7 @@ def forward_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float
 
 @dataclass(frozen=True)
 class GatherCosts:
-    """What moves then, and whether a plan would be better; all ranks find the same."""
+    """What an all-gather moves, and whether a plan would be better; the same on all ranks."""
 
     geometry: BlockGeometry
     """of any rank"""

@@ -26,7 +26,7 @@ from .stages import GatherTables, Stage, build_gather_tables
 
 
 class Collectives:
-    """Moves the stages of a layer by collectives: all rows, also those that nobody can see."""
+    """Moves the stages of a layer by collectives: all rows, also those that no rank can see."""
 
     ahead = 2
     """Stages that have begun when the first of them is computed."""
@@ -62,7 +62,7 @@ class Collectives:
         """[P * H * W, 2, D], as it will travel, for this rank's partial gradients of the storage; rows that this rank
         can see hold anything."""
         grads = stage.storage.new_empty(stage.storage.shape, dtype=self.tables.wire)
-        # What this rank cannot see travels too.
+        # Rows that this rank cannot see are sent too.
         for shard, seen in zip(grads.split(stage.n_rows), self.tables.seen_here[stage.count], strict=True):
             shard[: seen.start], shard[seen.stop :] = 0, 0
         return grads
@@ -117,7 +117,7 @@ class AllGather:
         self._stages: Iterator[Stage] | None = None
         self._kept: list[Tensor] = []
         self._task_cache: dict = {}
-        """What attention to the stages of a pass has in common."""
+        """Tasks that attention to all stages of a pass shares."""
         self._returning: Callable[[], torch.cuda.Event | None] | None = None
         self._summed: torch.cuda.Event | None = None
 
@@ -213,7 +213,7 @@ class AllGather:
         dk, dv = kv_grads
 
         def sum_up(arrived: Tensor) -> None:
-            # What nobody attends to, tails of others' blocks, becomes anything.
+            # Rows that no rank attends to, tails of other ranks' blocks, get any values.
             record_stream(dk, dv)
             own = grads[tables.rank * stage.n_rows : (tables.rank + 1) * stage.n_rows]
             sums = dk[:, stage.heads], dv[:, stage.heads]
@@ -241,7 +241,7 @@ class AllGather:
         )
 
     def _sum_up(self) -> None:
-        """Issue the sums of the stage before, whose partial gradients have been on their way for a while."""
+        """Issue the sums of the stage before, whose partial gradients were sent while this stage was computed."""
         if self._returning is not None:
             self._summed, self._returning = self._returning(), None
 

@@ -128,7 +128,7 @@ class BlockStage:
         for source in sources:
             self.ops.copy_pages(source, hop.give, hop.give_offset, packed)
         if hop.rows is None:
-            # Before the transfer starts: whoever waits for that finds both.
+            # Issued before the transfer, so that waiting for that covers this too.
             hop.rows = torch.full(self.fetch_mask.shape, -1, dtype=torch.int64, device=hop.want.device)
             hop.rows.view(-1)[hop.want] = hop.want_offset
         return self.comm.all_to_all(packed, hop.send, hop.receive, "kv", self.where)

@@ -1,9 +1,9 @@
 """What moves in a call: a block comes here, or rows go where it is, whichever is cheaper; and telling the owners.
 
-A decision is local to one rank. The owners hear of it in one all-to-all of fixed size: everybody knows who can serve
-which block, so a request is a flag for each and needs no lengths. From the flags both sides list the same pairs in the
-same order. All of it stays on the device; only the sizes of the messages come to the host, in one copy that is read
-when the first transfer starts.
+Each rank decides for itself and tells the owners in one all-to-all of fixed size: all ranks know which blocks each of
+them can serve, so a request is one flag for each of these and needs no lengths. From the flags both sides list the same
+pairs in the same order. All of it stays on the device; only the sizes of the messages come to the host, in one copy
+that is read when the first transfer starts.
 
 Legend: L local tokens, P ranks, n blocks, Hq query heads, Hkv key/value heads, S = k - 1 selected blocks per row. A row
 is a (token, query head) pair. A pair is (KV head, block), numbered ``head * n + block``. A stage is one of the parts in

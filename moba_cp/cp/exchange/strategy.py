@@ -110,7 +110,7 @@ class Exchange:
     def forward(self, queries: Queries, owned: Pages) -> Attended:
         """See :class:`..ways.Way`; after :meth:`plan`."""
         q, comm, ops, ready = queries.q, self._comm, self._ops, self._ready
-        # What lies here waits for nobody; meanwhile the plan's sizes come to the host.
+        # Local blocks need no transfer; meanwhile the plan's sizes are copied to the host.
         out = torch.empty(q.shape, dtype=WIDE[q.dtype], device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=out.dtype, device=q.device)
         ops.attend(q, owned, *queries.seen, index=queries.index, out=(out, lse))
@@ -118,7 +118,7 @@ class Exchange:
             return Attended(out, lse, [], self)
         plan, self._plan, self._ready = self._plan, None, None
         with comm.on_comm_stream(ready):
-            # The host waits here anyway, for what was sent later.
+            # This waits for nothing more: the plan's sizes, for which the host waits next, were sent later.
             self._call.check()
             numbers = plan.numbers.get()
             sizes = Sizes.of(numbers)
