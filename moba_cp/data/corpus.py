@@ -24,6 +24,8 @@ class Documents(Protocol):
 
     lengths: np.ndarray
     """[n] int64, tokens of each."""
+    paths: tuple[Path, ...]
+    """Files that hold them."""
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens ``[start, stop)`` of a document."""
@@ -38,6 +40,7 @@ class TextDocuments:
     def __init__(self, documents: tuple[Document, ...]):
         self.documents = documents
         self.lengths = np.array([document.length for document in documents], dtype=np.int64)
+        self.paths = tuple(document.path for document in documents)
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return self.documents[document].read(start, stop)
@@ -60,6 +63,7 @@ class TokenDocuments:
         self, files: IndexedDocuments, starts: np.ndarray, lengths: np.ndarray, mask: IndexedDocuments | None = None
     ):
         self.files, self.starts, self.lengths, self.mask = files, starts, lengths, mask
+        self.paths = (*files.paths, *(mask.paths if mask is not None else ()))
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         first = int(self.starts[document])
@@ -110,6 +114,12 @@ class Corpora:
     """Share of the sequences of each part; they add up to 1."""
     validation: tuple[Part, ...]
     """Whose documents for validation are used."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files that are read, each once."""
+        every = (path for part in self.parts for some in (part.training, part.validation) for path in some.paths)
+        return list(dict.fromkeys(every))
 
     @property
     def source(self) -> str:

@@ -45,6 +45,7 @@ class IndexedDocuments:
     def __init__(self, prefix: str | Path):
         self.prefix = Path(prefix)
         index, self._bin = _with(self.prefix, ".idx"), _with(self.prefix, ".bin")
+        self.paths = index, self._bin
         for file in (index, self._bin):
             if not file.is_file():
                 raise ValueError(f"{file}: no such file; {self.prefix} needs both its .bin and its .idx")

@@ -159,7 +159,7 @@ def _equal_everywhere(plan: RunPlan) -> dict[str, Any]:
         **to_dict(plan.config),
         "version of": {name: mine[name] for name in ("moba-cp", "torch", "triton", "megatron-core")},
         "corpus": {"fingerprint": corpus.fingerprint},
-        "content of": content_of(document.path for document in (*corpus.training, *corpus.validation)),
+        "content of": content_of(corpus.paths),
     }
 
 
