@@ -33,29 +33,14 @@ def attend(
     task_cache: dict | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of rows to those of their blocks that lie in ``pages``.
+    """See :func:`moba_cp.eager.attend`; q is float32, bfloat16 or float16, and wide means float32.
 
     Args:
-        q: [N, Hq, D] float32, bfloat16 or float16.
-        pages: a :class:`moba_cp.blocks.Pages`; Hkv is ``pages.row.shape[0]``.
-        block_indices: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped.
-        current_block: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
-        visible: [N] int32, with ``current_block``.
-        scale: factor of the scores.
-        out_dtype: of the output; float32 if it is None.
+        index: of :func:`routing_index`, made here for these ``pages`` if it is None.
+        out: the output has unit stride in D.
+        task_cache: the first call stores the tasks of all heads in it, and the others reuse them.
         scratch_bytes: bound of the memory for partial results, kept by working in slices of heads and rows; by default
             FORWARD_SCRATCH, or the size of q if that is more.
-        index: of :func:`routing_index`, made here for these ``pages`` if it is None.
-        kv_heads: with ``out``: the KV heads to compute; all if it is None.
-        out: the output, with unit stride in D, and the log-sum-exp over other keys: the result is merged into both.
-            The output may hold anything where the log-sum-exp is -inf.
-        overwrite_out: ``out`` holds nothing yet and is overwritten; its output may have any dtype.
-        task_cache: a dict, empty at first, for calls that differ only in ``kv_heads``, ``out`` and the storages. These
-            must have the same layout, and ``q``, ``block_indices``, ``index``, ``pages.row`` and ``pages.head`` must be
-            the same objects. The first call stores the tasks of all heads in it, and the others reuse them.
-
-    Returns:
-        out [N, Hq, D] and lse [N, Hq] float32; a row that sees nothing has out 0 and lse -inf.
     """
     check_head_dim(q.shape[2])
     out_dtype = out_dtype or torch.float32
@@ -114,27 +99,15 @@ def attend_backward(
     task_cache: dict | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`attend`, as the part that this storage has in the attention over all storages.
+    """See :func:`moba_cp.eager.attend_backward`; lse and delta are float32, and wide means float32.
 
     Args:
-        dout: [N, Hq, D] in q's dtype, gradient of the final output.
-        lse: [N, Hq] float32, log-sum-exp over everything the row sees, in all storages.
-        delta: [N, Hq] float32, row sums of ``dout * out`` of the final output.
         deterministic: bit-identical results from run to run.
-        local_dtype: dtype of the three gradients where ``pages`` are :func:`moba_cp.blocks.local_pages`; float32
-            sums of dk and dv then exist for a few heads at a time.
-        scratch_bytes: as in :func:`attend`, by default BACKWARD_SCRATCH or the size of q.
-        index, kv_heads: as in :func:`attend`; the index is used where rows need not be cut, else made again.
-        out: dq, dk and dv to add the gradients to; new tensors if it is None. They are float32 with unit stride in D,
-            dk and dv have equal strides, and ``local_dtype`` is None.
-        overwrite_dkv: dk and dv of ``out`` hold nothing yet, and may have any dtype. Rows of blocks in ``pages`` are
-            overwritten, others are kept or zeroed, so one call must cover all blocks of the storage.
-        overwrite_dq: dq of ``out`` holds nothing yet, and may have any dtype, because this is the first storage.
+        local_dtype: float32 sums of dk and dv exist for a few heads at a time.
+        index: used where rows need not be cut, else made again.
+        out: dq, dk and dv have unit stride in D.
         dkdv_done: called once all kernels that write dk and dv are launched; dQ may be computed after.
-        task_cache: as in :func:`attend`.
-
-    Returns:
-        dq [N, Hq, D], and dk, dv shaped like the storages, zero where no page lies; float32 unless ``local_dtype``.
+        scratch_bytes: as in :func:`attend`, by default BACKWARD_SCRATCH or the size of q.
     """
     assert out is None or local_dtype is None and out[1].stride() == out[2].stride()
     check_head_dim(q.shape[2])

@@ -35,17 +35,7 @@ def _means_kernel(
 
 
 def block_means(k: Tensor, start: Tensor, length: Tensor, block_size: int) -> Tensor:
-    """Mean key of every block, summed in float32.
-
-    Args:
-        k: [R, Hkv, D] float32, bfloat16 or float16, unit stride in D.
-        start: [n] int64, first row of each block.
-        length: [n] int32, rows of each block; 0 for an entry that stands for no block.
-        block_size: the largest length.
-
-    Returns:
-        [n, Hkv, D] in k's dtype, zero for entries of length 0.
-    """
+    """See :func:`moba_cp.eager.block_means`; k is float32, bfloat16 or float16, and summed in float32."""
     k = check_unit_stride(k)
     n, (_, n_heads, dim) = start.numel(), k.shape
     means = torch.empty(n, n_heads, dim, dtype=k.dtype, device=k.device)

@@ -211,18 +211,12 @@ def _merge_rows_kernel(
 
 
 def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor) -> None:
-    """Merge partial results of single rows into ``out`` and ``lse``, in place and in the order of the slots.
-
-    Args:
-        out: [N, Hq, D] float32, unit stride in D; lse: [N, Hq] float32.
-        part: [M, D] float32, unit stride in D; part_lse: [M] float32; any stride in M.
-        index: [N, Hq, S] int32 contiguous, row of ``part`` that belongs to each slot, -1 for none.
-    """
+    """See :func:`moba_cp.eager.merge_rows`; all are float32 with unit stride in D, but the contiguous ``index``."""
     _on_rows(out, lse, part, part_lse, index)
 
 
 def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
-    """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
+    """See :func:`moba_cp.eager.add_rows`; tensors as in :func:`merge_rows`."""
     _on_rows(out, None, part, None, index)
 
 
@@ -257,7 +251,7 @@ def _row_sums_kernel(
 
 
 def row_sums(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of ``a * b`` over D in float32: a, b [N, Hq, D] -> [N, Hq]. With dout and out: the backward's ``delta``."""
+    """See :func:`moba_cp.eager.row_sums`; sums are float32."""
     a, b = check_unit_stride(a), check_unit_stride(b)
     n_rows, n_heads, dim = a.shape
     sums = torch.empty(n_rows, n_heads, dtype=torch.float32, device=a.device)

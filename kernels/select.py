@@ -86,18 +86,9 @@ def _select_kernel(
 
 
 def select_blocks(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, top_k: int) -> Tensor:
-    """The ``top_k - 1`` best blocks of every row and head.
+    """See :func:`moba_cp.eager.select_blocks`; q is float32, bfloat16 or float16, and means have its dtype.
 
-    Args:
-        q: [N, Hq, D] float32, bfloat16 or float16.
-        means: [n, Hkv, D] in q's dtype.
-        first, current_block: [N] int32; the candidates of row ``t`` are the blocks
-            ``first[t] <= id < current_block[t]``.
-        top_k: blocks per query, the current block included.
-
-    Returns:
-        [N, Hq, top_k - 1] int32, best first, -1 where there are fewer candidates. Equal scores: the higher id.
-        A row's result does not depend on the other rows.
+    A row's result does not depend on the other rows.
     """
     n_rows, n_heads, dim = q.shape
     check_head_dim(dim)
