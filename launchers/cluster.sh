@@ -11,7 +11,7 @@ usage() { # SCRIPT: its comment from the second line on is its help
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"
 }
 
-find_python() { # ROOT: sets python
+find_python() { # ROOT: sets python and torch_version
     if [ -n "${MOBA_CP_PYTHON:-}" ]; then
         read -ra python <<<"$MOBA_CP_PYTHON"
     elif [ -x "${VENV:-$1/.venv}/bin/python" ]; then
@@ -19,7 +19,7 @@ find_python() { # ROOT: sets python
     else
         python=(python3)
     fi
-    if ! "${python[@]}" -c 'import moba_cp'; then
+    if ! torch_version="$("${python[@]}" -c 'import importlib.metadata as m, moba_cp; print(m.version("torch"))')"; then
         say "${python[*]} cannot import moba_cp; run launchers/quickstart.sh once, or set VENV or MOBA_CP_PYTHON"
         exit 2
     fi
@@ -72,13 +72,14 @@ settings() { # RANKS_OF_THIS_MACHINE CPUS: what NCCL and PyTorch are told; what 
     # One line of warnings from NCCL says more than the timeout that follows from what went wrong.
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     # The flight recorder: the last collectives of each rank, written when one times out, show which rank did not come.
-    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}" # its name from PyTorch 2.9 on
-    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+    local size=TORCH_FR_BUFFER_SIZE files=TORCH_FR_DUMP_TEMP_FILE
+    case "$torch_version" in
+    2.[0-8].*) size=TORCH_NCCL_TRACE_BUFFER_SIZE files=TORCH_NCCL_DEBUG_INFO_TEMP_FILE ;; # as they were called then
+    esac
     export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-    local flight="${directory:-.}/flight-recorder"
-    export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$flight/rank-}"
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$flight/rank-}"
-    mkdir -p "$(dirname "$TORCH_FR_DUMP_TEMP_FILE")" "$(dirname "$TORCH_NCCL_DEBUG_INFO_TEMP_FILE")"
+    export "$size=${!size:-2000}" "$files=${!files:-${directory:-.}/flight-recorder/rank-}"
+    # Only NCCL has one; it makes no folder.
+    [ ! -e /dev/nvidiactl ] || mkdir -p "$(dirname "${!files}")"
     # Threads for what runs on the CPU: each rank its share of the cores, so that ranks do not take them from each other.
     local threads=$(($2 / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads))}"

@@ -75,7 +75,7 @@ rendezvous=(
 )
 attempt=0
 while :; do
-    say "$address ($interface) with $ranks ranks; waiting up to $patience s for $((nodes - 1)) other machines at $head:$port"
+    say "this machine: $address ($interface), ranks: $ranks; waiting up to $patience s for $nodes machines at $head:$port"
     run "${python[@]}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" "${rendezvous[@]}" \
         -m "${module[@]}"
     case "$code" in

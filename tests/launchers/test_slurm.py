@@ -17,6 +17,7 @@ SCRIPT = str(ROOT / "launchers" / "slurm.sbatch")
 # Stands for Python where only what the script does with exit codes and checkpoints is looked at: quick, and can fail.
 FAKE = """#!/usr/bin/env bash
 case "$*" in
+-c*) echo 2.13.0 ;;
 *--dry-run*) printf 'run:\\n  directory: {folder}/run\\n' ;;
 *address*) echo 12345 ;;
 *launchers.rank*) {rank} ;;
