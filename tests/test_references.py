@@ -62,9 +62,24 @@ def test_roles_in_docstrings_and_comments_name_what_there_is():
     assert not missing, "\n".join(missing)
 
 
+# Where the files that documents name are looked for: in the package, or in a room that is being described.
+ROOTS = [ROOT, *(ROOT / place for place in ("moba_cp", "moba_cp/cp", "moba_cp/cp/exchange", "kernels", "docs"))]
+
+
+def test_what_the_architecture_page_says_is_in_a_file_is_in_it():
+    """``name`` in ``file``, or ``file`` (``name``, ...)."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    pairs = [(path, name) for name, path in re.findall(r"`([\w.]+)`(?:, made)? in `([\w./]+\.py)`", text)]
+    for path, names in re.findall(r"`([\w./]+\.py)` \(((?:`[\w.]+`(?:, )?)+)", text):
+        pairs += [(path, name) for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(pairs) > 12
+    for path, name in pairs:
+        (file,) = {root / path for root in ROOTS if (root / path).exists()}
+        for word in name.split("."):
+            assert re.search(rf"\b{word}\b", file.read_text()), f"{path} has no {name}"
+
+
 def test_files_that_documents_name_are_there():
-    """In the documents and in the README, from the root, from the package, or from a room that is being described."""
-    roots = [ROOT, *(ROOT / place for place in ("moba_cp", "moba_cp/cp", "moba_cp/cp/exchange", "kernels", "docs"))]
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     file, link = re.compile(r"`([\w./-]+\.(?:py|sh|md))`"), re.compile(r"\]\(([\w./-]+)\)")
     missing = []
@@ -75,6 +90,6 @@ def test_files_that_documents_name_are_there():
         missing += [
             f"{document.name}: {name}"
             for name in sorted(names)
-            if not any((root / name).exists() for root in [document.parent, *roots])
+            if not any((root / name).exists() for root in [document.parent, *ROOTS])
         ]
     assert not missing, "\n".join(missing)
