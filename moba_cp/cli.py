@@ -18,6 +18,10 @@ from moba_cp import __version__
 # Command -> its module, what it does. To add a command, add a line.
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
+    "config": ("moba_cp.train.config_command", "explain every key of a training config, or print one whole"),
+    "import": ("moba_cp.train.import_command", "write a config that begins with an existing model's weights"),
+    "export": ("moba_cp.train.export_command", "write a trained model for transformers or Megatron-LM"),
+    "eval": ("moba_cp.train.eval_command", "loss, perplexity and bits per byte of a model, by position"),
     "data build": ("moba_cp.data.command", "make tokens of text, JSON lines or Parquet, for training"),
     "data show": ("moba_cp.data.show", "print what tokenized data, or a sequence of it, holds"),
     "bench attention": (

@@ -86,6 +86,8 @@ class Part:
     """Of its tokens; None where the files do not say."""
     unit: str
     """``bytes`` or ``tokens``: what a token is."""
+    bytes_per_token: float | None = None
+    """Of its text; None where the files do not say."""
     remarks: tuple[str, ...] = ()
     """What should be said of it before the run."""
 
@@ -206,6 +208,7 @@ def _open(corpus: CorpusConfig | None, config: DataConfig, run_folder: Path | No
         fingerprint=found.fingerprint,
         vocab_size=VOCABULARY,
         unit="bytes",
+        bytes_per_token=1.0,
         remarks=tuple(remarks),
     )
 
@@ -226,6 +229,7 @@ def _open_tokens(corpus: CorpusConfig, prefix: Path, config: DataConfig) -> Part
         fingerprint=_fingerprint(files, mask),
         vocab_size=told.get("vocab_size"),
         unit="bytes" if told.get("name") == "bytes" else "tokens",
+        bytes_per_token=files.description.get("bytes_per_token"),
         remarks=() if mask is None else (f"loss mask: {mask.prefix}",),
     )
     for name, number in (("train on", part.n_training), ("validate on", part.n_validation)):

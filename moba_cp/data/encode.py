@@ -71,7 +71,7 @@ class TokenizerEncoder:
         self.vocab_size = max([self.vocab_size - 1, *self.tokenizer.get_vocab().values()]) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size < _TWO_BYTES_BELOW else np.int32)
         self.begin = self._special(begin, "--begin-token")
-        self.end = self._special(_end_of(self.file) if end == "auto" else end, "--end-token")
+        self.end = self._special(_named(self.file, "eos_token") if end == "auto" else end, "--end-token")
         self._words = word_cache(self.tokenizer, self.dtype)
 
     def encode(self, text: str) -> np.ndarray:
@@ -117,6 +117,11 @@ class TokenizerEncoder:
             "hash": digest,
         }
 
+    def special_ids(self) -> dict[str, int | None]:
+        """The ids of the tokens that begin and end a text, as a model's config.json names them."""
+        names = {"bos_token_id": _named(self.file, "bos_token"), "eos_token_id": _named(self.file, "eos_token")}
+        return {name: self.tokenizer.token_to_id(token) for name, token in names.items() if token is not None}
+
     def copy_to(self, folder: Path) -> None:
         """Put the tokenizer's files into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,13 +159,13 @@ def tokenizer_file(path: str | Path) -> Path:
     return file
 
 
-def _end_of(file: Path) -> str | None:
-    """The end-of-sequence token that the files beside a tokenizer name."""
+def _named(file: Path, name: str) -> str | None:
+    """The token that the files beside a tokenizer call ``name``, such as ``eos_token``."""
     config = file.parent / TOKENIZER_CONFIG
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads(config.read_text(encoding="utf-8")).get(name)
     except (ValueError, AttributeError):
         raise ValueError(f"{config}: not JSON with a tokenizer's settings") from None
     return token.get("content") if isinstance(token, dict) else token

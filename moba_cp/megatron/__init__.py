@@ -25,6 +25,7 @@ _LAZY = {
     "MoBAGPTModel": "model",
     "build_model": "model",
     "load_hf": "hf",
+    "hf_config_of": "hf_config",
     "model_config_of": "hf_config",
     "save_hf": "hf",
 }

@@ -7,7 +7,7 @@ Legend: g key/value heads, D head dim, H hidden size; "whole" is a parameter bef
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ _MODEL = {
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, path: str | Path) -> None:
+def load_hf(model: nn.Module, path: str | Path, same_rotary: bool = True) -> None:
     """Fill the parameters of a GPTModel from a checkpoint's safetensors.
 
     Works on a pipeline stage, on a tensor-parallel rank's part, and after FSDP2 has sharded the model; each rank reads
@@ -54,6 +54,7 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
     Args:
         model: as built, or inside of Megatron's wrappers.
         path: folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        same_rotary: refuse a model whose rotary embedding is another one; training for longer sequences changes it.
 
     Raises:
         ValueError: the checkpoint's model is not served, or not the one that was built; its files contradict one
@@ -62,7 +63,7 @@ def load_hf(model: nn.Module, path: str | Path) -> None:
     model, path = _unwrap(model), Path(path)
     files = CheckpointFiles(path)
     hf = describe(read_config(path), f"{path}/config.json")
-    check_same_model(model, hf, f"{path}/config.json")
+    check_same_model(model, hf, f"{path}/config.json", same_rotary)
     used = set()
     for name, parameter in model.named_parameters():
         names = _names(model, name)
@@ -94,6 +95,8 @@ def save_hf(
     hf_config: dict,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
+    read: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write the parameters of a GPTModel as a checkpoint that Hugging Face's classes load.
 
@@ -107,6 +110,8 @@ def save_hf(
             ``vocab_size`` cuts off the rows that pad the vocabulary.
         dtype: of the written tensors; the parameters' own by default.
         shard_bytes: one file holds at most so much, and so much is held in memory.
+        read: gives the values of some parameters, by name, where the model's are not there (on the meta device).
+        files: other files to write, name -> text, such as ``generation_config.json``.
 
     Raises:
         ValueError: the model is split, or is not the one that ``hf_config`` describes.
@@ -130,7 +135,7 @@ def save_hf(
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     export = Export(path) if not dist.is_initialized() or dist.get_rank() == 0 else None
     try:
-        _write(model, export, hf_config, dtype, _shards(model, dtype, shard_bytes))
+        _write(model, export, hf_config, dtype, _shards(model, dtype, shard_bytes), read, files or {})
     except BaseException:
         if export is not None:
             export.discard()
@@ -141,13 +146,15 @@ def save_hf(
         dist.barrier()
 
 
-def _write(model, export: Export | None, hf_config: dict, dtype: torch.dtype | None, shards: list) -> None:
+def _write(
+    model, export: Export | None, hf_config: dict, dtype: torch.dtype | None, shards: list, read, files: Mapping
+) -> None:
     """Every file of the checkpoint into the export's folder; without one only the gathering that others wait for."""
     weight_map, total = {}, 0
     for i, parameters in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, parameter in parameters:
+        tensors, values = {}, dict(parameters) if read is None else read(dict(parameters))
+        for name, parameter in values.items():
             for key, tensor in _split(model, name, parameter, hf_config["vocab_size"]):
                 tensors[key] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
         weight_map.update(dict.fromkeys(tensors, file))
@@ -155,7 +162,8 @@ def _write(model, export: Export | None, hf_config: dict, dtype: torch.dtype | N
         if export is not None:
             save_file(tensors, export.folder / file, metadata={"format": "pt"})
     if export is not None:
-        (export.folder / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n")
+        for file, text in {**files, CONFIG: json.dumps(hf_config, indent=2) + "\n"}.items():
+            (export.folder / file).write_text(text, encoding="utf-8")
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (export.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

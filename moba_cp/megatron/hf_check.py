@@ -1,5 +1,7 @@
 """Whether a model of Megatron's computes what a checkpoint's weights were trained for, where shapes do not tell."""
 
+import math
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,12 +27,13 @@ _NEEDED = {
 }
 
 
-def check_same_model(model: nn.Module, hf: HFModel, where: str) -> None:
+def check_same_model(model: nn.Module, hf: HFModel, where: str, same_rotary: bool = True) -> None:
     """Raise ValueError, with both names and values, unless ``model`` is the one that ``hf`` describes.
 
     Args:
         model: Megatron's GPTModel, or ours.
         hf: from the config.json that messages call ``where``.
+        same_rotary: the rotary embedding has to be that of ``hf`` too.
     """
     config = model.config
     for theirs, value, name, mine in (
@@ -57,10 +60,12 @@ def check_same_model(model: nn.Module, hf: HFModel, where: str) -> None:
         raise ValueError(
             f"the model has activation_func={name}, but hidden_act in {where} is silu; build it with F.silu"
         )
-    if getattr(config, "softmax_scale", None) not in (None, hf.head_dim**-0.5):
-        raise ValueError(
-            f"the model has softmax_scale={config.softmax_scale}, but {where} needs head_dim ** -0.5; leave it at None"
+    scale = getattr(config, "softmax_scale", None) or hf.head_dim**-0.5
+    if same_rotary and not math.isclose(scale, hf.softmax_scale, rel_tol=1e-6):
+        rule = (
+            "head_dim ** -0.5; leave it at None" if hf.softmax_scale == hf.head_dim**-0.5 else f"{hf.softmax_scale:g}"
         )
+        raise ValueError(f"the model has softmax_scale={config.softmax_scale}, but {where} needs {rule}")
     if any(getattr(config, "no_rope_freq", None) or []):
         raise ValueError(f"the model has no_rope_freq={config.no_rope_freq}, but in {where} every layer turns; drop it")
     if model.share_embeddings_and_output_weights and not hf.tie_embeddings:
@@ -68,7 +73,8 @@ def check_same_model(model: nn.Module, hf: HFModel, where: str) -> None:
             f"tie_word_embeddings=False in {where} but the model has share_embeddings_and_output_weights=True; "
             "build it without"
         )
-    _check_rotary(model, hf, where)
+    if same_rotary:
+        _check_rotary(model, hf, where)
 
 
 def _check_rotary(model: nn.Module, hf: HFModel, where: str) -> None:
@@ -82,8 +88,6 @@ def _check_rotary(model: nn.Module, hf: HFModel, where: str) -> None:
         what = f"rope_theta={hf.rope_base:g}"
         if hf.rope_scaling is not None:
             what += f" and rope_scaling={hf.rope_scaling}"
-        if hf.rope_divisor != 1:
-            what += f" and frequencies divided by {hf.rope_divisor:g}"
         raise ValueError(
             f"the model's rotary frequencies are not those of {what} in {where}; build it with the same rotary_base, "
             "rope_scaling and rotary_percent (model_config_of)"

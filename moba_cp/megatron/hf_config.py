@@ -1,6 +1,7 @@
 """What a Hugging Face checkpoint's config.json says of its model: read once, checked, and in Megatron's terms."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,6 @@ class HFModel:
     tie_embeddings: bool
     rope_base: float
     rope_scaling: RopeScaling | None
-    """Of Llama 3.1."""
-    rope_divisor: float
-    """What linear scaling divides all frequencies by; 1 without."""
 
     @property
     def qkv_bias(self) -> bool:
@@ -62,7 +60,12 @@ class HFModel:
 
     def frequencies(self) -> Tensor:
         """[head_dim / 2] float64: radians per token of the rotary embedding."""
-        return rope_frequencies(self.head_dim, self.rope_base, self.rope_scaling) / self.rope_divisor
+        return rope_frequencies(self.head_dim, self.rope_base, self.rope_scaling)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 * (1.0 if self.rope_scaling is None else self.rope_scaling.score_factor)
 
 
 def read_config(path: str | Path) -> dict:
@@ -107,7 +110,7 @@ def describe(hf: dict, where: str) -> HFModel:
     missing = [name for name in _REQUIRED if name not in hf]
     if missing:
         raise ValueError(f"{where} has no {missing[0]}; it is not the config.json of a whole model")
-    base, scaling, divisor = _rope(hf, where, refuse)
+    base, scaling = _rope(hf, where, refuse)
     n_heads = hf["num_attention_heads"]
     # Where a field is missing, what transformers takes.
     head_dim = hf.get("head_dim") or (128 if kind == "qwen3" and "head_dim" not in hf else hf["hidden_size"] // n_heads)
@@ -124,7 +127,6 @@ def describe(hf: dict, where: str) -> HFModel:
         tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
         rope_base=base,
         rope_scaling=scaling,
-        rope_divisor=divisor,
     )
 
 
@@ -142,8 +144,8 @@ def _check_windows(hf: dict, kind: str, refuse) -> None:
         refuse("layer_types", others, "every layer must be 'full_attention'")
 
 
-def _rope(hf: dict, where: str, refuse) -> tuple[float, RopeScaling | None, float]:
-    """Base, Llama 3.1's scaling and the divisor of linear scaling."""
+def _rope(hf: dict, where: str, refuse) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding."""
     # Files of transformers 4 have rope_scaling and rope_theta, later ones rope_parameters.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     base = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
@@ -152,18 +154,38 @@ def _rope(hf: dict, where: str, refuse) -> tuple[float, RopeScaling | None, floa
     if "mrope_section" in rope:
         refuse("mrope_section", rope["mrope_section"], "positions have one dimension")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    original = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
     try:
         if rope_type == "default":
-            return base, None, 1.0
+            return base, None
         if rope_type == "linear":
-            return base, None, float(rope["factor"])
+            return base, RopeScaling(float(rope["factor"]), kind="linear")
         if rope_type == "llama3":
-            original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
             names = ("factor", "low_freq_factor", "high_freq_factor")
-            return base, RopeScaling(*(rope[name] for name in names), original), 1.0
+            return base, RopeScaling(*(rope[name] for name in names), original)
+        if rope_type == "yarn":
+            return base, _yarn(rope, original, refuse)
     except KeyError as error:
         raise ValueError(f"{where} has no {error.args[0]}, which rope_type={rope_type!r} needs") from None
-    refuse("rope_type", rope_type, "use 'default', 'linear' or 'llama3'")
+    refuse("rope_type", rope_type, "use 'default', 'linear', 'llama3' or 'yarn'")
+
+
+def _yarn(rope: dict, original: int, refuse) -> RopeScaling:
+    if rope.get("truncate") not in (None, True):
+        refuse("truncate", rope["truncate"], "it must be true")
+    factor = float(rope["factor"])
+    attention = rope.get("attention_factor")
+    if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        one, all_dim = (0.1 * rope[name] * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim"))
+        attention = one / all_dim
+    return RopeScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        kind="yarn",
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=attention,
+    )
 
 
 def model_config_of(path: str | Path, **changes) -> ModelConfig:
@@ -174,20 +196,10 @@ def model_config_of(path: str | Path, **changes) -> ModelConfig:
         changes: other fields of the ModelConfig, such as ``recompute="full"``.
 
     Raises:
-        ValueError: a model that ModelConfig cannot describe; one of Megatron's own may still take its weights.
+        ValueError: a model that is not served.
     """
     where = f"{path}/config.json"
     hf = describe(read_config(path), where)
-    if hf.qkv_bias or hf.qk_norm:
-        raise ValueError(
-            f"model_type={hf.model_type!r} in {where} has parts that ModelConfig has not; use 'llama' or 'mistral', or "
-            "a GPTModel of Megatron's own (Qwen: add_qkv_bias or qk_layernorm) and load_hf"
-        )
-    if hf.rope_divisor != 1:
-        raise ValueError(
-            f"rope_type='linear' in {where} is not served by build_model; use a GPTModel of Megatron's own with "
-            f"seq_len_interpolation_factor={hf.rope_divisor:g} and load_hf"
-        )
     fields = {
         "vocab_size": hf.vocab_size,
         "n_layers": hf.n_layers,
@@ -200,5 +212,70 @@ def model_config_of(path: str | Path, **changes) -> ModelConfig:
         "rope_scaling": hf.rope_scaling,
         "norm_eps": hf.norm_eps,
         "tie_embeddings": hf.tie_embeddings,
+        "qk_norm": hf.qk_norm,
+        "qkv_bias": hf.qkv_bias,
     }
     return ModelConfig(**{**fields, **changes})
+
+
+def hf_config_of(model: ModelConfig, seq_len: int, dtype: str = "float32", **tokens: int | None) -> dict:
+    """The ``config.json`` of a model, for :func:`moba_cp.megatron.save_hf`: Qwen3's with norms of queries and keys,
+    Qwen2's with biases, else Llama's.
+
+    Args:
+        model: its shape.
+        seq_len: tokens of the longest sequences it was trained on.
+        dtype: of the weights that are written beside it.
+        tokens: ``bos_token_id``, ``eos_token_id`` and the like; None where there is none.
+
+    Raises:
+        ValueError: no type of model in transformers has these parts together.
+    """
+    if model.qk_norm and model.qkv_bias:
+        raise ValueError("model.qk_norm with model.qkv_bias: neither Qwen2 nor Qwen3 has both; it cannot be exported")
+    kind = "qwen3" if model.qk_norm else "qwen2" if model.qkv_bias else "llama"
+    if kind == "qwen2" and model.head_dim * model.n_heads != model.hidden_size:
+        raise ValueError(
+            f"model.head_dim={model.head_dim}: Qwen2, whose biases it has, knows hidden_size / n_heads = "
+            f"{model.hidden_size / model.n_heads:g} alone; it cannot be exported"
+        )
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    rope = {"rope_theta": model.rope_base, "rope_type": "default", **_rope_fields(model.rope_scaling)}
+    hf = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": 0.0,
+        # transformers 5 reads rope_parameters, earlier versions the other two.
+        "rope_parameters": rope,
+        "rope_theta": model.rope_base,
+        "rope_scaling": None if model.rope_scaling is None else rope,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **tokens,
+    }
+    return hf | ({"attention_bias": False, "mlp_bias": False} if kind == "llama" else {"use_sliding_window": False})
+
+
+def _rope_fields(scaling: RopeScaling | None) -> dict:
+    if scaling is None:
+        return {}
+    fields = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return fields
+    fields["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    if scaling.kind == "llama3":
+        return fields | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    return fields | {"attention_factor": math.sqrt(scaling.score_factor)}

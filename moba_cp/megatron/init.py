@@ -16,7 +16,7 @@ def init_weights(model: nn.Module, seed: int, std: float, n_layers: int) -> None
     """Fill the parameters of a model of Megatron's names, sharded by FSDP2 or not.
 
     Each parameter is drawn on the CPU in float32 from a generator of its own, seeded by ``seed`` and the parameter's
-    name: matrices from a normal distribution, norms are ones.
+    name: matrices from a normal distribution, norms are ones, biases zeros.
 
     Args:
         seed: of the whole model.
@@ -26,7 +26,7 @@ def init_weights(model: nn.Module, seed: int, std: float, n_layers: int) -> None
     for name, parameter in model.named_parameters():
         full = torch.empty(parameter.shape, dtype=torch.float32)
         if parameter.dim() < 2:
-            full.fill_(1.0)
+            full.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = std / math.sqrt(2 * n_layers) if name.endswith(_TO_RESIDUAL) else std
             full.normal_(0.0, scale, generator=_generator(seed, name))

@@ -166,6 +166,7 @@ def _build_transformer_config(model: ModelConfig, cp_size: int, dtype: torch.dty
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        softmax_scale=model.softmax_scale,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         context_parallel_size=cp_size,

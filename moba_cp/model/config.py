@@ -43,7 +43,7 @@ class ModelConfig:
     """Base of the rotary frequencies; larger for longer sequences."""
 
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1's change of the rotary frequencies; none by default."""
+    """A change of the rotary frequencies (Llama 3.1's, linear or YaRN's); none by default."""
 
     norm_eps: float = 1e-5
     """Epsilon of the RMSNorms."""
@@ -101,6 +101,12 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a bool; use true or false")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute={self.recompute!r} is not understood; use one of {', '.join(RECOMPUTE)}")
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """What attention scores are multiplied by; None for ``head_dim ** -0.5``."""
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.score_factor
+        return None if factor == 1 else factor * self.head_dim**-0.5
 
     def n_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings`` the token embedding and the output layer do not count."""

@@ -40,7 +40,7 @@ _FORMAT = 2
 """Of checkpoints with a manifest; those of version 0.2 had none."""
 # Settings in which runs of one model may differ: how it computes, its initial weights, and the base of its RoPE (for
 # longer sequences).
-_NOT_THE_MODEL = ("recompute", "init_std", "rope_base")
+_NOT_THE_MODEL = ("recompute", "init_std", "rope_base", "rope_scaling")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class RunConfig:
     """Decides the initial weights and the order of the data."""
 
     start_from: str | None = None
-    """Weights to begin with: a run's folder or one of its checkpoints, of the same model whatever its attention. The
+    """Weights to begin with: a run's folder or one of its checkpoints, or a folder of Hugging Face's with config.json
+    and safetensors (Llama, Mistral, Qwen2, Qwen3); of the same model whatever its attention and rotary embedding. The
     optimizer and the steps begin anew; to go on with a run as it was, use ``--resume``."""
 
     context_size: int | None = None

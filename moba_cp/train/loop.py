@@ -25,6 +25,7 @@ from .signals import Stopped, StopRequest
 from .storage import StorageError
 from .trace import backends, device_memory, peak_flops, tracing
 from .traffic import StepTotals
+from .weights import load_weights
 from .yaml_config import to_dict
 
 
@@ -64,7 +65,7 @@ class Trainer:
             mesh.heartbeat.at(self.step, "loading the checkpoint")
             checkpoint.load(resume, self.module, self.optimizer, mesh.group)
         elif config.run.start_from is not None:
-            checkpoint.load_weights(checkpoint.find(Path(config.run.start_from)), self.module, mesh.group)
+            load_weights(config.run.start_from, self.module, mesh.group)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns the last step's log entry, on every rank.

@@ -10,6 +10,7 @@ from .checkpoint import CheckpointMeta
 from .log import CHECKPOINTS, is_own
 from .optimizer import OptimizerConfig, learning_rate
 from .plan import RunPlan
+from .weights import check_hf, is_hf
 from .yaml_config import to_dict
 
 # What a run may change without computing anything else than before: where it runs and what it leaves behind. Of the
@@ -60,8 +61,11 @@ def find_checkpoint(resume: str | None, plan: RunPlan, damaged: dict[Path, str] 
         ValueError: no checkpoint there, one of another model, or one that has done all steps of the run.
     """
     if resume is None:
-        if plan.config.run.start_from is not None:
-            _same_model(checkpoint.find(Path(plan.config.run.start_from)), plan)
+        weights = plan.config.run.start_from
+        if weights is not None and is_hf(weights):
+            check_hf(weights, plan.config.model)
+        elif weights is not None:
+            _same_model(checkpoint.find(Path(weights)), plan)
         return None
     asked, damaged = Path(resume or plan.config.run.directory), {} if damaged is None else damaged
     path = checkpoint.find(asked, damaged)

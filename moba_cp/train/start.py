@@ -19,6 +19,7 @@ from .plan import RunPlan, plan_run
 from .report import closing_lines
 from .resume import AUTO, describe, find_checkpoint, notes, resolve_auto
 from .signals import STOPPED, Stopped
+from .weights import is_hf, remarks
 from .yaml_config import load, to_dict, to_yaml
 
 _PATIENCE_SECONDS = 60.0
@@ -73,7 +74,8 @@ def _decide(plan: RunPlan, resume: str | None, overwrite: bool, damaged: dict[Pa
         overwrite = overwrite or resume is None
     start = find_checkpoint(resume, plan, damaged)
     check_folder(folder, is_own(folder, start), overwrite)
-    reads = checkpoint.find(Path(weights)) if start is None and weights is not None else start
+    ours = weights is not None and not is_hf(weights)
+    reads = checkpoint.find(Path(weights)) if start is None and ours else start
     if start is None and reads is not None and is_own(folder, reads):
         raise ValueError(
             f"run.start_from={weights}: lies in run.directory={folder}, whose checkpoints the run replaces; name "
@@ -186,7 +188,8 @@ def _patience(run: RunConfig, resume: str | None) -> float:
 def _told(plan: RunPlan, start: Path | None) -> list[str]:
     """What is said of the checkpoint ``start``: remarks at once on stderr, the rest as lines."""
     if start is None:
-        return []
+        weights = plan.config.run.start_from
+        return [] if weights is None else remarks(weights, plan.config.model)
     for note in notes(start, plan):
         print(f"note: {note}", file=sys.stderr)
     return describe(start, plan)

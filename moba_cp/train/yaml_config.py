@@ -58,8 +58,8 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         # A number of thousands of digits, a date that is none.
         raise ValueError(f"{path}: {error}") from None
     values = {} if values is None else values
-    for override in overrides:
-        _override(cls, values, override)
+    for text in overrides:
+        override(cls, values, text)
     return build(cls, values)
 
 
@@ -121,7 +121,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _override(cls: type, values: Any, override: str) -> None:
+def override(cls: type, values: Any, override: str) -> None:
+    """Put what a text such as ``model.layers=8`` says into the nested dicts ``values`` of a config ``cls``."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):

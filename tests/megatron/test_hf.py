@@ -32,11 +32,13 @@ from moba_cp.megatron import (
     AttentionConfig,
     ContextRotaryEmbedding,
     ModelConfig,
+    RopeScaling,
     build_model,
     load_hf,
     model_config_of,
     save_hf,
 )
+from moba_cp.megatron.hf_config import hf_config_of
 from moba_cp.megatron.spec import layer_spec
 from tests.helpers.distributed import run_ranks
 
@@ -270,8 +272,8 @@ OTHERS = {
     "mistral": (MistralConfig(**ONE, sliding_window=16), "sliding_window=16 in {} is not served"),
     "qwen 2": (Qwen2Config(**WITHOUT_HEAD_DIM, use_sliding_window=True, sliding_window=16, max_window_layers=0),
                "use_sliding_window=True in {} is not served"),
-    "yarn": (LlamaConfig(**ONE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-             "rope_type='yarn' in {} is not served: use 'default', 'linear' or 'llama3'"),
+    "dynamic": (LlamaConfig(**ONE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+                "rope_type='dynamic' in {} is not served: use 'default', 'linear', 'llama3' or 'yarn'"),
     "biases": (LlamaConfig(**ONE, attention_bias=True), "attention_bias=True in {} is not served"),
     "gelu": (LlamaConfig(**ONE, hidden_act="gelu"), "hidden_act='gelu' in {} is not served"),
 }  # fmt: skip
@@ -293,6 +295,8 @@ SCALED = {
     "mistral": MistralConfig(**ONE, sliding_window=None, initializer_range=0.3),
     "linear": LlamaConfig(**ONE, initializer_range=0.3,
                           rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "yarn": Qwen3Config(**ONE, initializer_range=0.3, rope_parameters={"rope_type": "yarn", "factor": 8.0,
+                        "rope_theta": 1e4, "original_max_position_embeddings": 32}),
 }  # fmt: skip
 
 
@@ -303,23 +307,21 @@ def test_logits_with_scaled_angles(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
     expected = theirs(TOKENS).logits
+    ours = build_model(model_config_of(tmp_path), FULL)
+    load_hf(ours, tmp_path)
+    got = ours(TOKENS)
     if name == "linear":
-        with pytest.raises(
-            ValueError, match="GPTModel of Megatron's own with seq_len_interpolation_factor=4 and load_hf"
-        ):
-            model_config_of(tmp_path)
-        ours = megatron_model(hf, seq_len_interpolation_factor=4.0)
-        got = ours(TOKENS, None, None) if load_hf(ours, tmp_path) is None else None
-    else:
-        ours = build_model(model_config_of(tmp_path), FULL)
-        load_hf(ours, tmp_path)
-        got = ours(TOKENS)
+        megatrons = megatron_model(hf, seq_len_interpolation_factor=4.0)
+        load_hf(megatrons, tmp_path)
+        assert (megatrons(TOKENS, None, None) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
-    plain = build_model(ModelConfig(61, 1, 48, 4, 2, 12, 40, norm_eps=hf["rms_norm_eps"]), FULL)
+    plain = build_model(ModelConfig(61, 1, 48, 4, 2, 12, 40, norm_eps=hf["rms_norm_eps"], qk_norm=name == "yarn"), FULL)
     if name == "mistral":
         load_hf(plain, tmp_path)
     else:
-        with pytest.raises(ValueError, match="the model's rotary frequencies are not those of rope_theta=10000 and"):
+        with pytest.raises(
+            ValueError, match="frequencies are not those of rope_theta=10000 and|softmax_scale=None, but"
+        ):
             load_hf(plain, tmp_path)
 
 
@@ -348,7 +350,7 @@ def test_an_output_layer_that_is_missing_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen2"}, "model_type='qwen2' in {} has parts that ModelConfig has not"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "truncate=False in {}"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in {}"),
         ({"attention_bias": True}, "attention_bias=True in {}"),
         ({"sliding_window": 4096}, "sliding_window=4096 in {}"),
@@ -358,7 +360,6 @@ def test_an_output_layer_that_is_missing_is_refused(tmp_path):
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 in {}"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={{'quant_method': 'fp8'}} in {}"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "{} has no factor, which rope_type='llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type='linear' in {}"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": None}, "rope_type='dynamic' in {}"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "mrope_section=[1, 2] in {}"),
     ],
@@ -395,3 +396,65 @@ def test_inverse_frequencies_of_old_checkpoints_are_left_out(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     load_hf(build_model(model_config_of(tmp_path), FULL), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_model_is_that_of_transformers_and_back(kind, tmp_path):
+    """Through ModelConfig and a config.json of our own; with gradients, by the layer's own schedule and Megatron's."""
+    theirs, hf = checkpoint(kind, tmp_path / "in")
+    model = model_config_of(tmp_path / "in")
+    ours = build_model(model, FULL)
+    load_hf(ours, tmp_path / "in")
+    expected = theirs(TOKENS).logits
+    assert (ours(TOKENS) - expected).abs().max() < 1e-5 * expected.abs().max()
+    # An adapter's hook makes Megatron's own forward run.
+    for layer in ours.decoder.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: None)
+    assert (ours(TOKENS) - expected).abs().max() < 1e-5 * expected.abs().max()
+    save_hf(ours, tmp_path / "out", hf_config_of(model, 128, eos_token_id=3))
+    assert_same_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert model_config_of(tmp_path / "out") == model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.config.eos_token_id == 3 and torch.equal(again(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama3", "linear", "yarn"])
+def test_scaling_survives_our_config(name, tmp_path):
+    model = ModelConfig(61, 1, 48, 4, 2, rope_scaling=RopeScaling(4.0, original_max_position_embeddings=32, kind=name))
+    ours = build_model(model, FULL)
+    save_hf(ours, tmp_path, hf_config_of(model, 128))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = theirs(TOKENS).logits
+    assert (ours(TOKENS) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert model_config_of(tmp_path).rope_scaling.score_factor == pytest.approx(model.rope_scaling.score_factor)
+
+
+def test_parts_that_no_model_has_together_are_refused():
+    with pytest.raises(ValueError, match="neither Qwen2 nor Qwen3 has both"):
+        hf_config_of(ModelConfig(qk_norm=True, qkv_bias=True), 128)
+    with pytest.raises(ValueError, match="Qwen2, whose biases it has, knows hidden_size / n_heads = 64 alone"):
+        hf_config_of(ModelConfig(qkv_bias=True, head_dim=32), 128)
+
+
+def test_a_model_on_the_meta_device_is_written_from_elsewhere(tmp_path):
+    """Weights are read a file at a time: no more than that is ever held."""
+    model = ModelConfig(61, 2, 48, 4, 2)
+    source, held = build_model(model, FULL), []
+    state = dict(source.named_parameters())
+
+    def read(wanted):
+        held.append(sum(x.numel() for x in wanted.values()))
+        return {name: state[name] for name in wanted}
+
+    hf = hf_config_of(model, 128)
+    files = {"generation_config.json": "{}"}
+    save_hf(build_model(model, FULL, device="meta"), tmp_path / "a", hf, shard_bytes=50_000, read=read, files=files)
+    save_hf(source, tmp_path / "b", hf)
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert len(held) > 3 and (tmp_path / "a" / "generation_config.json").read_text() == "{}"
+
+
+def test_biases_begin_at_zero():
+    model = build_model(ModelConfig(61, 1, 48, 4, 2, qkv_bias=True), FULL)
+    bias = model.decoder.layers[0].self_attention.linear_qkv.bias
+    assert not bias.any() and model.decoder.final_layernorm.weight.eq(1).all()

@@ -1,0 +1,58 @@
+"""``moba-cp import FOLDER``: a training config that begins with the weights of an existing model."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("folder", metavar="FOLDER", help="of Llama, Mistral, Qwen2 or Qwen3 weights, or a "
+                        "torch_dist checkpoint of Megatron-LM")  # fmt: skip
+    parser.add_argument("--to", required=True, metavar="CONFIG", help="the YAML file to write, for moba-cp train")
+    parser.add_argument("--hf", metavar="FOLDER", help="of a Megatron-LM checkpoint: write the weights here, as "
+                        "Hugging Face's, which the config then begins with")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                        help="replace a value of the config; may be repeated")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace CONFIG if it is there")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        ValueError, OSError: what the user should read.
+    """
+    from ..megatron.hf_config import model_config_of
+    from ..megatron.hf_files import CheckpointFiles
+    from . import megatron_lm
+    from .config import TrainConfig
+    from .yaml_config import build, override, to_dict, to_yaml
+
+    target, folder = Path(arguments.to), Path(arguments.folder)
+    if target.exists() and not arguments.overwrite:
+        raise ValueError(f"--to={target}: is there; name another file, or replace it (--overwrite)")
+    if megatron_lm.is_checkpoint(folder):
+        if arguments.hf is None:
+            raise ValueError(f"{folder}: a checkpoint of Megatron-LM; name a folder for its weights (--hf FOLDER)")
+        megatron_lm.to_hf(folder, Path(arguments.hf))
+        folder = Path(arguments.hf)
+    elif arguments.hf is not None:
+        raise ValueError(f"--hf={arguments.hf}: {folder} is no checkpoint of Megatron-LM; leave --hf out")
+    model = model_config_of(folder)
+    # Its files are looked at now, not when training begins.
+    n_tensors = len(CheckpointFiles(folder).names())
+    values = {
+        "model": to_dict(model),
+        "optimizer": {"lr": 2e-5, "warmup_steps": 50},
+        "run": {"start_from": str(folder), "dtype": "bfloat16"},
+    }
+    for text in arguments.overrides:
+        override(TrainConfig, values, text)
+    config = build(TrainConfig, values)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        f"# Begins with the weights in {folder}; made by moba-cp import.\n" + to_yaml(config), encoding="utf-8"
+    )
+    print(f"{folder}: {model.n_parameters(embeddings=True) / 1e6:,.1f} M parameters in {n_tensors} tensors")
+    print(f"written: {target}; next: moba-cp train {target} --set data.path=PREFIX --set run.directory=runs/NAME")
+    return 0
