@@ -33,6 +33,7 @@ COMMANDS = {
         "moba_cp.bench.commands.exchange",
         "count bytes of each exchange mode for any number of ranks",
     ),
+    "doctor": ("moba_cp.doctor.command", "check machines, and what lies between ranks; a line each, PASS or FAIL"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 
@@ -53,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     if words is None:
         return _help(argv)
     parser = _Parser(prog=f"moba-cp {words}", description=_sentence(COMMANDS[words][1]), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     show_traceback = "--traceback" in argv or bool(os.environ.get("MOBA_CP_TRACEBACK"))
     try:
         module = importlib.import_module(COMMANDS[words][0])
         module.add_arguments(parser)
+        parser.epilog = getattr(module, "EXAMPLES", None)
         arguments = parser.parse_args(argv[len(words.split()) :])
         return module.main(arguments)
     except KeyboardInterrupt:
