@@ -103,9 +103,9 @@ class CPContext:
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
         with torch.inference_mode(False):
             # A context made in validation may be kept, and index_select saves these for backward in training.
-            self.positions = torch.from_numpy(positions).to(self.device)
-            self.document_starts = torch.from_numpy(starts).to(self.device)
-            self.document_positions = torch.from_numpy(positions - starts).to(self.device)
+            self.positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
+            self.document_starts = torch.from_numpy(starts).to(self.device, non_blocking=True)
+            self.document_positions = torch.from_numpy(positions - starts).to(self.device, non_blocking=True)
         self._geometry: dict[int, BlockGeometry] = {}
         self._cache: dict[tuple, Any] = {}
         self._frozen = True

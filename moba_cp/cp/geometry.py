@@ -141,7 +141,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
             # Pieces are in global order, so sender and receiver list the rows of one pair of ranks alike.
             which = which[np.argsort(by[which], kind="stable")]
         begin = piece["local"] if key == "local" else extra_row[piece["block"]] + piece["offset"]
-        return torch.from_numpy(ragged_arange(begin[which], piece["length"][which])).to(device)
+        return torch.from_numpy(ragged_arange(begin[which], piece["length"][which])).to(device, non_blocking=True)
 
     def counts(which, by):
         return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
@@ -164,7 +164,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         local_index[ids] = np.arange(len(ids))
 
     def tensor(x, dtype):
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype, non_blocking=True)
 
     return BlockGeometry(
         rank=rank,

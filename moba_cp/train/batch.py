@@ -77,4 +77,6 @@ class Batches:
         )
         tokens, labels = sequence.read(context.segments[context.rank])
         self.plan.check_tokens(tokens)
-        return MicroBatch(context, tokens.to(self.mesh.device), labels.to(self.mesh.device))
+        # The host does not wait for what the device computes meanwhile.
+        tokens, labels = (x.to(self.mesh.device, non_blocking=True) for x in (tokens, labels))
+        return MicroBatch(context, tokens, labels)

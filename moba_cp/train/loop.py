@@ -58,6 +58,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, config.optimizer)
         # A prolonged run goes on from the last step before the decay.
         self._kept_step = config.optimizer.decay_start(config.run.steps) if config.optimizer.schedule == "wsd" else None
+        self._ahead: tuple[int, list[MicroBatch]] = (0, [])
+        """A step, and its sequences made ahead."""
         self.step, self._start, self._check_folder = 0, resume, check_folder
         self._skipped = 0
         if resume is not None:
@@ -116,7 +118,7 @@ class Trainer:
         # Random numbers depend on seed and step alone, so a checkpoint need not store a generator's state.
         torch.manual_seed(config.run.seed * 2**32 + step)
         self.batches.comm.reset_counters()
-        batches = list(self.batches.training(step))
+        batches = self._batches_of(step)
         labels = sum(batch.label_count() for batch in batches)
         dist.all_reduce(labels, group=self.mesh.group)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -135,6 +137,10 @@ class Trainer:
         # On the device: a loss or gradient that is not finite changes no weight, and nobody waits to learn of it.
         finite_step(self.optimizer, totals.nonfinite)
         self.optimizer.zero_grad()
+        del batches
+        # Read and copied while the device is still busy.
+        if step < config.run.steps:
+            self._ahead = step + 1, list(self.batches.training(step + 1))
         heartbeat.at(step, "waiting for the device")
         # The one wait of the host in a step; not for the optimizer.
         loss, count, gradient_norm, exchange = totals.get()
@@ -154,6 +160,11 @@ class Trainer:
             "exchange": exchange,
             **({"skipped": True} if skipped else {}),
         }
+
+    def _batches_of(self, step: int) -> list[MicroBatch]:
+        """This rank's sequences of a step, made ahead or now."""
+        (made_for, batches), self._ahead = self._ahead, (0, [])
+        return batches if made_for == step else list(self.batches.training(step))
 
     def _skip(self, loss: float, norm: float) -> bool:
         """Whether the step was left out because its loss or gradient is not finite; ValueError for one too many."""

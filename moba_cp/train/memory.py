@@ -25,9 +25,9 @@ GIB = 2**30
 # Of the device's memory, for what the allocator cannot use again, and for workspaces of libraries.
 _SLACK = 0.03
 # Of the host's free memory: the rest is for data, the page cache and everybody else.
-_HOST_SHARE = 0.85
+_HOST_SHARE = 0.8
 # Scratch of the attention kernels where queries are smaller (kernels/work.py).
-_LEAST_SCRATCH = 3 << 28
+_FORWARD_SCRATCH, _BACKWARD_SCRATCH = 5 << 28, 3 << 28
 _MOMENT_BYTES = {"float32": 8, "bfloat16": 4}
 
 
@@ -85,54 +85,77 @@ class StepShape:
 
     def kept(self, layer_number: int, recompute: str) -> int:
         """Bytes that a layer keeps for its backward pass."""
-        model, attention = self.model, self.attention
-        (queries, keys), hidden = self._heads, model.hidden_size
+        queries, keys = self._heads
+        hidden = self.model.hidden_size
         if recompute == "full":
             return self._row(hidden)
-        moba = attention.kind(layer_number, model.n_layers) == "moba"
+        moba = self._is_moba(layer_number)
         # lse and, of MoBA, the selection: 4 bytes each.
-        small = self.n_tokens * model.n_heads * 4 * (1 + (attention.top_k - 1) * moba)
+        small = self.n_tokens * self.model.n_heads * 4 * (1 + (self.attention.top_k - 1) * moba)
         if recompute == "attention_kept":
             return self._row(hidden, queries) + small
-        assert model.ffn_hidden_size
-        index = self.n_tokens * model.n_heads * 4 * attention.top_k * moba
-        return self._row(2 * hidden, 2 * queries, keys, 2 * model.ffn_hidden_size) + small + index
+        return self._row(hidden, 2 * queries, keys) + self._ffn() + small + self._index(layer_number)
+
+    def _is_moba(self, layer_number: int) -> bool:
+        return self.attention.kind(layer_number, self.model.n_layers) == "moba"
+
+    def _index(self, layer_number: int) -> int:
+        """MoBA's routing index."""
+        return self.n_tokens * self.model.n_heads * 4 * self.attention.top_k * self._is_moba(layer_number)
+
+    def _ffn(self) -> int:
+        """What a layer that redoes nothing keeps of its feed-forward network."""
+        assert self.model.ffn_hidden_size
+        return self._row(self.model.hidden_size, 2 * self.model.ffn_hidden_size)
+
+    def _slice(self, *widths: int) -> int:
+        """Of a slice of the sequence."""
+        assert self.model.ffn_hidden_size
+        rows = min(self.n_tokens, max(SHORTEST_SLICE, SLICE_ELEMENTS // (2 * self.model.ffn_hidden_size)))
+        return rows * sum(widths) * self.itemsize
+
+    def forward(self) -> int:
+        """Bytes that exist at the most while one layer computes, beside what is kept of it."""
+        queries, keys = self._heads
+        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
+        attention = self._row(queries, keys) + max(_FORWARD_SCRATCH, self._row(queries))
+        return self._row(hidden) + max(attention, self._slice(3 * ffn, 2 * hidden))
+
+    def backward(self, layer_number: int, recompute: str) -> int:
+        """Bytes that exist at the most while one layer's backward pass computes, beside what was kept of it."""
+        queries, keys = self._heads
+        hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
+        qkv, redo = self._row(queries, keys), recompute != "none"
+        # What comes from behind, the gradient that goes on, and that of attention's output.
+        grads = self._row(2 * hidden, queries)
+        in_ffn = self._slice((4 + 2 * redo) * ffn, 3 * hidden)
+        if recompute == "full":
+            in_ffn += qkv + self._row(queries)
+        index = redo * self._index(layer_number)
+        in_attention = (1 + redo) * qkv + index + max(_BACKWARD_SCRATCH, self._row(queries))
+        in_attention += self._row(queries) if recompute == "full" else -self._ffn() if not redo else 0
+        return grads + max(in_ffn, in_attention)
+
+    def loss(self) -> int:
+        """Bytes that exist at the most in the loss: hidden states, their norm and its gradient, slices of logits."""
+        model = self.model
+        logits = min(self.n_tokens * model.vocab_size, MAX_LOGITS) * self.itemsize
+        return self._row(4 * model.hidden_size) + 2 * logits + 6 * model.vocab_size * model.hidden_size
 
     def state(self) -> dict[str, int]:
-        """Bytes that stand through the whole step: weights, gradients and moments, by part."""
+        """Bytes that stand through the whole step, by part."""
         model = self.model
-        total = model.n_parameters(embeddings=True)
         layers = model.n_parameters() // model.n_layers
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
         # The embedding and the output layer stay gathered; of the layers two at a time are, one with its gradient.
         gathered = self.itemsize * (2 * embeddings + 3 * layers) + 4 * (embeddings + layers)
-        state = {"weights": 4, "gradients": 4, "moments": _MOMENT_BYTES[self.moments]}
-        here = self.state_on == "device"
-        return {name: here * nbytes * total // self.size for name, nbytes in state.items()} | {
-            "gathered weights": gathered
-        }
+        here = (self.state_on == "device") * model.n_parameters(embeddings=True) // self.size
+        return {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": gathered}
 
-    def working(self, redo: bool, fetched: int) -> int:
-        """Bytes of what exists for one layer at a time, at the most: in its attention's backward pass, in that of its
-        feed-forward network, or in the loss.
-
-        Args:
-            redo: whether some layer's queries, keys and values are computed again.
-            fetched: what a layer keeps that is in host memory; it and the next one are back on the device.
-        """
-        model = self.model
-        (queries, keys), hidden = self._heads, model.hidden_size
-        assert model.ffn_hidden_size
-        qkv = self._row(queries, keys)
-        # What comes from behind, the layer's own gradient, and that of attention's output.
-        grads = self._row(2 * hidden, queries)
-        index = self.n_tokens * model.n_heads * 4 * self.attention.top_k
-        attention = (1 + redo) * qkv + index + max(_LEAST_SCRATCH, self._row(queries))
-        rows = min(self.n_tokens, max(SHORTEST_SLICE, SLICE_ELEMENTS // (2 * model.ffn_hidden_size)))
-        ffn = redo * qkv * (model.recompute == "full") + rows * self.itemsize * (7 * model.ffn_hidden_size + 3 * hidden)
-        logits = min(self.n_tokens * model.vocab_size, MAX_LOGITS) * self.itemsize
-        loss = self._row(3 * hidden) + 2 * logits + 6 * model.vocab_size * hidden
-        return max(grads + attention + 2 * fetched, grads + ffn + 2 * fetched, loss)
+    def gradients(self, n_layers: int) -> int:
+        """Bytes of the weights' gradients once the backward passes of the last ``n_layers`` are done."""
+        share = n_layers / self.model.n_layers
+        return int(share * 4 * (self.state_on == "device") * self.model.n_parameters(embeddings=True) / self.size)
 
 
 @dataclass(frozen=True)
@@ -163,16 +186,23 @@ class MemoryPlan:
 
 
 def plan_layers(shape: StepShape, layers: Sequence[LayerMemory]) -> MemoryPlan:
-    """What a step takes with these layers."""
-    numbered = list(enumerate(layers, 1))
-    on_device = sum(shape.kept(i, layer.recompute) for i, layer in numbered if not layer.to_host)
-    on_host = [shape.kept(i, layer.recompute) for i, layer in numbered if layer.to_host]
-    redo = any(layer.recompute != "none" for layer in layers)
-    parts = shape.state() | {
-        "kept for backward": on_device,
-        "one layer": shape.working(redo, max(on_host, default=0)),
-    }
-    return MemoryPlan(tuple(layers), parts, sum(on_host))
+    """What a step takes with these layers: by part at the moment when it takes most."""
+    n, state = len(layers), shape.state()
+    kept = [shape.kept(i, layer.recompute) for i, layer in enumerate(layers, 1)]
+    here = [nbytes * (not layer.to_host) for nbytes, layer in zip(kept, layers, strict=True)]
+    away = [nbytes * layer.to_host for nbytes, layer in zip(kept, layers, strict=True)]
+    moments = [(sum(here), 0, shape.loss()), (0, shape.gradients(n), 0)]
+    for i, layer in enumerate(layers):
+        # What the layer before keeps is leaving; in backward, its own is back and that of the layer before comes.
+        leaving = away[i - 1] if i else 0
+        moments.append((sum(here[: i + 1]), 0, shape.forward() + leaving))
+        fetched = away[i] + leaving
+        moments.append(
+            (sum(here[: i + 1]), shape.gradients(n - i - 1), shape.backward(i + 1, layer.recompute) + fetched)
+        )
+    standing, gradients, most = max(moments, key=sum)
+    parts = state | {"gradients": gradients, "kept for backward": standing, "one layer": most}
+    return MemoryPlan(tuple(layers), parts, sum(away))
 
 
 def choose_layers(

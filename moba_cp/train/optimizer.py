@@ -116,6 +116,9 @@ class BFloat16AdamW(torch.optim.AdamW):
                     state["exp_avg"], state["exp_avg_sq"] = (
                         torch.zeros_like(parameter, dtype=torch.bfloat16) for _ in range(2)
                     )
+                for name in ("exp_avg", "exp_avg_sq"):
+                    # Loaded from a checkpoint they have the parameter's dtype.
+                    state[name] = state[name].to(torch.bfloat16)
                 moments = [_local(state[name]) for name in ("exp_avg", "exp_avg_sq")]
                 wide = [x.float() for x in moments]
                 adamw(

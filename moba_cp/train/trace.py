@@ -76,7 +76,8 @@ def tracing(folder: Path, wanted: bool, mesh: Mesh) -> Iterator[dict[str, Any]]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        # Stacks of C++ would take more host memory than a long sequence leaves.
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
     with torch.profiler.profile(activities=activities) as profile:
         yield entry
         if on_gpu:
