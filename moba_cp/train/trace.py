@@ -19,13 +19,15 @@ TRACE, SNAPSHOT = "trace.json.gz", "memory.pickle"
 # Dense bf16 FLOP/s of one device, from the vendors' data sheets (SXM modules).
 _PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2450e12}
 
-# What a kernel belongs to, by its name; the first that matches.
+# What a kernel belongs to, by its name; the first that matches. Compiled kernels are named after what they fuse.
+_ELEMENTWISE = "element by element"
 _PARTS = {
-    "routing": r"select|_mean|_count_kernel|_running_sum|_scatter_kernel|_task_kernel|_visit_table|topk|sort_key",
-    "exchange": r"nccl|Memcpy PtoP|symm|pack_kv|_unpack|sum_partial|gather_rows|requests|decision",
-    "attention": r"flash|cudnn|sdpa|fmha|short_block|long_block|dkdv|_dq_|merge|sum_visits|finish_kernel|row_sums",
+    _ELEMENTWISE: r"^triton_(poi|red|per)_",
+    "routing": r"select_kernel|_means_kernel|_count_kernel|_running_sum|_scatter_kernel|_task_kernel|_visit_table",
+    "exchange": r"nccl|Memcpy PtoP|_pack_kernel|_gather_rows|_request|_list|_pick|_relay|_moved|_far|_partial|_row_ids",
+    "attention": r"_block_kernel|dkdv_kernel|dq_kernel|_visits_kernel|_finish_kernel|_merge|_row_sums|flash|cudnn|fmha",
     "linear layers": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
-    "optimizer": r"adam|multi_tensor|lpnorm|foreach",
+    "optimizer": r"adam|multi_tensor",
     "host copies": r"Memcpy (DtoH|HtoD)",
 }
 
@@ -89,6 +91,11 @@ def tracing(folder: Path, wanted: bool, mesh: Mesh) -> Iterator[dict[str, Any]]:
     profile.export_chrome_trace(str(folder / TRACE))
 
 
+def part_of(kernel: str) -> str:
+    """What part of a step a kernel or copy belongs to."""
+    return next((part for part, names in _PARTS.items() if re.search(names, kernel)), _ELEMENTWISE)
+
+
 def seconds_by_part(events: Any) -> dict[str, float]:
     """Seconds that a device's kernels and copies took, by part of the step; ``waiting``: when nothing ran on it.
 
@@ -100,7 +107,7 @@ def seconds_by_part(events: Any) -> dict[str, float]:
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         begin, end = event.time_range.start, event.time_range.end
-        part = next((part for part, names in _PARTS.items() if re.search(names, event.name)), "element by element")
+        part = part_of(event.name)
         parts[part] = parts.get(part, 0.0) + (end - begin) / 1e6
         busy.append((begin, end))
     busy.sort()
