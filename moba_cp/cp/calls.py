@@ -18,6 +18,7 @@ UNNAMED_LAYER = "an unnamed layer"
 """A layer's name where the model gives none."""
 
 TAG_BYTES = 16
+_SHOWN = 96
 _WANTED, _GRAD_MODE = 1, 2
 
 
@@ -79,6 +80,34 @@ _ledgers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Ledger]" = weakref.WeakK
 def ledger_of(group: dist.ProcessGroup | None) -> Ledger:
     """The ledger of a group; a new one for None."""
     return Ledger() if group is None else _ledgers.setdefault(group, Ledger())
+
+
+def agree(comm, signature: dict[str, object]) -> None:
+    """Compare what the ranks of a group give its first call, of the context and its first layer: name -> value.
+
+    Tags compare calls only once their block means are here, which another number of heads would not let arrive. Of
+    later contexts they have to do: a comparison of their own would meet other calls where a rank leaves one out.
+
+    Raises:
+        ExchangeError: on all ranks, with the name and the values that differ.
+    """
+    if comm.size == 1 or not comm.checks_calls:
+        return
+    text = {name: str(value) for name, value in signature.items()}
+    digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in text.values()]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+    every = comm.gather_on_host(mine)
+    for (name, value), column in zip(text.items(), (every != every[0]).T, strict=True):
+        if not column.any():
+            continue
+        other, shown = int(column.nonzero()[0]), torch.zeros(_SHOWN, dtype=torch.uint8)
+        encoded = value.encode()[:_SHOWN]
+        shown[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        values = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in comm.gather_on_host(shown)]
+        raise ExchangeError(
+            f"rank {comm.rank} of {comm.size}: {name} is {values[other]} on rank {other} but {values[0]} on rank 0; "
+            "give every rank of a context the same sequence, layout, options and kinds of layers"
+        )
 
 
 def enter_call(comm, where: Where, *what) -> int:

@@ -130,6 +130,13 @@ class Communicator:
         what = f"all-gather in {self.layer}"
         return self._guarded(what, lambda: self._all_gather(x.contiguous(), what))()
 
+    def gather_on_host(self, x: Tensor) -> Tensor:
+        """:meth:`gather_uncounted` of a small tensor in host memory, back in host memory; it waits for the GPU only
+        where the group has no backend for CPUs."""
+        if self.group is None or "cpu" in dist.get_backend_config(self.group):
+            return self.gather_uncounted(x)
+        return self.gather_uncounted(x.cuda()).cpu()
+
     def all_to_all_uncounted(self, x: Tensor) -> Tensor:
         """An equal part of ``x`` [P * n, ...] to each rank, and one from each, for what is not part of a layer."""
         rows, what = [x.shape[0] // self.size] * self.size, f"all-to-all in {self.layer}"

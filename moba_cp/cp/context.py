@@ -1,5 +1,6 @@
 """CPContext: a sequence, its documents and the ranks it is spread over."""
 
+import hashlib
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -67,6 +68,8 @@ class CPContext:
     """Sees what every MoBA layer selects."""
     comm: Communicator
     """The group's collectives and byte counters."""
+    digest: str
+    """Of layout, documents and options, which all ranks give alike."""
     segments: list[Segments]
     """The runs of tokens that each rank holds; see :mod:`moba_cp.cp.layout`."""
     positions: Tensor
@@ -98,6 +101,8 @@ class CPContext:
         self.exchange = _options(exchange, self.comm)
 
         bounds = self.cu_seqlens.numpy().astype(np.int64)
+        what = repr((layout, self.seq_len, self.exchange)).encode() + bounds.tobytes()
+        self.digest = hashlib.blake2b(what, digest_size=8).hexdigest()
         self.segments = rank_segments(layout, self.seq_len, self.comm.size, bounds)
         positions = positions_of(self.segments[self.comm.rank])
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
@@ -191,6 +196,23 @@ class CPContext:
         ``size``, unless the gradients of weights are averaged over the group and not summed.
         """
         return unshard(x, dim, self)
+
+
+def signature(cp: CPContext, q: Tensor, k: Tensor, **of_layer: object) -> dict[str, object]:
+    """What all ranks of ``cp`` have to give alike: q [L, Hq, D], k [L, Hkv, D], and ``of_layer``."""
+    bounds = cp.cu_seqlens.tolist()
+    return {
+        "seq_len": cp.seq_len,
+        "layout": cp.layout,
+        # The digest of all documents, and as many as can be shown.
+        "cu_seqlens": (hashlib.blake2b(repr(bounds).encode(), digest_size=4).hexdigest(), bounds[:8]),
+        "exchange": cp.exchange,
+        **of_layer,
+        "heads of q": q.shape[1],
+        "heads of k and v": k.shape[1],
+        "head_dim": q.shape[2],
+        "dtype": q.dtype,
+    }
 
 
 def check_context(cp: CPContext, q: Tensor) -> None:

@@ -19,10 +19,10 @@ from ..config import MoBAConfig
 from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import AllGather, Transport, build_transport
-from .calls import TAG_BYTES, Call
+from .calls import TAG_BYTES, Call, agree
 from .comm import Communicator, HostCopy, ring_bytes
 from .compiling import outside_graphs
-from .context import CPContext, check_context
+from .context import CPContext, check_context, signature
 from .exchange.strategy import Exchange, ExchangeTables, build_exchange_tables
 from .geometry import BlockGeometry
 from .options import GATHERING_MODES
@@ -59,7 +59,11 @@ def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: f
 
 def enter(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, wanted: bool, needs_grad: bool) -> Call:
     """A call of :func:`forward_pass` begins: whether this rank wants gradients of it, and whether it could have any."""
-    return Call(cp.comm, (q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted, needs_grad)
+    if not cp.comm.calls.count:
+        agree(cp.comm, signature(cp, q, k, kind="moba", block_size=config.block_size, top_k=config.top_k))
+    return Call(
+        cp.comm, (cp.digest, q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted, needs_grad
+    )
 
 
 def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: Call) -> Way:

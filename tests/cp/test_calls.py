@@ -1,5 +1,7 @@
 """Ranks that do not make the same calls, or of which only some want gradients."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,3 +126,67 @@ def test_gradients_that_some_ranks_cannot_give_are_an_error_on_all():
     for rank, error in enumerate(run_threads(2, _without_grad_mode)):
         assert error.startswith(f"rank {rank} of 2: ranks [0] want gradients of the forward of an unnamed layer, but")
         assert "ranks [1] compute it in torch.no_grad" in error
+
+
+def _contexts_differ(comm, change: dict):
+    """The last rank makes another context, or calls another kind of layer, than the others."""
+    given = {"layout": "contiguous", "seq_len": 96, "cu_seqlens": [0, 40, 96], "exchange": "kv", "block_size": 16}
+    given |= {"top_k": 2, "heads": 4, "kv_heads": 2, "dim": 8, "dtype": torch.float64, "full": False}
+    mine = given | (change if comm.rank == comm.size - 1 else {})
+    cp = CPContext(comm, mine["layout"], mine["seq_len"], mine["cu_seqlens"], exchange=mine["exchange"])
+    q = torch.ones(cp.local_len, mine["heads"], mine["dim"], dtype=mine["dtype"])
+    k = q[:, : mine["kv_heads"]]
+    try:
+        if mine["full"]:
+            full_attention(q, k, k, cp=cp)
+        else:
+            moba_attention(q, k, k, MoBAConfig(mine["block_size"], mine["top_k"]), cp=cp)
+    except ExchangeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"seq_len": 192, "cu_seqlens": [0, 40, 192]}, "seq_len is 192 on rank 2 but 96 on rank 0"),
+        ({"layout": "zigzag"}, "layout is zigzag on rank 2 but contiguous on rank 0"),
+        (
+            {"cu_seqlens": [0, 41, 96]},
+            r"cu_seqlens is \('\w+', \[0, 41, 96\]\) on rank 2 but \('\w+', \[0, 40, 96\]\) on",
+        ),
+        (
+            {"exchange": "query"},
+            r"exchange is ExchangeOptions\(mode='query'.* on rank 2 but ExchangeOptions\(mode='kv'",
+        ),
+        ({"block_size": 32}, "block_size is 32 on rank 2 but 16 on rank 0"),
+        ({"top_k": 3}, "top_k is 3 on rank 2 but 2 on rank 0"),
+        ({"heads": 8}, "heads of q is 8 on rank 2 but 4 on rank 0"),
+        ({"kv_heads": 4}, "heads of k and v is 4 on rank 2 but 2 on rank 0"),
+        ({"dim": 16}, "head_dim is 16 on rank 2 but 8 on rank 0"),
+        ({"dtype": torch.float32}, "dtype is torch.float32 on rank 2 but torch.float64 on rank 0"),
+        ({"full": True}, "kind is full on rank 2 but moba on rank 0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_rank_with_another_context_is_named_on_all(change, said):
+    results = run_threads(3, _contexts_differ, change)
+    for rank, result in enumerate(results):
+        assert re.match(f"rank {rank} of 3: {said}", result), result
+    assert run_threads(3, _contexts_differ, {}) == [None] * 3
+
+
+def _later_documents_differ(comm):
+    """Two contexts of one group, the second with other documents on rank 1."""
+    x = torch.ones(32, 2, 8, dtype=torch.float64)
+    for bounds in ([0, 48, 64], [0, 32 - 16 * comm.rank, 64]):
+        try:
+            moba_attention(x, x, x, CONFIG, cp=CPContext(comm, "contiguous", 64, bounds, exchange="kv"))
+        except ExchangeError as error:
+            return str(error)
+    return ""
+
+
+def test_other_documents_in_a_later_context_are_another_call():
+    for error in run_threads(2, _later_documents_differ):
+        assert "its attention call 2, the forward of an unnamed layer, is another one than that of other ranks" in error

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...transforms import once_differentiable, without_autocast
-from ..calls import Where, enter_call
+from ..calls import Where, agree, enter_call
 from ..comm import ring_bytes
 from ..compiling import outside_graphs
-from ..context import CPContext, check_context
+from ..context import CPContext, check_context, signature
 from . import allgather as full_gather
 from . import ring as full_ring
 from .schedule import schedule_of
@@ -78,7 +78,9 @@ def forward_pass(
         raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
     way = METHODS[choose_method(k, cp) if method == "auto" else method]
     where = Where.forward(cp.comm.layer)
-    enter_call(cp.comm, where, "full", q.shape[1], k.shape[1:])
+    if not cp.comm.calls.count:
+        agree(cp.comm, signature(cp, q, k, kind="full", block_size=None, top_k=None))
+    enter_call(cp.comm, where, "full", cp.digest, q.shape[1], k.shape[1:])
     out, lse = way.forward(*(x.contiguous() for x in (q, k, v)), scale, cp, backend, deterministic, where)
     for counters in cp.comm.counters_of(where):
         counters.dense_ring += ring_bytes(k, cp.size)
