@@ -140,8 +140,11 @@ def _fail(words: str, text: str, code: int) -> int:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and (rank != 0 or _of_another_rank(text)):
         # Usually all ranks have the same error, or this error follows from another rank's: one line is enough.
-        time.sleep(_SECONDS_FOR_OTHERS)
+        # A rank that has ended with an error of its own has said it: where a launcher is slow, this one need not.
+        time.sleep(_SECONDS_FOR_OTHERS * (4 if " ended at step " in text else 1))
     place = f" (rank {rank})" if rank else ""
+    # Names of files need not be text.
+    text = text.encode("utf-8", "backslashreplace").decode()
     print(f"moba-cp {words}{place}: error: {text}", file=sys.stderr, flush=True)
     if size > 1:
         # Other ranks may wait in a collective, and closing the process group would wait for them.

@@ -26,6 +26,7 @@ from .corpus import Documents
 
 # The sequences of several corpora are mixed in periods, within which each has its exact share.
 _PERIOD = 4096
+_MOST_SEQUENCES = 2**29
 
 
 class Piece(NamedTuple):
@@ -129,6 +130,12 @@ class Packer:
         self._bins = _best_fit(self.lengths, seq_len, overlap, seed) if packing == "best_fit" else None
         self.per_epoch = total // seq_len if self._bins is None else len(self._bins.ends)
         """Sequences of an epoch."""
+        if self.per_epoch > _MOST_SEQUENCES:
+            # An epoch's order is an array of all its sequences.
+            raise ValueError(
+                f"data.seq_len={seq_len} cuts {total} tokens into {self.per_epoch} sequences an epoch, more than "
+                f"{_MOST_SEQUENCES}; raise seq_len or give less text"
+            )
         self.waste = 0.0 if self._bins is None else 1 - self._bins.lengths.sum() / (self.per_epoch * seq_len)
         """Share of the tokens of an epoch that is padding."""
         self.n_cut = int((self.lengths > seq_len).sum())
