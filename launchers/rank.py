@@ -31,4 +31,5 @@ if __name__ == "__main__":
         sys.exit(f"moba_cp.launchers.rank: {error} is not set; srun sets it, and launchers/slurm.sbatch calls srun")
     except ValueError as error:
         sys.exit(f"moba_cp.launchers.rank: {error}")
-    os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+    # The arguments are those of the launcher's own command line.
+    os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])  # noqa: S606  # nosec B606

@@ -5,7 +5,7 @@ anything. Here both are read by unpicklers that know a short list of names.
 """
 
 import io
-import pickle
+import pickle  # nosec B403
 from pathlib import Path
 from typing import Any
 

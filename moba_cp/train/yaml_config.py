@@ -44,7 +44,8 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         # Reading a pipe could block forever, and every rank reads the file.
         raise ValueError(f"{path}: is a pipe or a device; give a YAML file or one of {', '.join(packaged)}")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        # The loader is YAML's safe one.
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506  # nosec B506
     except (FileNotFoundError, IsADirectoryError) as error:
         what = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
         raise ValueError(f"{path}: {what}; give a YAML file or one of {', '.join(packaged)}") from None
@@ -146,7 +147,7 @@ def _parse_override(text: str, members: set[Any], override: str) -> Any:
     if members <= {str, type(None)} and str in members and typed[:1] not in ("'", '"'):
         return None if typed in ("", "~", "null") else typed
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # nosec B506
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if str in members:
             return typed
