@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from . import manifest, storage
 from .agreement import all_values, from_first
+from .background import Background
 from .manifest import Damage
 from .storage import StorageError
 
@@ -69,6 +70,7 @@ def save(
     check: Callable[[], None] = lambda: None,
     facts: dict[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
+    background: Background | None = None,
 ) -> Path:
     """Write a checkpoint into ``folder``, the newest of the ``keep`` that stay (0: all); collective over ``group``.
 
@@ -77,23 +79,33 @@ def save(
     Args:
         check: called by the first rank before the checkpoint takes its name; raises ValueError if it may not.
         facts: what else the manifest says, such as versions and the number of ranks.
+        background: what writes a copy in host memory while training goes on, after the one before; None to write now.
 
     Raises:
-        StorageError: on all ranks, if one could not write, or if a weight is not finite; what was there stays.
+        StorageError: on all ranks, if one could not write this checkpoint or, in the background, the one before; what
+            was there stays.
+        ValueError: on all ranks, if a weight of one is not finite.
     """
     target = folder / f"step-{meta.step:08d}"
     state = _state(module, optimizer)
     _check_finite(state, target, group)
-    partial = from_first(lambda: _told(lambda: _begin(folder, target)), group)
-    try:
-        storage.write(state, partial, group)
-        files = _entries(partial, group)
-        from_first(lambda: _told(lambda: _finish(partial, target, meta, files, facts or {}, check)), group)
-    except StorageError:
-        # Room for the next attempt.
-        from_first(lambda: shutil.rmtree(partial, ignore_errors=True), group)
-        raise
-    from_first(lambda: _sweep(folder, target, keep, keep_step), group)
+
+    def write(state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+        partial = from_first(lambda: _told(lambda: _begin(folder, target)), group)
+        try:
+            storage.write(state, partial, group)
+            files = _entries(partial, group)
+            from_first(lambda: _told(lambda: _finish(partial, target, meta, files, facts or {}, check)), group)
+        except StorageError:
+            # Room for the next attempt.
+            from_first(lambda: shutil.rmtree(partial, ignore_errors=True), group)
+            raise
+        from_first(lambda: _sweep(folder, target, keep, keep_step), group)
+
+    if background is None:
+        write(state, group)
+    else:
+        background.start(write, state)
     return target
 
 

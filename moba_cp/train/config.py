@@ -1,7 +1,7 @@
 """The sections of a training run's YAML file; each is a dataclass that stands beside the code that uses it."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..cp.options import ExchangeOptions
@@ -38,6 +38,10 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward; weights, sums of gradients and optimizer state are float32."""
 
+    deterministic: bool = False
+    """Bit-identical runs, resumed ones too, on the same number of ranks and the same devices: attention.deterministic,
+    and PyTorch's own operators where they have such a variant. Slower on GPUs; CPUs need nothing."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of each rank where there is one (NCCL), else the CPU (gloo)."""
 
@@ -57,6 +61,10 @@ class RunConfig:
 
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 for all."""
+
+    background_save: bool = False
+    """Write checkpoints while training goes on, from a copy of weights and optimizer state in host memory: a step waits
+    for that copy, and for the checkpoint before if it is not written yet."""
 
     failed_save: Literal["stop", "go_on"] = "stop"
     """When a checkpoint cannot be written (a full disk): end the run, or say so and go on to the next. What was there
@@ -110,3 +118,7 @@ class TrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     """Length, place and device of the run."""
+
+    def __post_init__(self):
+        if self.run.deterministic and not self.attention.deterministic:
+            object.__setattr__(self, "attention", replace(self.attention, deterministic=True))

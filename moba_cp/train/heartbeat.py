@@ -92,7 +92,7 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """``error`` of a collective as one that names the rank to look at, or ``error`` itself."""
         self.ended(error)
-        if not _of_transport(error):
+        if not of_transport(error):
             return error
         step, phase, _ = self._place
         blame = self.blame()
@@ -153,7 +153,7 @@ def open_heartbeat(rank: int, size: int, timeout: float) -> Heartbeat:
     return Heartbeat(rank, size, connect if address and port else None, timeout)
 
 
-def _of_transport(error: Exception) -> bool:
+def of_transport(error: BaseException) -> bool:
     """Whether an error is that of a collective which other ranks did not complete."""
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False

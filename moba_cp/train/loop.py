@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from ..cp.recorder import SelectionRecorder
 from ..megatron.model import build_model
 from . import checkpoint, memory
+from .background import Background
 from .batch import Batches, MicroBatch
 from .log import CHECKPOINTS, SELECTION, versions
 from .mesh import Mesh
@@ -62,6 +63,7 @@ class Trainer:
         """A step, and its sequences made ahead."""
         self.step, self._start, self._check_folder = 0, resume, check_folder
         self._skipped = 0
+        self._background = Background(mesh.save_group) if mesh.save_group is not None else None
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
             mesh.heartbeat.at(self.step, "loading the checkpoint")
@@ -80,8 +82,8 @@ class Trainer:
         # Rank 0 writes files only after every rank has passed its checks.
         dist.barrier(self.mesh.group)
         with (
-            StopRequest(self.mesh.group) as stop,
             Reporter(self.plan, self.mesh, self.step, self._start) as reporter,
+            StopRequest(self.mesh.group) as stop,
         ):
             reporter.note(*self.memory.lines(), *backends(self.config, self.mesh.device))
             if self.step == 0 and (loss := self.validation_loss()) is not None:
@@ -225,7 +227,10 @@ class Trainer:
                 check=self._check_folder,
                 facts=facts,
                 group=self.mesh.group,
+                background=self._background,
             )
+            if last and self._background is not None:
+                self._background.finish()
         except StorageError as error:
             if run.failed_save == "stop" or last:
                 raise

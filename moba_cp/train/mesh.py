@@ -31,6 +31,8 @@ class Mesh:
     """All ranks in one dimension, over which weights and optimizer state are sharded."""
     group: dist.ProcessGroup | None = None
     """All ranks of the run; None where these are all of torch.distributed."""
+    save_group: dist.ProcessGroup | None = None
+    """All ranks, for checkpoints that are written in the background; None where none are."""
     heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(0, 1, None, 0.0))
     """Where this rank is, for the errors of others."""
 
@@ -89,6 +91,7 @@ def open_mesh(config: RunConfig) -> Mesh:
         context_size=context,
         shard_mesh=init_device_mesh(device.type, (size,), mesh_dim_names=("all",)),
         heartbeat=heartbeat,
+        save_group=dist.new_group(timeout=timeout, backend="gloo") if config.background_save else None,
     )
 
 
@@ -98,6 +101,11 @@ def start_ranks(config: RunConfig) -> torch.device:
     Raises:
         ValueError: the device is not there.
     """
+    if config.deterministic:
+        # cuBLAS reads it when it starts; without it its results depend on how streams share its memory.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     device = _device(config.device)
     if not dist.is_initialized():
         start_process_group(device, timedelta(seconds=config.timeout_seconds))

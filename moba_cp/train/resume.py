@@ -21,8 +21,8 @@ _SAME_RESULTS = {
     "data": ("path", "pattern", "not_text"),
     "optimizer": (),
     "run": (
-        "directory", "start_from", "context_size", "device", "validate_every", "checkpoint_every", "selection_maps",
-        "trace_step", "keep_checkpoints", "failed_save", "timeout_seconds",
+        "directory", "start_from", "context_size", "deterministic", "device", "validate_every", "checkpoint_every",
+        "selection_maps", "trace_step", "keep_checkpoints", "background_save", "failed_save", "timeout_seconds",
     ),
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .heartbeat import of_transport
+
 STOP_FILE = "MOBA_CP_STOP_FILE"
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved (EX_TEMPFAIL of sysexits.h: try again later)."""
@@ -61,6 +63,9 @@ class StopRequest:
     def __exit__(self, *exception) -> None:
         if self._handles:
             signal.signal(signal.SIGTERM, self._before)
+            if self._signalled and exception[1] is not None and of_transport(exception[1]):
+                # Another rank has failed, and says so: the launcher only wants this one to end.
+                signal.raise_signal(signal.SIGTERM)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop, the same on all; a collective call of all ranks.

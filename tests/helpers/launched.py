@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from tests.helpers.distributed import TIME_SCALE, environment_of, store_of
-from tests.helpers.nursery import nursery
+from tests.helpers.nursery import nursery, started
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged
 
 
@@ -20,6 +20,7 @@ class Launched:
         environment: variables of all ranks.
         preamble: Python code that each rank runs first; it sees ``RANK`` in its environment.
         by_rank: further overrides of some ranks.
+        fork: start them quickly; not for GPUs.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Launched:
         environment: dict[str, str] | None = None,
         preamble: str = "",
         by_rank: dict[int, tuple[str, ...]] | None = None,
+        fork: bool = True,
     ):
         settings = [*SHRUNKEN, f"data.path={place / 'text'}", *overrides]
         self._store, self._outputs, self.ranks = store_of(n), [], []
@@ -39,7 +41,8 @@ class Launched:
             words = ["train", str(DEMO), *(word for setting in own for word in ("--set", setting)), *flags]
             variables = {**environment_of(rank, n, self._store.port), **(environment or {})}
             self._outputs.append(place / f"output-{rank}-{time.monotonic_ns()}")
-            self.ranks.append(nursery.start(words, variables, place, self._outputs[-1], preamble))
+            start = nursery.start if fork else started
+            self.ranks.append(start(words, variables, place, self._outputs[-1], preamble))
 
     def __enter__(self) -> "Launched":
         return self

@@ -42,6 +42,17 @@ class Forked:
             os.kill(self.pid, number)
 
 
+def started(arguments: list[str], variables: dict[str, str], folder: Path, output: Path, script: str):
+    """:meth:`Nursery.start` without a fork: CUDA does not survive one where the parent has looked for GPUs."""
+    code = f"import sys\n{script}\nfrom moba_cp import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | variables
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], env=environment, cwd=folder, stdout=file, stderr=file
+        )
+
+
 class Nursery:
     """The process that the others are forked from; started at the first use, gone with this one."""
 

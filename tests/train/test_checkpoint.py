@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moba_cp.train import checkpoint, manifest
+from moba_cp.train import checkpoint, manifest, storage
+from moba_cp.train.background import Background
 from moba_cp.train.checkpoint import CheckpointMeta
 from moba_cp.train.storage import StorageError
 from tests.helpers.distributed import run_ranks
@@ -250,6 +252,43 @@ def test_a_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     assert checkpoint.verify(tmp_path / "step-00000010") is None
     checkpoint.set_aside_after(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"], "what is left of it goes at the next start"
+
+
+def full_disk(*arguments):
+    raise OSError(28, "No space left on device", "somewhere")
+
+
+def test_saving_in_the_background(tmp_path, monkeypatch):
+    """What is saved is what was there when the save began; what fails is told at the next."""
+    background = Background(dist.new_group(backend="gloo"))
+    module, optimizer = trained(0)
+    before, write, gate = module.weight.detach().clone(), storage.write, threading.Event()
+
+    def slow_write(*arguments):
+        assert gate.wait(60)
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", slow_write)
+        path = checkpoint.save(tmp_path, meta(5), module, optimizer, keep=2, background=background)
+        with torch.no_grad():
+            module.weight.fill_(7.0)
+        assert not path.exists()
+        gate.set()
+        background.finish()
+    assert checkpoint.verify(path) is None
+    other = trained(1)
+    checkpoint.load(path, *other)
+    assert torch.equal(other[0].weight, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.manifest, "entry", full_disk)
+        checkpoint.save(tmp_path, meta(10), module, optimizer, keep=2, background=background)
+        with pytest.raises(StorageError, match="No space left"):
+            background.finish()
+    checkpoint.save(tmp_path, meta(15), module, optimizer, keep=1, background=background)
+    background.finish()
+    background.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
 
 
 class Malice:

@@ -1,18 +1,24 @@
 """An error of a collective says which rank it is for, and no group waits longer than the run's timeout."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moba_cp.train import heartbeat
-from moba_cp.train.config import RunConfig
+from moba_cp.train.config import RunConfig, TrainConfig
 from moba_cp.train.heartbeat import Heartbeat, RankLost
-from moba_cp.train.mesh import close_mesh, open_mesh
+from moba_cp.train.mesh import close_mesh, open_mesh, start_ranks
+from moba_cp.train.yaml_config import build
 from tests.helpers.distributed import TIME_SCALE, run_ranks
 from tests.helpers.launched import Launched
 from tests.helpers.train_runs import write_text
@@ -79,11 +85,55 @@ def _timeouts(rank, config):
     return timeouts
 
 
+ORPHAN = """
+import os, sys, time
+import torch.distributed as dist
+from moba_cp.train.heartbeat import Heartbeat
+if os.fork() == 0:
+    store = dist.HashStore()
+    beat = Heartbeat(0, 2, lambda: store, 300.0)
+    print("beating", os.getpid(), flush=True)
+    time.sleep(600)
+time.sleep(600)
+"""
+
+
+def test_a_rank_whose_launcher_has_gone_ends():
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(Path(__file__).parents[2])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    launcher = subprocess.Popen([sys.executable, "-c", ORPHAN], text=True, env=environment, **pipes)
+    word, pid = launcher.stdout.readline().split()
+    assert word == "beating"
+    launcher.kill()
+    launcher.wait()
+    try:
+        # The pipe ends with the last process that holds it.
+        said = launcher.stderr.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    assert "rank 0: the launcher has gone; this rank ends" in said
+
+
 def test_every_group_has_the_timeout_of_the_run():
     config = RunConfig(context_size=2, timeout_seconds=77.0, device="cpu")
     # All ranks are those of the caller, with a timeout of the test's.
     for context, _ in run_ranks(4, _timeouts, config):
         assert context == timedelta(seconds=77)
+
+
+def test_one_flag_for_determinism(monkeypatch):
+    config = build(TrainConfig, {"run": {"deterministic": True, "device": "cpu"}})
+    assert config.attention.deterministic and config.attention.moba.deterministic
+    assert not build(TrainConfig, {}).attention.deterministic
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert start_ranks(config.run) == torch.device("cpu")
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        close_mesh()
 
 
 def test_a_stopped_rank_ends_the_others_by_name(tmp_path):

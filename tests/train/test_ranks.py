@@ -1,11 +1,21 @@
 """Losses are those of one rank on any number of ranks, and go on after a stop as if there had been none."""
 
+import gc
+import hashlib
 import math
 
+import psutil
 import pytest
+import torch
 
 from moba_cp.bench.gates import RecordedGate
-from tests.helpers.train_runs import logged, train, write_text
+from moba_cp.train import loop
+from moba_cp.train.config import TrainConfig
+from moba_cp.train.mesh import open_mesh
+from moba_cp.train.plan import plan_run
+from moba_cp.train.yaml_config import load
+from tests.helpers.distributed import run_ranks
+from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
 
 STEPS = range(1, 21)
 
@@ -109,3 +119,73 @@ def test_a_run_leaves_its_files(runs):
     assert found == {"log.jsonl", "config.yaml", "versions.json", "loss.png", "checkpoints"}
     assert {path.name for path in (runs / "two" / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
     assert (runs / "two" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _in_float64(rank, base, runs):
+    """Train each of ``runs``, (name, overrides, checkpoint to resume), in float64; digests of the weights that they
+    began with."""
+    build, shard, policy = loop.build_model, loop.shard_weights, loop.MixedPrecisionPolicy
+    loop.build_model = lambda *args, **kwargs: build(*args, **kwargs).double()
+    loop.shard_weights = lambda module, mesh, dtype, on_host=False: shard(module, mesh, torch.float64, on_host)
+    loop.MixedPrecisionPolicy = lambda **options: policy(**{**options, "reduce_dtype": torch.float64})
+    digests = []
+    for name, overrides, resume in runs:
+        settings = [f"run.directory={base / name}", f"data.path={base / 'text'}", *overrides]
+        config = load(TrainConfig, DEMO, [*SHRUNKEN, *settings])
+        mesh = open_mesh(config.run)
+        trainer = loop.Trainer(plan_run(config, mesh.size), mesh, resume)
+        weights = [parameter.full_tensor().detach() for parameter in trainer.module.parameters()]
+        digests.append(hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest())
+        trainer.run()
+    return digests
+
+
+@pytest.mark.slow
+def test_four_ranks_checkpoint_on_one_two_and_eight(tmp_path):
+    """The weights to the bit, and the next losses but for the rounding of sums in float64."""
+    write_text(tmp_path / "text")
+    steps = ["run.checkpoint_every=3", "run.steps=3"]
+    more = ["run.checkpoint_every=3", "run.steps=6"]
+    half = tmp_path / "four" / "checkpoints" / "step-00000003"
+    run_ranks(4, _in_float64, tmp_path, [("four", steps, None)], timeout=240)
+    (began, *_) = run_ranks(4, _in_float64, tmp_path, [("four_on", more, half)], timeout=240)
+    whole = logged(tmp_path / "four_on")
+    assert set(whole) == {4, 5, 6}
+    for ranks, layout in ((1, "zigzag"), (2, "contiguous"), (8, "zigzag")):
+        name, overrides = f"on_{ranks}", [*more, f"attention.layout={layout}"]
+        results = run_ranks(ranks, _in_float64, tmp_path, [(name, overrides, half)], timeout=240)
+        assert results == [began] * ranks, f"{ranks} ranks began with other weights"
+        assert largest_difference(whole, logged(tmp_path / name)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_is_flat_over_a_thousand_steps(tmp_path):
+    """Of a rank's process, from step 200 on: within 8 MiB."""
+    write_text(tmp_path / "text")
+    settings = ["run.steps=1000", "run.checkpoint_every=100", "run.validate_every=100"]
+    first, second = run_ranks(2, _memory_by_step, tmp_path, settings, timeout=3000)
+    for by_step in (first, second):
+        late = [size for step, size in by_step.items() if step >= 200]
+        assert max(late) - min(late) < 8 << 20, by_step
+
+
+def _memory_by_step(rank, base, settings):
+    """Resident bytes every 100 steps."""
+    config = load(
+        TrainConfig, DEMO, [*SHRUNKEN, f"run.directory={base / 'run'}", f"data.path={base / 'text'}", *settings]
+    )
+    mesh = open_mesh(config.run)
+    trainer, sizes = loop.Trainer(plan_run(config, mesh.size), mesh, None), {}
+    step = trainer.train_step
+
+    def train_step():
+        record = step()
+        if record["step"] % 100 == 0:
+            gc.collect()
+            sizes[record["step"]] = psutil.Process().memory_info().rss
+        return record
+
+    trainer.train_step = train_step
+    trainer.run()
+    return sizes
