@@ -103,7 +103,7 @@ def row_ids(block_indices: Tensor, slots: Tensor, dest: Tensor, number: Tensor, 
 
     Args:
         block_indices: [N, H, S] int32 block ids, -1 for none.
-        slots: [M] int32, places in [H, N, S] of selected blocks.
+        slots: [M] int32, indices into [H, N, S] of selected blocks.
         dest: [Hkv, n] int32, where a row goes that wants a block, -1 for nowhere.
         number: [Hkv, n], what a (KV head, block) is called there.
         dtype: of the result.
@@ -253,7 +253,7 @@ class PairTables(NamedTuple):
     pairs: Tensor
     """[m] int64."""
     flag_at: Tensor
-    """[m] int64, where it says whether the pair moves: the pair itself, or a place in what is received."""
+    """[m] int64, where it says whether the pair moves: the pair itself, or an index into what is received."""
     weight: Tensor
     """[m] int64, ``unit`` plus the tokens of the pair."""
     bounds: Tensor
@@ -267,7 +267,7 @@ def write_request(need: Tensor, source: Tensor, ends: Tensor | None = None, cost
 
     Args:
         need: [Hkv, n] bool.
-        source: int64, for every byte its place in the headers of all ranks followed by the flags [Hkv * n].
+        source: int64, for every byte its index into the headers of all ranks followed by the flags [Hkv * n].
         ends: [stages * P] int32, where the rows of each (stage, rank) end in the list of rows; None for no headers.
         costs: [P + 1] int64, of which the last is sent.
     """
@@ -361,5 +361,5 @@ def sum_up(
 
 
 def _lengths(ends: Tensor) -> Tensor:
-    """[places] int64, from where each part of a list ends."""
+    """[dests] int64, from where each destination's part of a list ends."""
     return torch.nn.functional.pad(ends, (1, 0)).diff().long()

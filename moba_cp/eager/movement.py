@@ -12,7 +12,7 @@ from .attention import merge
 
 
 def gather_rows(x: Tensor, slots: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
-    """Rows of x [N, H, D] at slots [M] int32, places in [H, N, n_slots] -> [M, D] in ``dtype``."""
+    """Rows of x [N, H, D] at slots [M] int32, indices into [H, N, n_slots] -> [M, D] in ``dtype``."""
     row = slots.long() // n_slots
     return x[row % x.shape[0], row // x.shape[0]].to(dtype)
 
@@ -27,8 +27,8 @@ def merge_rows(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: 
     """
     if part.shape[0] == 0:
         return
-    for places in index.long().unbind(2):
-        there, at = places >= 0, places.clamp(min=0)
+    for rows in index.long().unbind(2):
+        there, at = rows >= 0, rows.clamp(min=0)
         joined, joined_lse = merge([out, part[at]], [lse, torch.where(there, part_lse[at], -torch.inf)])
         out.copy_(torch.where(there[..., None], joined, out))
         lse.copy_(joined_lse)
@@ -38,8 +38,8 @@ def add_rows(out: Tensor, part: Tensor, index: Tensor) -> None:
     """Add single rows to ``out`` [N, Hq, D], in place; part [M, D] and index [N, Hq, S] as in :func:`merge_rows`."""
     if part.shape[0] == 0:
         return
-    for places in index.long().unbind(2):
-        out += torch.where((places >= 0)[..., None], part[places.clamp(min=0)], 0)
+    for rows in index.long().unbind(2):
+        out += torch.where((rows >= 0)[..., None], part[rows.clamp(min=0)], 0)
 
 
 def copy_pages(pages: Pages, pairs: Tensor, offset: Tensor, out: Tensor) -> None:
@@ -76,7 +76,7 @@ def pack_kv_shard(k: Tensor, v: Tensor, shard: Tensor, cut: int) -> None:
 
     Args:
         k, v: [R, H, D].
-        shard: [H * W, 2, D] contiguous, W >= R; places of rows past R are left as they are.
+        shard: [H * W, 2, D] contiguous, W >= R; what is kept for rows past R is left as it is.
     """
     for rows, part in _shard_parts(k, shard, cut):
         part[:, :, 0], part[:, :, 1] = k[rows].transpose(0, 1), v[rows].transpose(0, 1)

@@ -358,7 +358,7 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
     case = _aligned()
     leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
     out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-    way = out.grad_fn.way
+    way = out.grad_fn.made.way
     return isinstance(way, AllGather), isinstance(way, AllGather) and isinstance(way.transport, copies.CopyEngines)
 
 

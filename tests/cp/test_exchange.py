@@ -239,7 +239,7 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     for _ in range(2):
         out.backward(cp.shard(case.dout), retain_graph=True)
         gradients.append([x.grad.clone() for x in leaves])
-    return gradients, _hangs_on(out.grad_fn.way)
+    return gradients, _hangs_on(out.grad_fn.made.way)
 
 
 @pytest.mark.parametrize("mode", MODES)

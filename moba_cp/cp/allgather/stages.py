@@ -121,13 +121,13 @@ class GatherTables:
         """
         tables = {}
         for count in self.counts:
-            shard, begin, places = count * self.geometry.most_rows, 0, []
+            shard, begin, spans = count * self.geometry.most_rows, 0, []
             for p in self.others:
                 rows = self.seen(p, self.rank, count)
-                places.append((begin, rows.start, rows.stop) if self.by_copies else (p * shard, 0, shard))
+                spans.append((begin, rows.start, rows.stop) if self.by_copies else (p * shard, 0, shard))
                 begin += rows.stop - rows.start
             # Not blocking: a table need not wait for what was issued before.
-            table = torch.tensor(places, dtype=torch.int64)
+            table = torch.tensor(spans, dtype=torch.int64)
             tables[count] = table.to(self.geometry.owner.device, non_blocking=True)
         return tables
 

@@ -113,7 +113,7 @@ class HopTables:
     receive: list[int]
     """bytes of the request from each rank."""
     source: Tensor
-    """int64, for every byte sent its place in the headers of all ranks followed by a flag for each pair."""
+    """int64, for every byte sent its index into the headers of all ranks followed by a flag for each pair."""
     header_at: Tensor
     """[P] int64, where the headers begin in what is received."""
     asked_at: Tensor | None
@@ -190,8 +190,8 @@ def _hop_tables(
             asked_at.append(
                 torch.full((n_kv * n,), -1, dtype=torch.int64, device=device).scatter_(0, gives[p], flag_at[p])
             )
-    want = _by_place(wants, torch.cat(wants), stage, stages)
-    give = _by_place(gives, torch.cat(flag_at), stage, stages)
+    want = _by_dest(wants, torch.cat(wants), stage, stages)
+    give = _by_dest(gives, torch.cat(flag_at), stage, stages)
     pairs = torch.cat([want[0], give[0]])
     tokens = geometry.length.long()[pairs % max(1, n)]
     unit = pair_unit(pairs.numel(), int(tokens.sum()))
@@ -231,12 +231,12 @@ def _pairs(ids: Tensor, stage: Tensor, n_kv: int, n: int) -> Tensor:
     return pairs[stage[pairs].argsort(stable=True)]
 
 
-def _by_place(lists: list[Tensor], flag_at: Tensor, stage: Tensor, stages: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_dest(lists: list[Tensor], flag_at: Tensor, stage: Tensor, stages: int) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs of all ranks and where their flags are, by stage, rank, head, block; and [stages * P + 1] where each
     (stage, rank) begins, and the last ends."""
     pairs, size = torch.cat(lists), len(lists)
     rank = torch.cat([torch.full_like(ids, p) for p, ids in enumerate(lists)])
-    place = stage.flatten()[pairs] * size + rank
-    by_place = place.argsort(stable=True)
-    ends = torch.bincount(place, minlength=stages * size).cumsum(0)
-    return pairs[by_place], flag_at[by_place], torch.nn.functional.pad(ends, (1, 0))
+    dest = stage.flatten()[pairs] * size + rank
+    by_dest = dest.argsort(stable=True)
+    ends = torch.bincount(dest, minlength=stages * size).cumsum(0)
+    return pairs[by_dest], flag_at[by_dest], torch.nn.functional.pad(ends, (1, 0))

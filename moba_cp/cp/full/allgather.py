@@ -79,8 +79,8 @@ def _slices(
     """(query heads, q of these [L, h * G, D], K, V of these [T, h, D] in global order) per slice; a collective call."""
     n_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     step = max(1, n_kv // cp.size, min(n_kv, SLICE_BYTES * n_kv // (2 * k.nbytes * cp.size)))
-    place = torch.empty_like(cp.gathered_positions)
-    place[cp.gathered_positions] = torch.arange(place.numel(), device=k.device)
+    row_of = torch.empty_like(cp.gathered_positions)
+    row_of[cp.gathered_positions] = torch.arange(row_of.numel(), device=k.device)
 
     def start(lo: int) -> Callable[[], Tensor]:
         heads = slice(lo, lo + step)
@@ -92,7 +92,7 @@ def _slices(
         if lo + step < n_kv:
             wait = start(lo + step)
         heads = slice(lo * group, (lo + step) * group)
-        yield heads, q[:, heads].contiguous(), gathered[:, 0][place], gathered[:, 1][place]
+        yield heads, q[:, heads].contiguous(), gathered[:, 0][row_of], gathered[:, 1][row_of]
 
 
 def _summed(arrived: Tensor, size: int) -> Tensor:
