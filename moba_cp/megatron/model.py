@@ -5,6 +5,7 @@ Legend: L tokens of one sequence on this rank, b sequences, V vocabulary.
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -74,22 +75,35 @@ class MoBAGPTModel(GPTModel):
             self._offloader = Offloader(device)
         return self._offloader
 
-    def __call__(self, tokens: Tensor, labels: Tensor | None = None, context: CPContext | None = None) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        context: CPContext | None = None,
+        reduction: Literal["none", "sum"] = "none",
+    ) -> Tensor:
         # FSDP2's hooks would rebuild a CPContext, so wrap it before they run; see MoBAPackedSeqParams.
-        return super().__call__(tokens, labels, None if context is None else MoBAPackedSeqParams(context))
+        return super().__call__(tokens, labels, None if context is None else MoBAPackedSeqParams(context), reduction)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None, params: MoBAPackedSeqParams | None) -> Tensor:
-        """Loss of each token, or logits: ``model(tokens, labels=None, context=None)``.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        params: MoBAPackedSeqParams | None,
+        reduction: Literal["none", "sum"] = "none",
+    ) -> Tensor:
+        """Loss of each token, or logits: ``model(tokens, labels=None, context=None, reduction="none")``.
 
         Args:
             tokens: [L] or [b, L] int64, this rank's share of each sequence.
             labels: like tokens, the token that follows; -100 where there is none. Shift before sharding.
             context: layout and documents of the sequences; by default one document per sequence, in the layout of the
                 attention configuration. (:meth:`forward` itself gets it as ``params``.)
+            reduction: ``sum`` for the sum of the losses, which computes logits once where ``none`` does twice.
 
         Returns:
             loss, shaped like tokens, float32 (float64 in a float64 model), 0 where the label is -100; without labels
-            the logits [..., V] in the model's dtype.
+            the logits [..., V] in the model's dtype. With ``sum`` [], the sum of the losses.
 
         Raises:
             ValueError: shapes do not fit one another or the context.
@@ -108,7 +122,8 @@ class MoBAGPTModel(GPTModel):
         weight = self.embedding.word_embeddings.weight if shared else self.output_layer.weight
         if labels is None:
             return F.linear(hidden, weight).view(*tokens.shape, -1)
-        return linear_cross_entropy(hidden, weight, labels.reshape(-1)).view(tokens.shape)
+        loss = linear_cross_entropy(hidden, weight, labels.reshape(-1), reduction=reduction)
+        return loss.view(tokens.shape) if reduction == "none" else loss
 
 
 def build_model(

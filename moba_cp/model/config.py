@@ -105,6 +105,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float | None:
         """What attention scores are multiplied by; None for ``head_dim ** -0.5``."""
+        assert self.head_dim, "set by __post_init__"
         factor = 1.0 if self.rope_scaling is None else self.rope_scaling.score_factor
         return None if factor == 1 else factor * self.head_dim**-0.5
 

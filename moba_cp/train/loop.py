@@ -207,7 +207,7 @@ class Trainer:
 
     def _loss_sum(self, batch: MicroBatch) -> Tensor:
         """Loss of this rank's labels in one sequence, summed; scalar fp32."""
-        return self.module(batch.tokens, batch.labels, batch.context).sum()
+        return self.module(batch.tokens, batch.labels, batch.context, "sum")
 
     def _save(self, last: bool) -> str | None:
         """Write a checkpoint; why it could not be written, where the run is to go on all the same. After the ``last``

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moba_cp.model import loss as loss_module
 from moba_cp.model.loss import linear_cross_entropy
 
 T, H, V = 37, 24, 53
@@ -30,6 +31,22 @@ def test_equals_cross_entropy_of_all_logits(slice_len):
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight), grad), grads, rtol=0, atol=1e-12)
     assert loss[labels == -100].eq(0).all()
+
+
+@pytest.mark.parametrize("slice_len", [8, None])
+def test_the_sum_computes_logits_once(slice_len, monkeypatch):
+    hidden, weight, labels, _ = _inputs(torch.float64)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum", ignore_index=-100)
+    grads = torch.autograd.grad(0.3 * expected, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, labels, slice_len, "sum")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    monkeypatch.setattr(loss_module, "_to_gradient", None)
+    for _ in range(2):
+        got = torch.autograd.grad(0.3 * loss, (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(got, grads, rtol=0, atol=1e-12)
+    # Where no gradient is wanted none is computed.
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, slice_len, "sum"), expected)
 
 
 def test_bf16_is_as_close_as_plain_pytorch():
