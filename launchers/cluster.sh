@@ -74,7 +74,7 @@ settings() { # RANKS_OF_THIS_MACHINE CPUS: what NCCL and PyTorch are told; what 
     # The flight recorder: the last collectives of each rank, written when one times out, show which rank did not come.
     local size=TORCH_FR_BUFFER_SIZE files=TORCH_FR_DUMP_TEMP_FILE
     case "$torch_version" in
-    2.[0-8].*) size=TORCH_NCCL_TRACE_BUFFER_SIZE files=TORCH_NCCL_DEBUG_INFO_TEMP_FILE ;; # as they were called then
+    2.?.* | 2.10.* | 2.11.*) size=TORCH_NCCL_TRACE_BUFFER_SIZE files=TORCH_NCCL_DEBUG_INFO_TEMP_FILE ;; # as they were called then
     esac
     export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
     export "$size=${!size:-2000}" "$files=${!files:-${directory:-.}/flight-recorder/rank-}"

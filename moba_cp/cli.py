@@ -34,6 +34,7 @@ COMMANDS = {
         "count bytes of each exchange mode for any number of ranks",
     ),
     "doctor": ("moba_cp.doctor.command", "check machines, and what lies between ranks; a line each, PASS or FAIL"),
+    "verify": ("moba_cp.verify", "hold attention and a training step on these machines against one rank and float64"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 

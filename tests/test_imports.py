@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "kernels", "launchers", "config", "blocks", "dtypes", "transforms", "reference", "eager", "ops", "dense",
     "autograd", "cp", "attention", "passes", "model", "data", "megatron", "train", "experiments", "bench", "doctor",
-    "cli", "__main__",
+    "verify", "cli", "__main__",
 ]  # fmt: skip
 
 

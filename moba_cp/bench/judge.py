@@ -115,6 +115,14 @@ def distances(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]
     return [(ours.double() - right).abs().max().item() for ours, right in zip(results, exact, strict=True)]
 
 
+def allowance(name: str, one_device: float, rounded: bool) -> float:
+    """How far from float64 a result across ranks may be where one device's is ``one_device`` away; of :data:`NAMES`.
+
+    ``rounded`` says that gradients were rounded before they were summed.
+    """
+    return (3 if rounded and name != "out" else 2) * one_device + 1e-5
+
+
 def too_far(
     results: Sequence[Tensor], exact: Sequence[Tensor], one_device: Sequence[float], rounded: bool
 ) -> str | None:
@@ -123,6 +131,6 @@ def too_far(
     ``rounded`` says that gradients were rounded before they were summed.
     """
     for name, error, allowed in zip(NAMES, distances(results, exact), one_device, strict=True):
-        if not error <= (3 if rounded and name != "out" else 2) * allowed + 1e-5:
+        if not error <= allowance(name, allowed, rounded):
             return f"{name} is off by {error:.1e}, one rank by {allowed:.1e}"
     return None

@@ -120,7 +120,8 @@ def backend_of(device: torch.device) -> str:
 def start_process_group(device: torch.device, timeout: timedelta) -> None:
     """Start torch.distributed for the ranks that were launched; collective over them."""
     # Which collectives each rank had begun, written to files when one of them times out.
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    new_name = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if new_name else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # On a low-priority stream NCCL's kernels would wait for attention to finish instead of overlapping with it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")

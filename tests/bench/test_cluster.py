@@ -207,7 +207,7 @@ def test_the_check_finds_a_wrong_selection(one_rank, monkeypatch):
     real = check.select
     assert check.check(shape(), 256, ["auto"], (1,), one_rank) is None
     monkeypatch.setattr(check, "select", lambda *inputs: real(*inputs).clamp(max=1))
-    assert "MoBA on one rank: out is wrong by" in check.check(shape(), 256, ["auto"], (1,), one_rank)
+    assert "MoBA on one rank: out is off by" in check.check(shape(), 256, ["auto"], (1,), one_rank)
 
 
 def test_names_of_modes():

@@ -44,7 +44,7 @@ class Ranks:
             size: dist.new_group(
                 list(range(size)), timeout=timedelta(seconds=timeout_s), backend=backend_of(self.device)
             )
-            for size in self.sizes
+            for size in sorted({*self.sizes, self.size})
         }
 
     @property
