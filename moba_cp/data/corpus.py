@@ -120,7 +120,12 @@ class Corpora:
     @property
     def paths(self) -> list[Path]:
         """All files that are read, each once."""
-        every = (path for part in self.parts for some in (part.training, part.validation) for path in some.paths)
+        every = (
+            path
+            for part in (*self.parts, *self.validation)
+            for some in (part.training, part.validation)
+            for path in some.paths
+        )
         return list(dict.fromkeys(every))
 
     @property

@@ -161,3 +161,12 @@ def test_show_prints_what_a_sequence_holds(place, capsys):
     assert cli.main(["data", "show", str(place / "b"), "--sequence", "1", "--seq-len", "64"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("sequence 1 of ") and "labels: " in shown and "def" in shown
+
+
+def test_every_file_that_is_read_is_named(place):
+    """Ranks compare them before the first step."""
+    plan = run_plan(place, corpora=(CorpusConfig(str(place / "a")), CorpusConfig(str(place / "b"))), seq_len=32)
+    names = {path.name for path in plan.corpus.paths}
+    assert names == {"a.bin", "a.idx", "b.bin", "b.idx", "b_mask.bin", "b_mask.idx"}
+    text = run_plan(place, path=str(place / "text"), validation_path=str(place / "one.jsonl"))
+    assert {path.name for path in text.corpus.paths} == {"x.txt", "one.jsonl"}
