@@ -55,6 +55,16 @@ class RunConfig:
     """At each validation, record which blocks the queries of the first sequence choose (selection.pt, for
     moba-cp bench exchange --gate) and draw it layer by layer (selection.png)."""
 
+    selection_statistics: bool = False
+    """At each validation, log for each MoBA layer how far back the queries of the first sequence choose, how evenly,
+    and how often a document's first block."""
+
+    tensorboard: bool = False
+    """Write what is logged for TensorBoard too, into the run's folder ``tensorboard``."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases to report to; null for none."""
+
     trace_step: int | None = None
     """A step of which rank 0 writes a trace (``trace.json.gz``, for Perfetto or chrome://tracing), a snapshot of the
     device's memory (``memory.pickle``, for pytorch.org/memory_viz) and the time by part into the log; null for none."""

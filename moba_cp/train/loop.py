@@ -19,9 +19,11 @@ from .background import Background
 from .batch import Batches, MicroBatch
 from .log import CHECKPOINTS, SELECTION, versions
 from .mesh import Mesh
-from .optimizer import build_optimizer, clip_gradients, finite_step, learning_rate
+from .optimizer import build_optimizer, clip_gradients, finite_step, learning_rate, set_learning_rate
 from .plan import RunPlan
+from .positions import LossByPosition
 from .report import Reporter
+from .selection import SelectionStatistics
 from .signals import Stopped, StopRequest
 from .storage import StorageError
 from .trace import backends, device_memory, peak_flops, tracing
@@ -64,6 +66,7 @@ class Trainer:
         self.step, self._start, self._check_folder = 0, resume, check_folder
         self._skipped = 0
         self._background = Background(mesh.save_group) if mesh.save_group is not None else None
+        self._beside_validation: dict[str, Any] = {}
         if resume is not None:
             self.step = checkpoint.read_meta(resume).step
             mesh.heartbeat.at(self.step, "loading the checkpoint")
@@ -87,7 +90,7 @@ class Trainer:
         ):
             reporter.note(*self.memory.lines(), *backends(self.config, self.mesh.device))
             if self.step == 0 and (loss := self.validation_loss()) is not None:
-                reporter.start(loss)
+                reporter.start(loss, self._beside_validation)
             record: dict[str, Any] = {}
             while self.step < run.steps:
                 with tracing(self.folder, self.step + 1 == run.trace_step, self.mesh) as parts:
@@ -101,7 +104,7 @@ class Trainer:
                     raise Stopped(self.step)
                 if self.step % run.validate_every == 0 or self.step == run.steps:
                     if (loss := self.validation_loss()) is not None:
-                        record["validation_loss"] = loss
+                        record |= {"validation_loss": loss, **self._beside_validation}
                 reporter.report(record)
                 if self.step % run.checkpoint_every == 0 or self.step in (run.steps, self._kept_step):
                     if problem := self._save(last=self.step == run.steps):
@@ -133,8 +136,7 @@ class Trainer:
         heartbeat.at(step, "optimizer")
         norm = clip_gradients(self.module, config.optimizer.clip_norm)
         rate = learning_rate(config.optimizer, step, config.run.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, config.optimizer, rate)
         totals = StepTotals(loss_sum, labels, norm, self.batches.comm, self.mesh.group)
         # On the device: a loss or gradient that is not finite changes no weight, and nobody waits to learn of it.
         finite_step(self.optimizer, totals.nonfinite)
@@ -186,17 +188,27 @@ class Trainer:
     def validation_loss(self) -> float | None:
         """Mean loss per label of the validation sequences, the same on every rank; None without validation data."""
         self.mesh.heartbeat.at(self.step, "validation")
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        recorder = SelectionRecorder() if self.config.run.selection_maps and self.mesh.data_rank == 0 else None
+        run, watches = self.config.run, self.mesh.data_rank == 0
+        recorder = SelectionRecorder() if run.selection_maps and watches else None
+        statistics = SelectionStatistics() if run.selection_statistics and watches else None
+        observers = [observer for observer in (recorder, statistics) if observer is not None]
+        sums = LossByPosition(self.config.data.seq_len, self.mesh.device)
         self.module.eval()
-        for index, batch in enumerate(self.batches.validation(recorder)):
-            sums += torch.stack([self._loss_sum(batch).double(), batch.label_count().double()])
+        for index, batch in enumerate(self.batches.validation(_all_of(observers))):
+            if index == 0 and statistics is not None:
+                statistics.context = batch.context
+            sums.add(
+                self.module(batch.tokens, batch.labels, batch.context), batch.labels, batch.context.document_positions
+            )
             if index == 0 and recorder is not None:
                 recorder.save(self.folder / SELECTION, batch.context)
         self.module.train()
-        dist.all_reduce(sums, group=self.mesh.group)
-        loss, labels = sums.tolist()
-        return loss / labels if labels else None
+        loss, by_position = sums.reduce(self.mesh.group)
+        selection = statistics.result() if statistics is not None else {}
+        self._beside_validation = {"validation_by_position": by_position} | (
+            {"selection": selection} if selection else {}
+        )
+        return loss
 
     def _follow_schedule(self) -> None:
         """Set the attention that the schedule has for this step; it depends on the step alone, also when resumed."""
@@ -236,6 +248,18 @@ class Trainer:
                 raise
             return str(error)
         return None
+
+
+def _all_of(observers: list) -> Callable | None:
+    """One observer that passes on to all; None for none."""
+    if len(observers) < 2:
+        return observers[0] if observers else None
+
+    def observe(*seen) -> None:
+        for observer in observers:
+            observer(*seen)
+
+    return observe
 
 
 def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bool = False) -> nn.Module:

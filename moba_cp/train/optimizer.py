@@ -9,19 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+# The ends of their parameters' names.
+_EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and one of two schedules."""
+    """AdamW with a linear warm-up and one of three schedules."""
 
     lr: float = 1e-3
     """Learning rate after warm-up."""
 
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """How the rate falls after warm-up. cosine: from the first step to the last, so that the whole schedule depends on
-    run.steps. wsd (warm-up, stable, decay): ``lr`` until the last steps, in which it falls linearly; a run with it can
-    be prolonged (``--resume`` with more steps) and then computes what it would have computed had it been longer from
-    the start. It writes a checkpoint before its decay, which stays."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """How the rate falls after warm-up. constant: not at all. cosine: from the first step to the last, so that the whole
+    schedule depends on run.steps. wsd (warm-up, stable, decay): ``lr`` until the last steps, in which it falls linearly;
+    a run with it can be prolonged (``--resume`` with more steps) and then computes what it would have computed had it
+    been longer from the start. It writes a checkpoint before its decay, which stays."""
 
     decay: int | float = 0.2
     """Length of the decay at the end of wsd: below 1 a share of run.steps, else a number of steps; 0 for no decay."""
@@ -31,6 +34,13 @@ class OptimizerConfig:
 
     warmup_steps: int = 20
     """Steps over which the learning rate grows linearly from zero."""
+
+    embedding_lr_ratio: float = 1.0
+    """The learning rate of the token embedding and the output layer as a multiple of that of all others; 0 keeps them
+    as they are."""
+
+    vector_lr_ratio: float = 1.0
+    """The same for norms and biases."""
 
     weight_decay: float = 0.1
     """Decay of matrices; norms and biases have none."""
@@ -76,12 +86,14 @@ class OptimizerConfig:
             raise ValueError(f"decay={self.decay} is neither a share below 1 nor a number of steps; 0.2 is usual")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio} must be between 0 and 1")
-        for name in ("warmup_steps", "weight_decay", "skip_nonfinite"):
+        for name in ("warmup_steps", "weight_decay", "skip_nonfinite", "embedding_lr_ratio", "vector_lr_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; use 0 for none")
 
     def decay_start(self, steps: int) -> int:
         """The last step of a run of ``steps`` before the rate falls."""
+        if self.schedule == "constant":
+            return steps
         if self.schedule == "cosine":
             return min(self.warmup_steps, steps)
         decay = round(self.decay * steps) if self.decay < 1 else int(self.decay)
@@ -89,14 +101,27 @@ class OptimizerConfig:
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of ``module``; its learning rate is set before each step by :func:`learning_rate`."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """AdamW over the parameters of ``module``; its learning rates are set before each step by
+    :func:`set_learning_rate`."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    # One group with matrices where all have one rate.
+    apart = config.embedding_lr_ratio != 1
+    embeddings = [p for name, p in named if apart and name.endswith(_EMBEDDINGS)]
+    matrices = [p for name, p in named if p.dim() >= 2 and not (apart and name.endswith(_EMBEDDINGS))]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if embeddings:
+        groups.append({"params": embeddings, "weight_decay": config.weight_decay})
     kind = torch.optim.AdamW if config.moments == "float32" else BFloat16AdamW
     return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, rate: float) -> None:
+    """Set ``rate`` in an optimizer of :func:`build_optimizer`, times what each group has by ``config``."""
+    for group, ratio in zip(optimizer.param_groups, (1.0, config.vector_lr_ratio, config.embedding_lr_ratio)):
+        group["lr"] = rate * ratio
 
 
 class BFloat16AdamW(torch.optim.AdamW):
@@ -155,6 +180,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of ``step`` (1 to ``steps``)."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
     start = config.decay_start(steps)
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
     left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -12,6 +12,7 @@ from .curve import draw
 from .log import CURVE, LOG, Progress, RunLog, is_own
 from .mesh import Mesh
 from .plan import RunPlan
+from .sinks import open_sinks, scalars
 from .yaml_config import to_yaml
 
 _SPIKE_STEPS = 32
@@ -26,6 +27,7 @@ class Reporter:
         # A run resumed in another folder starts a log of its own there.
         self._kept_steps = start_step if is_own(self.folder, start) else 0
         self._log: RunLog | None = None
+        self._sinks: list = []
         self._progress: Progress | None = None
         self._attention: str | None = None
         self._spikes = {"loss": _Spikes(1.5), "gradient_norm": _Spikes(10.0)}
@@ -36,6 +38,7 @@ class Reporter:
             facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
             self._log = RunLog(self.folder, self._kept_steps, to_yaml(plan.config), facts)
             self._progress = Progress(plan.config.run.steps, self.start_step)
+            self._sinks = open_sinks(plan.config, self.folder, self._kept_steps)
         return self
 
     def note(self, *lines: str) -> None:
@@ -44,16 +47,16 @@ class Reporter:
             for line in lines:
                 self._progress.note(line)
 
-    def start(self, validation_loss: float) -> None:
-        """Report the validation loss before the first step."""
+    def start(self, validation_loss: float, beside: dict[str, Any] | None = None) -> None:
+        """Report the validation loss before the first step, and what was measured ``beside`` it."""
         if self._log is not None:
-            self._log.write({"step": 0, "validation_loss": validation_loss})
+            self._write({"step": 0, "validation_loss": validation_loss} | (beside or {}))
             self._progress.note(f"step 0/{self.plan.config.run.steps}  validation {validation_loss:.4f}")
 
     def report(self, record: dict[str, Any]) -> None:
         """Report one step; ``record`` becomes its line in the log."""
         if self._log is not None:
-            self._log.write(record)
+            self._write(record)
             if self._attention not in (None, record["attention"]):
                 self._progress.note(f"step {record['step']}: attention is {record['attention']} from here on")
             self._attention = record["attention"]
@@ -63,6 +66,13 @@ class Reporter:
             self._progress.show(
                 record["step"], record["loss"], record["tokens_per_second"], sent, record.get("validation_loss")
             )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._log.write(record)
+        if self._sinks:
+            values = scalars(record)
+            for sink in self._sinks:
+                sink.write(record["step"], values)
 
     def _remarks(self, record: dict[str, Any]) -> list[str]:
         """What a reader should know of this step: that it was left out, or that it stands out."""
@@ -80,7 +90,8 @@ class Reporter:
         if self._log is not None:
             name = self.folder.absolute().name
             try:
-                draw(self.folder / LOG, self.folder / CURVE, f"{name} on {self.plan.size} ranks")
+                unit = self.plan.corpus.unit.removesuffix("s")
+                draw(self.folder / LOG, self.folder / CURVE, f"{name} on {self.plan.size} ranks", unit)
             except Exception as error:
                 self.note(f"{self.folder / CURVE} could not be drawn: {type(error).__name__}: {error}")
 
@@ -89,6 +100,8 @@ class Reporter:
             return
         self._log.close()
         self._progress.close()
+        for sink in self._sinks:
+            sink.close()
         self.draw()
 
 

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import checkpoint
+from . import checkpoint, sinks
 from .agreement import content_of, from_first, require_equal
 from .config import RunConfig, TrainConfig
 from .lock import FolderLock
@@ -39,6 +39,7 @@ def start(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         # Not at the first checkpoint, hours from here.
         raise ModuleNotFoundError("draws the loss curve", name="matplotlib")
+    sinks.check(config.run)
     plan = plan_run(config, arguments.ranks or launched_size())
     if arguments.dry_run:
         return _dry_run(plan, arguments.resume, arguments.overwrite)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_cp.train.curve import _smoothed, draw
+from moba_cp.train.curve import draw, smoothed
 from moba_cp.train.log import Progress, RunLog, check_folder, human, is_own, read_log
 
 
@@ -124,7 +124,7 @@ def test_progress_fits_the_terminal_and_leaves_nothing_of_a_longer_line(monkeypa
 
 def test_running_mean_starts_unbiased():
     points = [(1, 8.0), (2, 2.0), (3, 2.0)]
-    means = [mean for _, mean in _smoothed(points)]
+    means = [mean for _, mean in smoothed(points)]
     # Weights 0.9 and 1, then 0.81, 0.9 and 1: a mean of what there is.
     assert means == pytest.approx([8.0, (0.9 * 8 + 2) / 1.9, (0.81 * 8 + 0.9 * 2 + 2) / 2.71])
 

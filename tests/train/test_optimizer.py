@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from moba_cp.train.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate
+from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
+from moba_cp.train.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
@@ -81,3 +88,29 @@ def test_clipping_scales_all_gradients_by_one_factor(clip_norm, factor):
 def test_fields_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"^{field}={value}"):
         OptimizerConfig(**{field: value})
+
+
+def test_a_constant_rate_stays_after_warm_up():
+    config = OptimizerConfig(lr=0.1, schedule="constant", warmup_steps=2)
+    assert [learning_rate(config, step, 6) for step in range(1, 7)] == [0.05, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert config.decay_start(6) == 6
+
+
+@pytest.mark.parametrize("embeddings, vectors", [(1.0, 1.0), (0.5, 1.0), (0.0, 2.0)])
+def test_rates_by_group(embeddings, vectors):
+    """Every parameter is in one group, and moves by its group's rate."""
+    model = build_model(ModelConfig(n_layers=1, hidden_size=32, n_heads=2), AttentionConfig("full"))
+    config = OptimizerConfig(embedding_lr_ratio=embeddings, vector_lr_ratio=vectors, weight_decay=0.0)
+    optimizer = build_optimizer(model, config)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_learning_rate(optimizer, config, 1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        apart = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        ratio = embeddings if apart else vectors if parameter.dim() < 2 else 1.0
+        # The first step of AdamW is by the rate.
+        torch.testing.assert_close(before[name] - parameter.detach(), torch.full_like(parameter, 1e-3 * ratio),
+                                   rtol=1e-3, atol=1e-6)  # fmt: skip

@@ -14,7 +14,8 @@ RECORD = {"loss": 2.0, "attention": "moba", "tokens_per_second": 10.0, "exchange
 @pytest.fixture
 def reporter(tmp_path):
     """A reporter of the first rank that writes into tmp_path."""
-    plan = SimpleNamespace(config=TrainConfig(run=RunConfig(str(tmp_path), steps=9)), size=2, context_size=2)
+    plan = SimpleNamespace(config=TrainConfig(run=RunConfig(str(tmp_path), steps=9)), size=2, context_size=2,
+                           corpus=SimpleNamespace(unit="bytes"))  # fmt: skip
     return Reporter(plan, SimpleNamespace(first=True, device=SimpleNamespace(type="cpu")), 0, None)
 
 
