@@ -21,10 +21,10 @@ class OptimizerConfig:
     """Learning rate after warm-up."""
 
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """How the rate falls after warm-up. constant: not at all. cosine: from the first step to the last, so that the whole
-    schedule depends on run.steps. wsd (warm-up, stable, decay): ``lr`` until the last steps, in which it falls linearly;
-    a run with it can be prolonged (``--resume`` with more steps) and then computes what it would have computed had it
-    been longer from the start. It writes a checkpoint before its decay, which stays."""
+    """How the rate falls after warm-up. constant: not at all. cosine: from the first step to the last, so that the
+    whole schedule depends on run.steps. wsd (warm-up, stable, decay): ``lr`` until the last steps, in which it falls
+    linearly; a run with it can be prolonged (``--resume`` with more steps) and then computes what it would have
+    computed had it been longer from the start. It writes a checkpoint before its decay, which stays."""
 
     decay: int | float = 0.2
     """Length of the decay at the end of wsd: below 1 a share of run.steps, else a number of steps; 0 for no decay."""

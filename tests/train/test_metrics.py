@@ -72,16 +72,23 @@ def test_the_log_has_loss_by_position_and_selection(runs):
     assert 0 < statistics["first_block"] < 1 and 0 < statistics["entropy"] <= 1
 
 
-def test_loss_by_position_counts_each_label_in_its_range():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        sums = LossByPosition(5000, torch.device("cpu"))
-        positions = torch.arange(5000)
-        labels = torch.where(positions % 7 == 0, IGNORED_LABEL, 1)
-        sums.add(positions.float(), labels, positions)
-        loss, rows = sums.reduce()
-    finally:
+@pytest.fixture
+def one_rank():
+    """A process group of one rank, unless another test has left one."""
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if started:
         dist.destroy_process_group()
+
+
+def test_loss_by_position_counts_each_label_in_its_range(one_rank):
+    sums = LossByPosition(5000, torch.device("cpu"))
+    positions = torch.arange(5000)
+    labels = torch.where(positions % 7 == 0, IGNORED_LABEL, 1)
+    sums.add(positions.float(), labels, positions)
+    loss, rows = sums.reduce()
     has = labels != IGNORED_LABEL
     assert loss == pytest.approx(positions[has].double().mean().item())
     bounds = [(0, 127), (128, 255), (256, 511), (512, 1023), (1024, 2047), (2048, 4095), (4096, 8191)]
@@ -91,28 +98,24 @@ def test_loss_by_position_counts_each_label_in_its_range():
         assert row["labels"] == inside.sum() and row["loss"] == pytest.approx(positions[inside].double().mean().item())
 
 
-def test_selection_statistics_are_those_of_a_count():
+def test_selection_statistics_are_those_of_a_count(one_rank):
     """Two documents of 40 and 24 tokens in blocks of 8, so 5 and 3 blocks."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        context = CPContext(None, "contiguous", 64, cu_seqlens=[0, 40, 64])
-        generator = torch.Generator().manual_seed(0)
-        selection, ages, firsts, chosen = torch.full((64, 2, 2), -1, dtype=torch.int32), [], [], []
-        for t in range(64):
-            first = 0 if t < 40 else 5
-            current = first + (t if t < 40 else t - 40) // 8
-            for h in range(2):
-                candidates = torch.randperm(current - first, generator=generator)[:2] + first
-                selection[t, h, : len(candidates)] = candidates
-                ages += [current - int(c) for c in candidates]
-                firsts += [int(c) == first for c in candidates]
-                chosen += candidates.tolist()
-        statistics = SelectionStatistics()
-        statistics.context = context
-        statistics("layer 1", selection, 1, 8)
-        found = statistics.result()["layer 1"]
-    finally:
-        dist.destroy_process_group()
+    context = CPContext(None, "contiguous", 64, cu_seqlens=[0, 40, 64])
+    generator = torch.Generator().manual_seed(0)
+    selection, ages, firsts, chosen = torch.full((64, 2, 2), -1, dtype=torch.int32), [], [], []
+    for t in range(64):
+        first = 0 if t < 40 else 5
+        current = first + (t if t < 40 else t - 40) // 8
+        for h in range(2):
+            candidates = torch.randperm(current - first, generator=generator)[:2] + first
+            selection[t, h, : len(candidates)] = candidates
+            ages += [current - int(c) for c in candidates]
+            firsts += [int(c) == first for c in candidates]
+            chosen += candidates.tolist()
+    statistics = SelectionStatistics()
+    statistics.context = context
+    statistics("layer 1", selection, 1, 8)
+    found = statistics.result()["layer 1"]
     shares = torch.bincount(torch.tensor(chosen)).double() / len(chosen)
     shares = shares[shares > 0]
     assert found["age"] == pytest.approx(sum(ages) / len(ages), abs=1e-3)
