@@ -126,7 +126,8 @@ MUTANTS = [
     ),
     Mutant(
         "positions go on over documents", "moba_cp/cp/context.py",
-        "torch.from_numpy(positions - starts).to(self.device)", "torch.from_numpy(positions).to(self.device)",
+        "self.document_positions = torch.from_numpy(positions - starts)",
+        "self.document_positions = torch.from_numpy(positions)",
         "tests/cp/test_context.py tests/megatron/test_model.py",
     ),
     # Timeouts.

@@ -72,8 +72,11 @@ def test_drawn_float32(case):
     chosen = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
     exact = run_reference(case.to(torch.float64), chosen=chosen)
     ours, plain = _errors(_moba(case), exact, case), _errors(run_reference(case), exact, case)
+    # A score of 1e5 has steps of 0.008 in float32: its weight is known to a percent, whoever computes it.
+    score = case.q.double().norm(dim=-1).max() * case.k.double().norm(dim=-1).max() * case.q.shape[-1] ** -0.5
+    allowed = 1e-5 + 2**-22 * score.item()
     for name, mine, low in zip(("out", "dq", "dk", "dv", "lse"), ours, plain, strict=True):
-        assert mine <= (3 if name.startswith("d") else 2) * low + 1e-5, name
+        assert mine <= (3 if name.startswith("d") else 2) * low + allowed, name
 
 
 def _a_later_token_changes_nothing(seed, dtype):
