@@ -81,6 +81,11 @@ def content_of(paths: Iterable[Path], limit: int = _CONTENT_BYTES) -> dict[str, 
     return {str(path): _content(path, max(2 * _PIECE, limit // max(1, len(paths)))) for path in paths}
 
 
+def digest_of(content: dict[str, str]) -> str:
+    """One digest of what :func:`content_of` returned, wherever the files lie."""
+    return hashlib.sha256("\n".join(content.values()).encode()).hexdigest()
+
+
 def _content(path: Path, limit: int) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:

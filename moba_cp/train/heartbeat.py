@@ -134,11 +134,15 @@ class Heartbeat:
         # NCCL ends the process at the timeout without an error that Python sees.
         if torch.cuda.is_initialized() and not self.said_late and time.monotonic() - since > 0.9 * self.timeout:
             self.said_late = True
-            print(
-                f"rank {self.rank}: in step {step}, {phase}, for {time.monotonic() - since:.0f} s; {self.blame()}",
-                file=sys.stderr,
-                flush=True,
-            )
+            # In a thread of its own: a rank that stops beating while it looks at the others would be blamed by them.
+            threading.Thread(target=self._say_late, args=(step, phase, since), daemon=True).start()
+
+    def _say_late(self, step: int, phase: str, since: float) -> None:
+        """Say for what this rank waits, shortly before NCCL ends it."""
+        flight = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
+        where = f"; NCCL's flight recorder writes {flight}*" if flight else ""
+        waited = f"in step {step}, {phase}, for {time.monotonic() - since:.0f} s"
+        print(f"rank {self.rank}: {waited}; {self.blame()}{where}", file=sys.stderr, flush=True)
 
 
 def open_heartbeat(rank: int, size: int, timeout: float) -> Heartbeat:

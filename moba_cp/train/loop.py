@@ -41,9 +41,17 @@ class Trainer:
         resume: a checkpoint of this model to go on from.
         check_folder: called by the first rank before a checkpoint takes its name; raises ValueError where the run's
             folder is no longer this run's.
+        facts: what else the manifests of its checkpoints say.
     """
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, resume: Path | None, check_folder: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        plan: RunPlan,
+        mesh: Mesh,
+        resume: Path | None,
+        check_folder: Callable[[], None] = lambda: None,
+        facts: dict[str, Any] | None = None,
+    ):
         config = plan.config
         self.plan, self.config, self.mesh = plan, config, mesh
         self.folder = Path(config.run.directory)
@@ -63,7 +71,7 @@ class Trainer:
         self._kept_step = config.optimizer.decay_start(config.run.steps) if config.optimizer.schedule == "wsd" else None
         self._ahead: tuple[int, list[MicroBatch]] = (0, [])
         """A step, and its sequences made ahead."""
-        self.step, self._start, self._check_folder = 0, resume, check_folder
+        self.step, self._start, self._check_folder, self._facts = 0, resume, check_folder, facts or {}
         self._skipped = 0
         self._background = Background(mesh.save_group) if mesh.save_group is not None else None
         self._beside_validation: dict[str, Any] = {}
@@ -227,7 +235,8 @@ class Trainer:
         self.mesh.heartbeat.at(self.step, "checkpoint")
         run = self.config.run
         meta = checkpoint.CheckpointMeta(self.step, to_dict(self.config), self.plan.corpus.fingerprint, run.seed)
-        facts = {"ranks": self.plan.size, "context_size": self.plan.context_size, "versions": versions()}
+        ranks = {"ranks": self.plan.size, "context_size": self.plan.context_size}
+        facts = {**ranks, "versions": versions(), **self._facts}
         try:
             checkpoint.save(
                 self.folder / CHECKPOINTS,

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from . import checkpoint, manifest
 from .checkpoint import CheckpointMeta
 from .log import CHECKPOINTS, is_own
 from .optimizer import OptimizerConfig, learning_rate
@@ -90,14 +90,19 @@ def describe(path: Path, plan: RunPlan) -> list[str]:
     return lines
 
 
-def notes(path: Path, plan: RunPlan) -> list[str]:
-    """Why a run resumed from ``path`` will not go on exactly as the run that wrote it would have."""
+def notes(path: Path, plan: RunPlan, content: str | None = None) -> list[str]:
+    """Why a run resumed from ``path`` will not go on exactly as the run that wrote it would have.
+
+    Args:
+        content: digest of the corpus' bytes, see :func:`.agreement.content_of`; None where they were not read.
+    """
     meta = checkpoint.read_meta(path)
     saved, config = meta.config, to_dict(plan.config)
     lines = []
     if meta.format < 2:
         lines.append(f"{path} was written before checkpoints had a manifest: whether it is whole cannot be told")
-    if meta.data_fingerprint != plan.corpus.fingerprint:
+    trained_on = manifest.read(path).get("content") if meta.format >= 2 and content is not None else None
+    if meta.data_fingerprint != plan.corpus.fingerprint or trained_on not in (None, content):
         lines.append(f"{path} was trained on other data than {plan.corpus.source} holds now")
     if different := differences(saved, config):
         lines.append(f"this run differs from that of {path} in {', '.join(different)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoint, sinks
-from .agreement import content_of, from_first, require_equal
+from .agreement import content_of, digest_of, from_first, require_equal
 from .config import RunConfig, TrainConfig
 from .lock import FolderLock
 from .log import FLIGHT, check_folder, is_own, versions
@@ -126,14 +126,15 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
             os.environ.setdefault(name, str((folder / FLIGHT).absolute()))
         start_ranks(run)
         # Before the groups are made, whose shape the config decides.
-        require_equal(_equal_everywhere(plan))
+        content = content_of(plan.corpus.paths)
+        require_equal(_equal_everywhere(plan, content))
         mesh = open_mesh(run)
         with _Held(folder, mesh, _patience(run, resume)) as held:
             start, _, done = _decide_together(plan, resume, overwrite, mesh)
             if first and not done:
-                print(*plan.summary(), *_told(plan, start), sep="\n", flush=True)
+                print(*plan.summary(), *_told(plan, start, digest_of(content)), sep="\n", flush=True)
             if not done:
-                Trainer(plan, mesh, start, held.check).run()
+                Trainer(plan, mesh, start, held.check, {"content": digest_of(content)}).run()
     except Stopped as stopped:
         close_mesh(mesh)
         if first:
@@ -154,15 +155,14 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
     return 0
 
 
-def _equal_everywhere(plan: RunPlan) -> dict[str, Any]:
+def _equal_everywhere(plan: RunPlan, content: dict[str, str]) -> dict[str, Any]:
     """What every rank has to have been given alike: each key of the config, the versions, the bytes of the corpus."""
     mine = versions()
-    corpus = plan.corpus
     return {
         **to_dict(plan.config),
         "version of": {name: mine[name] for name in ("moba-cp", "torch", "triton", "megatron-core")},
-        "corpus": {"fingerprint": corpus.fingerprint},
-        "content of": content_of(corpus.paths),
+        "corpus": {"fingerprint": plan.corpus.fingerprint},
+        "content of": content,
     }
 
 
@@ -186,12 +186,12 @@ def _patience(run: RunConfig, resume: str | None) -> float:
     return min(_PATIENCE_SECONDS, run.timeout_seconds / 2) if resume == AUTO else 0.0
 
 
-def _told(plan: RunPlan, start: Path | None) -> list[str]:
+def _told(plan: RunPlan, start: Path | None, content: str | None = None) -> list[str]:
     """What is said of the checkpoint ``start``: remarks at once on stderr, the rest as lines."""
     if start is None:
         weights = plan.config.run.start_from
         return [] if weights is None else remarks(weights, plan.config.model)
-    for note in notes(start, plan):
+    for note in notes(start, plan, content):
         print(f"note: {note}", file=sys.stderr)
     return describe(start, plan)
 

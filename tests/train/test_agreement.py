@@ -1,13 +1,13 @@
 """Ranks that were given different things do not train."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from moba_cp.train.agreement import content_of, from_first, require_equal
 from moba_cp.train.config import TrainConfig
+from moba_cp.train.plan import plan_run
 from moba_cp.train.start import _equal_everywhere
 from moba_cp.train.yaml_config import load, to_dict
 from tests.helpers.distributed import run_ranks
@@ -55,14 +55,15 @@ def _differing(rank, values):
 def values(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreement") / "text"
     write_text(folder, 3)
-    documents = tuple(SimpleNamespace(path=path) for path in sorted(folder.iterdir()))
-    corpus = SimpleNamespace(training=documents, validation=(), fingerprint="abc")
-    return _equal_everywhere(SimpleNamespace(config=load(TrainConfig, DEMO, SHRUNKEN), corpus=corpus))
+    config = load(TrainConfig, DEMO, [*SHRUNKEN, f"data.path={folder}", "data.validation_share=0", "data.seq_len=16"])
+    run = plan_run(config, 2)
+    return _equal_everywhere(run, content_of(run.corpus.paths))
 
 
 def test_a_rank_that_differs_in_any_key_is_refused(values):
     """Every key of the config, the versions, and every file of the corpus."""
     config = to_dict(load(TrainConfig, DEMO, SHRUNKEN))
+    assert len(values["content of"]) == 3
     assert {path for path in _keys(values) if path[0] in config} == set(_keys(config)), "a key is left out"
     first, second = run_ranks(2, _differing, values)
     assert first == second and len(first) == len(_keys(values)) > 60

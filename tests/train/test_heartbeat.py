@@ -65,6 +65,24 @@ def test_a_rank_that_ended_is_named_with_its_error(beats):
         assert beats[0].explain(own) is own
 
 
+def test_ranks_that_wait_for_one_blame_it_and_not_one_another(beats, monkeypatch, capsys):
+    """On a GPU nobody gets an error before NCCL ends the process: those who wait say so together."""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "run/flight-rank")
+    beats[2].close()
+    for beat in beats[:2]:
+        beat.timeout = 1e-6
+    end = time.monotonic() + 60 * TIME_SCALE
+    said = ""
+    while said.count("\n") < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+        said += capsys.readouterr().err
+    for rank, line in enumerate(sorted(said.splitlines())):
+        assert line.startswith(f"rank {rank}: in step 7, forward and backward, for ")
+        assert "rank 2 (process " in line and " was last heard " in line and line.count(" was last heard ") == 1
+        assert line.endswith("; NCCL's flight recorder writes run/flight-rank*")
+
+
 def test_a_store_that_has_gone_is_said(beats):
     class Gone:
         def check(self, *arguments):

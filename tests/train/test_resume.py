@@ -130,6 +130,16 @@ def test_every_setting_that_changes_results_is_said(text, tmp_path):
     assert "rope_base" not in _SAME_RESULTS["model"] and "validation_share" not in _SAME_RESULTS["data"]
 
 
+def test_other_bytes_far_within_a_file_are_other_data(text, tmp_path):
+    """The fingerprint knows sizes and the first 64 KiB; the manifest knows the bytes."""
+    run = plan(text, tmp_path, "wsd", 100)
+    leave_checkpoints(run, 60)
+    path = checkpoint_of(run, 60)
+    manifest.write(path, {"step": 60, "files": {}, "content": "abc"})
+    assert notes(path, run, "abc") == [] == notes(path, run)
+    assert "was trained on other data than" in notes(path, run, "abd")[0]
+
+
 def test_a_checkpoint_of_before_manifests_is_taken_with_a_word(text, tmp_path):
     run = plan(text, tmp_path, "wsd", 100)
     leave_checkpoints(run, 60)
