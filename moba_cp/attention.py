@@ -1,20 +1,18 @@
-"""MoBA and full attention: the public functions, and autograd on one device.
+"""MoBA and full attention: the public functions.
 
 Legend: T tokens (the local share under context parallelism), Hq query heads, Hkv key/value heads, D head dim.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import dense
-from .autograd import moba_attention_op
-from .blocks import check_cu_seqlens, check_cu_seqlens_kind
+from .autograd import full_attention_op, moba_attention_op
+from .blocks import check_cu_seqlens_kind
 from .config import MoBAConfig
-from .transforms import cast_inputs, check_no_tangent, once_differentiable, without_autocast
+from .transforms import cast_inputs, check_no_tangent
 
 if TYPE_CHECKING:
     from .cp.context import CPContext
@@ -22,53 +20,6 @@ if TYPE_CHECKING:
 Method = Literal["auto", "ring", "allgather"]
 Backend = Literal["auto", "fa4", "cudnn", "flash", "plain"]
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-class FullPass(NamedTuple):
-    """A forward pass of full attention on one device: what its backward pass needs beside tensors."""
-
-    ranges: dense.Ranges
-    scale: float
-    backend: Any
-    deterministic: bool
-
-
-def full_forward(q: Tensor, k: Tensor, v: Tensor, made: FullPass) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] in q's dtype and lse [T, Hq] wide, without autograd; all are contiguous."""
-    partials = dense.Partials(q)
-    dense.attend(q, k, v, made.ranges, made.scale, made.backend, partials)
-    out, lse = partials.result()
-    return out.to(q.dtype), lse
-
-
-def full_backward(
-    made: FullPass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in their inputs' dtype; all are contiguous."""
-    sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
-    dense.attend_backward(
-        q, k, v, made.ranges, made.scale, made.backend, dout, out, lse, *sums, made.deterministic
-    )  # fmt: skip
-    dq, dk, dv = (x.narrow() for x in sums)
-    return dq, dk, dv
-
-
-class _FullAttention(torch.autograd.Function):
-    @staticmethod
-    @without_autocast
-    def forward(ctx, q, k, v, made: FullPass):
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = full_forward(q, k, v, made)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.made = made
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, dout, _dlse):
-        return *full_backward(ctx.made, *ctx.saved_tensors, dout.contiguous()), None
 
 
 @overload
@@ -197,36 +148,19 @@ def full_attention(
         ValueError: also where a named backend cannot serve; the message says why.
     """
     q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale)
+    if cu_seqlens is not None and cu_seqlens.is_meta:
+        raise ValueError("cu_seqlens is on the meta device and has no values; full_attention needs them, pass values")
     if cp is not None:
         from .cp.full.attention import full_attention as across_ranks
 
         _refuse_documents(cu_seqlens)
         out, lse = across_ranks(q, k, v, scale, cp, method, backend, deterministic)
     else:
-        out, lse = _FullAttention.apply(q, k, v, full_pass(q, cu_seqlens, scale, backend, deterministic))
+        # Kernels are chosen on the host; a copy, because backward reads it too.
+        documents = None if cu_seqlens is None else cu_seqlens.to("cpu", copy=True)
+        out, lse_by_head = full_attention_op(q, k, v, documents, scale, backend, deterministic)
+        lse = lse_by_head.t()
     return (out, lse) if return_lse else out
-
-
-def full_pass(q: Tensor, cu_seqlens: Tensor | None, scale: float, backend: Backend, deterministic: bool) -> FullPass:
-    """What :func:`full_forward` and :func:`full_backward` of such queries are called with; arguments as of
-    :func:`full_attention`."""
-    ranges = _own_ranges(q.shape[0], cu_seqlens)
-    return FullPass(ranges, scale, dense.choose_backend(q, ranges, backend, deterministic), deterministic)
-
-
-def _own_ranges(n_tokens: int, cu_seqlens: Tensor | None) -> dense.Ranges:
-    """What the rows of a sequence see of the sequence itself."""
-    bounds = np.array([0, n_tokens])
-    if cu_seqlens is not None:
-        if cu_seqlens.is_meta:
-            raise ValueError(
-                "cu_seqlens is on the meta device and has no values; full_attention needs them, pass values"
-            )
-        cu_seqlens = cu_seqlens.cpu()
-        check_cu_seqlens(cu_seqlens, n_tokens)
-        bounds = cu_seqlens.long().numpy()
-    tokens = [(0, n_tokens)]
-    return dense.build_ranges(tokens, tokens, bounds)
 
 
 def checked_inputs(

@@ -1,16 +1,20 @@
-"""MoBA attention on one device as a pair of PyTorch operators, with their gradients.
+"""MoBA and full attention on one device, each as a pair of PyTorch operators with their gradients.
 
-``torch.compile`` and FakeTensor see two opaque operators; what they run is chosen in :mod:`moba_cp.ops`.
+``torch.compile`` and FakeTensor see opaque operators. What they run is chosen in :mod:`moba_cp.ops`, and of full
+attention in :mod:`moba_cp.dense`.
 
 Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, k top-k.
 """
 
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import BlockTable, block_count, block_table, fitted_block_size, local_pages
+from . import dense
+from .blocks import BlockTable, block_count, block_table, check_cu_seqlens, fitted_block_size, local_pages
 from .dtypes import WIDE
 from .ops import backend
 from .transforms import refuse_second_derivatives, without_autocast
@@ -26,12 +30,18 @@ def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
     block_size = fitted_block_size(block_size, x.shape[0])
     if cu_seqlens is not None:
         return block_table(x.shape[0], block_size, cu_seqlens, x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # What a CUDA graph computes exists only once it is replayed, and belongs to the graph.
+    stream = _stream(x)
+    if stream is None:
         return block_table(x.shape[0], block_size, None, x.device)
-    # A table made on one stream may not be ready on another.
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return _one_document(x.shape[0], block_size, x.device, stream)
+
+
+def _stream(x: Tensor) -> int | None:
+    """The stream for which tables of ``x`` may be kept: made on one they may not be ready on another. None while a
+    CUDA graph is captured: what that computes exists only once it is replayed, and belongs to the graph."""
+    if not x.is_cuda:
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(x.device).cuda_stream
 
 
 @torch.library.custom_op("moba_cp::moba_attention", mutates_args=())
@@ -46,16 +56,18 @@ def moba_attention_op(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, chosen [T, Hq, k - 1] int32, and the kernels' routing index for
-    the backward (empty where there is none)."""
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, the selection [T, Hq, k - 1] int32, and the kernels' routing index
+    for the backward (empty where there is none)."""
     table = _table(q, block_size, cu_seqlens)
     ops = backend(q)
     means = ops.block_means(k, table.start, table.length, block_size)
-    chosen = ops.select_blocks(q, means, table.first, table.own, top_k)
+    block_indices = ops.select_blocks(q, means, table.first, table.current_block, top_k)
     pages = local_pages(k, v, table)
-    index = ops.routing_index(q, chosen, table.own, table.visible, pages.row)
-    out, lse = ops.attend(q, pages, chosen, table.own, table.visible, scale, out_dtype=q.dtype, index=index)
-    return out, lse, chosen, chosen.new_empty(0) if index is None else index
+    index = ops.routing_index(q, block_indices, table.current_block, table.visible, pages.row)
+    out, lse = ops.attend(
+        q, pages, block_indices, table.current_block, table.visible, scale, out_dtype=q.dtype, index=index
+    )
+    return out, lse, block_indices, block_indices.new_empty(0) if index is None else index
 
 
 @torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
@@ -67,7 +79,7 @@ def moba_attention_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    chosen: Tensor,
+    block_indices: Tensor,
     index: Tensor,
     cu_seqlens: Tensor | None,
     block_size: int,
@@ -79,7 +91,7 @@ def moba_attention_backward_op(
     ops = backend(q)
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
-        q, local_pages(k, v, table), chosen, table.own, table.visible, scale, dout, lse, delta,
+        q, local_pages(k, v, table), block_indices, table.current_block, table.visible, scale, dout, lse, delta,
         deterministic, local_dtype=q.dtype, index=index if index.numel() else None,
     )  # fmt: skip
 
@@ -89,13 +101,14 @@ def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(n_tokens, n_heads, dtype=WIDE[q.dtype])
-    chosen = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
+    block_indices = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
     n_blocks = block_count(n_tokens, block_size, cu_seqlens)
-    return out, lse, chosen, q.new_empty(backend(q).index_size(q, k.shape[1], n_blocks, top_k), dtype=torch.int32)
+    index_size = backend(q).index_size(q, k.shape[1], n_blocks, top_k)
+    return out, lse, block_indices, q.new_empty(index_size, dtype=torch.int32)
 
 
 @moba_attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, chosen, index, cu_seqlens, block_size, scale, deterministic):
+def _(dout, q, k, v, out, lse, block_indices, index, cu_seqlens, block_size, scale, deterministic):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -106,7 +119,7 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, dout, _dlse, _dchosen, _dindex):
+def _backward(ctx, dout, _dlse, _dindices, _dindex):
     *saved, cu_seqlens = ctx.saved_tensors
     grads = moba_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options)
     return *grads, None, None, None, None, None
@@ -114,3 +127,91 @@ def _backward(ctx, dout, _dlse, _dchosen, _dindex):
 
 moba_attention_op.register_autograd(_backward, setup_context=_save)
 moba_attention_backward_op.register_autograd(refuse_second_derivatives)
+
+
+def full_kernels(q: Tensor, cu_seqlens: Tensor | None, backend: str, deterministic: bool) -> tuple[dense.Ranges, Any]:
+    """What the rows of q [T, Hq, D] see, and the backend of :mod:`moba_cp.dense` that serves; ``cu_seqlens`` is on the
+    CPU, and the other arguments are those of :func:`moba_cp.full_attention`."""
+    bounds = torch.tensor([0, q.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens
+    key = q.shape[0], bounds.long().numpy().tobytes(), q.device
+    stream = _stream(q)
+    ranges = _ranges(*key) if stream is None else _kept_ranges(*key, stream)
+    return ranges, dense.choose_backend(q, ranges, backend, deterministic)
+
+
+def _ranges(n_tokens: int, bounds: bytes, _device: torch.device, _stream: int | None = None) -> dense.Ranges:
+    """What the rows of a sequence see of the sequence itself."""
+    cu_seqlens = np.frombuffer(bounds, np.int64)
+    check_cu_seqlens(torch.from_numpy(cu_seqlens.copy()), n_tokens)
+    tokens = [(0, n_tokens)]
+    return dense.build_ranges(tokens, tokens, cu_seqlens)
+
+
+# Layers of a model, and their backward passes, follow one another with the same documents.
+_kept_ranges = lru_cache(maxsize=8)(_ranges)
+
+
+@torch.library.custom_op("moba_cp::full_attention", mutates_args=())
+@without_autocast
+def full_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, backend: str, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] in q's dtype, and lse [Hq, T] wide, as the kernels give it; arguments as of
+    :func:`full_kernels`."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    ranges, kernels = full_kernels(q, cu_seqlens, backend, deterministic)
+    partials = dense.Partials(q)
+    dense.attend(q, k, v, ranges, scale, kernels, partials)
+    out, lse = partials.result()
+    return out.to(q.dtype).contiguous(), lse.t().contiguous()
+
+
+@torch.library.custom_op("moba_cp::full_attention_backward", mutates_args=())
+@without_autocast
+def full_attention_backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    backend: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtype; lse is [Hq, T]."""
+    q, k, v, dout = (x.contiguous() for x in (q, k, v, dout))
+    ranges, kernels = full_kernels(q, cu_seqlens, backend, deterministic)
+    sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
+    dense.attend_backward(q, k, v, ranges, scale, kernels, dout, out, lse.t(), *sums, deterministic)
+    dq, dk, dv = (x.narrow().contiguous() for x in sums)
+    return dq, dk, dv
+
+
+@full_attention_op.register_fake
+def _(q, k, v, cu_seqlens, scale, backend, deterministic):
+    n_tokens, n_heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(n_heads, n_tokens, dtype=WIDE[q.dtype])
+
+
+@full_attention_backward_op.register_fake
+def _(dout, q, k, v, out, lse, cu_seqlens, scale, backend, deterministic):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_full(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_full(ctx, dout, _dlse):
+    *saved, cu_seqlens = ctx.saved_tensors
+    grads = full_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options)
+    return *grads, None, None, None, None
+
+
+full_attention_op.register_autograd(_backward_full, setup_context=_save_full)
+full_attention_backward_op.register_autograd(refuse_second_derivatives)

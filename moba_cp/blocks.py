@@ -27,10 +27,10 @@ class BlockTable:
     """[n] int64, first token of each block."""
     length: Tensor
     """[n] int32, tokens in each block: B except for a document's last."""
-    own: Tensor
+    current_block: Tensor
     """[T] int32, block id of each token."""
     first: Tensor
-    """[T] int32, first block id of each token's document; a token's candidates are ``first <= id < own``."""
+    """[T] int32, first block id of each token's document; a token's candidates are ``first <= id < current_block``."""
     offset: Tensor
     """[T] int32, position of each token within its block."""
 
@@ -40,7 +40,7 @@ class BlockTable:
 
     @cached_property
     def visible(self) -> Tensor:
-        """[T] int32, keys of its own block that each token sees."""
+        """[T] int32, keys of its current block that each token sees."""
         return self.offset + 1
 
     @cached_property
@@ -168,7 +168,7 @@ def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, devic
         block_size=block_size,
         start=start,
         length=length.int(),
-        own=(first + position // block_size).int(),
+        current_block=(first + position // block_size).int(),
         first=first.int(),
         offset=(position % block_size).int(),
     )

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import full_backward, full_forward, full_pass
-from .autograd import moba_attention_backward_op, moba_attention_op
+from .autograd import (
+    full_attention_backward_op,
+    full_attention_op,
+    moba_attention_backward_op,
+    moba_attention_op,
+)
 from .config import MoBAConfig
 from .cp import moba as moba_across_ranks
 from .cp.context import CPContext
@@ -74,9 +78,8 @@ class AttentionPasses:
                 q, k, v, scale, context, "auto", "auto", config.deterministic
             )  # fmt: skip
             return out, Kept([lse], made)
-        made = full_pass(q, context.cu_seqlens, scale, "auto", config.deterministic)
-        out, lse = full_forward(q, k, v, made)
-        return out, Kept([lse], made)
+        out, lse = full_attention_op(q, k, v, context.cu_seqlens, scale, "auto", config.deterministic)
+        return out, Kept([lse.t()])
 
     @torch.no_grad()
     def backward(
@@ -98,4 +101,5 @@ class AttentionPasses:
             )  # fmt: skip
         if self.across_ranks:
             return full_across_ranks.backward_pass(kept.made, q, k, v, out, lse, dout)
-        return full_backward(kept.made, q, k, v, out, lse, dout)
+        options = self.context.cu_seqlens, self.scale, "auto", self.config.deterministic
+        return full_attention_backward_op(dout, q, k, v, out, lse.t(), *options)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.distributed import TIME_SCALE
 
@@ -8,6 +9,14 @@ from tests.helpers.distributed import TIME_SCALE
 def one_thread():
     """Small tensors: threads only get in one another's way, and in that of other ranks."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _stop_distributed():
+    """Building a model of Megatron's starts torch.distributed for one process; no test file inherits it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(config, items):

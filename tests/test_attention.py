@@ -42,7 +42,7 @@ def _moba(case: Case):
 def _selection(case: Case):
     table = block_table(case.q.shape[0], case.block_size, case.cu_seqlens, case.q.device)
     means = backend(case.k).block_means(case.k, table.start, table.length, table.block_size)
-    return backend(case.q).select_blocks(case.q, means, table.first, table.own, case.top_k)
+    return backend(case.q).select_blocks(case.q, means, table.first, table.current_block, case.top_k)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
@@ -342,8 +342,20 @@ def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
     assert largest.numel < 1 << 16
 
 
-def test_compiled_as_one_graph_for_every_length():
-    compile_and_compare("cpu")
+@pytest.mark.parametrize("kind", ["moba", "full"])
+def test_compiled_as_one_graph_for_every_length(kind):
+    compile_and_compare("cpu", kind)
+
+
+def test_documents_may_change_between_the_passes_of_full_attention():
+    """A batch's tensor of documents is often the next batch's too."""
+    documents = torch.tensor([0, 20, 64])
+    q, k, v = (torch.randn(64, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = full_attention(q, k, v, cu_seqlens=documents)
+    expected = torch.autograd.grad(full_attention(q, k, v, cu_seqlens=documents).sum(), (q, k, v))
+    documents[1] = 30
+    for actual, right in zip(torch.autograd.grad(out.sum(), (q, k, v)), expected, strict=True):
+        assert torch.equal(actual, right)
 
 
 def test_shapes_on_the_meta_device():

@@ -27,14 +27,14 @@ def select(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
     """[T, Hq, k - 1] int32, the blocks that one device selects for one document: q [T, Hq, D], k [T, Hkv, D]."""
     table = block_table(q.shape[0], config.block_size, None, q.device)
     means = backend(k).block_means(k, table.start, table.length, config.block_size)
-    return backend(q).select_blocks(q, means, table.first, table.own, config.top_k)
+    return backend(q).select_blocks(q, means, table.first, table.current_block, config.top_k)
 
 
 def exact_moba(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, selection: Tensor, config: MoBAConfig) -> list[Tensor]:
     """[out, dq, dk, dv, lse] in float64 under a selection [T, Hq, k - 1]; q, dout [T, Hq, D], k, v [T, Hkv, D]."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     table = block_table(q.shape[0], config.block_size, None, q.device)
-    arguments = q, local_pages(k, v, table), selection, table.own, table.offset + 1, q.shape[2] ** -0.5
+    arguments = q, local_pages(k, v, table), selection, table.current_block, table.offset + 1, q.shape[2] ** -0.5
     out, lse = eager.attend(*arguments)
     return [out, *eager.attend_backward(*arguments, dout, lse, eager.row_sums(dout, out)), lse]
 
@@ -84,7 +84,7 @@ def selection_problem(q: Tensor, means: Tensor, selection: Tensor, table) -> str
     score = q[rows].double() @ means.double().T
     rounding = 2e-6 * (q[rows].double().abs() @ means.double().abs().T).amax(-1)
     block = torch.arange(means.shape[0], device=q.device)
-    candidate = block < table.own[rows, None]
+    candidate = block < table.current_block[rows, None]
     taken = (selection[rows][:, :, None] == block).any(1)
     worst = score.masked_fill(~taken, torch.inf).amin(-1)
     best = score.masked_fill(taken | ~candidate, -torch.inf).amax(-1)

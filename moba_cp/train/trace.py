@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import dense
-from ..attention import full_pass
+from ..autograd import full_kernels
 from ..ops import backend
 from .config import TrainConfig
 from .mesh import Mesh
@@ -61,7 +61,7 @@ def backends(config: TrainConfig, device: torch.device) -> list[str]:
         serving = getattr(ops, "serving", None)
         lines.append(f"MoBA layers: {serving(device) if serving else 'plain PyTorch'}")
     if "full" in kinds:
-        chosen = full_pass(q, None, 1.0, "auto", config.attention.deterministic).backend
+        _, chosen = full_kernels(q, None, "auto", config.attention.deterministic)
         names = ", ".join(dense.BACKENDS)
         lines.append(f"full layers: {chosen.name} (of {names})")
     return lines

@@ -195,7 +195,9 @@ def test_queries_choose_what_the_concentrated_gate_draws():
     rows = torch.arange(n - 4096, n)
     table = block_table(n, size, None, CPU)
     means = backend(k.bfloat16()).block_means(k.bfloat16(), table.start, table.length, size)
-    chosen = backend(k.bfloat16()).select_blocks(q[rows].bfloat16(), means, table.first[rows], table.own[rows], 8)
+    chosen = backend(k.bfloat16()).select_blocks(
+        q[rows].bfloat16(), means, table.first[rows], table.current_block[rows], 8
+    )
     drawn = drawn_gate(it)(rows.numpy())  # a whole chunk, as the inputs draw it
     found = (drawn[..., None] == chosen[..., None, :]).any(-1)
     assert found.float().mean() > 0.99 and found.all(-1).float().mean() > 0.95

@@ -33,7 +33,7 @@ def _batch(seed: int, lengths: list[int], heads: tuple[int, int], dim: int, bloc
 def _one_rank_selection(case: Case) -> torch.Tensor:
     table = block_table(case.q.shape[0], case.block_size, case.cu_seqlens, "cuda")
     means = backend(case.k).block_means(case.k, table.start, table.length, table.block_size)
-    return backend(case.q).select_blocks(case.q, means, table.first, table.own, case.top_k)
+    return backend(case.q).select_blocks(case.q, means, table.first, table.current_block, case.top_k)
 
 
 def _errors(results, exact) -> list[float]:

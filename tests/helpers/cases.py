@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moba_cp import MoBAConfig, moba_attention, reference
+from moba_cp import MoBAConfig, full_attention, moba_attention, reference
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
 
@@ -87,10 +87,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float("inf") if worst.isnan() else worst.item()
 
 
-def compile_and_compare(device) -> None:
-    """moba_attention compiled as one graph that serves every length, forward and backward, with documents too."""
+def compile_and_compare(device, kind: str = "moba") -> None:
+    """Attention compiled as one graph that serves every length, forward and backward, with documents too."""
 
     def loss(q, k, v, cu_seqlens=None):
+        if kind == "full":
+            return full_attention(q, k, v, cu_seqlens=cu_seqlens).square().sum()
         return moba_attention(q, k, v, MoBAConfig(32, 2), cu_seqlens=cu_seqlens).square().sum()
 
     torch._dynamo.reset()

@@ -25,9 +25,9 @@ class Problem:
         self.top_k, self.scale, self.block_size = top_k, dim**-0.5, block_size
         self.table = block_table(n, block_size, self.cu_seqlens, device)
         self.means = eager.block_means(self.k, self.table.start, self.table.length, block_size)
-        self.chosen = eager.select_blocks(self.q, self.means, self.table.first, self.table.own, top_k)
+        self.chosen = eager.select_blocks(self.q, self.means, self.table.first, self.table.current_block, top_k)
         self.pages = local_pages(self.k, self.v, self.table)
-        self.own, self.visible = self.table.own, self.table.offset + 1
+        self.own, self.visible = self.table.current_block, self.table.offset + 1
 
     @property
     def visits(self):

@@ -76,7 +76,7 @@ def test_compiles_within_shared_memory(compiled, dim, block_size, names):
     q, k, v, dout = (torch.zeros(n_tokens, n_heads, dim, dtype=torch.bfloat16) for n_heads in (4, 2, 2, 4))
     table = block_table(n_tokens, block_size, None, "cpu")
     chosen = torch.zeros(n_tokens, 4, 2, dtype=torch.int32)
-    args = q, local_pages(k, v, table), chosen, table.own, table.offset + 1, dim**-0.5
+    args = q, local_pages(k, v, table), chosen, table.current_block, table.offset + 1, dim**-0.5
     _, lse = kernels.attend(*args, torch.bfloat16)
     kernels.attend_backward(*args, dout, lse, lse.clone(), local_dtype=torch.bfloat16)
     assert {name.removesuffix("_kernel") for name in compiled} == names

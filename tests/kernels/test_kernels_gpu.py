@@ -51,7 +51,7 @@ def gradients(attention, q, k, v, dout):
 
 
 def chosen_mask(chosen, table):
-    block, position = table.own.long(), torch.arange(table.own.numel(), device="cuda")
+    block, position = table.current_block.long(), torch.arange(table.current_block.numel(), device="cuda")
     mask = ((block[:, None] == block) & (position[:, None] >= position)).expand(chosen.shape[1], -1, -1).clone()
     for slot in chosen.unbind(2):
         mask |= slot.T[:, :, None] == block
@@ -65,7 +65,7 @@ def test_random_shapes_are_as_good_as_plain_torch(kind):
         table = block_table(q.shape[0], config.block_size, cu_seqlens, "cuda")
         with poisoned():
             means = kernels.block_means(k, table.start, table.length, config.block_size)
-            chosen = kernels.select_blocks(q, means, table.first, table.own, config.top_k)
+            chosen = kernels.select_blocks(q, means, table.first, table.current_block, config.top_k)
             ours = gradients(lambda *x: moba_attention(*x, config, cu_seqlens=cu_seqlens), q, k, v, dout)
         check_selection(q, means, table, chosen)
         mask, scale = chosen_mask(chosen, table), q.shape[2] ** -0.5
@@ -81,7 +81,7 @@ def check_selection(q, means, table, chosen):
     group = q.shape[1] // means.shape[1]
     score = torch.einsum("nhd,bhd->nhb", q.double(), means.double().repeat_interleave(group, 1))
     block = torch.arange(means.shape[0], device="cuda")
-    candidate = ((block >= table.first[:, None]) & (block < table.own[:, None]))[:, None]
+    candidate = ((block >= table.first[:, None]) & (block < table.current_block[:, None]))[:, None]
     taken = (chosen[..., None] == block).any(2)
     assert not (taken & ~candidate).any()
     assert torch.equal(taken.sum(-1), candidate.sum(-1).clamp(max=chosen.shape[2]).expand(taken.shape[:2]))
@@ -106,8 +106,8 @@ def test_selection_does_not_depend_on_the_rows_beside():
     table = block_table(q.shape[0], config.block_size, cu_seqlens, "cuda")
     means = kernels.block_means(k, table.start, table.length, config.block_size)
     some = torch.randperm(9_000, device="cuda")[:777]
-    whole = kernels.select_blocks(q, means, table.first, table.own, config.top_k)
-    alone = kernels.select_blocks(q[some], means, table.first[some], table.own[some], config.top_k)
+    whole = kernels.select_blocks(q, means, table.first, table.current_block, config.top_k)
+    alone = kernels.select_blocks(q[some], means, table.first[some], table.current_block[some], config.top_k)
     assert torch.equal(alone, whole[some])
 
 
@@ -127,9 +127,9 @@ def test_threads_select_as_tiles_do(dim, top_k, monkeypatch):
     means[3::7], means[6::13] = torch.nan, -0.0
     means[5::11, :, 3], means[9::17, :, 7] = torch.inf, -torch.inf
     with poisoned():
-        ours = kernels.select_blocks(q, means, table.first, table.own, top_k)
+        ours = kernels.select_blocks(q, means, table.first, table.current_block, top_k)
         monkeypatch.setattr(kernels.hopper, "selects", lambda *args: False)
-        assert torch.equal(ours, kernels.select_blocks(q, means, table.first, table.own, top_k))
+        assert torch.equal(ours, kernels.select_blocks(q, means, table.first, table.current_block, top_k))
 
 
 def test_a_cuda_graph_replays_with_new_inputs():
@@ -228,7 +228,7 @@ def test_a_million_tokens():
     table = block_table(n, config.block_size, None, "cuda")
     means = reference.block_means(k[:, 15:], config.block_size)
     rows = torch.tensor([0, 511, 512, 5_000, 300_001, 700_707, n - 334, n - 1], device="cuda")
-    chosen = kernels.select_blocks(q[:, 15:].contiguous(), means, table.first, table.own, config.top_k)[:, 0]
+    chosen = kernels.select_blocks(q[:, 15:].contiguous(), means, table.first, table.current_block, config.top_k)[:, 0]
     scale, delta = dim**-0.5, (dout[:, 15].double() * out[:, 15].double()).sum(-1)
     for t in rows.tolist():
         blocks = [b for b in chosen[t].tolist() if b >= 0]
@@ -259,8 +259,8 @@ def test_pages_of_another_storage_in_bf16():
     q, k, v, dout, cu_seqlens, config = batch(KINDS[1], 3, n_tokens=3_000)
     table = block_table(3_000, config.block_size, cu_seqlens, "cuda")
     means = kernels.block_means(k, table.start, table.length, config.block_size)
-    chosen = kernels.select_blocks(q, means, table.first, table.own, config.top_k)
-    visits, scale = (chosen, table.own, table.offset + 1), q.shape[2] ** -0.5
+    chosen = kernels.select_blocks(q, means, table.first, table.current_block, config.top_k)
+    visits, scale = (chosen, table.current_block, table.offset + 1), q.shape[2] ** -0.5
     out, lse = kernels.attend(q, local_pages(k, v, table), *visits, scale)
     packed = [x.transpose(0, 1).reshape(-1, 1, x.shape[2]) for x in (k, v)]
     pages = local_pages(*packed, table)

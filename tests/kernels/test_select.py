@@ -8,8 +8,8 @@ from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned, strided
 def select_both(p: Problem, q=None, means=None):
     q, means = p.q if q is None else q, p.means if means is None else means
     with poisoned():
-        ours = kernels.select_blocks(strided(q), means, p.table.first, p.table.own, p.top_k)
-    return ours, eager.select_blocks(q, means, p.table.first, p.table.own, p.top_k)
+        ours = kernels.select_blocks(strided(q), means, p.table.first, p.table.current_block, p.top_k)
+    return ours, eager.select_blocks(q, means, p.table.first, p.table.current_block, p.top_k)
 
 
 @pytest.mark.parametrize("top_k", [2, 4, 20])
@@ -23,7 +23,7 @@ def test_more_blocks_than_one_tile_of_any_kernel():
     # Best blocks spread over 300 blocks: a top-k of tiles that are never merged would lose some.
     p = Problem([300 * 16], (1, 1), 16, 16, 9)
     rows = torch.tensor([0, 17, 2000, 4799], device=DEVICE)
-    ours = kernels.select_blocks(p.q[rows], p.means, p.table.first[rows], p.table.own[rows], p.top_k)
+    ours = kernels.select_blocks(p.q[rows], p.means, p.table.first[rows], p.table.current_block[rows], p.top_k)
     assert torch.equal(ours, p.chosen[rows])
 
 
@@ -34,7 +34,7 @@ def test_ties_go_to_the_newer_block():
     ours, expected = select_both(p, q, means)
     assert torch.equal(ours, expected)
     zeros, _ = select_both(p, torch.zeros_like(q), -means)
-    own = p.table.own[:, None, None]
+    own = p.table.current_block[:, None, None]
     newest = own - 1 - torch.arange(4, device=DEVICE)
     assert torch.equal(zeros, torch.where(newest >= 0, newest, -1).expand_as(zeros).int())
 
@@ -51,12 +51,12 @@ def test_nan_ranks_below_minus_infinity():
 def test_rows_do_not_depend_on_one_another():
     p = Problem([200], (2, 2), 32, 16, 4)
     some = torch.arange(37, 190, 11, device=DEVICE)
-    ours = kernels.select_blocks(p.q[some], p.means, p.table.first[some], p.table.own[some], p.top_k)
-    assert torch.equal(ours, kernels.select_blocks(p.q, p.means, p.table.first, p.table.own, p.top_k)[some])
+    ours = kernels.select_blocks(p.q[some], p.means, p.table.first[some], p.table.current_block[some], p.top_k)
+    assert torch.equal(ours, kernels.select_blocks(p.q, p.means, p.table.first, p.table.current_block, p.top_k)[some])
 
 
 def test_nothing_to_choose():
     p = Problem([40], (2, 1), 32, 16, 1)
-    assert kernels.select_blocks(p.q, p.means, p.table.first, p.table.own, 1).shape == (40, 2, 0)
-    none = kernels.select_blocks(p.q, p.means[:0], p.table.first, p.table.own, 3)
+    assert kernels.select_blocks(p.q, p.means, p.table.first, p.table.current_block, 1).shape == (40, 2, 0)
+    none = kernels.select_blocks(p.q, p.means[:0], p.table.first, p.table.current_block, 3)
     assert none.shape == (40, 2, 2) and (none == -1).all()
