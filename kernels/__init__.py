@@ -10,6 +10,8 @@ For the exchange between ranks :mod:`.exchange.choices` counts what rows selecte
 what moves, :mod:`.exchange.requests` writes and reads the requests, and :mod:`.pages` and :mod:`.rows` copy blocks and
 rows. :mod:`.kv_shards` packs K and V for the all-gather.
 
+:mod:`.tokenwise` is the rest of a transformer layer but its products of matrices.
+
 Functions have the arguments of their twins in :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU,
 and on the CPU under ``TRITON_INTERPRET=1``. Kernels know no autograd.
 
@@ -29,6 +31,7 @@ from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
 from .rows import gather_rows, row_ids
 from .select import select_blocks
+from .tokenwise import rms_norm, rms_norm_backward, split_rotate, split_rotate_backward, swiglu, swiglu_backward
 from .work import index_size
 
 hopper.check_with(hopper_check.compare)
@@ -36,6 +39,7 @@ hopper.check_with(hopper_check.compare)
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
     "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
-    "pick_cheapest", "relay_request", "routing_index", "row_ids", "row_sums", "select_blocks", "serving",
-    "sum_partial_grads", "sum_up", "weigh_blocks", "write_request",
+    "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums",
+    "select_blocks", "serving", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
+    "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -25,8 +25,12 @@ def _has_triton() -> bool:
 
 def backend(x: Tensor):
     """The module that serves q, k, v or anything of their kind, ``x`` [..., D] floating."""
-    fits = x.dtype in KERNEL_DTYPES and x.shape[-1] in KERNEL_HEAD_DIMS
-    fits = fits and (x.is_cuda or x.dtype != torch.bfloat16)
+    return tokenwise_backend(x) if x.shape[-1] in KERNEL_HEAD_DIMS else eager
+
+
+def tokenwise_backend(x: Tensor):
+    """The module that serves the rows of a layer, ``x`` [..., any width] floating."""
+    fits = x.dtype in KERNEL_DTYPES and (x.is_cuda or x.dtype != torch.bfloat16)
     return integer_backend(x) if fits else eager
 
 

@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from ..dtypes import WIDE
+from ..ops import tokenwise_backend
 from ..passes import AttentionPasses, Kept
 from ..transforms import once_differentiable, without_autocast
 from .offload import Offloader
-from .tokenwise import (
-    rms_norm,
-    rms_norm_backward,
-    split_rotate,
-    split_rotate_backward,
-    swiglu,
-    swiglu_backward,
-)
 
 # Of the widest tensor of a slice: 1 GiB in 16 bits. Far below 2^31, so that offsets may have 32 bits.
 SLICE_ELEMENTS = 2**29
@@ -91,12 +84,12 @@ class LayerRun:
 
     def project(self, hidden: Tensor, w: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
         """q [L, h, D], k and v [L, g, D], as attention takes them; hidden [L, H]."""
-        n_tokens, dim = hidden.shape[0], 2 * self.cos.shape[1]
+        ops, n_tokens, dim = tokenwise_backend(hidden), hidden.shape[0], 2 * self.cos.shape[1]
         k, v = (hidden.new_empty(n_tokens, self.n_kv, dim) for _ in range(2))
         q = hidden.new_empty(n_tokens, w.qkv.shape[0] // dim - 2 * self.n_kv, dim)
         for s in self.slices(n_tokens, w):
-            mixed = self._mixed(rms_norm(hidden[s], w.input_norm, self.eps), w)
-            split_rotate(mixed, self.cos[s], self.sin[s], w.q_norm, w.k_norm, self.eps, q[s], k[s], v[s])
+            mixed = self._mixed(ops.rms_norm(hidden[s], w.input_norm, self.eps), w)
+            ops.split_rotate(mixed, self.cos[s], self.sin[s], w.q_norm, w.k_norm, self.eps, q[s], k[s], v[s])
         return q, k, v
 
     def _mixed(self, normed: Tensor, w: LayerWeights) -> Tensor:
@@ -117,13 +110,14 @@ class LayerRun:
         Returns:
             the residual stream between attention and feed-forward network [L, H], and the SwiGLU's input [L, 2 F].
         """
+        ops = tokenwise_backend(hidden)
         mid = torch.empty_like(hidden) if keep else None
         gate_up = hidden.new_empty(hidden.shape[0], w.fc1.shape[0]) if keep else None
         for s in self.slices(hidden.shape[0], w):
             residual = torch.addmm(hidden[s], attended[s], w.proj.T, out=None if mid is None else mid[s])
-            normed = rms_norm(residual, w.ffn_norm, self.eps)
+            normed = ops.rms_norm(residual, w.ffn_norm, self.eps)
             wide = torch.mm(normed, w.fc1.T, out=None if gate_up is None else gate_up[s])
-            torch.addmm(residual, swiglu(wide), w.fc2.T, out=out[s])
+            torch.addmm(residual, ops.swiglu(wide), w.fc2.T, out=out[s])
         return mid, gate_up
 
     def finish_backward(
@@ -138,13 +132,14 @@ class LayerRun:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of :meth:`finish`: of the residual stream before attention [L, H] as it comes from behind, and of
         ``attended`` [L, h D]. ``mid`` and ``gate_up`` are computed again where they were not kept."""
+        ops = tokenwise_backend(hidden)
         dhidden, dattended = torch.empty_like(hidden), torch.empty_like(attended)
         for s in self.slices(hidden.shape[0], w):
             residual = torch.addmm(hidden[s], attended[s], w.proj.T) if mid is None else mid[s]
-            wide = rms_norm(residual, w.ffn_norm, self.eps) @ w.fc1.T if gate_up is None else gate_up[s]
-            activated, dwide = swiglu_backward(wide, dout[s] @ w.fc2)
+            wide = ops.rms_norm(residual, w.ffn_norm, self.eps) @ w.fc1.T if gate_up is None else gate_up[s]
+            activated, dwide = ops.swiglu_backward(wide, dout[s] @ w.fc2)
             sums.add("fc2", dout[s], activated)
-            normed, dnorm = rms_norm_backward(dwide @ w.fc1, residual, w.ffn_norm, self.eps, dout[s], dhidden[s])
+            normed, dnorm = ops.rms_norm_backward(dwide @ w.fc1, residual, w.ffn_norm, self.eps, dout[s], dhidden[s])
             sums.add("ffn_norm", dnorm)
             sums.add("fc1", dwide, normed)
             torch.mm(dhidden[s], w.proj, out=dattended[s])
@@ -155,14 +150,15 @@ class LayerRun:
         self, hidden: Tensor, w: LayerWeights, dq: Tensor, dk: Tensor, dv: Tensor, dhidden: Tensor, sums: "_Sums"
     ) -> None:
         """Add the gradient of :meth:`project`'s input to ``dhidden`` [L, H]."""
+        ops = tokenwise_backend(hidden)
         for s in self.slices(hidden.shape[0], w):
             normed_heads = w.q_norm is not None
-            mixed = self._mixed(rms_norm(hidden[s], w.input_norm, self.eps), w) if normed_heads else None
-            dmixed, dq_norm, dk_norm = split_rotate_backward(
+            mixed = self._mixed(ops.rms_norm(hidden[s], w.input_norm, self.eps), w) if normed_heads else None
+            dmixed, dq_norm, dk_norm = ops.split_rotate_backward(
                 dq[s], dk[s], dv[s], self.cos[s], self.sin[s], w.q_norm, w.k_norm, self.eps, mixed
             )
             dmixed = dmixed.flatten(1)
-            normed, dnorm = rms_norm_backward(dmixed @ w.qkv, hidden[s], w.input_norm, self.eps, None, dhidden[s])
+            normed, dnorm = ops.rms_norm_backward(dmixed @ w.qkv, hidden[s], w.input_norm, self.eps, None, dhidden[s])
             sums.add("input_norm", dnorm)
             sums.add("qkv", dmixed, normed)
             if w.qkv_bias is not None:

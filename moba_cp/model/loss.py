@@ -3,6 +3,7 @@
 Legend: T tokens, H hidden size, V vocabulary.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -10,11 +11,26 @@ from torch import Tensor
 
 from ..dtypes import WIDE
 from ..transforms import cast_inputs, once_differentiable, without_autocast
-from .tokenwise import fused
 
 IGNORED_LABEL = -100
 # Logits held at a time: 1 GiB in 16 bits. Fewer make more slices, each of which reads and writes the weight's gradient.
 MAX_LOGITS = 2**29
+
+
+def fused(function):
+    """Decorator: on a GPU ``function`` is compiled; elsewhere, and while something else is traced, it runs as it is."""
+    compiled = []
+
+    @functools.wraps(function)
+    def call(*args):
+        if not args[0].is_cuda or torch.compiler.is_compiling():
+            return function(*args)
+        if not compiled:
+            # Made here: the compiler takes seconds to import.
+            compiled.append(torch.compile(function))
+        return compiled[0](*args)
+
+    return call
 
 
 @fused

@@ -1,14 +1,9 @@
-"""The parts of a transformer layer that treat each token by itself, without the products of matrices: values and
-gradients as plain functions, which ``torch.compile`` fuses on a GPU.
-
-Each reads its inputs once and writes its results once. They are called with slices of a sequence, so no tensor has 2^31
-elements, and Inductor's 32-bit offsets hold.
+"""What a transformer layer does with each token by itself, between its products of matrices: norms, SwiGLU, rotation,
+and their gradients.
 
 Legend: n tokens, H hidden size, F width of the SwiGLU, g key/value heads, r query heads of each, h = g * r query heads,
 D head dim. Wide means float32, or float64 for float64 inputs; inside everything is wide.
 """
-
-import functools
 
 import torch
 from torch import Tensor
@@ -16,30 +11,12 @@ from torch import Tensor
 from ..dtypes import WIDE
 
 
-def fused(function):
-    """Decorator: on a GPU ``function`` is compiled; elsewhere, and while something else is traced, it runs as it is."""
-    compiled = []
-
-    @functools.wraps(function)
-    def call(*args):
-        if not args[0].is_cuda or torch.compiler.is_compiling():
-            return function(*args)
-        if not compiled:
-            # Made here: the compiler takes seconds to import.
-            compiled.append(torch.compile(function))
-        return compiled[0](*args)
-
-    return call
-
-
-@fused
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; in x's dtype. x [n, H], weight [H]."""
     wide = x.to(WIDE[x.dtype])
     return (wide * _inverse_rms(wide, eps) * weight).to(x.dtype)
 
 
-@fused
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dx: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -47,8 +24,7 @@ def rms_norm_backward(
 
     Args:
         dy, x: [n, H].
-        residual: [n, H], gradient of the input by the other way; None where ``dx`` holds it. Two views of one memory,
-            of which one is written, are more than compiled code can take.
+        residual: [n, H], gradient of the input by the other way; None where ``dx`` holds it.
         dx: [n, H], written: gradient by both ways.
 
     Returns:
@@ -63,14 +39,12 @@ def rms_norm_backward(
     return (unit * weight).to(x.dtype), (dy * unit).sum(0)
 
 
-@fused
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``, [n, F] in the input's dtype; gate_up [n, 2 F], the gate first."""
     gate, up = gate_up.to(WIDE[gate_up.dtype]).chunk(2, -1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
-@fused
 def swiglu_backward(gate_up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
     """The output of :func:`swiglu` again, [n, F], and the gradient of its input, [n, 2 F]; dout [n, F]."""
     dtype = WIDE[gate_up.dtype]
@@ -81,7 +55,6 @@ def swiglu_backward(gate_up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
     return (silu * up).to(gate_up.dtype), torch.cat((dgate, dout * silu), -1).to(gate_up.dtype)
 
 
-@fused
 def split_rotate(
     mixed: Tensor,
     cos: Tensor,
@@ -109,7 +82,6 @@ def split_rotate(
     v.copy_(mixed[:, :, group + 1])
 
 
-@fused
 def split_rotate_backward(
     dq: Tensor,
     dk: Tensor,
