@@ -18,6 +18,7 @@ from moba_cp import __version__
 # Command -> its module, what it does. To add a command, add a line.
 COMMANDS = {
     "train": ("moba_cp.train.command", "train a model by a YAML config"),
+    "plan": ("moba_cp.train.plan_command", "say whether a run fits on so many GPUs, and how fast it would be"),
     "plot": ("moba_cp.train.plot_command", "draw runs: loss against steps, tokens and hours, and by position"),
     "config": ("moba_cp.train.config_command", "explain every key of a training config, or print one whole"),
     "import": ("moba_cp.train.import_command", "write a config that begins with an existing model's weights"),

@@ -1,0 +1,100 @@
+"""``moba-cp plan CONFIG --gpus N``: whether a run would fit, how fast it would be, and what to change. Needs no GPU."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged one")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many, in all machines together")
+    parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100, h200, a100 or b200 (default: h100)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of a machine (default: 8)")
+    parser.add_argument("--host-gib", type=float, metavar="GIB", help="host memory for each GPU (default: 100)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                        help="replace a value of the file; may be repeated")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code: 1 if the run would not fit.
+
+    Raises:
+        ValueError, OSError: what the user should read.
+    """
+    import json
+    from pathlib import Path
+
+    from . import predict
+    from .config import TrainConfig
+    from .yaml_config import load
+
+    if arguments.gpu.lower() not in predict.GPUS:
+        raise ValueError(f"--gpu={arguments.gpu}: not known; use one of {', '.join(predict.GPUS)}")
+    for name in ("gpus", "gpus_per_node"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(arguments, name)} is below 1; use 1 or more")
+    gpu = predict.GPUS[arguments.gpu.lower()]
+    config = load(TrainConfig, arguments.config, arguments.overrides)
+    where = gpu, arguments.gpus_per_node, arguments.host_gib
+    made = predict.forecast(config, arguments.gpus, *where)
+    others = predict.candidates(config, arguments.gpus, *where)
+    reach = predict.longest(config, arguments.gpus, gpu, arguments.host_gib)
+    print(*_lines(made, others, reach, gpu), sep="\n")
+    if arguments.json is not None:
+        Path(arguments.json).write_text(json.dumps(_figures(made, reach), indent=1) + "\n", encoding="utf-8")
+    return 0 if made.memory is not None else 1
+
+
+def _figures(made, reach: int) -> dict:
+    memory = made.memory
+    return {
+        "fits": memory is not None,
+        "device_bytes": memory.device if memory is not None else None,
+        "host_bytes": memory.host if memory is not None else None,
+        "memory": memory.parts if memory is not None else None,
+        "seconds": made.seconds,
+        "step_seconds": made.step_seconds,
+        "tokens_per_second": made.tokens_per_second,
+        "bytes": made.bytes,
+        "longest": reach,
+    }
+
+
+def _lines(made, others: list, reach: int, gpu) -> list[str]:
+    from .log import human
+
+    config, data = made.config, made.config.data
+    flops = config.model.flops_per_token(data.seq_len, config.attention.at(config.run.steps, config.run.steps))
+    tokens = data.seq_len * data.sequences_per_step
+    mfu = flops * made.tokens_per_second / (gpu.peak * made.ranks)
+    said = [
+        f"model: {human(config.model.n_parameters(embeddings=True), 'parameters')}; {made.ranks} x {gpu.name} = "
+        f"{made.ranks // made.context} data x {made.context} context",
+        f"step: {data.sequences_per_step} x {data.seq_len:,} tokens, {human(flops * tokens, 'FLOP')}",
+        *(made.memory.lines() if made.memory is not None else [f"memory: does not fit into {gpu.gib:.0f} GiB"]),
+        f"time: {made.step_seconds:.3g} s a step, {human(made.tokens_per_second, 'tokens/s')}, MFU {100 * mfu:.0f} %"
+        + ("" if gpu.measured else f" (rates of an H100 scaled by the peak: not measured on {gpu.name})"),
+        "  " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in made.seconds.items() if seconds),
+        f"limited by: {made.limit}",
+    ]
+    if made.bytes:
+        said.append("received by a rank in a step: " + ", ".join(f"{n} {human(x, 'B')}" for n, x in made.bytes.items()))
+    said.append(f"longest sequence that fits, shared by all: {reach:,} tokens" if reach else "no length fits")
+    if others and (others[0].context != made.context or made.memory is None):
+        best, what = others[0], "faster" if made.memory is not None else "fits"
+        said.append(f"{what}: run.context_size={best.context}, {best.step_seconds:.3g} s a step")
+    elif made.memory is None:
+        said.append("fits: " + _what_fits(made, reach, gpu))
+    hours = config.run.steps * made.step_seconds / 3600
+    return [*said, f"run: {config.run.steps:,} steps, {hours:.3g} hours"]
+
+
+def _what_fits(made, reach: int, gpu) -> str:
+    from .predict import longest
+
+    options = [f"data.seq_len={reach}"] if reach else []
+    for times in (2, 4, 8, 16):
+        if longest(made.config, times * made.ranks, gpu) >= made.config.data.seq_len:
+            options.append(f"--gpus {times * made.ranks}")
+            break
+    return ", or ".join(options) or "no number of GPUs up to 16 times as many; set memory.state: host"

@@ -1,0 +1,103 @@
+"""moba-cp plan: predicted beside measured, what fits, and what to change."""
+
+import json
+
+import pytest
+
+from moba_cp import cli
+from moba_cp.model.layer import LayerMemory
+from moba_cp.train.config import TrainConfig
+from moba_cp.train.memory import StepShape, plan_layers
+from moba_cp.train.predict import GPUS, candidates, forecast, longest
+from moba_cp.train.yaml_config import build
+
+# The trainer on one H100 80GB (docs/long.md): tokens, recompute -> seconds of a step, GiB on the device, and what the
+# layers did: how many kept attention, how many of these in host memory, how many redid nothing.
+MEASURED = [
+    (32768, "auto", 0.330, 25.5, (0, 0, 14)),
+    (131072, "auto", 1.374, 68.5, (3, 0, 11)),
+    (131072, "full", 1.69, 18.5, (0, 0, 0)),
+    (1048576, "auto", 12.4, 58.3, (14, 12, 0)),
+]
+
+
+def config(seq_len: int = 131072, recompute: str = "auto", top_k: int = 8, **run) -> TrainConfig:
+    """542 million parameters, as those were measured with."""
+    model = {"n_layers": 14, "hidden_size": 1792, "n_heads": 14, "recompute": recompute}
+    attention = {"block_size": 512, "top_k": top_k}
+    return build(TrainConfig, {"model": model, "attention": attention, "data": {"seq_len": seq_len},
+                               "run": {"dtype": "bfloat16", **run}})  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens, recompute, seconds, gib, kept", MEASURED)
+def test_forecasts_are_near_what_was_measured(tokens, recompute, seconds, gib, kept):
+    made, (attention, on_host, nothing) = forecast(config(tokens, recompute), 1, GPUS["h100"]), kept
+    layers = [LayerMemory("attention_kept", i < on_host) for i in range(attention)]
+    layers = [LayerMemory("full")] * (14 - attention - nothing) + layers + [LayerMemory("none")] * nothing
+    # What was free then is not known, so `auto` may choose otherwise here.
+    memory = plan_layers(StepShape(config().model, config().attention, tokens, 1, 2), layers).device / 2**30
+    print(f"{tokens} {recompute}: {made.step_seconds:.3f} s, {made.step_seconds / seconds - 1:+.1%}; "
+          f"{memory:.1f} GiB, {memory / gib - 1:+.1%}")  # fmt: skip
+    assert made.step_seconds == pytest.approx(seconds, rel=0.15)
+    assert memory == pytest.approx(gib, rel=0.05)
+
+
+def test_more_ranks_take_less_and_move_more():
+    alone, four = (forecast(config(1048576), n, GPUS["h100"]) for n in (1, 4))
+    assert four.step_seconds < alone.step_seconds / 2.5 and not alone.bytes and sum(four.bytes.values()) > 1e9
+    assert four.memory.host < alone.memory.host
+    sixteen = forecast(config(1048576), 16, GPUS["h100"])
+    assert any("between nodes" in name for name in sixteen.bytes)
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not():
+    for ranks in (1, 4):
+        reach = longest(config(), ranks, GPUS["h100"])
+        assert forecast(config(reach), ranks, GPUS["h100"]).memory is not None
+        assert forecast(config(int(reach * 1.05) // 4096 * 4096), ranks, GPUS["h100"]).memory is None
+    assert reach > 2 * longest(config(), 1, GPUS["h100"])
+
+
+def test_candidates_fit_and_are_sorted():
+    found = candidates(config(32768), 1, GPUS["h100"], 8, None)
+    assert [x.context for x in found] == [1]
+    many = build(TrainConfig, {"data": {"seq_len": 32768, "sequences_per_step": 8}})
+    found = candidates(many, 8, GPUS["h100"], 8, None)
+    assert {x.context for x in found} == {1, 2, 4, 8}
+    assert [x.step_seconds for x in found] == sorted(x.step_seconds for x in found)
+
+
+def run(capsys, *arguments):
+    code = cli.main(["plan", "demo", "--set", "run.dtype=bfloat16", *arguments])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_the_command_says_what_limits_and_what_fits(capsys, tmp_path):
+    code, out, _ = run(capsys, "--gpus", "2", "--json", str(tmp_path / "x.json"))
+    assert code == 0 and "2 x H100 80GB = 1 data x 2 context" in out and "limited by: " in out and "MFU" in out
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert figures["fits"] and figures["step_seconds"] > 0 and figures["longest"] > 2048
+    large = ["--set", "model.n_layers=32", "--set", "model.hidden_size=4096", "--set", "model.n_heads=32"]
+    large += ["--set", "model.n_kv_heads=8", "--set", "data.seq_len=4194304", "--set", "data.sequences_per_step=1"]
+    code, out, _ = run(capsys, "--gpus", "4", *large)
+    assert code == 1 and "memory: does not fit into 79 GiB" in out and "fits: " in out
+    code, out, _ = run(capsys, "--gpus", "1", "--gpu", "A100")
+    assert code == 0 and "not measured on A100" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--gpus", "0"], "--gpus=0 is below 1"),
+        (["--gpus", "2", "--gpu", "tpu"], "--gpu=tpu: not known; use one of h100, h200"),
+        (["--gpus", "2", "--set", "run.context_size=3"], "run.context_size=3 does not divide the 2 ranks"),
+        (
+            ["--gpus", "4", "--set", "run.context_size=1", "--set", "data.sequences_per_step=3"],
+            "not divisible by the 4",
+        ),
+    ],
+)
+def test_mistakes_get_one_line(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
