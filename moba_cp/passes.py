@@ -51,6 +51,8 @@ class AttentionPasses:
     """Factor of the scores."""
     context: CPContext
     """Documents of the sequence, and its share on this rank."""
+    layer: str
+    """The layer's name, in counters and messages."""
 
     @property
     def across_ranks(self) -> bool:
@@ -65,6 +67,8 @@ class AttentionPasses:
         :func:`moba_cp.moba_attention` and :func:`moba_cp.full_attention`, bit for bit.
         """
         config, scale, context = self.config, self.scale, self.context
+        # Said here: where a backward pass computes it again, other layers have been named since.
+        context.comm.layer = self.layer
         if self.kind == "moba" and self.across_ranks:
             call = moba_across_ranks.enter(q, k, config, context, needs_grad, needs_grad)
             out, lse, kept, made = moba_across_ranks.forward_pass(q, k, v, config, scale, context, call)

@@ -81,6 +81,10 @@ class MoBACoreAttention(MegatronModule):
         self.moba = replace(attention.moba, deterministic=deterministic)
         self.layout = attention.layout
 
+    @property
+    def _name(self) -> str:
+        return f"layer {self.layer_number}"
+
     def extra_repr(self) -> str:
         detail = f"block_size={self.moba.block_size}, top_k={self.moba.top_k}" if self.kind == "moba" else "exact"
         return f"layer {self.layer_number}: {self.kind}, {detail}, ranks={group_size(self.group)}"
@@ -122,10 +126,10 @@ class MoBACoreAttention(MegatronModule):
         """
         check_group(context, self.group)
         scale = self.config.kv_channels**-0.5 if self.softmax_scale is None else self.softmax_scale
-        return AttentionPasses(self.kind, self.moba, scale, context)
+        return AttentionPasses(self.kind, self.moba, scale, context, self._name)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
-        context.comm.layer = f"layer {self.layer_number}"
+        context.comm.layer = self._name
         # One rank has nothing to exchange, so it needs no plan.
         across = context.size > 1 or context.observer is not None
         where = {"cp": context} if across else {"cu_seqlens": context.cu_seqlens}

@@ -90,7 +90,6 @@ class ContextTransformerLayer(TransformerLayer):
     def _scheduled(self, hidden: torch.Tensor, params: MoBAPackedSeqParams) -> torch.Tensor:
         attention, mlp, context = self.self_attention, self.mlp, params.context
         core = attention.core_attention
-        context.comm.layer = f"layer {self.layer_number}"
         run = LayerRun(
             attention=core.passes(context),
             cos=params.cos,

@@ -130,3 +130,13 @@ def test_host_buffers_are_used_again():
     model(*batch())
     loss_and_grads(model, *batch())
     assert host.nbytes == nbytes
+
+
+def test_what_is_computed_again_names_its_layer():
+    """In counters and messages; on every rank the passes of a layer are the same calls."""
+    named = []
+    context = CPContext(None, "contiguous", T, observer=lambda layer, *_: named.append(layer))
+    model = build_model(MODEL, AttentionConfig(block_size=16, top_k=2), dtype=torch.float64)
+    model.set_memory([LayerMemory("full")] * 3)
+    loss_and_grads(model, *batch(), context)
+    assert named == ["layer 1", "layer 2", "layer 3", "layer 3", "layer 2", "layer 1"]
