@@ -2,16 +2,17 @@
 
     python -m tests.kernels.sanitize
 
-Runs memcheck and racecheck on calls that all of these kernels serve, and racecheck on a control: a group of warps that
-hands numbers to another, once rightly, and once telling it before they are stored, which must be reported.
+Runs memcheck and racecheck on calls that use all of these kernels, and racecheck on a control: a warpgroup passes
+numbers to another, once correctly, and once signalling before they are stored, which must be reported.
 
-Any other report fails but *captures*: Triton hands captured values to the groups of ``gl.warp_specialize`` through
-shared memory, between two barriers of all threads, which racecheck 2025.3 reports, 2026.3 not. Such a report names no
-line of a body. It is excused where the right control, in the same run, is reported for the same.
+Any other report is a failure, except *captures*: Triton passes captured values to the warpgroups of
+``gl.warp_specialize`` through shared memory, between two barriers of all threads, which racecheck 2025.3 reports and
+2026.3 does not. Such a report names no line of a body. It is excused if the correct control is reported for the same in
+the same run.
 
-Racecheck follows no stmatrix, TMA or wgmma: what passes through them it does not check. Of mbarriers it knows which
-threads arrive and wait, but not whom they met before, nor that reads are over: in the control all threads arrive, and
-no place is used twice.
+Racecheck does not follow stmatrix, TMA or wgmma, and so does not check what passes through them. Of mbarriers it knows
+which threads arrive and wait, but not what is ordered by earlier barriers, nor that reads have finished: in the control
+all threads arrive, and no buffer is used twice.
 """
 
 import argparse
@@ -34,12 +35,12 @@ from moba_cp.kernels.hopper.shared import barrier
 
 # (Hq, Hkv), D, B, k, tokens, deterministic, and the kernels that this must run.
 CALLS = {
-    "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "keys", "queries"}),
-    "short": ((2, 2), 128, 128, 3, 600, False, {"select", "keys"}),
-    "deterministic": ((2, 2), 128, 256, 2, 600, True, {"select", "forward", "queries"}),
-    "longer": ((1, 1), 128, 1152, 2, 2404, False, {"select", "forward", "keys", "queries"}),
-    "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "keys"}),
-    "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "keys"}),
+    "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "dkdv", "dq"}),
+    "short": ((2, 2), 128, 128, 3, 600, False, {"select", "dkdv"}),
+    "deterministic": ((2, 2), 128, 256, 2, 600, True, {"select", "forward", "dq"}),
+    "longer": ((1, 1), 128, 1152, 2, 2404, False, {"select", "forward", "dkdv", "dq"}),
+    "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "dkdv"}),
+    "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "dkdv"}),
 }
 PLACES, SIZE = gl.constexpr(4), gl.constexpr(128)
 # Whether the control tells before it has stored.
@@ -100,7 +101,7 @@ def run_control(name: str) -> None:
 def run_call(name: str) -> None:
     heads, dim, block_size, top_k, n_tokens, deterministic, expected = CALLS[name]
     ran = set()
-    for kernel in ("select", "forward", "keys", "queries"):
+    for kernel in ("select", "forward", "dkdv", "dq"):
         _note(kernel, getattr(hopper, f"launch_{kernel}"), ran)
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v, dout = (

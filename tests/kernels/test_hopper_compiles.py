@@ -20,6 +20,7 @@ from moba_cp import kernels  # noqa: E402
 from moba_cp.blocks import block_table, local_pages  # noqa: E402
 from moba_cp.kernels import hopper, tuned  # noqa: E402
 from moba_cp.kernels import hopper_check as check  # noqa: E402
+from tests.kernels import sanitize  # noqa: E402
 
 SHARED_BYTES = 227 << 10
 
@@ -217,3 +218,9 @@ def test_tiles_of_the_other_kernels_where_these_do_not_serve():
     # Atomics and a kernel of its own would both write dQ.
     assert tuned.dq_by_atomics(128, 512, bf16, device)
     assert not tuned.dq_by_atomics(128, 512, bf16, device, specialized=True)
+
+
+def test_the_sanitizer_runs_every_kernel_of_the_folder():
+    """By the names of their launches, which only a Hopper GPU would miss otherwise."""
+    launches = {name.removeprefix("launch_") for name in vars(hopper) if name.startswith("launch_")} - {"options"}
+    assert set.union(*(kernels for *_, kernels in sanitize.CALLS.values())) == launches
