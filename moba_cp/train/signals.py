@@ -3,8 +3,8 @@
 Schedulers give notice before they take machines away. Under torchrun a signal is of little use: it dies of SIGUSR1 and
 SIGUSR2, and kills its ranks 30 seconds after SIGTERM. So a launcher names a file that is not there
 (``MOBA_CP_STOP_FILE``) and makes it when the run should stop. Each rank looks for it after a step, for each machine may
-have a launcher and a file of its own; all agree, save at the same step and end with exit code 75, and the first rank of
-each machine has then written ``saved STEP`` into its file.
+have a launcher and a file of its own; all agree and save at the same step, and the first rank of each machine writes
+``saved STEP`` into its file, for which the launcher ends with exit code 75. Without such a file the ranks end with it.
 """
 
 import os
@@ -33,10 +33,10 @@ class Stopped(SystemExit):
 def exit_code() -> int:
     """What a stopped run ends with.
 
-    0 where torchrun runs it for a launcher that reads the answer from its file: torchrun would take any other code for
-    a failure, start the ranks again and turn the code into 1.
+    0 where a launcher reads the answer from its file: torchrun and srun would take any other code for a failure, and
+    start the ranks again or kill those that are still ending.
     """
-    return 0 if STOP_FILE in os.environ and "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    return 0 if STOP_FILE in os.environ else STOPPED
 
 
 class StopRequest:

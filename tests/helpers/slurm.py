@@ -142,17 +142,18 @@ class Job:
 
     def wait_until(self, condition, seconds: float = 60) -> None:
         """Wait for a condition while it runs."""
-        limit, ended = time.monotonic() + seconds * TIME_SCALE, 0
+        limit = time.monotonic() + seconds * TIME_SCALE
         while not condition():
-            # A job that is being requeued shows for some time as what it ended with.
-            ended = ended + 1 if self.facts().get("JobState") in ("COMPLETED", "FAILED") else 0
-            assert ended < 200 * TIME_SCALE and time.monotonic() < limit, (
-                f"{self.facts().get('JobState')}:\n{self.output}"
-            )
+            state = self.facts().get("JobState")
+            # What an ending job did last may have come since the condition was looked at.
+            assert state not in ("COMPLETED", "FAILED") or condition(), f"{state}:\n{self.output}"
+            assert time.monotonic() < limit, self.output
             time.sleep(0.05)
 
     def start_now(self) -> None:
-        """Slurm keeps a requeued job for two minutes: do not wait for them."""
+        """Slurm keeps a requeued job for two minutes: do not wait for them, but until its old credentials, which are
+        revoked up to the second in which it was requeued, cannot be taken for the new ones."""
+        time.sleep(2.0)
         self.slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def warn(self) -> None:

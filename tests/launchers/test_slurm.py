@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.distributed import TIME_SCALE
 from tests.helpers.slurm import Job, Slurm, missing
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, write_text
 
@@ -132,3 +133,26 @@ def test_a_wrong_config_is_not_even_submitted(slurm, tmp_path):
     job = Job(slurm, int(re.search(r"Submitted batch job (\d+)", done.stdout)[1]), tmp_path)
     facts = job.wait("COMPLETED", "FAILED")
     assert (facts["JobState"], facts["NumNodes"]) == ("COMPLETED", "2"), job.output
+
+
+def test_doctor_sorts_nodes_out(slurm, tmp_path):
+    """Each node for itself: the driver of one is broken, and nobody waits for anybody."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(
+        "#!/bin/sh\nif [ $SLURMD_NODENAME = n2 ]; then echo 'NVML: version mismatch'; exit 18; fi\n"
+        "echo '580.1, 0, 0, No, Not Active'\n"
+    )
+    smi.chmod(0o755)
+    command = [sys.executable, "-m", "moba_cp", "doctor", "--disk-gib", "0", "--memory-gib", "0"]
+    environment = slurm.environment | {"PATH": f"{smi.parent}:{slurm.environment['PATH']}"}
+    done = subprocess.run(
+        ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", *command],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120 * TIME_SCALE,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "n2:\nFAIL  driver        nvidia-smi: NVML: version mismatch" in done.stdout
+    assert "1 of 2 machines passed" in done.stdout
+    (report,) = tmp_path.glob("doctor-*")
+    assert (report / "passed-nodes.txt").read_text() == "n1\n"
+    assert (report / "failed-nodes.txt").read_text() == "n2\n"

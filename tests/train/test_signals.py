@@ -11,7 +11,7 @@ from moba_cp.train.config import TrainConfig
 from moba_cp.train.loop import Trainer
 from moba_cp.train.mesh import open_mesh
 from moba_cp.train.plan import plan_run
-from moba_cp.train.signals import STOP_FILE, STOPPED, Stopped, exit_code
+from moba_cp.train.signals import STOP_FILE, STOPPED, Stopped
 from moba_cp.train.yaml_config import load
 from tests.helpers.distributed import run_ranks
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, write_text
@@ -33,7 +33,9 @@ def _trainer(folder, name, resume=None):
 def _ask(rank, folder, trainer, step, by):
     """Ask for a stop within ``step``; returns the step that was saved."""
     train_step, file = trainer.train_step, folder / f"stop-{by}"
-    os.environ[STOP_FILE] = str(file)
+    os.environ.pop(STOP_FILE, None)
+    if by == "file":
+        os.environ[STOP_FILE] = str(file)
 
     def asked():
         if trainer.step == step - 1 and by == "signal" and rank == 1:
@@ -49,7 +51,7 @@ def _ask(rank, folder, trainer, step, by):
     with pytest.raises(Stopped) as stopped:
         trainer.run()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert stopped.value.code == STOPPED
+    assert stopped.value.code == (0 if by == "file" else STOPPED)
     return stopped.value.step
 
 
@@ -66,7 +68,7 @@ def _stop_twice(rank, folder):
 def test_all_ranks_save_the_same_step_and_go_on_from_it(tmp_path):
     write_text(tmp_path / "text")
     assert run_ranks(2, _stop_twice, tmp_path) == [[3, 5], [3, 5]]
-    assert (tmp_path / "stop-signal").read_text() == "saved 3\n"
+    assert not (tmp_path / "stop-signal").exists()
     assert (tmp_path / "stop-file").read_text() == "saved 5\n"
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     assert sorted(logged(tmp_path / "stopped")) == list(range(1, 8))
@@ -85,7 +87,8 @@ def test_one_command_starts_goes_on_and_ends(tmp_path, capsys, monkeypatch):
     (folder / "log.jsonl").write_text('{"step": 0, "validation_loss": 5.0}\n{"step": 1, "loss": 5.0}\n')
     monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
-    assert cli.main(_arguments(tmp_path, "run")) == STOPPED
+    assert cli.main(_arguments(tmp_path, "run")) == 0, "the answer is in the file"
+    assert (tmp_path / "stop").read_text() == "saved 1\n"
     shown = capsys.readouterr().out
     assert "stopped as asked: 1 of 7 steps are saved (exit code 75)" in shown
     assert list(logged(folder)) == [1]
@@ -96,11 +99,3 @@ def test_one_command_starts_goes_on_and_ends(tmp_path, capsys, monkeypatch):
     assert cli.main(_arguments(tmp_path, "run")) == 0
     assert "done: all 7 steps" in capsys.readouterr().out
     assert (folder / "log.jsonl").read_text() == before
-
-
-def test_the_code_is_zero_where_torchrun_would_take_it_for_a_failure(monkeypatch):
-    monkeypatch.delenv(STOP_FILE, raising=False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert exit_code() == STOPPED
-    monkeypatch.setenv(STOP_FILE, "stop")
-    assert exit_code() == 0
