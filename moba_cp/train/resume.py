@@ -22,7 +22,8 @@ _SAME_RESULTS = {
     "optimizer": (),
     "run": (
         "directory", "start_from", "context_size", "deterministic", "device", "validate_every", "checkpoint_every",
-        "selection_maps", "trace_step", "keep_checkpoints", "background_save", "failed_save", "timeout_seconds",
+        "selection_maps", "selection_statistics", "tensorboard", "wandb", "trace_step", "keep_checkpoints",
+        "background_save", "failed_save", "timeout_seconds",
     ),
 }  # fmt: skip
 
