@@ -40,6 +40,25 @@ COMMANDS = {
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
 }
 
+# Command -> a line that runs, for its --help. Commands with an EXAMPLES of their own have none here.
+_EXAMPLES = {
+    "train": "moba-cp train demo --set data.path=/data/books --set run.directory=runs/books",
+    "plan": "moba-cp plan hybrid/llama_8b_1m --gpus 64 --gpu h100",
+    "plot": "moba-cp plot runs/books runs/books-full --to runs.png",
+    "config": "moba-cp config --section attention",
+    "import": "moba-cp import /models/llama --to llama.yaml",
+    "export": "moba-cp export runs/books --to /models/books",
+    "eval": "moba-cp eval runs/books --sequences 8",
+    "data build": "moba-cp data build /data/books --to tokens/books --workers 4",
+    "data show": "moba-cp data show tokens/books --document 0",
+    "bench attention": "moba-cp bench attention --json attention.json",
+    "bench cluster": "torchrun --nproc-per-node 4 --no-python moba-cp bench cluster --json cluster.json",
+    "bench exchange": "moba-cp bench exchange --tokens 65536 --ranks 2,8",
+    "experiment switch": "moba-cp experiment switch hybrid/switch_90_10 --directory runs/switch",
+}
+_EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2 a wrong option, config or file,
+3 doctor or verify found something wrong, 75 asked to stop and saved, 130 interrupted"""
+
 # What users install beside the package itself, in the order in which a missing package is looked for.
 _EXTRAS = ("train", "data", "metrics")
 # Modules that PyPI has under another name.
@@ -63,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[words][0])
         module.add_arguments(parser)
-        parser.epilog = getattr(module, "EXAMPLES", None)
+        parser.epilog = getattr(module, "EXAMPLES", None) or f"example:\n  {_EXAMPLES[words]}\n\n{_EXIT_CODES}"
         arguments = parser.parse_args(argv[len(words.split()) :])
         return module.main(arguments)
     except KeyboardInterrupt:
@@ -103,7 +122,7 @@ def _help(argv: list[str]) -> int:
     width = max(map(len, listed))
     print(f"usage: {' '.join(['moba-cp', *group.split()])} COMMAND ...", "", "commands:", sep="\n")
     print(*(f"  {words.ljust(width)}  {text}" for words, text in listed.items()), sep="\n")
-    print("", "moba-cp COMMAND --help tells the options of one", sep="\n")
+    print("", "moba-cp COMMAND --help tells the options of one, with an example", "", _EXIT_CODES, sep="\n")
     return 0
 
 

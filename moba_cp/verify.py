@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from .doctor.finding import WRONG
+
 if TYPE_CHECKING:
     from .bench.cluster.check import Deviation
     from .bench.cluster.ranks import Ranks
@@ -23,8 +25,6 @@ EXAMPLES = """examples:
   bash launchers/multinode.sh --nodes 2 --head 10.0.0.1 -m moba_cp verify demo
 
 exit codes: 0 everything is near enough, 2 wrong options or config, 3 something is not"""
-
-WRONG = 3
 _TOKENS = {"cuda": 8192, "cpu": 1024}
 _STEPS = 2
 # Of a loss and a gradient's norm, relative to those of one rank. Rounding alone makes 1e-6 in float32; in bfloat16 some

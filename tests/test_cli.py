@@ -1,7 +1,10 @@
 """The command line: what is run, and the one line that is said about everything that cannot be."""
 
+import argparse
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -357,7 +360,24 @@ def test_one_failing_rank_ends_all_with_its_error(place, error):
 
 
 @pytest.mark.parametrize("words", sorted(cli.COMMANDS))
-def test_every_command_has_help(words, capsys):
+def test_every_command_has_help_with_an_example_that_it_accepts(words, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*words.split(), "--help"])
-    assert ended.value.code == 0 and capsys.readouterr().out.startswith(f"usage: moba-cp {words} ")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith(f"usage: moba-cp {words} ") and "exit codes: 0 " in shown
+    module = importlib.import_module(cli.COMMANDS[words][0])
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    module.add_arguments(parser)
+    examples = re.findall(rf"moba[-_]cp {words}\b(.*)", shown.split("\nexample")[1])
+    assert examples
+    for example in examples:
+        # What stands behind it, from two spaces on, says what it does.
+        parser.parse_args(shlex.split(example.strip().split("  ")[0]) if not example.startswith("  ") else [])
+
+
+@pytest.mark.parametrize("words", ["config", "plan", "bench exchange", "train"])
+def test_an_example_runs(words, place, capsys):
+    line = cli._EXAMPLES[words].replace("/data/books", str(place / "text"))
+    more = ["--dry-run", "--set", "data.seq_len=64", "--set", "data.validation_share=0.2"] if words == "train" else []
+    assert cli.main([*shlex.split(line)[1:], *more]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("\n") > 3
