@@ -178,26 +178,28 @@ def _computing(
     # Forward, two products in backward, and what is redone; of logits always.
     linear = 2 * local * ((3 + redone) * of_layers + 4 * output) / _LINEAR
     full = len(attention.full_layer_numbers(n))
-    thinner = 1 + _THINNER * np.log2(context)
-    forward, backward = _moba_layer(model, attention, config.data.seq_len, local)
+    forward, backward = moba_layer(model, attention, config.data.seq_len, context)
     full_forward, full_backward = _full_layer(model, config.data.seq_len, local)
     heads = model.n_heads + 2 * model.n_kv_heads
     width = 6 * model.hidden_size + 4 * model.ffn_hidden_size + 2 * model.head_dim * heads
     return {
         "linear layers": scale * linear,
-        "MoBA": scale * (n - full) * thinner * ((1 + again) * forward + backward),
+        "MoBA": scale * (n - full) * ((1 + again) * forward + backward),
         "full attention": scale * full * ((1 + again) * full_forward + full_backward),
         "element by element": scale * _ELEMENTWISE * local * n * width * (1 + redone / 3),
     }
 
 
-def _moba_layer(model: ModelConfig, attention: AttentionConfig, seq_len: int, local: int) -> tuple[float, float]:
-    """Seconds of a MoBA layer on a rank, forward and backward, for one document."""
+def moba_layer(model: ModelConfig, attention: AttentionConfig, seq_len: int, context: int) -> tuple[float, float]:
+    """Seconds that attention of a MoBA layer takes an H100, forward and backward, for one document on ``context``
+    ranks."""
+    local, thinner = -(-seq_len // context), 1 + _THINNER * np.log2(context)
     top_k = min(attention.top_k, -(-seq_len // attention.block_size))
     rows, dim, block = local * model.n_heads, model.head_dim, attention.block_size
     scores = rows * dim * (seq_len / block)  # 2 FLOP each, of the half that is earlier
     forward = forward_seconds(rows, dim, block, top_k) + scores / _SELECTION
-    return forward, rows * top_k * dim * float(np.interp(block, _BACKWARD_BLOCKS, _BACKWARD_SECONDS))
+    backward = rows * top_k * dim * float(np.interp(block, _BACKWARD_BLOCKS, _BACKWARD_SECONDS))
+    return thinner * forward, thinner * backward
 
 
 def _full_layer(model: ModelConfig, seq_len: int, local: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Models of transformers go in, are trained on two ranks, and come out: transformers gives the trainer's loss."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from moba_cp import cli
 from moba_cp.data.build import BuildOptions, build
 from moba_cp.model.loss import IGNORED_LABEL
 from moba_cp.train.config import TrainConfig
+from moba_cp.train.evaluate import evaluate, run_of
 from moba_cp.train.loop import Trainer
 from moba_cp.train.mesh import open_mesh
 from moba_cp.train.plan import plan_run
@@ -57,6 +59,10 @@ def _train(rank, configs):
         config = load(TrainConfig, path)
         mesh = open_mesh(config.run)
         Trainer(plan_run(config, mesh.size), mesh, None).run()
+    # The last model on both ranks, by what a run held out.
+    figures, first = evaluate(*run_of(config.run.directory, []))
+    if first:
+        Path(config.run.directory, "evaluated.json").write_text(json.dumps(figures))
 
 
 def held_out_loss(place, name, model) -> float:
@@ -112,6 +118,12 @@ def test_eval_gives_the_trainers_loss_by_position(place, tmp_path, capsys):
     other += ["--set", "attention.block_size=16", "--json", str(tmp_path / "b.json")]
     assert cli.main(["eval", str(place / "llama"), *other]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["loss"] > figures["loss"] + 0.5
+
+
+def test_eval_on_two_ranks_gives_the_trainers_loss(place):
+    run = place / "runs" / "qwen3"
+    figures = json.loads((run / "evaluated.json").read_text())
+    assert figures["sequences"] == 3 and figures["loss"] == pytest.approx(logged(run, "validation_loss")[20], abs=1e-6)
 
 
 def test_weights_of_another_model_are_refused_before_training(place, capsys):

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from moba_cp import cli
+from moba_cp.model.attention import AttentionConfig
+from moba_cp.model.config import ModelConfig
 from moba_cp.model.layer import LayerMemory
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.memory import StepShape, plan_layers
-from moba_cp.train.predict import GPUS, candidates, forecast, longest
+from moba_cp.train.predict import GPUS, candidates, forecast, longest, moba_layer
 from moba_cp.train.yaml_config import build
 
 # The trainer on one H100 80GB (docs/long.md): tokens, recompute -> seconds of a step, GiB on the device, and what the
@@ -40,6 +42,23 @@ def test_forecasts_are_near_what_was_measured(tokens, recompute, seconds, gib, k
           f"{memory:.1f} GiB, {memory / gib - 1:+.1%}")  # fmt: skip
     assert made.step_seconds == pytest.approx(seconds, rel=0.15)
     assert memory == pytest.approx(gib, rel=0.05)
+
+
+# Attention of one layer, forward and backward, blocks of 512, top-8, D = 128, on H200s and H100s (docs/cluster.md):
+# tokens, query heads, KV heads, ranks -> ms.
+ATTENTION = [
+    (131072, 16, 16, 1, 39.0), (131072, 16, 16, 2, 21.0), (262144, 16, 16, 1, 82.0), (262144, 16, 16, 2, 44.7),
+    (524288, 16, 16, 1, 170.4), (524288, 16, 16, 2, 95.2), (524288, 16, 16, 4, 58.5), (1048576, 16, 16, 1, 358.8),
+    (1048576, 16, 16, 2, 195.8), (1048576, 16, 16, 4, 118.0), (524288, 32, 8, 1, 344.0), (524288, 32, 8, 4, 99.7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens, heads, kv_heads, ranks, ms", ATTENTION)
+def test_attention_is_near_what_was_measured(tokens, heads, kv_heads, ranks, ms):
+    model = ModelConfig(n_heads=heads, n_kv_heads=kv_heads, hidden_size=128 * heads)
+    seconds = sum(moba_layer(model, AttentionConfig(block_size=512, top_k=8), tokens, ranks))
+    print(f"{tokens} {heads} ({kv_heads}) on {ranks}: {1e3 * seconds:.1f} ms, {1e3 * seconds / ms - 1:+.1%}")
+    assert 1e3 * seconds == pytest.approx(ms, rel=0.15)
 
 
 def test_more_ranks_take_less_and_move_more():
