@@ -27,6 +27,7 @@ def main(arguments: argparse.Namespace) -> int:
         ValueError, OSError: what the user should read.
     """
     from .evaluate import evaluate, run_of
+    from .mesh import close_mesh
 
     config, weights, step = run_of(arguments.model, arguments.overrides)
     data = config.data
@@ -37,8 +38,9 @@ def main(arguments: argparse.Namespace) -> int:
     data = replace(data, validation_sequences=arguments.sequences or 2**62)
     if arguments.attention != "as_trained":
         config = replace(config, attention=replace(config.attention, default=arguments.attention, schedule=()))
-    figures, first = evaluate(replace(config, data=data), weights, step)
-    if first:
+    figures, mesh = evaluate(replace(config, data=data), weights, step)
+    close_mesh(mesh)
+    if mesh.first:
         print(*_lines(figures), sep="\n", flush=True)
         if arguments.json is not None:
             Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

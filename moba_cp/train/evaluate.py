@@ -14,7 +14,7 @@ from . import checkpoint
 from .batch import Batches
 from .config import TrainConfig
 from .loop import shard_weights
-from .mesh import close_mesh, launched_size, open_mesh
+from .mesh import Mesh, launched_size, open_mesh
 from .plan import plan_run
 from .positions import LossByPosition
 from .weights import is_hf, load_weights
@@ -45,7 +45,7 @@ def run_of(model: str, overrides: list[str]) -> tuple[TrainConfig, Path, int]:
 
 
 @torch.no_grad()
-def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, Any], bool]:
+def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, Any], Mesh]:
     """Loss and what follows from it; a collective call of all ranks that were launched.
 
     Args:
@@ -54,7 +54,7 @@ def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, A
         step: of the weights, which decides the attention where it has a schedule.
 
     Returns:
-        the figures, the same on all ranks, and whether this rank is the first.
+        the figures, the same on all ranks, and the ranks' mesh, which the caller closes.
     """
     attention = config.attention.at(max(step, 1), config.run.steps)
     plan = plan_run(replace(config, attention=attention), launched_size())
@@ -87,9 +87,7 @@ def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, A
         "labels": sum(row["labels"] for row in by_position),
         "by_position": by_position,
     }
-    first = mesh.first
-    close_mesh(mesh)
-    return figures, first
+    return figures, mesh
 
 
 def _bits(loss: float, bytes_per_token: float | None) -> float | None:

@@ -60,8 +60,8 @@ def _train(rank, configs):
         mesh = open_mesh(config.run)
         Trainer(plan_run(config, mesh.size), mesh, None).run()
     # The last model on both ranks, by what a run held out.
-    figures, first = evaluate(*run_of(config.run.directory, []))
-    if first:
+    figures, mesh = evaluate(*run_of(config.run.directory, []))
+    if mesh.first:
         Path(config.run.directory, "evaluated.json").write_text(json.dumps(figures))
 
 
