@@ -76,10 +76,11 @@ settings() { # RANKS_OF_THIS_MACHINE CPUS: what NCCL and PyTorch are told; what 
     case "$torch_version" in
     2.?.* | 2.10.* | 2.11.*) size=TORCH_NCCL_TRACE_BUFFER_SIZE files=TORCH_NCCL_DEBUG_INFO_TEMP_FILE ;; # as they were called then
     esac
-    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-    export "$size=${!size:-2000}" "$files=${!files:-${directory:-.}/flight-recorder/rank-}"
-    # Only NCCL has one; it makes no folder.
-    [ ! -e /dev/nvidiactl ] || mkdir -p "$(dirname "${!files}")"
+    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}" "$size=${!size:-2000}"
+    if [ -z "$trainer" ]; then
+        # The trainer says itself where: in the run's folder.
+        export "$files=${!files:-$PWD/flight-rank}"
+    fi
     # Threads for what runs on the CPU: each rank its share of the cores, so that ranks do not take them from each other.
     local threads=$(($2 / $1))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads))}"

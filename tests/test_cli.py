@@ -236,7 +236,7 @@ def test_resume_auto_begins_goes_on_and_says_done(place, capsys, monkeypatch):
         assert cli.main(arguments(place, "run.steps=3", "run.timeout_seconds=1", flags=auto)) == 2
     assert "another run is writing there" in capsys.readouterr().err
     assert cli.main(arguments(place, "run.steps=3", flags=auto)) == 0
-    assert "resumed from run/checkpoints/step-00000002: 2 of 3 steps are done" in capsys.readouterr().out
+    assert "resumed from run/checkpoints/step-00000002: 2 of 3 steps are done" in capsys.readouterr().err
     assert set(logged(place / "here" / "run")) == {1, 2, 3}
 
 

@@ -142,7 +142,7 @@ class Progress:
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, steps: int, start_step: int, stream: TextIO | None = None):
-        self.steps, self.first, self.stream = steps, start_step, stream or sys.stdout
+        self.steps, self.first, self.stream = steps, start_step, stream or sys.stderr
         self.started = time.monotonic()
         self.shown, self.width = -self.SECONDS_BETWEEN_LINES, 0
         self.terminal = self.stream.isatty()

@@ -132,14 +132,14 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
         with _Held(folder, mesh, _patience(run, resume)) as held:
             start, _, done = _decide_together(plan, resume, overwrite, mesh)
             if first and not done:
-                print(*plan.summary(), *_told(plan, start, digest_of(content)), sep="\n", flush=True)
+                print(*plan.summary(), *_told(plan, start, digest_of(content)), sep="\n", file=sys.stderr, flush=True)
             if not done:
                 Trainer(plan, mesh, start, held.check, {"content": digest_of(content)}).run()
     except Stopped as stopped:
         close_mesh(mesh)
         if first:
             steps = f"{stopped.step} of {run.steps} steps are saved"
-            print(f"stopped as asked: {steps} (exit code {STOPPED}); --resume goes on", flush=True)
+            print(f"stopped as asked: {steps} (exit code {STOPPED}); --resume goes on", file=sys.stderr, flush=True)
         return stopped.code
     except Exception as error:
         # The terminal shows one line: the traceback goes into a file.

@@ -97,7 +97,7 @@ def test_too_many_in_a_row_end_the_run(runs):
 def test_what_stands_out_is_reported(tmp_path, monkeypatch):
     plan = SimpleNamespace(config=TrainConfig(run=RunConfig(str(tmp_path), steps=99)), size=1, context_size=1)
     shown = io.StringIO()
-    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr("sys.stderr", shown)
     record = {"attention": "moba", "tokens_per_second": 1.0, "exchange": {"sent_bytes": 0}}
     with Reporter(plan, SimpleNamespace(first=True, device=torch.device("cpu")), 0, None) as reporter:
         for step in range(1, 50):

@@ -26,7 +26,7 @@ def test_a_run_that_ends_badly_has_a_curve(tmp_path, reporter, capsys):
         raise RuntimeError("the disk is gone")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [0, 1]
-    assert "step 0/9  validation 5.5000\n" in capsys.readouterr().out
+    assert "step 0/9  validation 5.5000\n" in capsys.readouterr().err
 
 
 def test_a_curve_that_cannot_be_drawn_hides_no_error_and_ends_no_run(reporter, monkeypatch, capsys):
@@ -36,7 +36,7 @@ def test_a_curve_that_cannot_be_drawn_hides_no_error_and_ends_no_run(reporter, m
     capsys.readouterr()
     with reporter:
         reporter.draw()
-    assert capsys.readouterr().out.count("loss.png could not be drawn: ZeroDivisionError") == 2
+    assert capsys.readouterr().err.count("loss.png could not be drawn: ZeroDivisionError") == 2
 
 
 def test_a_run_that_is_killed_has_the_curve_of_its_last_checkpoint(tmp_path, reporter):

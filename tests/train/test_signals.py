@@ -89,12 +89,13 @@ def test_one_command_starts_goes_on_and_ends(tmp_path, capsys, monkeypatch):
     (tmp_path / "stop").touch()
     assert cli.main(_arguments(tmp_path, "run")) == 0, "the answer is in the file"
     assert (tmp_path / "stop").read_text() == "saved 1\n"
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "stopped as asked: 1 of 7 steps are saved (exit code 75)" in shown
     assert list(logged(folder)) == [1]
     (tmp_path / "stop").unlink()
     assert cli.main(_arguments(tmp_path, "run")) == 0
-    assert "1 of 7 steps are done" in capsys.readouterr().out
+    assert "1 of 7 steps are done" in (shown := capsys.readouterr()).err
+    assert shown.out.startswith("curve: ") and shown.out.count("\n") == 3, "stdout is the result"
     before = (folder / "log.jsonl").read_text()
     assert cli.main(_arguments(tmp_path, "run")) == 0
     assert "done: all 7 steps" in capsys.readouterr().out
