@@ -20,7 +20,8 @@ SOURCES = {
     "launchers": "moba_cp/launchers",
     "configs": "moba_cp/configs",
 }
-SOURCE_SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".typed")
+SOURCE_SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".typed", ".def")
+SOURCE_NAMES = ("Dockerfile",)
 
 
 def sources() -> dict[str, Path]:
@@ -31,7 +32,7 @@ def sources() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
             linked = folder == "moba_cp" and relative.parts[0] in ("kernels", "launchers", "configs")
-            if path.is_file() and path.suffix in SOURCE_SUFFIXES and not linked:
+            if path.is_file() and (path.suffix in SOURCE_SUFFIXES or path.name in SOURCE_NAMES) and not linked:
                 found[f"{inside}/{relative.as_posix()}"] = path
     return found
 

@@ -77,7 +77,7 @@ def test_the_plan_says_the_phases(runs):
     lines = "\n".join(plan(text, SWITCH).summary())
     assert "schedule: moba in steps 1 to 12, full in steps 13 to 20" in lines
     flops = [
-        plan(text, kind)._flops_per_token() for kind in ("attention.default=moba", SWITCH, "attention.default=full")
+        plan(text, kind).flops_per_token() for kind in ("attention.default=moba", SWITCH, "attention.default=full")
     ]
     assert flops[1] == pytest.approx(0.6 * flops[0] + 0.4 * flops[2])
 

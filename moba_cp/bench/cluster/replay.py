@@ -65,6 +65,14 @@ class ReplayCommunicator(Communicator):
         finally:
             self._mode, self.checks_calls = "live", True
 
+    def gather_uncounted(self, x: Tensor) -> Tensor:
+        """Never recorded: a group's first call compares what the ranks give it, and a replay does not ask again."""
+        mode, self._mode = self._mode, "live"
+        try:
+            return super().gather_uncounted(x)
+        finally:
+            self._mode = mode
+
     def forget(self) -> None:
         """Free what was recorded."""
         if self._messages and torch.cuda.is_available():
