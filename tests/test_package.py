@@ -20,8 +20,7 @@ SOURCES = {
     "launchers": "moba_cp/launchers",
     "configs": "moba_cp/configs",
 }
-SOURCE_SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".typed", ".def")
-SOURCE_NAMES = ("Dockerfile",)
+SOURCE_SUFFIXES = (".py", ".sh", ".sbatch", ".json", ".yaml", ".typed")
 
 
 def sources() -> dict[str, Path]:
@@ -32,7 +31,7 @@ def sources() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
             linked = folder == "moba_cp" and relative.parts[0] in ("kernels", "launchers", "configs")
-            if path.is_file() and (path.suffix in SOURCE_SUFFIXES or path.name in SOURCE_NAMES) and not linked:
+            if path.is_file() and path.suffix in SOURCE_SUFFIXES and not linked:
                 found[f"{inside}/{relative.as_posix()}"] = path
     return found
 
