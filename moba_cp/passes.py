@@ -26,14 +26,14 @@ class Kept(NamedTuple):
     to the host and back."""
 
     tensors: list[Tensor | None]
-    """lse [L, Hq] wide first. Then, of MoBA, the selection [L, Hq, S] int32, the routing index, and across ranks what
-    depends on the selection."""
+    """lse [L, Hq] wide first; of full attention on one device [Hq, L]. Then, of MoBA, the selection [L, Hq, S] int32,
+    the routing index, and across ranks what depends on the selection."""
     made: Any = None
     """What is no tensor."""
 
     def without_index(self) -> "Kept":
         """Less memory: MoBA's routing index is made again from the selection in a small part of the pass's time."""
-        return Kept([x for x in self.tensors[:2]] + [None] * (len(self.tensors) > 2) + self.tensors[3:], self.made)
+        return Kept([None if i == 2 else x for i, x in enumerate(self.tensors)], self.made)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class AttentionPasses:
             )  # fmt: skip
             return out, Kept([lse], made)
         out, lse = full_attention_op(q, k, v, context.cu_seqlens, scale, "auto", config.deterministic)
-        return out, Kept([lse.t()])
+        return out, Kept([lse])
 
     @torch.no_grad()
     def backward(
@@ -106,4 +106,4 @@ class AttentionPasses:
         if self.across_ranks:
             return full_across_ranks.backward_pass(kept.made, q, k, v, out, lse, dout)
         options = self.context.cu_seqlens, self.scale, "auto", self.config.deterministic
-        return full_attention_backward_op(dout, q, k, v, out, lse.t(), *options)
+        return full_attention_backward_op(dout, q, k, v, out, lse, *options)

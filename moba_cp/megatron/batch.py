@@ -6,7 +6,8 @@ context goes. A batch without one has Megatron's own layout.
 Legend: L tokens of this rank, P context-parallel ranks.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class MoBAPackedSeqParams:
 
     Args:
         context: layout and documents of the sequence, of which this rank holds a share.
-        angles: [L, D / 2] float32, by which each token's heads turn, for layers that take them from this object.
+        angles: gives [L, D / 2] float32, by which each token's heads turn, for layers that take them from this object.
         offloader: what the layers keep for the backward pass goes to.
     """
 
@@ -40,19 +41,27 @@ class MoBAPackedSeqParams:
     cu_seqlens_q = cu_seqlens_kv = cu_seqlens_q_padded = cu_seqlens_kv_padded = None
     local_cp_size = cp_group = None
 
-    def __init__(self, context: CPContext, angles: Tensor | None = None, offloader: Offloader | None = None):
+    def __init__(
+        self, context: CPContext, angles: Callable[[], Tensor] | None = None, offloader: Offloader | None = None
+    ):
         if not isinstance(context, CPContext):
             raise ValueError(f"context={context!r} is not a CPContext; pass that of the batch")
         self.context, self.offloader = context, offloader
         self.max_seqlen_q = self.max_seqlen_kv = context.seq_len
-        if angles is not None:
-            self.cos, self.sin = angles.cos(), angles.sin()
-            self._angles = angles
+        self._angles = angles
 
-    @property
+    # Made by the first layer that asks, for all of them: a batch whose layers are of one kind holds one kind.
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles, [L, D / 2] float32 each."""
+        angles = self._angles()
+        return angles.cos(), angles.sin()
+
+    @cached_property
     def rotary_angles(self) -> Tensor:
         """[L, 1, 1, D] float32, as Megatron's own layers take them."""
-        return torch.cat((self._angles, self._angles), -1)[:, None, None]
+        angles = self._angles()
+        return torch.cat((angles, angles), -1)[:, None, None]
 
 
 def batch_context(

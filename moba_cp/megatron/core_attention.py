@@ -130,8 +130,7 @@ class MoBACoreAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
         context.comm.layer = self._name
-        # One rank has nothing to exchange, so it needs no plan.
-        across = context.size > 1 or context.observer is not None
+        across = self.passes(context).across_ranks
         where = {"cp": context} if across else {"cu_seqlens": context.cu_seqlens}
         if self.kind == "full":
             deterministic = self.moba.deterministic

@@ -113,7 +113,8 @@ class MoBAGPTModel(GPTModel):
         batch = tokens.reshape(-1, tokens.shape[-1])
         if context is None:
             context = batch_context(None, batch.shape[1], self.cp_group, self.layout, tokens.device)
-        angles = self.rotary.angles(context.document_positions.to(tokens.device))
+        positions = context.document_positions.to(tokens.device)
+        angles = lambda: self.rotary.angles(positions)
         params = MoBAPackedSeqParams(context, angles, self.offloader(tokens.device))
         hidden = self.embedding(input_ids=batch, position_ids=None)
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=params)

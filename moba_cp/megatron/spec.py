@@ -90,10 +90,11 @@ class ContextTransformerLayer(TransformerLayer):
     def _scheduled(self, hidden: torch.Tensor, params: MoBAPackedSeqParams) -> torch.Tensor:
         attention, mlp, context = self.self_attention, self.mlp, params.context
         core = attention.core_attention
+        cos, sin = params.turns
         run = LayerRun(
             attention=core.passes(context),
-            cos=params.cos,
-            sin=params.sin,
+            cos=cos,
+            sin=sin,
             n_kv=attention.num_query_groups_per_partition,
             eps=self.config.layernorm_epsilon,
             memory=self.memory,
