@@ -173,15 +173,10 @@ def _checked_nodes(nodes: Nodes, arguments: argparse.Namespace) -> dict[str, lis
 def _checked_ranks(arguments: argparse.Namespace) -> list[Finding]:
     from datetime import timedelta
 
-    import torch
-
-    from ..train.mesh import close_mesh, launched_size, start_process_group
+    from ..train.mesh import close_mesh, device_of, launched_size, start_process_group
     from .ranks import check_ranks
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = device_of("auto")
     try:
         start_process_group(device, timedelta(seconds=max(1.0, arguments.seconds)))
     except Exception as error:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ..cp.comm import Communicator
 from ..cp.symmetric_memory import peer_memory
+from ..train.agreement import all_values
 from ..train.log import versions
 from .finding import Finding, guarded
 from .node import CLOCK_SECONDS
@@ -51,7 +52,7 @@ class Place:
 
 def check_ranks(device: torch.device, folder: Path) -> list[Finding]:
     """All checks across ranks, the same list on every rank; torch.distributed is started."""
-    places = _all(_place(device))
+    places = all_values(_place(device))
     checks: list[tuple[str, Callable[[], Finding | list[Finding]]]] = [
         ("versions", lambda: same_versions(places)),
         ("clocks", lambda: clocks(places)),
@@ -66,14 +67,14 @@ def check_ranks(device: torch.device, folder: Path) -> list[Finding]:
     for name, check in checks:
         mine = guarded(name, check)
         # Every rank has the same finding, unless the check itself failed on some.
-        everybody = _all(mine)
+        everybody = all_values(mine)
         found += next((one for one in everybody if not all(finding.passed for finding in one)), mine)
     return found
 
 
 def same_versions(places: list[Place]) -> Finding:
     """Every rank runs the same versions."""
-    everybody = _all(versions())
+    everybody = all_values(versions())
     first = everybody[0]
     odd = [
         f"{place} has {name} {mine[name]}, rank 0 {first[name]}"
@@ -88,7 +89,7 @@ def same_versions(places: list[Place]) -> Finding:
 def clocks(places: list[Place]) -> Finding:
     """The machines' clocks agree."""
     dist.barrier()
-    times = _all(time.time())
+    times = all_values(time.time())
     middle = statistics.median(times)
     worst = max(places, key=lambda place: abs(times[place.rank] - middle))
     off = abs(times[worst.rank] - middle)
@@ -97,14 +98,14 @@ def clocks(places: list[Place]) -> Finding:
 
 def shared_files(places: list[Place], folder: Path) -> Finding:
     """What rank 0 writes is there for everybody: checkpoints are written by all ranks into one folder."""
-    name = _all(f".moba-cp-doctor-{uuid.uuid4().hex}")[0]
+    name = all_values(f".moba-cp-doctor-{uuid.uuid4().hex}")[0]
     path, limit = folder / name, time.monotonic() + _SEEN_SECONDS
     if dist.get_rank() == 0:
         path.write_text(name)
     dist.barrier()
     while not (seen := path.exists()) and time.monotonic() < limit:
         time.sleep(0.2)
-    blind = [str(place) for place, sees in zip(places, _all(seen), strict=True) if not sees]
+    blind = [str(place) for place, sees in zip(places, all_values(seen), strict=True) if not sees]
     if dist.get_rank() == 0:
         path.unlink(missing_ok=True)
     text = f"{', '.join(blind[:4])} see another {folder}" if blind else f"{folder} is the same for all"
@@ -122,7 +123,7 @@ def skew(places: list[Place], device: torch.device) -> Finding:
             torch.mm(a, a)
         _settle(device)
         mine = time.perf_counter() - began
-    times = _all(mine)
+    times = all_values(mine)
     middle, worst = statistics.median_low(times), max(places, key=lambda place: times[place.rank])
     ratio = times[worst.rank] / middle
     text = f"the slowest, {worst}, takes {ratio:.2f} times the median for the same work"
@@ -139,7 +140,7 @@ def pairs(places: list[Place], device: torch.device) -> list[Finding]:
         send, receive = [0] * size, [0] * size
         send[there], receive[here] = nbytes, nbytes
         seconds = _timed(lambda send=send, receive=receive: _send(device, send, receive), device)
-        for source, taken in enumerate(_all(seconds)):
+        for source, taken in enumerate(all_values(seconds)):
             rates[source, (source + shift) % size] = nbytes / taken / 1e9
     found = []
     for title, within in (("in a machine", True), ("across", False)):
@@ -170,11 +171,11 @@ def all_to_all(places: list[Place], device: torch.device) -> Finding:
         each = nbytes // size
         x = torch.full((each * size,), dist.get_rank() + 1, dtype=torch.uint8, device=device)
         out = torch.zeros_like(x)
-        seconds = max(_all(_timed(lambda x=x, out=out: dist.all_to_all_single(out, x), device)))
+        seconds = max(all_values(_timed(lambda x=x, out=out: dist.all_to_all_single(out, x), device)))
         expected = torch.arange(1, size + 1, dtype=torch.uint8, device=device).repeat_interleave(each)
         right = right and torch.equal(out, expected)
         parts.append(f"{nbytes >> 10} KiB a rank in {1e3 * seconds:.2f} ms ({nbytes / seconds / 1e9:.2f} GB/s)")
-    wrong = [str(place) for place, good in zip(places, _all(right), strict=True) if not good]
+    wrong = [str(place) for place, good in zip(places, all_values(right), strict=True) if not good]
     text = f"wrong bytes on {', '.join(wrong)}" if wrong else ", ".join(parts)
     return Finding("all-to-all", not wrong, text, "the network or its driver changes data: take the machine out")
 
@@ -224,10 +225,3 @@ def _shared(places: list[Place]) -> bool:
     """Whether ranks share a GPU."""
     gpus = [place.gpu for place in places if place.gpu]
     return len(set(gpus)) < len(gpus)
-
-
-def _all(value) -> list:
-    """Every rank's value."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -106,7 +106,7 @@ def start_ranks(config: RunConfig) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    device = _device(config.device)
+    device = device_of(config.device)
     if not dist.is_initialized():
         start_process_group(device, timedelta(seconds=config.timeout_seconds))
     return device
@@ -140,12 +140,13 @@ def close_mesh(mesh: Mesh | None = None) -> None:
         dist.destroy_process_group()
 
 
-def _device(wanted: str) -> torch.device:
+def device_of(wanted: str) -> torch.device:
+    """This rank's device for ``run.device``, made the current one."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("run.device='cuda': PyTorch finds no GPU here; use auto or cpu")
     # Several ranks may share a GPU (tests do), if each has its own NCCL_HOSTID.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    torch.cuda.setdevice_of(device)
     return device

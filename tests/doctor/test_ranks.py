@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def _sabotaged(rank, folder):
     """What is found on two ranks as they are, and with rank 1 broken in one way after another."""
     found = {"healthy": ranks.check_ranks(CPU, folder)}
-    places = ranks._all(ranks._place(CPU))
+    places = ranks.all_values(ranks._place(CPU))
     broken = rank == 1
     real_versions, real_time, real_mm, real_send, real_all = (
         ranks.versions, time.time, torch.mm, ranks._send, dist.all_to_all_single,
