@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .doctor.finding import WRONG
+from .train.command import add_overrides
 
 if TYPE_CHECKING:
     from .bench.cluster.check import Deviation
@@ -35,9 +36,7 @@ _STEP_ALLOWED = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged one such as demo")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="replace a value"
-    )
+    add_overrides(parser)
     parser.add_argument("--tokens", type=int, help="T of the sequences (default: 8192 on GPUs, 1024 on CPUs, or less)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds until a hanging collective ends it")
     parser.add_argument("--json", action="store_true", help="print the comparisons as JSON")

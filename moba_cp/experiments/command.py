@@ -2,11 +2,13 @@
 
 import argparse
 
+from ..train.command import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file whose attention is MoBA, or a packaged one's name")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    add_overrides(parser)
     parser.add_argument("--until", type=float, default=0.9, help="fraction of the steps with MoBA (default: 0.9)")
     parser.add_argument("--directory", default="runs/switch", help="folder of the three runs (default: %(default)s)")
     parser.add_argument("--picture", metavar="PNG", help="the chart (default: switch.png in the directory)")

@@ -109,14 +109,19 @@ class ModelConfig:
         factor = 1.0 if self.rope_scaling is None else self.rope_scaling.score_factor
         return None if factor == 1 else factor * self.head_dim**-0.5
 
+    @property
+    def layer_matrices(self) -> int:
+        """Number of weights of a layer that multiply: those of its matrices, without norms and biases."""
+        assert self.head_dim and self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
+        attention = 2 * self.hidden_size * self.head_dim * (self.n_heads + self.n_kv_heads)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
     def n_parameters(self, embeddings: bool = False) -> int:
         """Number of parameters; without ``embeddings`` the token embedding and the output layer do not count."""
-        assert self.head_dim and self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
-        attention = self.hidden_size * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        ffn = 3 * self.hidden_size * self.ffn_hidden_size
+        assert self.head_dim and self.n_kv_heads, "set by __post_init__"
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
         norms += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias
-        total = self.n_layers * (attention + ffn + norms) + self.hidden_size
+        total = self.n_layers * (self.layer_matrices + norms) + self.hidden_size
         if embeddings:
             total += self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return total
@@ -128,10 +133,7 @@ class ModelConfig:
         not), and 12 per attended key and unit of head width. Routing and recomputation are not counted.
         """
         assert self.head_dim, "set by __post_init__"
-        assert self.n_kv_heads and self.ffn_hidden_size, "set by __post_init__"
-        attention_weights = 2 * self.hidden_size * self.head_dim * (self.n_heads + self.n_kv_heads)
-        weights = self.n_layers * (attention_weights + 3 * self.hidden_size * self.ffn_hidden_size)
-        weights += self.vocab_size * self.hidden_size
+        weights = self.n_layers * self.layer_matrices + self.vocab_size * self.hidden_size
         full = len(attention.full_layer_numbers(self.n_layers))
         keys = full * (seq_len + 1) / 2
         keys += (self.n_layers - full) * moba_keys_per_query(seq_len, attention.block_size, attention.top_k)

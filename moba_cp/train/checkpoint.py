@@ -39,8 +39,8 @@ _PARTIAL, _SUPERSEDED, _DELETED = ".partial", "superseded-", "deleted-"
 META = "meta.json"
 _FORMAT = 2
 """Of checkpoints with a manifest; those of version 0.2 had none."""
-# Settings in which runs of one model may differ: how it computes, its initial weights, and the base of its RoPE (for
-# longer sequences).
+# Settings in which runs of one model may differ: how it computes, its initial weights, and its rotary embedding, which
+# changes with the length of the sequences.
 _NOT_THE_MODEL = ("recompute", "init_std", "rope_base", "rope_scaling")
 
 
@@ -218,17 +218,21 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 def check_same_model(path: Path, meta: CheckpointMeta, model: dict[str, Any]) -> None:
     """Raise ValueError unless the checkpoint holds the model that the config section ``model`` describes."""
-    saved = meta.config.get("model", {})
-    different = [
-        f"model.{key} is {saved.get(key)} there and {model.get(key)} here"
-        for key in {**saved, **model}
-        if saved.get(key) != model.get(key) and key not in _NOT_THE_MODEL
-    ]
+    different = model_differences(meta.config.get("model", {}), model)
     if different:
         raise ValueError(
             f"{path}: a checkpoint of another model: {', '.join(different)}; set the same values, or start anew in "
             "another folder"
         )
+
+
+def model_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Where two config sections ``model`` are not of the same weights."""
+    return [
+        f"model.{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key) and key not in _NOT_THE_MODEL
+    ]
 
 
 def set_aside_after(folder: Path, step: int) -> None:

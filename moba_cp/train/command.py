@@ -9,14 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="YAML file, or the name of a packaged one such as demo or hybrid/switch_90_10"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="replace a value of the file; may be repeated",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -28,6 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run.directory")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, write nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: check for N ranks")
+
+
+def add_overrides(parser: argparse.ArgumentParser, of: str = "file") -> None:
+    """The option ``--set``, as every command that reads a config has it; ``of``: what it replaces values of."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help=f"replace a value of the {of}; may be repeated",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -3,13 +3,14 @@
 import argparse
 import sys
 
+from .command import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="print this file, or packaged one, with "
                         "all keys (default: explain the keys)")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                        help="replace a value of the file; may be repeated")  # fmt: skip
+    add_overrides(parser)
     parser.add_argument("--section", metavar="NAME", help="explain only the keys with this beginning")
     parser.add_argument("--markdown", action="store_true", help="explain as docs/config.md does")
 

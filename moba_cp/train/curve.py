@@ -30,8 +30,15 @@ def draw(log: Path, picture: Path, title: str, unit: str = "token") -> None:
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
+    save_picture(figure, picture, 120)
+
+
+def save_picture(figure, picture: Path, dpi: int) -> None:
+    """Write a figure of pyplot's as a PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot
+
     partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
+    figure.savefig(partial, format="png", dpi=dpi)
     pyplot.close(figure)
     partial.replace(picture)
 

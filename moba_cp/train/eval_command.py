@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from .command import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -15,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, metavar="N", help="how many (default: all there are)")
     parser.add_argument("--attention", choices=("as_trained", "moba", "full"), default="as_trained",
                         help="of the layers (default: as_trained, by the run's last step)")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                        help="replace a value of the run's config; may be repeated")  # fmt: skip
+    add_overrides(parser, "run's config")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
 
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .command import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -11,8 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="CONFIG", help="the YAML file to write, for moba-cp train")
     parser.add_argument("--hf", metavar="FOLDER", help="of a Megatron-LM checkpoint: write the weights here, as "
                         "Hugging Face's, which the config then begins with")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                        help="replace a value of the config; may be repeated")  # fmt: skip
+    add_overrides(parser, "config")
     parser.add_argument("--overwrite", action="store_true", help="replace CONFIG if it is there")
 
 

@@ -8,7 +8,7 @@ g key/value heads, D head dim, P ranks.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -271,25 +271,23 @@ def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: flo
     if least.host:
         needs.append(f"and {least.host / GIB:.1f} GiB of its host memory")
     there = f"there are {device_bytes * (1 - _SLACK) / GIB:.1f} and {host_bytes / GIB:.1f}"
-    options = [("model.recompute: auto and memory.offload: auto", shape)]
-    options.append(("memory.state: host", _with(shape, state_on="host")))
-    for times in (2, 4, 8):
-        fewer = -(-shape.n_tokens // times)
-        options.append((f"{times * shape.size} ranks", _with(shape, size=times * shape.size, n_tokens=fewer)))
-    for part in (2, 4, 8):
-        shorter = _with(shape, n_tokens=shape.n_tokens // part)
-        options.append((f"data.seq_len: {config.data.seq_len // part}", shorter))
-    fixes: dict[str, str] = {}
-    for option, changed in options:
-        kind = "ranks" if option.endswith("ranks") else option.split(":")[0]
-        if kind not in fixes and choose_layers(changed, "auto", "auto", device_bytes, host_bytes) is not None:
-            fixes[kind] = option
-    use = "; use " + ", or ".join(fixes.values() or ["more ranks"])
+    # Of each kind of change the smallest that is enough.
+    kinds = [
+        [("model.recompute: auto and memory.offload: auto", shape)],
+        [("memory.state: host", replace(shape, state_on="host"))],
+        [
+            (f"{n * shape.size} ranks", replace(shape, size=n * shape.size, n_tokens=-(-shape.n_tokens // n)))
+            for n in (2, 4, 8)
+        ],
+        [
+            (f"data.seq_len: {config.data.seq_len // part}", replace(shape, n_tokens=shape.n_tokens // part))
+            for part in (2, 4, 8)
+        ],
+    ]
+    fits = lambda changed: choose_layers(changed, "auto", "auto", device_bytes, host_bytes) is not None
+    fixes = [fix for kind in kinds if (fix := next((text for text, changed in kind if fits(changed)), None))]
+    use = "; use " + ", or ".join(fixes or ["more ranks"])
     return f"{' '.join(needs)}, but {there}{use}"
-
-
-def _with(shape: StepShape, **changes) -> StepShape:
-    return StepShape(**{**shape.__dict__, **changes})
 
 
 def _device_bytes(memory: MemoryConfig, device: torch.device) -> float:

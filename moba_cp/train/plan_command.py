@@ -2,6 +2,8 @@
 
 import argparse
 
+from .command import add_overrides
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -10,8 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100, h200, a100 or b200 (default: h100)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of a machine (default: 8)")
     parser.add_argument("--host-gib", type=float, metavar="GIB", help="host memory for each GPU (default: 100)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                        help="replace a value of the file; may be repeated")  # fmt: skip
+    add_overrides(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
 
 

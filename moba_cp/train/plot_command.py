@@ -52,7 +52,7 @@ def draw(runs: dict[str, list[dict]], picture: Path, title: str | None = None) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .curve import smoothed
+    from .curve import save_picture, smoothed
 
     figure, panels = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for color, (name, records) in zip(itertools.cycle(f"C{i}" for i in range(10)), runs.items()):
@@ -77,10 +77,7 @@ def draw(runs: dict[str, list[dict]], picture: Path, title: str | None = None) -
             panel.legend(fontsize=8)
     if title:
         figure.suptitle(title)
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
-    partial.replace(picture)
+    save_picture(figure, picture, 110)
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -17,6 +17,7 @@ from ..model.config import ModelConfig
 from .config import TrainConfig
 from .memory import GIB, MemoryPlan, StepShape, choose_layers
 from .mesh import context_size
+from .trace import PEAKS
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,11 @@ class GPU:
 
 
 GPUS = {
-    "h100": GPU("H100 80GB", 989e12, 79.0, 100.0, True),
-    "h200": GPU("H200", 989e12, 139.5, 100.0, True),
-    "a100": GPU("A100 80GB", 312e12, 79.0, 100.0),
-    "b200": GPU("B200", 2250e12, 178.0, 200.0),
+    "h100": GPU("H100 80GB", PEAKS["H100"], 79.0, 100.0, True),
+    "h200": GPU("H200", PEAKS["H200"], 139.5, 100.0, True),
+    "a100": GPU("A100 80GB", PEAKS["A100"], 79.0, 100.0),
+    "b200": GPU("B200", PEAKS["B200"], 178.0, 200.0),
 }
-_H100_PEAK = 989e12
 # Of an H100: FLOP/s of linear layers; of full attention, forward and backward; of the scores that select blocks.
 _LINEAR, _FULL_FORWARD, _FULL_BACKWARD, _SELECTION = 7.1e14, 5.6e14, 5.1e14, 2e14
 # Seconds of MoBA's backward pass per visit of a row to a block and element of D, by block size.
@@ -169,11 +169,11 @@ def _computing(
 ) -> dict[str, float]:
     """Seconds of all sequences of a rank, by part."""
     model = config.model
-    scale = sequences * _H100_PEAK / gpu.peak
+    scale = sequences * PEAKS["H100"] / gpu.peak
     n = model.n_layers
     policies = [layer.recompute for layer in plan.layers] if plan is not None else ["full"] * n
     redone, again = sum(policy != "none" for policy in policies) / n, sum(policy == "full" for policy in policies) / n
-    of_layers = model.n_parameters() - (2 * n + 1) * model.hidden_size
+    of_layers = n * model.layer_matrices
     output = model.vocab_size * model.hidden_size
     # Forward, two products in backward, and what is redone; of logits always.
     linear = 2 * local * ((3 + redone) * of_layers + 4 * output) / _LINEAR

@@ -16,8 +16,8 @@ from .mesh import Mesh
 
 TRACE, SNAPSHOT = "trace.json.gz", "memory.pickle"
 
-# Dense bf16 FLOP/s of one device, from the vendors' data sheets (SXM modules).
-_PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2450e12}
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2450e12}
+"""Dense bf16 FLOP/s of one device, from the vendors' data sheets (SXM modules)."""
 
 # What a kernel belongs to, by its name; the first that matches. Compiled kernels are named after what they fuse.
 _ELEMENTWISE = "element by element"
@@ -37,7 +37,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in _PEAKS.items() if re.search(rf"\b{model}\b", name)), None)
+    return next((peak for model, peak in PEAKS.items() if re.search(rf"\b{model}\b", name)), None)
 
 
 def device_memory(device: torch.device) -> dict[str, float]:

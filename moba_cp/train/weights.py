@@ -10,10 +10,6 @@ from ..megatron.hf_config import describe, model_config_of, read_config
 from ..model.config import ModelConfig
 from . import checkpoint
 
-# What may differ from the model of a checkpoint: how it computes, its initial weights, and its rotary embedding, which
-# changes with the length of the sequences.
-_MAY_DIFFER = ("recompute", "init_std", "rope_base", "rope_scaling")
-
 
 def is_hf(path: str | Path) -> bool:
     """Whether ``path`` is a folder of a model of Hugging Face's: with a ``config.json`` and no checkpoint of ours."""
@@ -36,12 +32,7 @@ def load_weights(path: str | Path, module: nn.Module, group: dist.ProcessGroup |
 def check_hf(path: str | Path, model: ModelConfig) -> None:
     """Raise ValueError unless the folder of Hugging Face's holds the weights of ``model``, whatever its rotary
     embedding."""
-    theirs = model_config_of(path)
-    different = [
-        f"model.{name} is {getattr(theirs, name)} there and {getattr(model, name)} here"
-        for name in vars(theirs)
-        if name not in _MAY_DIFFER and getattr(theirs, name) != getattr(model, name)
-    ]
+    different = checkpoint.model_differences(vars(model_config_of(path)), vars(model))
     if different:
         raise ValueError(
             f"run.start_from={path}: another model: {', '.join(different)}; moba-cp import writes a config that fits"

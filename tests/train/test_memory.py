@@ -38,6 +38,12 @@ def test_predictions_meet_what_an_h100_took(n_tokens, layers, measured):
     assert plan_layers(shape(n_tokens), layers).device / GIB == pytest.approx(measured, rel=0.05)
 
 
+def test_scratch_is_that_of_the_kernels():
+    """The trainer does not import them to say so."""
+    work = pytest.importorskip("moba_cp.kernels.work")
+    assert (memory._FORWARD_SCRATCH, memory._BACKWARD_SCRATCH) == (work.FORWARD_SCRATCH, work.BACKWARD_SCRATCH)
+
+
 def test_the_plan_that_redoes_least_is_taken():
     there = 79 * GIB, 100 * GIB
     for n_tokens, first, last in ((16384, NONE, NONE), (131072, AWAY, NONE), (1048576, AWAY, KEPT)):
