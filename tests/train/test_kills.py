@@ -6,6 +6,7 @@ The default tests take one case of each kind; the campaigns (``slow``) all of th
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -215,29 +216,70 @@ def test_a_disk_that_takes_nothing(whole, number, text, policy):
         _same(place, name, whole)
 
 
+def _kills_at_once(place, settings, seeds, fork):
+    """Runs of two ranks, all at the same time, of each of which a random rank is killed at a random moment; then all go
+    on. Each must end as the uninterrupted one did.
+
+    A start takes longer than the steps, so that the moment is drawn among these: up to half a second after one.
+    """
+    started = time.monotonic()
+    with Launched(2, place, "run.directory=whole", *settings, flags=AUTO, fork=fork) as run:
+        assert run.wait_all(240) == [0, 0], run.output(0)
+    losses, weights = logged(place / "whole"), _bytes(place / "whole")
+    print(f"\nuninterrupted: {len(losses)} steps, {time.monotonic() - started:.0f} s with its start")
+    print("| seed | rank | killed after step | the other ended after s | and said | went on from | as the whole run |")
+    print("|---|---|---|---|---|---|---|")
+
+    def kill(seed):
+        chance, folder = random.Random(seed), place / f"killed-{seed}"
+        step, delay, victim = chance.randrange(len(losses) * 3 // 4), chance.uniform(0.0, 0.5), chance.randrange(2)
+        with Launched(2, place, f"run.directory={folder.name}", *settings, flags=AUTO, fork=fork) as run:
+            if step:
+                run.wait_for_step(folder, step)
+            time.sleep(delay)
+            assert run.ranks[victim].poll() is None, f"seed {seed}: ended by itself: {run.output(victim)}"
+            run.ranks[victim].send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            run.wait(1 - victim, NO_HANG_S)
+            seconds, said = time.monotonic() - killed, run.output(1 - victim).strip().splitlines()
+        at = max(logged(folder, "step"), default=0) if (folder / "log.jsonl").exists() else 0
+        return f"| {seed} | {victim} | {at} | {seconds:.1f} | {(said or ['nothing'])[-1][:100]}"
+
+    def go_on(seed):
+        folder, found = place / f"killed-{seed}", "the start"
+        if list(folder.glob("checkpoints/step-*")):
+            found = max(path.name for path in folder.glob("checkpoints/step-*") if "partial" not in path.name)
+        with Launched(2, place, f"run.directory={folder.name}", *settings, flags=AUTO, fork=fork) as run:
+            assert run.wait_all(240) == [0, 0], run.output(0) + run.output(1)
+        return found
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        rows = list(pool.map(kill, seeds))
+        found = list(pool.map(go_on, seeds))
+    same = []
+    for seed, row, start in zip(seeds, rows, found, strict=True):
+        folder = place / f"killed-{seed}"
+        same.append(logged(folder) == losses and _bytes(folder) == weights)
+        print(f"{row} | {start} | {'equal to the bit' if same[-1] else 'DIFFERENT'} |")
+    print(f"{sum(same)} of {len(same)} equal, {time.monotonic() - started:.0f} s in all", flush=True)
+    assert all(same)
+
+
+@pytest.mark.slow
+def test_kills_at_once(tmp_path):
+    write_text(tmp_path / "text")
+    _kills_at_once(tmp_path, (*SETTINGS, "run.steps=24"), range(200, 203), fork=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(200, 205))
-def test_kill_on_two_gpus(tmp_path_factory, seed):
+@pytest.mark.timeout(600)
+def test_kills_on_two_gpus(tmp_path):
     """As on CPUs, over NCCL."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    place = tmp_path_factory.mktemp("gpus")
-    write_text(place / "text")
-    # Heads of 32, which the kernels serve.
-    settings = (*SETTINGS, "model.hidden_size=128", "run.device=cuda", "run.deterministic=true")
-    started = time.monotonic()
-    with Launched(2, place, "run.directory=whole", *settings, flags=AUTO, fork=False) as run:
-        assert run.wait_all(240) == [0, 0], run.output(0)
-    seconds, losses = time.monotonic() - started, logged(place / "whole")
-    chance = random.Random(seed)
-    moment, victim = chance.uniform(0.0, seconds), chance.randrange(2)
-    with Launched(2, place, "run.directory=killed", *settings, flags=AUTO, fork=False) as run:
-        time.sleep(moment)
-        run.ranks[victim].send_signal(signal.SIGKILL)
-        run.wait(1 - victim, NO_HANG_S)
-    with Launched(2, place, "run.directory=killed", *settings, flags=AUTO, fork=False) as run:
-        assert run.wait_all(240) == [0, 0], run.output(0)
-    assert logged(place / "killed") == losses
-    assert _bytes(place / "killed") == _bytes(place / "whole")
+    write_text(tmp_path / "text")
+    # Heads of 32; steps are short there.
+    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=200")
+    more = ("run.checkpoint_every=20", "run.validate_every=100", "run.timeout_seconds=15")
+    _kills_at_once(tmp_path, (*SETTINGS, *shape, *more), range(200, 205), fork=False)
