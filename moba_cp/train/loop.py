@@ -93,7 +93,7 @@ class Trainer:
         # Rank 0 writes files only after every rank has passed its checks.
         dist.barrier(self.mesh.group)
         with (
-            Reporter(self.plan, self.mesh, self.step, self._start) as reporter,
+            Reporter(self.plan, self.mesh, self.step, self._start, self.memory) as reporter,
             StopRequest(self.mesh.group) as stop,
         ):
             reporter.note(*self.memory.lines(), *backends(self.config, self.mesh.device))

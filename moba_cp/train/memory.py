@@ -7,6 +7,7 @@ g key/value heads, D head dim, P ranks.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,16 +174,17 @@ class MemoryPlan:
         """On the device, in all."""
         return sum(self.parts.values())
 
+    @property
+    def kept(self) -> str:
+        """How many layers keep what, in words."""
+        names = (layer.recompute + (" in host memory" if layer.to_host else "") for layer in self.layers)
+        return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+
     def lines(self) -> list[str]:
         """For the terminal."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            name = layer.recompute + (" in host memory" if layer.to_host else "")
-            counts[name] = counts.get(name, 0) + 1
-        kept = ", ".join(f"{count} x {name}" for name, count in counts.items())
         parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in self.parts.items())
         host = f"; {self.host / GIB:.2f} GiB in host memory" if self.host else ""
-        return [f"recompute: {kept}", f"memory: {self.device / GIB:.2f} GiB a rank ({parts}){host}"]
+        return [f"recompute: {self.kept}", f"memory: {self.device / GIB:.2f} GiB a rank ({parts}){host}"]
 
 
 def plan_layers(shape: StepShape, layers: Sequence[LayerMemory]) -> MemoryPlan:

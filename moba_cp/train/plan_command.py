@@ -1,4 +1,7 @@
-"""``moba-cp plan CONFIG --gpus N``: whether a run would fit, how fast it would be, and what to change. Needs no GPU."""
+"""``moba-cp plan CONFIG --gpus N``: whether a run would fit, how fast it would be, and what to change. Needs no GPU.
+
+``moba-cp plan --measured RUN...`` holds forecasts against runs.
+"""
 
 import argparse
 
@@ -7,13 +10,19 @@ from .command import add_overrides
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged one")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many, in all machines together")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or the name of a packaged one")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many, in all machines together")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100, h200, a100 or b200 (default: h100)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of a machine (default: 8)")
     parser.add_argument("--host-gib", type=float, metavar="GIB", help="host memory for each GPU (default: 100)")
     add_overrides(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    parser.add_argument(
+        "--measured",
+        nargs="+",
+        metavar="RUN",
+        help="instead of CONFIG: folders of runs on GPUs; prints a table of predicted beside measured",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -27,13 +36,25 @@ def main(arguments: argparse.Namespace) -> int:
 
     from . import predict
     from .config import TrainConfig
+    from .measured import compare, figures, table
     from .yaml_config import load
 
+    if arguments.gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node={arguments.gpus_per_node} is below 1; use 1 or more")
+    if arguments.measured is not None:
+        if arguments.config is not None or arguments.gpus is not None or arguments.overrides:
+            raise ValueError("--measured with CONFIG, --gpus or --set: a run has its own; leave them out")
+        rows = [compare(Path(run), arguments.gpus_per_node, arguments.host_gib) for run in arguments.measured]
+        print(*table(rows), sep="\n")
+        if arguments.json is not None:
+            Path(arguments.json).write_text(json.dumps(figures(rows), indent=1) + "\n", encoding="utf-8")
+        return 0
+    if arguments.config is None or arguments.gpus is None:
+        raise ValueError("plan needs CONFIG and --gpus N, or --measured RUN")
     if arguments.gpu.lower() not in predict.GPUS:
         raise ValueError(f"--gpu={arguments.gpu}: not known; use one of {', '.join(predict.GPUS)}")
-    for name in ("gpus", "gpus_per_node"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(arguments, name)} is below 1; use 1 or more")
+    if arguments.gpus < 1:
+        raise ValueError(f"--gpus={arguments.gpus} is below 1; use 1 or more")
     gpu = predict.GPUS[arguments.gpu.lower()]
     config = load(TrainConfig, arguments.config, arguments.overrides)
     where = gpu, arguments.gpus_per_node, arguments.host_gib

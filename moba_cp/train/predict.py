@@ -6,6 +6,7 @@ measured figures); for another GPU they are scaled by its peak.
 Legend: L tokens of a sequence on a rank, P ranks that share it, N ranks in all, D head dim, B block size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from ..cp.allgather.costs import COPY_RATE, forward_seconds
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
+from ..model.layer import LayerMemory
 from .config import TrainConfig
-from .memory import GIB, MemoryPlan, StepShape, choose_layers
+from .memory import GIB, MemoryPlan, StepShape, choose_layers, plan_layers
 from .mesh import context_size
 from .trace import PEAKS
 
@@ -89,12 +91,20 @@ class Forecast:
         return self.config.data.seq_len * self.config.data.sequences_per_step / self.step_seconds
 
 
-def forecast(config: TrainConfig, ranks: int, gpu: GPU, per_node: int = 8, host_gib: float | None = None) -> Forecast:
+def forecast(
+    config: TrainConfig,
+    ranks: int,
+    gpu: GPU,
+    per_node: int = 8,
+    host_gib: float | None = None,
+    layers: Sequence[LayerMemory] | None = None,
+) -> Forecast:
     """What a step of ``config`` takes on ``ranks`` devices.
 
     Args:
         per_node: devices of a machine.
         host_gib: host memory of a rank; None: the usual.
+        layers: what each keeps for backward; None: what fits and computes least again.
 
     Raises:
         ValueError: the ranks do not fit the config.
@@ -115,7 +125,10 @@ def forecast(config: TrainConfig, ranks: int, gpu: GPU, per_node: int = 8, host_
     shape = StepShape(model, attention, local, ranks, itemsize, config.optimizer.moments, config.memory.state)
     device = (config.memory.device_gib or gpu.gib) * GIB
     host = (config.memory.host_gib or host_gib or gpu.host_gib) * GIB
-    plan = choose_layers(shape, model.recompute, config.memory.offload, device, host)
+    if layers is not None:
+        plan = plan_layers(shape, layers)
+    else:
+        plan = choose_layers(shape, model.recompute, config.memory.offload, device, host)
     sequences = config.data.sequences_per_step // groups
     seconds = _computing(config, attention, local, context, plan, gpu, sequences) | {
         "optimizer": _OPTIMIZER * model.n_parameters(embeddings=True) / ranks

@@ -2,6 +2,7 @@
 
 import collections
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from .checkpoint import find
 from .curve import draw
 from .log import CURVE, LOG, Progress, RunLog, is_own
+from .memory import MemoryPlan
 from .mesh import Mesh
 from .plan import RunPlan
 from .sinks import open_sinks, scalars
@@ -21,8 +23,8 @@ _SPIKE_STEPS = 32
 class Reporter:
     """Opens the run's folder on entering; closes the log and draws the curve on leaving, however the run ends."""
 
-    def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int, start: Path | None):
-        self.plan, self.mesh, self.start_step = plan, mesh, start_step
+    def __init__(self, plan: RunPlan, mesh: Mesh, start_step: int, start: Path | None, memory: MemoryPlan):
+        self.plan, self.mesh, self.start_step, self._memory = plan, mesh, start_step, memory
         self.folder = Path(plan.config.run.directory)
         # A run resumed in another folder starts a log of its own there.
         self._kept_steps = start_step if is_own(self.folder, start) else 0
@@ -36,6 +38,8 @@ class Reporter:
         if self.mesh.first:
             plan = self.plan
             facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
+            # What `moba-cp plan --measured` needs.
+            facts["layers"] = [asdict(layer) for layer in self._memory.layers]
             self._log = RunLog(self.folder, self._kept_steps, to_yaml(plan.config), facts)
             self._progress = Progress(plan.config.run.steps, self.start_step)
             self._sinks = open_sinks(plan.config, self.folder, self._kept_steps)

@@ -11,6 +11,7 @@ import torch
 from moba_cp.train import loop
 from moba_cp.train.config import RunConfig, TrainConfig
 from moba_cp.train.loop import Trainer
+from moba_cp.train.memory import MemoryPlan
 from moba_cp.train.mesh import open_mesh
 from moba_cp.train.plan import plan_run
 from moba_cp.train.report import Reporter
@@ -99,7 +100,9 @@ def test_what_stands_out_is_reported(tmp_path, monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr("sys.stderr", shown)
     record = {"attention": "moba", "tokens_per_second": 1.0, "exchange": {"sent_bytes": 0}}
-    with Reporter(plan, SimpleNamespace(first=True, device=torch.device("cpu")), 0, None) as reporter:
+    with Reporter(
+        plan, SimpleNamespace(first=True, device=torch.device("cpu")), 0, None, MemoryPlan((), {}, 0)
+    ) as reporter:
         for step in range(1, 50):
             norm = 20.0 if step in (4, 40) else 1.0
             reporter.report({"step": step, "loss": 2.0, "gradient_norm": norm, **record})

@@ -1,6 +1,8 @@
 """moba-cp plan: predicted beside measured, what fits, and what to change."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,8 +11,9 @@ from moba_cp.model.attention import AttentionConfig
 from moba_cp.model.config import ModelConfig
 from moba_cp.model.layer import LayerMemory
 from moba_cp.train.config import TrainConfig
-from moba_cp.train.memory import StepShape, plan_layers
+from moba_cp.train.memory import MemoryPlan, StepShape, plan_layers
 from moba_cp.train.predict import GPUS, candidates, forecast, longest, moba_layer
+from moba_cp.train.report import Reporter
 from moba_cp.train.yaml_config import build
 
 # The trainer on one H100 80GB (docs/long.md): tokens, recompute -> seconds of a step, GiB on the device, and what the
@@ -105,10 +108,62 @@ def test_the_command_says_what_limits_and_what_fits(capsys, tmp_path):
     assert code == 0 and "not measured on A100" in out
 
 
+def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[float], gib: float | None, layers=None):
+    """A folder as a run on ``device`` leaves it, whose steps took ``seconds`` and ``gib``."""
+    kept = MemoryPlan(tuple(layers or [LayerMemory()] * made.model.n_layers), {}, 0)
+    plan = SimpleNamespace(config=replace(made, run=replace(made.run, directory=str(folder))), size=1, context_size=1)
+    monkeypatch.setattr("moba_cp.train.report._device_name", lambda _: device)
+    monkeypatch.setattr("moba_cp.train.report.draw", lambda *_: None)
+    with Reporter(plan, SimpleNamespace(first=True, device=None), 0, None, kept) as reporter:
+        reporter.start(5.0)
+        for step, taken in enumerate(seconds, 1):
+            record = {"step": step, "loss": 5.0, "attention": "moba", "tokens_per_second": 1.0}
+            record |= {"seconds": taken, "exchange": {"sent_bytes": 0}, **({} if gib is None else {"peak_gib": gib})}
+            reporter.report(record)
+    return str(folder)
+
+
+def test_runs_are_held_against_their_forecasts(tmp_path, monkeypatch, capsys):
+    h100, layers = "NVIDIA H100 80GB HBM3", [LayerMemory("full")] * 14
+    # The first steps, which compile, do not count, nor does one that is traced.
+    long = a_run(
+        tmp_path / "long", monkeypatch, config(recompute="full"), h100, [9, 9, 9, 1.6, 1.69, 1.8], 18.5, layers
+    )
+    traced = config(32768, trace_step=5)
+    short = a_run(tmp_path / "short", monkeypatch, traced, h100, [9, 9, 9, 0.33, 70, 0.33], None)
+    capsys.readouterr()
+    assert cli.main(["plan", "--measured", long, short, "--json", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    first, second = json.loads((tmp_path / "x.json").read_text())
+    assert (first["seconds"], first["steps"], second["seconds"], second["steps"]) == (1.69, 3, 0.33, 2)
+    expected = forecast(config(recompute="full"), 1, GPUS["h100"]).step_seconds
+    assert first["predicted_seconds"] == pytest.approx(expected) and first["layers"] == "14 x full"
+    assert first["memory_ratio"] == pytest.approx(1, abs=0.05) and second["memory_ratio"] is None
+    assert "| long | 1 x H100 80GB HBM3 |" in out and f"{100 * (expected / 1.69 - 1):+.1f} %" in out
+    low, high = sorted([first["time_ratio"], second["time_ratio"]])
+    assert f"time: {low:.3f}, {(low + high) / 2:.3f}, {high:.3f} (minimum, median and maximum of 2)" in out
+    assert "memory: " in out and "of 1)" in out
+
+    cpu = a_run(tmp_path / "cpu", monkeypatch, config(), "cpu", [1.0] * 5, None)
+    brief = a_run(tmp_path / "brief", monkeypatch, config(), h100, [1.0] * 3, None)
+    for arguments, message in (
+        ([cpu], "ran on 'cpu'; forecasts are for h100, h200"),
+        ([brief], "brief: fewer than 4 steps"),
+        ([str(tmp_path)], "no config.yaml there"),
+        ([long, "--gpus", "2"], "--measured with CONFIG, --gpus or --set"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["plan", "--measured", *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and shown.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--gpus", "0"], "--gpus=0 is below 1"),
+        ([], "plan needs CONFIG and --gpus N, or --measured RUN"),
+        (["--gpus", "2", "--gpus-per-node", "0"], "--gpus-per-node=0 is below 1"),
         (["--gpus", "2", "--gpu", "tpu"], "--gpu=tpu: not known; use one of h100, h200"),
         (["--gpus", "2", "--set", "run.context_size=3"], "run.context_size=3 does not divide the 2 ranks"),
         (

@@ -6,9 +6,11 @@ import pytest
 
 from moba_cp.train.config import RunConfig, TrainConfig
 from moba_cp.train.log import read_log
+from moba_cp.train.memory import MemoryPlan
 from moba_cp.train.report import Reporter
 
 RECORD = {"loss": 2.0, "attention": "moba", "tokens_per_second": 10.0, "exchange": {"sent_bytes": 0}}
+KEPT = MemoryPlan((), {}, 0)
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def reporter(tmp_path):
     """A reporter of the first rank that writes into tmp_path."""
     plan = SimpleNamespace(config=TrainConfig(run=RunConfig(str(tmp_path), steps=9)), size=2, context_size=2,
                            corpus=SimpleNamespace(unit="bytes"))  # fmt: skip
-    return Reporter(plan, SimpleNamespace(first=True, device=SimpleNamespace(type="cpu")), 0, None)
+    return Reporter(plan, SimpleNamespace(first=True, device=SimpleNamespace(type="cpu")), 0, None, KEPT)
 
 
 def test_a_run_that_ends_badly_has_a_curve(tmp_path, reporter, capsys):
