@@ -10,6 +10,8 @@ For the exchange between ranks :mod:`.exchange.choices` counts what rows selecte
 what moves, :mod:`.exchange.requests` writes and reads the requests, and :mod:`.pages` and :mod:`.rows` copy blocks and
 rows. :mod:`.kv_shards` packs K and V for the all-gather.
 
+:mod:`.decoding` selects and attends for few rows with many keys behind them, as a model that generates has them.
+
 :mod:`.tokenwise` is the rest of a transformer layer but its products of matrices.
 
 Functions have the arguments of their twins in :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU,
@@ -21,6 +23,7 @@ CAPITALS compile-time constants.
 
 from . import hopper, hopper_check
 from .attention import attend, attend_backward, routing_index
+from .decoding import attend_few, select_few
 from .exchange.choices import count_choices, count_rows, list_rows
 from .exchange.decision import pick_cheapest, weigh_blocks
 from .exchange.requests import list_pairs, relay_request, sum_up, write_request
@@ -37,9 +40,9 @@ from .work import index_size
 hopper.check_with(hopper_check.compare)
 
 __all__ = [
-    "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
+    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
     "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
     "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums",
-    "select_blocks", "serving", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
-    "swiglu_backward", "weigh_blocks", "write_request",
+    "select_blocks", "select_few", "serving", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up",
+    "swiglu", "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -32,6 +32,8 @@ def moba_attention(
     softmax_scale: float | None = None,
     cp: "CPContext | None" = None,
     return_lse: Literal[False] = False,
+    *,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def moba_attention(
@@ -44,6 +46,7 @@ def moba_attention(
     cp: "CPContext | None" = None,
     *,
     return_lse: Literal[True],
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def moba_attention(
     q: Tensor,
@@ -54,23 +57,29 @@ def moba_attention(
     softmax_scale: float | None = None,
     cp: "CPContext | None" = None,
     return_lse: bool = False,
+    *,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and the best k - 1 others.
 
     Args:
-        q: [T, Hq, D] float64, float32, bfloat16 or float16.
-        k, v: [T, Hkv, D], same dtype and device; Hq must be a multiple of Hkv. Keys as attention sees them, after
-            RoPE and any norm. Under autocast q, k and v are cast to its dtype, float64 excepted, as PyTorch's own
-            attention does.
+        q: [T, Hq, D] float64, float32, bfloat16 or float16; or [b, T, Hq, D], whose sequences are documents.
+        k, v: [T, Hkv, D] or [b, T, Hkv, D], same dtype and device; Hq must be a multiple of Hkv. Keys as attention sees
+            them, after RoPE and any norm. They may have more tokens than q, whose rows are then the last ones of their
+            documents' keys, as when a prompt comes in pieces. Under autocast q, k and v are cast to its dtype, float64
+            excepted, as PyTorch's own attention does.
         config: block size and top-k.
-        cu_seqlens: [n_docs + 1] int32, boundaries of packed documents; None for one document. Not with ``cp``.
+        cu_seqlens: [n_docs + 1] int32, boundaries of packed documents; None for one document. Not with ``cp``, nor with
+            a batch dimension.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
         cp: a :class:`moba_cp.CPContext`; T is then this rank's share of the sequence, and documents are the context's.
         return_lse: also return the log-sum-exp of the scaled scores.
+        cu_seqlens_k: [n_docs + 1] int32, boundaries of the documents among the keys, where they have more tokens than
+            q and ``cu_seqlens`` says where those of q end. A document without queries is allowed.
 
     Returns:
-        out [T, Hq, D] in q's dtype, or autocast's; with ``return_lse`` also lse [T, Hq], natural log, in float32
-        (float64 for float64 inputs), through which no gradient flows.
+        out like q, in its dtype or autocast's; with ``return_lse`` also lse [T, Hq] or [b, T, Hq], natural log, in
+        float32 (float64 for float64 inputs), through which no gradient flows.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``; or
@@ -81,16 +90,19 @@ def moba_attention(
     """
     if not isinstance(config, MoBAConfig):
         raise ValueError(f"config={config!r} is not a MoBAConfig; pass MoBAConfig(block_size=512, top_k=3)")
-    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale)
+    shape = getattr(q, "shape", None)
+    q, k, v, cu_seqlens, cu_seqlens_k = _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp)
+    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_k)
     if cp is not None:
         from .cp.moba import moba_attention as across_ranks
 
-        _refuse_documents(cu_seqlens)
+        _refuse_documents(q, k, cu_seqlens, cu_seqlens_k)
         out, lse = across_ranks(q, k, v, config, scale, cp)
     else:
-        out, lse, *_ = moba_attention_op(
-            q, k, v, cu_seqlens, config.block_size, config.top_k, scale, config.deterministic
-        )  # fmt: skip
+        options = config.block_size, config.top_k, scale, config.deterministic
+        out, lse, *_ = moba_attention_op(q, k, v, cu_seqlens, *options, cu_seqlens_k)
+    if shape is not None and out.shape != shape:
+        out, lse = out.view(shape), lse.view(shape[:-1])
     return (out, lse) if return_lse else out
 
 
@@ -107,6 +119,7 @@ def full_attention(
     method: Method = "auto",
     backend: Backend = "auto",
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def full_attention(
@@ -121,6 +134,7 @@ def full_attention(
     method: Method = "auto",
     backend: Backend = "auto",
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def full_attention(
     q: Tensor,
@@ -134,6 +148,7 @@ def full_attention(
     method: Method = "auto",
     backend: Backend = "auto",
     deterministic: bool = False,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention; arguments, results and errors as :func:`moba_attention`, and:
 
@@ -147,39 +162,79 @@ def full_attention(
     Raises:
         ValueError: also where a named backend cannot serve; the message says why.
     """
-    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale)
+    shape = getattr(q, "shape", None)
+    q, k, v, cu_seqlens, cu_seqlens_k = _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp, "cpu")
+    q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_k)
     if cu_seqlens is not None and cu_seqlens.is_meta:
         raise ValueError("cu_seqlens is on the meta device and has no values; full_attention needs them, pass values")
     if cp is not None:
         from .cp.full.attention import full_attention as across_ranks
 
-        _refuse_documents(cu_seqlens)
+        _refuse_documents(q, k, cu_seqlens, cu_seqlens_k)
         out, lse = across_ranks(q, k, v, scale, cp, method, backend, deterministic)
     else:
         # Kernels are chosen on the host; a copy, because backward reads it too.
-        documents = None if cu_seqlens is None else cu_seqlens.to("cpu", copy=True)
-        out, lse_by_head = full_attention_op(q, k, v, documents, scale, backend, deterministic)
+        rows, keys = (None if x is None else x.to("cpu", copy=True) for x in (cu_seqlens, cu_seqlens_k))
+        out, lse_by_head = full_attention_op(q, k, v, rows, scale, backend, deterministic, keys)
         lse = lse_by_head.t()
+    if shape is not None and out.shape != shape:
+        out, lse = out.view(shape), lse.reshape(shape[:-1])
     return (out, lse) if return_lse else out
 
 
+def _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp, device=None):
+    """q, k, v [b, T, H, D] as packed documents, with their boundaries (on ``device``); others as they are."""
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
+        return q, k, v, cu_seqlens, cu_seqlens_k
+    batch, n_rows, n_keys = q.shape[0], q.shape[1], k.shape[1]
+    if k.shape[0] != batch:
+        raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; they must have as many sequences")
+    if cu_seqlens is not None or cu_seqlens_k is not None:
+        raise ValueError(
+            "cu_seqlens was passed with a batch dimension, whose sequences are documents; for documents within them "
+            "pass x.flatten(0, 1) of q, k and v"
+        )
+    if cp is not None and batch > 1:
+        raise ValueError(
+            f"q has {batch} sequences, but cp shares one; flatten them before they are sharded and give their ends to "
+            "CPContext(..., cu_seqlens=...)"
+        )
+    # Of one sequence nothing is copied, whatever its strides.
+    q, k, v = (x[0] if batch == 1 else x.flatten(0, 1) for x in (q, k, v))
+    if batch != 1:
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=device or q.device)
+        cu_seqlens = ends * n_rows
+        cu_seqlens_k = None if n_keys == n_rows else ends * n_keys
+    return q, k, v, cu_seqlens, cu_seqlens_k
+
+
 def checked_inputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, softmax_scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    softmax_scale: float | None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """q, k, v as autocast wants them, and the softmax scale; ValueError unless the arguments fit one another."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; pass a tensor [tokens, heads, head_dim]")
         if x.dim() != 3 or x.dtype not in DTYPES:
-            hint = f"; a batch is {name}.flatten(0, 1) with the ends of sequences in cu_seqlens" if x.dim() == 4 else ""
+            hint = "; q, k and v have a batch dimension, or none of them" if x.dim() == 4 else ""
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}; pass [tokens, heads, head_dim] in float32, "
                 f"bfloat16, float16 or float64{hint}"
             )
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; they must be equal")
-    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; tokens and head_dim must be equal")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q has shape {tuple(q.shape)} but k has {tuple(k.shape)}; head_dim must be equal")
+    if q.shape[0] > k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but k has {k.shape[0]}; queries are the last tokens of their document's keys, "
+            "so there cannot be more of them"
+        )
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, not a positive multiple of the {k.shape[1]} heads of k and v")
     if not (q.device == k.device == v.device):
@@ -190,10 +245,22 @@ def checked_inputs(
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     if q.shape[2] == 0:
         raise ValueError("head_dim=0; it must be positive")
-    if cu_seqlens is not None:
-        check_cu_seqlens_kind(cu_seqlens)
-        if cu_seqlens.is_meta and not q.is_meta:
-            raise ValueError(f"cu_seqlens is on the meta device and has no values, but q is on {q.device}; pass values")
+    for name, ends in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if ends is not None:
+            check_cu_seqlens_kind(ends, name)
+            if ends.is_meta and not q.is_meta:
+                raise ValueError(f"{name} is on the meta device and has no values, but q is on {q.device}; pass values")
+    if cu_seqlens_k is not None and (cu_seqlens is None or cu_seqlens.shape != cu_seqlens_k.shape):
+        n_docs = "none" if cu_seqlens is None else cu_seqlens.numel() - 1
+        raise ValueError(
+            f"cu_seqlens_k has {cu_seqlens_k.numel() - 1} documents but cu_seqlens {n_docs}; pass the ends of the same "
+            "documents in both, among the keys and among the queries"
+        )
+    if cu_seqlens is not None and cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but k has {k.shape[0]}, and cu_seqlens says where documents end in q alone; "
+            "pass cu_seqlens_k with their ends in k and v"
+        )
     return q, k, v, _checked_scale(softmax_scale, q.shape[2])
 
 
@@ -205,6 +272,10 @@ def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def _refuse_documents(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
+def _refuse_documents(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    if cu_seqlens is not None or cu_seqlens_k is not None:
         raise ValueError("cu_seqlens was passed together with cp; give it to CPContext(..., cu_seqlens=...) instead")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but k has {k.shape[0]}, together with cp; across ranks they must have as many"
+        )

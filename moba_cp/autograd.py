@@ -3,7 +3,7 @@
 ``torch.compile`` and FakeTensor see opaque operators. What they run is chosen in :mod:`moba_cp.ops`, and of full
 attention in :mod:`moba_cp.dense`.
 
-Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, k top-k.
+Legend: T tokens, those of q where keys have more, Hq query heads, Hkv key/value heads, D head dim, k top-k.
 """
 
 from functools import lru_cache
@@ -14,26 +14,38 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .blocks import BlockTable, block_count, block_table, check_cu_seqlens, fitted_block_size, local_pages
+from .blocks import (
+    BlockTable,
+    block_count,
+    block_table,
+    check_cu_seqlens,
+    check_rows_fit,
+    fitted_block_size,
+    local_pages,
+)
 from .dtypes import WIDE
 from .ops import backend
 from .transforms import refuse_second_derivatives, without_autocast
 
 
 @lru_cache(maxsize=8)
-def _one_document(n_tokens: int, block_size: int, device: torch.device, stream: int) -> BlockTable:
-    return block_table(n_tokens, block_size, None, device)
+def _one_document(n_tokens: int, block_size: int, n_rows: int | None, device: torch.device, stream: int) -> BlockTable:
+    return block_table(n_tokens, block_size, None, device, n_rows)
 
 
-def _table(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> BlockTable:
-    """Block geometry of the tokens of ``x``; kept from call to call where there are no documents."""
-    block_size = fitted_block_size(block_size, x.shape[0])
+def _table(q: Tensor, k: Tensor, block_size: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> BlockTable:
+    """Block geometry of the keys, and the rows of q in it; kept from call to call where there are no documents."""
+    n_tokens = k.shape[0]
+    block_size = fitted_block_size(block_size, n_tokens)
+    if cu_seqlens_k is not None:
+        return block_table(n_tokens, block_size, cu_seqlens_k, k.device, q.shape[0], cu_seqlens)
+    n_rows = None if q.shape[0] == n_tokens else q.shape[0]
     if cu_seqlens is not None:
-        return block_table(x.shape[0], block_size, cu_seqlens, x.device)
-    stream = _stream(x)
+        return block_table(n_tokens, block_size, cu_seqlens, k.device)
+    stream = _stream(k)
     if stream is None:
-        return block_table(x.shape[0], block_size, None, x.device)
-    return _one_document(x.shape[0], block_size, x.device, stream)
+        return block_table(n_tokens, block_size, None, k.device, n_rows)
+    return _one_document(n_tokens, block_size, n_rows, k.device, stream)
 
 
 def _stream(x: Tensor) -> int | None:
@@ -55,10 +67,11 @@ def moba_attention_op(
     top_k: int,
     scale: float,
     deterministic: bool,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, the selection [T, Hq, k - 1] int32, and the kernels' routing index
     for the backward (empty where there is none)."""
-    table = _table(q, block_size, cu_seqlens)
+    table = _table(q, k, block_size, cu_seqlens, cu_seqlens_k)
     ops = backend(q)
     means = ops.block_means(k, table.start, table.length, block_size)
     block_indices = ops.select_blocks(q, means, table.first, table.current_block, top_k)
@@ -85,9 +98,10 @@ def moba_attention_backward_op(
     block_size: int,
     scale: float,
     deterministic: bool,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtype."""
-    table = _table(q, block_size, cu_seqlens)
+    table = _table(q, k, block_size, cu_seqlens, cu_seqlens_k)
     ops = backend(q)
     delta = ops.row_sums(dout, out)
     return ops.attend_backward(
@@ -97,54 +111,75 @@ def moba_attention_backward_op(
 
 
 @moba_attention_op.register_fake
-def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic):
+def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic, cu_seqlens_k=None):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(n_tokens, n_heads, dtype=WIDE[q.dtype])
     block_indices = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
-    n_blocks = block_count(n_tokens, block_size, cu_seqlens)
+    n_blocks = block_count(k.shape[0], block_size, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
     index_size = backend(q).index_size(q, k.shape[1], n_blocks, top_k)
     return out, lse, block_indices, q.new_empty(index_size, dtype=torch.int32)
 
 
 @moba_attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, block_indices, index, cu_seqlens, block_size, scale, deterministic):
+def _(dout, q, k, v, out, lse, block_indices, index, cu_seqlens, block_size, scale, deterministic, cu_seqlens_k=None):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, block_size, _top_k, scale, deterministic = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, block_size, _top_k, scale, deterministic, cu_seqlens_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
     ctx.options = block_size, scale, deterministic
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, dout, _dlse, _dindices, _dindex):
-    *saved, cu_seqlens = ctx.saved_tensors
-    grads = moba_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options)
-    return *grads, None, None, None, None, None
+    *saved, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+    grads = moba_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options, cu_seqlens_k)
+    return *grads, None, None, None, None, None, None
 
 
 moba_attention_op.register_autograd(_backward, setup_context=_save)
 moba_attention_backward_op.register_autograd(refuse_second_derivatives)
 
 
-def full_kernels(q: Tensor, cu_seqlens: Tensor | None, backend: str, deterministic: bool) -> tuple[dense.Ranges, Any]:
-    """What the rows of q [T, Hq, D] see, and the backend of :mod:`moba_cp.dense` that serves; ``cu_seqlens`` is on the
-    CPU, and the other arguments are those of :func:`moba_cp.full_attention`."""
-    bounds = torch.tensor([0, q.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens
-    key = q.shape[0], bounds.long().numpy().tobytes(), q.device
+def full_kernels(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    backend: str,
+    deterministic: bool,
+) -> tuple[dense.Ranges, Any]:
+    """What the rows of q [T, Hq, D] see of k, and the backend of :mod:`moba_cp.dense` that serves; boundaries are on
+    the CPU, and the other arguments are those of :func:`moba_cp.full_attention`."""
+    rows = _bounds(q, cu_seqlens)
+    keys = _bounds(k, cu_seqlens_k) if cu_seqlens is None or cu_seqlens_k is not None else rows
+    key = q.shape[0], k.shape[0], rows, keys, q.device
     stream = _stream(q)
     ranges = _ranges(*key) if stream is None else _kept_ranges(*key, stream)
     return ranges, dense.choose_backend(q, ranges, backend, deterministic)
 
 
-def _ranges(n_tokens: int, bounds: bytes, _device: torch.device, _stream: int | None = None) -> dense.Ranges:
-    """What the rows of a sequence see of the sequence itself."""
-    cu_seqlens = np.frombuffer(bounds, np.int64)
-    check_cu_seqlens(torch.from_numpy(cu_seqlens.copy()), n_tokens)
+def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> bytes:
+    cu_seqlens = torch.tensor([0, x.shape[0]]) if cu_seqlens is None else cu_seqlens
+    return cu_seqlens.long().numpy().tobytes()
+
+
+def _ranges(
+    n_rows: int, n_tokens: int, row_bounds: bytes, key_bounds: bytes, _device: torch.device, _stream: int | None = None
+) -> dense.Ranges:
+    """What rows see of a sequence that they are, or whose documents they end."""
+    cu_rows, cu_seqlens = np.frombuffer(row_bounds, np.int64), np.frombuffer(key_bounds, np.int64)
+    ends = torch.from_numpy(cu_rows.copy()), torch.from_numpy(cu_seqlens.copy())
+    check_cu_seqlens(ends[0], n_rows), check_cu_seqlens(ends[1], n_tokens)
     tokens = [(0, n_tokens)]
-    return dense.build_ranges(tokens, tokens, cu_seqlens)
+    if row_bounds == key_bounds:
+        return dense.build_ranges(tokens, tokens, cu_seqlens)
+    check_rows_fit(*ends)
+    lengths = np.diff(cu_rows)
+    rows = [(int(end - n), int(n)) for end, n in zip(cu_seqlens[1:], lengths) if n]
+    return dense.build_ranges(rows, tokens, cu_seqlens)
 
 
 # Layers of a model, and their backward passes, follow one another with the same documents.
@@ -154,12 +189,19 @@ _kept_ranges = lru_cache(maxsize=8)(_ranges)
 @torch.library.custom_op("moba_cp::full_attention", mutates_args=())
 @without_autocast
 def full_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, backend: str, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    backend: str,
+    deterministic: bool,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] in q's dtype, and lse [Hq, T] wide, as the kernels give it; arguments as of
     :func:`full_kernels`."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    ranges, kernels = full_kernels(q, cu_seqlens, backend, deterministic)
+    ranges, kernels = full_kernels(q, k, cu_seqlens, cu_seqlens_k, backend, deterministic)
     partials = dense.Partials(q)
     dense.attend(q, k, v, ranges, scale, kernels, partials)
     out, lse = partials.result()
@@ -179,10 +221,11 @@ def full_attention_backward_op(
     scale: float,
     backend: str,
     deterministic: bool,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtype; lse is [Hq, T]."""
     q, k, v, dout = (x.contiguous() for x in (q, k, v, dout))
-    ranges, kernels = full_kernels(q, cu_seqlens, backend, deterministic)
+    ranges, kernels = full_kernels(q, k, cu_seqlens, cu_seqlens_k, backend, deterministic)
     sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
     dense.attend_backward(q, k, v, ranges, scale, kernels, dout, out, lse.t(), *sums, deterministic)
     dq, dk, dv = (x.narrow().contiguous() for x in sums)
@@ -190,27 +233,27 @@ def full_attention_backward_op(
 
 
 @full_attention_op.register_fake
-def _(q, k, v, cu_seqlens, scale, backend, deterministic):
+def _(q, k, v, cu_seqlens, scale, backend, deterministic, cu_seqlens_k=None):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(n_heads, n_tokens, dtype=WIDE[q.dtype])
 
 
 @full_attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens, scale, backend, deterministic):
+def _(dout, q, k, v, out, lse, cu_seqlens, scale, backend, deterministic, cu_seqlens_k=None):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save_full(ctx, inputs, output):
-    q, k, v, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    q, k, v, cu_seqlens, *ctx.options, cu_seqlens_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_full(ctx, dout, _dlse):
-    *saved, cu_seqlens = ctx.saved_tensors
-    grads = full_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options)
-    return *grads, None, None, None, None
+    *saved, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+    grads = full_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options, cu_seqlens_k)
+    return *grads, None, None, None, None, None
 
 
 full_attention_op.register_autograd(_backward_full, setup_context=_save_full)

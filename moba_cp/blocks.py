@@ -18,6 +18,8 @@ from .config import BLOCK_SIZE_MULTIPLE
 class BlockTable:
     """Geometry of the blocks of one packed batch; built by :func:`block_table` without waiting for the device.
 
+    Tables [T] are by query row. There are fewer rows than tokens where queries are the last tokens of their documents.
+
     ``start`` and ``length`` may carry trailing entries of length 0: their number is an upper bound that follows
     from T and the number of documents alone. No query ever refers to those.
     """
@@ -95,13 +97,13 @@ def local_pages(k: Tensor, v: Tensor, table: BlockTable) -> Pages:
     return Pages(k, v, table.row.expand(n_heads, -1), table.heads(n_heads), table.length, table.block_size)
 
 
-def check_cu_seqlens_kind(cu_seqlens: Tensor) -> None:
+def check_cu_seqlens_kind(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
     """Raise ValueError unless ``cu_seqlens`` is a tensor of boundaries, whatever their values."""
     rule = "pass a 1-D int32 tensor [0, end of document 1, ..., number of tokens]"
     if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}; {rule}")
+        raise ValueError(f"{name} is a {type(cu_seqlens).__name__}; {rule}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; {rule}")
+        raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; {rule}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
@@ -120,6 +122,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> None:
         )
 
 
+def check_rows_fit(cu_rows: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise ValueError unless no document has more query rows than keys; on a GPU, a device-side assertion."""
+    ok = (cu_rows.diff() <= cu_seqlens.diff()).all()
+    if ok.is_cuda:
+        torch._assert_async(ok)
+    elif not ok.is_meta and not ok:
+        at = int((cu_rows.diff() > cu_seqlens.diff()).nonzero()[0])
+        raise ValueError(
+            f"document {at} has {int(cu_rows.diff()[at])} queries in cu_seqlens but {int(cu_seqlens.diff()[at])} keys "
+            "in cu_seqlens_k; queries are the last tokens of their document's keys, so there cannot be more of them"
+        )
+
+
 def fitted_block_size(block_size: int, n_tokens: int) -> int:
     """A block size no larger than it takes to hold ``n_tokens`` in one block: the blocks are the same."""
     return min(block_size, (n_tokens // BLOCK_SIZE_MULTIPLE + 1) * BLOCK_SIZE_MULTIPLE)
@@ -131,14 +146,23 @@ def block_count(n_tokens: int, block_size: int, cu_seqlens: Tensor | None) -> in
     return n_tokens // block_size + min(n_docs, n_tokens)
 
 
-def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, device) -> BlockTable:
-    """Block geometry of ``n_tokens`` packed tokens.
+def block_table(
+    n_tokens: int,
+    block_size: int,
+    cu_seqlens: Tensor | None,
+    device,
+    n_rows: int | None = None,
+    cu_rows: Tensor | None = None,
+) -> BlockTable:
+    """Block geometry of ``n_tokens`` packed keys, and where the query rows lie in it.
 
     Args:
         n_tokens: T.
         block_size: B.
         cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
         device: where the tables go.
+        n_rows: query rows, if they are not all tokens but the last ones of each document.
+        cu_rows: [n_docs + 1] int, boundaries of the documents among these rows; None for one document.
     """
     if cu_seqlens is None:
         # Made on the device: a CUDA graph cannot hold a copy from the host's memory.
@@ -146,6 +170,12 @@ def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, devic
     else:
         check_cu_seqlens(cu_seqlens, n_tokens)
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
+    if n_rows is not None and cu_rows is not None:
+        check_cu_seqlens(cu_rows, n_rows)
+        cu_rows = cu_rows.to(device=device, dtype=torch.int64, non_blocking=True)
+        check_rows_fit(cu_rows, cu_seqlens)
+    elif n_rows is not None:
+        cu_rows = torch.arange(2, device=device) * n_rows
     n_docs = cu_seqlens.numel() - 1
     n_max = block_count(n_tokens, block_size, cu_seqlens)
 
@@ -160,9 +190,15 @@ def block_table(n_tokens: int, block_size: int, cu_seqlens: Tensor | None, devic
     length = (doc_length[doc] - in_doc).clamp(min=0, max=block_size)
     start = torch.where(length > 0, cu_seqlens[doc] + in_doc, 0)
 
-    token = torch.arange(n_tokens, device=device)
-    doc = torch.searchsorted(cu_seqlens, token, right=True).sub_(1)
-    position = token - cu_seqlens[doc]
+    if n_rows is None or cu_rows is None:
+        token = torch.arange(n_tokens, device=device)
+        doc = torch.searchsorted(cu_seqlens, token, right=True).sub_(1)
+        position = token - cu_seqlens[doc]
+    else:
+        row = torch.arange(n_rows, device=device)
+        doc = torch.searchsorted(cu_rows, row, right=True).sub_(1)
+        # The last row of a document is its last key.
+        position = row - cu_rows[doc + 1] + doc_length[doc]
     first = cu_blocks[doc]
     return BlockTable(
         block_size=block_size,

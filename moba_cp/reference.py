@@ -115,6 +115,13 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grad, b.T), _Product.apply(a.T, grad)
 
 
+def _last_rows(n_rows: int, n_tokens: int, cu_rows, cu_keys, device) -> Tensor:
+    """[Tq] int64, the key that each query row is."""
+    documents = zip(_documents(n_rows, cu_rows), _documents(n_tokens, cu_keys), strict=True)
+    rows = [torch.arange(end - (until - begin), end, device=device) for (begin, until), (_, end) in documents]
+    return torch.cat(rows)
+
+
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -125,24 +132,38 @@ def moba_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     chosen: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA attention of packed documents.
 
     Args:
         q: [T, Hq, D].
-        k, v: [T, Hkv, D]; Hq must be a multiple of Hkv.
+        k, v: [T, Hkv, D]; Hq must be a multiple of Hkv. Where they have more tokens than q, the rows of q are the last
+            ones of their documents' keys.
         block_size, top_k: B and k.
         cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
         return_lse: also return the log-sum-exp of the scaled scores, natural log.
         chosen: [T, Hq, k - 1] block ids to attend to instead of those of :func:`select_blocks`, so that results in
             two precisions can be compared under one selection.
+        cu_seqlens_k: [n_docs + 1] int, boundaries of the documents among the keys, where ``cu_seqlens`` has those among
+            the queries.
 
     Returns:
         out [T, Hq, D] in q's dtype, and lse [T, Hq] in float32 (float64 for float64 inputs) if asked for.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[1] // k.shape[1]
+    if q.shape[0] != k.shape[0]:
+        # Rows that nobody asked for go in front of those of q, and out of the results.
+        keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        rows = _last_rows(q.shape[0], k.shape[0], cu_seqlens, keys, q.device)
+        padded = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, rows, q)
+        if chosen is not None:
+            chosen = chosen.new_full((k.shape[0], *chosen.shape[1:]), -1).index_copy(0, rows, chosen)
+        results = moba_attention(padded, k, v, block_size, top_k, keys, scale, True, chosen)
+        out, lse = (x[rows] for x in results)
+        return (out, lse) if return_lse else out
     if chosen is None:
         chosen = select_blocks(q, k, block_size, top_k, cu_seqlens)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -175,7 +196,9 @@ def full_attention(
     cu_seqlens: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Full causal attention of packed documents; arguments and results as :func:`moba_attention`."""
     # One block that holds the longest document is every query's own block.
-    return moba_attention(q, k, v, max(1, q.shape[0]), 1, cu_seqlens, softmax_scale, return_lse)
+    block_size = max(1, k.shape[0])
+    return moba_attention(q, k, v, block_size, 1, cu_seqlens, softmax_scale, return_lse, cu_seqlens_k=cu_seqlens_k)

@@ -208,7 +208,8 @@ def _good():
     [
         (dict(q=torch.randn(32, 8)), r"q has shape \(32, 8\)"),
         (dict(q=torch.randn(32, 3, 8)), r"q has 3 heads, not a positive multiple of the 2"),
-        (dict(q=torch.randn(31, 4, 8)), r"tokens and head_dim must be equal"),
+        (dict(q=torch.randn(33, 4, 8)), r"q has 33 tokens but k has 32; queries are the last tokens"),
+        (dict(q=torch.randn(32, 4, 9)), r"head_dim must be equal"),
         (dict(v=torch.randn(32, 2, 16)), r"k has shape .* but v has"),
         (dict(v=torch.randn(32, 2, 8).double()), r"dtypes torch.float32, torch.float32, torch.float64"),
         (dict(k=torch.ones(32, 2, 8, dtype=torch.int64)), r"k has shape .* dtype torch.int64"),
@@ -220,7 +221,7 @@ def _good():
         (dict(cu_seqlens=np.array([0, 32])), r"cu_seqlens is a ndarray; pass a 1-D int32 tensor"),
         (dict(cu_seqlens=torch.tensor([0, 32], device="meta")), r"cu_seqlens is on the meta device and has no values"),
         (dict(q=[1.0]), r"q is a list; pass a tensor"),
-        (dict(q=torch.randn(2, 16, 4, 8)), r"q has shape \(2, 16, 4, 8\) .* a batch is q.flatten\(0, 1\)"),
+        (dict(q=torch.randn(2, 16, 4, 8)), r"q has shape \(2, 16, 4, 8\) .* have a batch dimension, or none of them"),
         (dict(k=torch.randn(32, 2, 8).to(torch.float8_e4m3fn)), r"k has shape .* dtype torch.float8_e4m3fn"),
         (dict(v=torch.randn(32, 2, 8, device="meta")), r"q, k, v are on cpu, cpu, meta"),
         (dict(cp="zigzag"), r"cp is a str; pass CPContext"),

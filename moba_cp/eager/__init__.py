@@ -1,11 +1,13 @@
 """The primitives in plain PyTorch: the same functions, with the same arguments, as :mod:`moba_cp.kernels`.
 
-:mod:`.select` chooses blocks, :mod:`.attention` attends to them, :mod:`.exchange` plans what moves between ranks and
-:mod:`.movement` packs and joins it; :mod:`.tokenwise` is the rest of a layer but its products of matrices. They serve
-any device and any floating dtype, float64 included; the kernels are tested against them.
+:mod:`.select` chooses blocks, :mod:`.attention` attends to them, :mod:`.decoding` does both for few rows,
+:mod:`.exchange` plans what moves between ranks and :mod:`.movement` packs and joins it; :mod:`.tokenwise` is the rest
+of a layer but its products of matrices. They serve any device and any floating dtype, float64 included; the kernels are
+tested against them.
 """
 
 from .attention import attend, attend_backward, index_size, routing_index, row_sums
+from .decoding import attend_few, select_few
 from .exchange import (
     count_choices,
     count_rows,
@@ -23,9 +25,9 @@ from .select import block_means, select_blocks
 from .tokenwise import rms_norm, rms_norm_backward, split_rotate, split_rotate_backward, swiglu, swiglu_backward
 
 __all__ = [
-    "add_pages", "add_rows", "attend", "attend_backward", "block_means", "copy_pages", "count_choices",
+    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
     "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
     "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums",
-    "select_blocks", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
+    "select_blocks", "select_few", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
     "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def backends(config: TrainConfig, device: torch.device) -> list[str]:
         serving = getattr(ops, "serving", None)
         lines.append(f"MoBA layers: {serving(device) if serving else 'plain PyTorch'}")
     if "full" in kinds:
-        _, chosen = full_kernels(q, None, "auto", config.attention.deterministic)
+        _, chosen = full_kernels(q, q, None, None, "auto", config.attention.deterministic)
         names = ", ".join(dense.BACKENDS)
         lines.append(f"full layers: {chosen.name} (of {names})")
     return lines

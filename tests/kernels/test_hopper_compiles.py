@@ -99,6 +99,23 @@ def test_selection_compiles_without_spilling(compiled, dim, top_k):
     assert not compiled, "more than registers hold, float32 and other head dims are the other kernel's"
 
 
+@pytest.mark.parametrize("dim, block_size, top_k", [(64, 512, 8), (128, 4096, 12), (256, 64, 64)])
+def test_kernels_for_few_rows_compile_without_spilling(compiled, monkeypatch, dim, block_size, top_k):
+    def compile_only(self, grid):
+        return lambda *args, **options: compiled.update(
+            {self.fn.__name__: self.run(*args, grid=grid, warmup=True, **options)}
+        )
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    q, k, v, means = (torch.zeros(n, h, dim, dtype=torch.bfloat16) for n, h in ((2, 4), (300, 2), (300, 2), (9, 2)))
+    table = block_table(300, block_size, None, "cpu", 2)
+    chosen = kernels.select_few(q, means, table.first, table.current_block, top_k)
+    kernels.attend_few(q, local_pages(k, v, table), chosen, table.current_block, table.visible, dim**-0.5)
+    assert len(compiled) == 4
+    for name, kernel in compiled.items():
+        assert ".local" not in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_BYTES, name
+
+
 def test_serves_what_tma_can_fetch_and_nothing_else(monkeypatch):
     def serves(dtype=torch.bfloat16, dim=128, block_size=256, scale=0.1, offset=0, dout=None):
         n = 300
