@@ -1,6 +1,7 @@
 """What every file keeps to, read from its syntax."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,55 @@ def test_tensors_are_made_with_a_dtype():
                 # A ``None`` keyword is ``**options``.
                 says = {keyword.arg for keyword in call.keywords} & {"dtype", None}
                 assert not is_torch or says, f"{named(path)}:{call.lineno}: torch.{call.func.attr} without dtype="
+
+
+def dotted(node: ast.AST) -> list[str] | None:
+    """The names of ``a.b.c``; None of what is no such chain."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(names)] if isinstance(node, ast.Name) else None
+
+
+def imported(tree: ast.AST) -> dict[str, str]:
+    """Modules of PyTorch that a file imports whole: the name there -> the module's own."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {a.asname or "torch": a.name if a.asname else "torch" for a in node.names if is_torch(a.name)}
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_torch(node.module):
+            for a in node.names:
+                try:
+                    importlib.import_module(f"{node.module}.{a.name}")
+                except ModuleNotFoundError:
+                    continue
+                names[a.asname or a.name] = f"{node.module}.{a.name}"
+    return names
+
+
+def is_torch(module: str | None) -> bool:
+    return module is not None and module.split(".")[0] == "torch"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_what_is_called_of_torch_exists(path):
+    """Much of it is called on a GPU alone, where a misspelt name would be seen too late."""
+    tree = ast.parse(path.read_text())
+    modules = imported(tree)
+    for node in ast.walk(tree):
+        chain = dotted(node)
+        if chain is None or chain[0] not in modules:
+            continue
+        value = importlib.import_module(modules[chain[0]])
+        for i, name in enumerate(chain[1:], start=1):
+            where = f"{named(path)}:{node.lineno}: no {'.'.join(chain[: i + 1])} in this PyTorch"
+            if not hasattr(value, name):
+                try:
+                    importlib.import_module(f"{value.__name__}.{name}")
+                except (AttributeError, ModuleNotFoundError):
+                    pytest.fail(where)
+            value = getattr(value, name)
 
 
 def test_files_are_short_enough_to_read():

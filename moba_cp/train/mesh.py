@@ -148,5 +148,5 @@ def device_of(wanted: str) -> torch.device:
         raise ValueError("run.device='cuda': PyTorch finds no GPU here; use auto or cpu")
     # Several ranks may share a GPU (tests do), if each has its own NCCL_HOSTID.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.setdevice_of(device)
+    torch.cuda.set_device(device)
     return device
