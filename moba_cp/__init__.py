@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import reference
     from .attention import full_attention, moba_attention
+    from .cache import KVCache
     from .config import MoBAConfig
     from .cp.calls import ExchangeError
     from .cp.context import CPContext
@@ -21,6 +22,7 @@ __all__ = [
     "CPContext",
     "ExchangeError",
     "ExchangeOptions",
+    "KVCache",
     "MoBAConfig",
     "SelectionRecorder",
     "full_attention",
@@ -34,6 +36,7 @@ _MODULES = {
     "CPContext": "cp.context",
     "ExchangeError": "cp.calls",
     "ExchangeOptions": "cp.options",
+    "KVCache": "cache",
     "MoBAConfig": "config",
     "SelectionRecorder": "cp.recorder",
     "full_attention": "attention",

@@ -162,7 +162,7 @@ def full_kernels(
 
 
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> bytes:
-    cu_seqlens = torch.tensor([0, x.shape[0]]) if cu_seqlens is None else cu_seqlens
+    cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens
     return cu_seqlens.long().numpy().tobytes()
 
 
