@@ -6,15 +6,18 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..model.layer import LayerMemory
 from .config import TrainConfig
+from .curve import save_picture
 from .log import CONFIG, LOG, VERSIONS, human, read_log
 from .memory import GIB
 from .predict import GPU, GPUS, forecast
 from .yaml_config import load
 
 # Kernels are compiled, and memory is first asked for, in a run's first steps.
-_WARM_UP = 3
+_WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Comparison:
     sequences: int
     """Of a step."""
     attention: str
+    kind: str
+    """``MoBA``, ``full attention`` or ``hybrid``."""
     layers: str
     """What they kept for backward."""
     steps: int
@@ -75,7 +80,7 @@ def compare(folder: Path, per_node: int = 8, host_gib: float | None = None) -> C
     records = [record for record in records[_WARM_UP:] if record["step"] != config.run.trace_step]
     records = [record for record in records if record.get("attention") == records[-1].get("attention")]
     if not records:
-        raise ValueError(f"{folder}: fewer than {_WARM_UP + 1} steps; the first {_WARM_UP} are left out")
+        raise ValueError(f"{folder}: fewer than {_WARM_UP + 1} steps; the first is left out")
     layers = [LayerMemory(**layer) for layer in facts["layers"]] if "layers" in facts else None
     made = forecast(config, facts["ranks"], gpu, per_node, host_gib, layers)
     peaks = [record["peak_gib"] for record in records if "peak_gib" in record]
@@ -90,6 +95,7 @@ def compare(folder: Path, per_node: int = 8, host_gib: float | None = None) -> C
         config.data.seq_len,
         made.config.data.sequences_per_step,
         f"{full} of {config.model.n_layers} full, blocks of {attention.block_size}, top-{attention.top_k}",
+        "MoBA" if not full else "full attention" if full == config.model.n_layers else "hybrid",
         made.memory.kept if made.memory is not None else "does not fit",
         len(records),
         statistics.median(record["seconds"] for record in records),
@@ -137,3 +143,46 @@ def table(rows: list[Comparison]) -> list[str]:
 def figures(rows: list[Comparison]) -> list[dict]:
     """The rows for a JSON file."""
     return [asdict(row) | {"time_ratio": row.time_ratio, "memory_ratio": row.memory_ratio} for row in rows]
+
+
+def draw(rows: list[Comparison], picture: Path) -> None:
+    """Draw seconds and memory of a step against its tokens, as measured, one line per model, attention and number of
+    devices; full attention also beyond what was measured, as ``a T + b T^2`` through its two longest rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[tuple, list[Comparison]] = {}
+    for row in sorted(rows, key=lambda row: row.seq_len * row.sequences):
+        lines.setdefault((row.parameters, row.kind, row.ranks, row.device, row.attention), []).append(row)
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    longest = max(row.seq_len for row in rows)
+    for i, line in enumerate(lines.values()):
+        first = line[0]
+        gpus = f"{first.ranks} x {first.device.removeprefix('NVIDIA ')}"
+        style = {
+            "color": f"C{i}",
+            "marker": "osD^v*"[i % 6],
+            "label": f"{human(first.parameters, '')}: {first.kind}, {gpus}",
+        }
+        time.plot([row.seq_len * row.sequences for row in line], [row.seconds for row in line], **style)
+        known = [(row.seq_len * row.sequences, row.gib) for row in line if row.gib]
+        if known:
+            memory.plot(*zip(*known), **style)
+        if first.kind != "MoBA" and len(line) > 1 and line[-1].seq_len < longest:
+            (t1, s1), (t2, s2) = ((row.seq_len, row.seconds) for row in line[-2:])
+            b = (s2 / t2 - s1 / t1) / (t2 - t1)
+            beyond = np.geomspace(t2, longest, 12)
+            scaled = (s2 / t2 - b * t2) * beyond + b * beyond**2
+            time.plot(beyond, scaled, "--", color=f"C{i}", label="the same, computed: a T + b T\u00b2")
+    time.set(ylabel="seconds a step", yscale="log")
+    memory.set(ylabel="GiB of device memory, at most", ylim=(0, None))
+    ticks = sorted({row.seq_len * row.sequences for row in rows})
+    for panel in (time, memory):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [f"{n // 1024}K" if n < 2**20 else f"{n / 2**20:g}M" for n in ticks])
+        panel.set_xlabel("tokens a step")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    save_picture(figure, picture, 110)

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="instead of CONFIG: folders of runs on GPUs; prints a table of predicted beside measured",
     )
+    parser.add_argument("--chart", metavar="FILE", help="with --measured: draw time and memory against tokens as a PNG")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -36,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from . import predict
     from .config import TrainConfig
-    from .measured import compare, figures, table
+    from .measured import compare, draw, figures, table
     from .yaml_config import load
 
     if arguments.gpus_per_node < 1:
@@ -46,9 +47,13 @@ def main(arguments: argparse.Namespace) -> int:
             raise ValueError("--measured with CONFIG, --gpus or --set: a run has its own; leave them out")
         rows = [compare(Path(run), arguments.gpus_per_node, arguments.host_gib) for run in arguments.measured]
         print(*table(rows), sep="\n")
+        if arguments.chart is not None:
+            draw(rows, Path(arguments.chart))
         if arguments.json is not None:
             Path(arguments.json).write_text(json.dumps(figures(rows), indent=1) + "\n", encoding="utf-8")
         return 0
+    if arguments.chart is not None:
+        raise ValueError(f"--chart={arguments.chart} without --measured: there is nothing to draw; leave it out")
     if arguments.config is None or arguments.gpus is None:
         raise ValueError("plan needs CONFIG and --gpus N, or --measured RUN")
     if arguments.gpu.lower() not in predict.GPUS:

@@ -48,7 +48,7 @@ _LINEAR, _FULL_FORWARD, _FULL_BACKWARD, _SELECTION = 7.1e14, 5.6e14, 5.1e14, 2e1
 # Seconds of MoBA's backward pass per visit of a row to a block and element of D, by block size.
 _BACKWARD_BLOCKS, _BACKWARD_SECONDS = (128, 512, 4096), (4.52e-12, 13.8e-12, 76.3e-12)
 # Seconds per token, layer and element of what is done element by element; per parameter of the optimizer.
-_ELEMENTWISE, _OPTIMIZER = 2.85e-12, 1.5e-11
+_ELEMENTWISE, _OPTIMIZER = 1.8e-12, 1.5e-11
 # Of attention's kernels with each doubling of the ranks that share a sequence: blocks have fewer rows.
 _THINNER = 0.08
 # Bytes per second of a rank between nodes, and the share of an all-gather that the exchange moves there: of a
