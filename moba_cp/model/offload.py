@@ -5,8 +5,11 @@ what a layer keeps then takes device memory for about two layers at a time, what
 """
 
 import contextlib
+import mmap
+import os
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -47,7 +50,7 @@ class HostMemory:
         self._free.append(buffer)
 
     def _new(self, nbytes: int) -> Tensor:
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = _touched(nbytes)
         if self.device.type == "cuda" and nbytes:
             error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)
             if int(error):
@@ -58,6 +61,28 @@ class HostMemory:
             self._locked.append(buffer)
         self.nbytes += nbytes
         return buffer
+
+
+# Bytes that a thread touches at a time.
+_PIECE = 2**26
+
+
+def _touched(nbytes: int) -> Tensor:
+    """[nbytes] uint8 whose pages are there.
+
+    The system makes a page when it is first written, and clears it. Left to what locks them, that is one thread's work
+    and takes longer than a training step at a million tokens; here many do it, in large pages where there are some.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(min(16, threads)) as pool:
+        list(pool.map(lambda i: buffer[i : i + _PIECE : mmap.PAGESIZE].zero_(), range(0, nbytes, _PIECE)))
+    return buffer
 
 
 def _unlock(buffers: list[Tensor]) -> None:
