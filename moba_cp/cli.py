@@ -8,6 +8,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 import time
 import traceback
@@ -63,6 +64,9 @@ _EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2
 _EXTRAS = ("train", "data", "metrics")
 # Modules that PyPI has under another name.
 _PYPI_NAMES = {"megatron": "megatron-core", "yaml": "pyyaml"}
+
+# What a value that is given by mistake fills the screen with.
+_LONG = re.compile(r"(\S{200})\S{250,}(\S{50})")
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 # Time for the launcher to end this rank if another rank failed first: that rank's error is the one worth reading.
@@ -166,7 +170,7 @@ def _fail(words: str, text: str, code: int) -> int:
         time.sleep(_SECONDS_FOR_OTHERS * (4 if " ended at step " in text else 1))
     place = f" (rank {rank})" if rank else ""
     # Names of files need not be text.
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = _LONG.sub(r"\1...\2", text.encode("utf-8", "backslashreplace").decode())
     print(f"moba-cp {words}{place}: error: {text}", file=sys.stderr, flush=True)
     if size > 1:
         # Other ranks may wait in a collective, and closing the process group would wait for them.

@@ -65,6 +65,7 @@ WRONG_VALUES = [
     ("optimizer.lr=0", "optimizer.lr=0.0 must be above 0 and below 1"),
     ("run.dtype=float16", "run.dtype='float16': did you mean bfloat16?"),
     ("run.steps=0", "run.steps=0 is below 1"),
+    ("run.start_from=nowhere", "run.start_from: nowhere: no checkpoint there"),
     ("run.context_size=3", "run.context_size=3 does not divide the 1 ranks of this run; use one of 1, or null for all"),
     ("run.directory=../text/00.py", "run.directory=../text/00.py: is a file; name a folder"),
     ("run.directory=../text/00.py/a/b", "text/00.py is a file; name a folder"),
@@ -82,6 +83,12 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(place, capsys, monkeypatch, 
     assert shown.err.startswith("moba-cp train: error: ") and shown.err.count("\n") == 1
     assert message in shown.err and "Traceback" not in shown.err
     assert files(place) == before
+
+
+def test_a_mistake_that_is_very_long_is_shortened(place, capsys):
+    assert cli.main(arguments(place, f"data.pattern={'x' * 5000}")) == 2
+    shown = capsys.readouterr().err
+    assert "data.pattern='xxx" in shown and "xxx...xxx" in shown and len(shown) < 1000
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,9 @@ def _sweep(folder: Path, target: Path, keep: int, keep_step: int | None) -> None
         _delete(old)
     for old in folder.glob(f"{_SUPERSEDED}*"):
         _delete(old)
-    for left in folder.glob(f"{_DELETED}*"):
+    # What a save that failed could not remove, on a disk that was read-only then.
+    before = [path for path in folder.glob(f"step-*{_PARTIAL}*") if path.name < target.name]
+    for left in (*folder.glob(f"{_DELETED}*"), *before):
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -71,9 +71,10 @@ class RunLog:
         start_step: steps that the resumed checkpoint has done; 0 for a new run and for one resumed from elsewhere.
         config: the resolved config as YAML.
         facts: written with the versions (device, ranks, ...).
+        patient: a full disk ends no run: lines that could not be written go with a later one.
     """
 
-    def __init__(self, folder: Path, start_step: int, config: str, facts: dict[str, Any]):
+    def __init__(self, folder: Path, start_step: int, config: str, facts: dict[str, Any], patient: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         before, checkpoints = read_log(folder / LOG), folder / CHECKPOINTS
@@ -90,16 +91,34 @@ class RunLog:
         _replace(folder / LOG, "".join(json.dumps(record) + "\n" for record in kept))
         _replace(folder / CONFIG, config)
         _replace(folder / VERSIONS, json.dumps(versions() | facts, indent=1) + "\n")
-        self._file = open(folder / LOG, "a", encoding="utf-8")
+        # Unbuffered: a disk that becomes full takes a part of a line, and the rest of it must follow.
+        self._file = open(folder / LOG, "ab", buffering=0)
+        self._waiting, self._patient = b"", patient
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Add one step's object; it is in the file when this returns. Null stands for NaN and infinity."""
-        self._file.write(json.dumps(_without_nonfinite(record), allow_nan=False) + "\n")
-        self._file.flush()
+    def write(self, record: dict[str, Any]) -> str | None:
+        """Add one step's object; it is in the file when this returns. Null stands for NaN and infinity.
 
-    def close(self) -> None:
-        """Close the log."""
+        Returns:
+            Why it could not be written yet, of a log that is patient.
+        """
+        self._waiting += json.dumps(_without_nonfinite(record), allow_nan=False).encode() + b"\n"
+        return self._flush()
+
+    def close(self) -> str | None:
+        """Close the log; why its last lines could not be written, of a log that is patient."""
+        problem = self._flush()
         self._file.close()
+        return problem
+
+    def _flush(self) -> str | None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._patient:
+                raise
+            return f"{self.folder / LOG}: could not be written: {error.strerror}"
+        return None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

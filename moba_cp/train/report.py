@@ -32,6 +32,8 @@ class Reporter:
         self._sinks: list = []
         self._progress: Progress | None = None
         self._attention: str | None = None
+        self._late = False
+        """Whether lines of the log wait to be written."""
         self._spikes = {"loss": _Spikes(1.5), "gradient_norm": _Spikes(10.0)}
 
     def __enter__(self) -> "Reporter":
@@ -40,7 +42,9 @@ class Reporter:
             facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
             # What `moba-cp plan --measured` needs.
             facts["layers"] = [asdict(layer) for layer in self._memory.layers]
-            self._log = RunLog(self.folder, self._kept_steps, to_yaml(plan.config), facts)
+            self._log = RunLog(
+                self.folder, self._kept_steps, to_yaml(plan.config), facts, plan.config.run.failed_save == "go_on"
+            )
             self._progress = Progress(plan.config.run.steps, self.start_step)
             self._sinks = open_sinks(plan.config, self.folder, self._kept_steps)
         return self
@@ -72,7 +76,10 @@ class Reporter:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._log.write(record)
+        problem = self._log.write(record)
+        if problem and not self._late:
+            self.note(f"step {record['step']}: {problem}; its lines wait for room")
+        self._late = problem is not None
         if self._sinks:
             values = scalars(record)
             for sink in self._sinks:
@@ -102,7 +109,8 @@ class Reporter:
     def __exit__(self, exception_type, exception, traceback) -> None:
         if self._log is None:
             return
-        self._log.close()
+        if problem := self._log.close():
+            self.note(f"{problem}; its last lines are lost")
         self._progress.close()
         for sink in self._sinks:
             sink.close()

@@ -66,7 +66,10 @@ def find_checkpoint(resume: str | None, plan: RunPlan, damaged: dict[Path, str] 
         if weights is not None and is_hf(weights):
             check_hf(weights, plan.config.model)
         elif weights is not None:
-            _same_model(checkpoint.find(Path(weights)), plan)
+            try:
+                _same_model(checkpoint.find(Path(weights)), plan)
+            except ValueError as error:
+                raise ValueError(f"run.start_from: {error}") from None
         return None
     asked, damaged = Path(resume or plan.config.run.directory), {} if damaged is None else damaged
     path = checkpoint.find(asked, damaged)

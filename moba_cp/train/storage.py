@@ -6,6 +6,7 @@ anything. Here both are read by unpicklers that know a short list of names.
 
 import io
 import pickle  # nosec B403
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def _told(action, folder: Path, done: str) -> None:
         # It is no Exception, and its text is every rank's traceback.
         rank, (error, _) = min(failed.failures.items())
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise StorageError(
-            f"{folder}: could not be {done}: rank {rank}: {type(error).__name__}: {lines[0] if lines else ''}"
-        ) from None
+        text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        if done == "written" and not isinstance(error, OSError):
+            # PyTorch's writer of archives says nothing of a full disk.
+            text += f" ({shutil.disk_usage(folder).free:,} bytes free on its disk)"
+        raise StorageError(f"{folder}: could not be {done}: rank {rank}: {text}") from None
 
 
 class _Unpickler(pickle.Unpickler):

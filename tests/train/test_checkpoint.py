@@ -110,6 +110,29 @@ def test_a_save_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
 
 
+def test_words_of_pytorch_s_writer_are_told_with_the_room_that_is_left(tmp_path, monkeypatch):
+    def fails(*arguments, **keywords):
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", fails)
+    with pytest.raises(
+        StorageError, match=r"RuntimeError: unexpected pos 704 vs 598 \([\d,]+ bytes free on its disk\)"
+    ):
+        checkpoint.save(tmp_path, meta(5), *trained(0), keep=2)
+
+
+def test_what_an_earlier_save_could_not_remove_goes_with_the_next(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch)
+        patch.setattr("shutil.rmtree", lambda *arguments, **keywords: None)
+        with pytest.raises(StorageError):
+            checkpoint.save(tmp_path, meta(5), *trained(0), keep=2)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("step-00000005.partial-")
+    checkpoint.save(tmp_path, meta(10), *trained(0), keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
 @pytest.mark.parametrize("name", ["write_synced", "entry", "sync_folder"])
 def test_a_manifest_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypatch, name):
     checkpoint.save(tmp_path, meta(5), *trained(0), keep=2)

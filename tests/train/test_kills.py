@@ -3,8 +3,10 @@
 The default tests take one case of each kind; the campaigns (``slow``) all of them.
 """
 
+import os
 import random
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -214,6 +216,86 @@ def test_a_disk_that_takes_nothing(whole, number, text, policy):
     else:
         assert codes == [0, 0] and folders == {"step-00000002", "step-00000006"}
         _same(place, name, whole)
+
+
+# Rank 1 does something to the real disk before any rank writes for the second save, and undoes it before the third.
+REAL_DISK = """
+import os, subprocess
+from moba_cp.train import checkpoint, storage
+inner, begin, writes = storage.write, checkpoint.save, [0]
+disk, checkpoints, kind = (os.environ[name] for name in ("TEST_DISK", "TEST_CHECKPOINTS", "TEST_KIND"))
+ballast = os.path.join(disk, "ballast")
+
+def run(*command):
+    subprocess.run(command, check=True)
+
+def spoil():
+    if kind == "full":
+        with open(ballast, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 12))
+            except OSError:
+                pass
+    else:
+        run("mount", "--bind", checkpoints, checkpoints)
+        run("mount", "-o", "remount,bind,ro", checkpoints)
+
+def mend():
+    os.unlink(ballast) if kind == "full" else run("umount", "-l", checkpoints)
+
+def write(*arguments):
+    writes[0] += 1
+    if writes[0] == 2:
+        spoil()
+    return inner(*arguments)
+
+def save(*arguments, **keywords):
+    if writes[0] == 2:
+        mend()
+    return begin(*arguments, **keywords)
+
+if os.environ["RANK"] == "1":
+    storage.write, checkpoint.save = write, save
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 16 MiB, mounted; for root alone."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", place]).returncode:
+        pytest.skip("needs root, to mount a disk")
+    yield place
+    for path in (place / "run" / "checkpoints", place):
+        subprocess.run(["umount", "-l", path], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("policy", ["go_on", "stop"])
+@pytest.mark.parametrize("kind, number", [("full", 28), ("read_only", 30)])
+def test_a_real_disk_that_takes_nothing(whole, small_disk, kind, number, policy):
+    """Full to the last byte, or mounted read-only, while saving; the log's disk too where it is full."""
+    checkpoints = small_disk / "run" / "checkpoints"
+    environment = {"TEST_DISK": str(small_disk), "TEST_CHECKPOINTS": str(checkpoints), "TEST_KIND": kind}
+    settings = (f"run.directory={small_disk / 'run'}", *SETTINGS, f"run.failed_save={policy}")
+    with Launched(2, whole[0], *settings, flags=AUTO, preamble=REAL_DISK, environment=environment) as run:
+        codes, said = run.wait_all(240), run.output(0)
+    # PyTorch's writer tells a full disk in words of its own.
+    assert f"[Errno {number}]" in said or (kind == "full" and "(0 bytes free on its disk)" in said), said
+    assert "could not be written: rank" in said
+    folders = {path.name for path in checkpoints.iterdir() if not path.name.startswith("superseded")}
+    if policy == "go_on":
+        assert codes == [0, 0] and folders == {"step-00000002", "step-00000006"}, said
+    else:
+        assert codes == [2, 2] and "step-00000002" in folders and "step-00000004" not in folders, said
+        subprocess.run(["umount", "-l", checkpoints], capture_output=True)
+        (small_disk / "ballast").unlink(missing_ok=True)
+        with Launched(2, whole[0], *settings, flags=AUTO) as run:
+            assert run.wait_all(240) == [0, 0], run.output(0)
+    _same(small_disk, "run", whole)
 
 
 def _kills_at_once(place, settings, seeds, fork):

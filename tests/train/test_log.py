@@ -47,6 +47,39 @@ def test_resumed_run_goes_on_after_its_checkpoint(tmp_path):
     assert write_steps(tmp_path, 5, [6, 7]) == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+class FullDisk:
+    """A file that takes ``room`` more bytes."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self._file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self._file.close()
+
+
+def test_lines_that_a_full_disk_does_not_take_follow_later(tmp_path):
+    log = RunLog(tmp_path, 0, "", {}, patient=True)
+    log._file = disk = FullDisk(log._file, 20)
+    assert log.write({"step": 1}) is None
+    # Half of the second line fits.
+    assert "log.jsonl: could not be written: No space left on device" in log.write({"step": 2})
+    assert log.write({"step": 3}) is not None
+    disk.room = 10**6
+    assert log.write({"step": 4}) is None and log.close() is None
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+    log = RunLog(tmp_path, 0, "", {})
+    log._file = FullDisk(log._file, 0)
+    with pytest.raises(OSError, match="No space"):
+        log.write({"step": 1})
+
+
 def test_resumed_run_sets_the_checkpoints_after_its_own_aside(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     for name in ("step-00000002", "step-00000004", "step-00000006", "step-00000003.partial"):
