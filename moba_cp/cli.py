@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": ("moba_cp.doctor.command", "check machines, and what lies between ranks; a line each, PASS or FAIL"),
     "verify": ("moba_cp.verify", "hold attention and a training step on these machines against one rank and float64"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
+    "experiment": ("moba_cp.experiments.grid_command", "the paper's charts from grids of training runs, that resume"),
 }
 
 # Command -> a line that runs, for its --help. Commands with an EXAMPLES of their own have none here.

@@ -48,6 +48,10 @@ class RunConfig:
     validate_every: int = 100
     """Steps between validations; there is always one before the first step and one after the last."""
 
+    position_range: int | None = None
+    """Positions of each range for which a validation logs its loss, by the position of a token in its document; null
+    for ranges that double, from 128 on."""
+
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one after the last step."""
 
@@ -93,7 +97,7 @@ class RunConfig:
                     raise ValueError(f"{name}={given!r} names a home folder that is not known; give the whole path")
                 object.__setattr__(self, name, path)
         least = {"steps": 1, "seed": 0, "validate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 0}
-        for name, bound in (least | {"context_size": 1, "trace_step": 1}).items():
+        for name, bound in (least | {"context_size": 1, "trace_step": 1, "position_range": 1}).items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}={value} is below {bound}; use {bound} or more")

@@ -66,7 +66,8 @@ def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, A
     module.to_empty(device=mesh.device)
     load_weights(weights, module, mesh.group)
     module.eval()
-    sums, batches = LossByPosition(config.data.seq_len, mesh.device), Batches(plan, mesh)
+    sums = LossByPosition(config.data.seq_len, mesh.device, config.run.position_range)
+    batches = Batches(plan, mesh)
     for batch in batches.validation():
         loss = module(batch.tokens, batch.labels, batch.context)
         sums.add(loss, batch.labels, batch.context.document_positions)

@@ -200,7 +200,7 @@ class Trainer:
         recorder = SelectionRecorder() if run.selection_maps and watches else None
         statistics = SelectionStatistics() if run.selection_statistics and watches else None
         observers = [observer for observer in (recorder, statistics) if observer is not None]
-        sums = LossByPosition(self.config.data.seq_len, self.mesh.device)
+        sums = LossByPosition(self.config.data.seq_len, self.mesh.device, run.position_range)
         self.module.eval()
         for index, batch in enumerate(self.batches.validation(_all_of(observers))):
             if index == 0 and statistics is not None:

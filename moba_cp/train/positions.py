@@ -16,16 +16,23 @@ class LossByPosition:
     Args:
         longest: tokens of the longest document.
         device: of what is added.
+        width: positions of each range, for ranges of one width; None for ranges that double.
     """
 
-    def __init__(self, longest: int, device: torch.device):
-        n_ranges = max(1, (max(longest - 1, 0) // _FIRST).bit_length() + 1)
+    def __init__(self, longest: int, device: torch.device, width: int | None = None):
+        self._width = width
+        last = max(longest - 1, 0) // (_FIRST if width is None else width)
+        n_ranges = max(1, last.bit_length() + 1) if width is None else last + 1
         self._sums = torch.zeros(n_ranges, 2, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, labels: Tensor, positions: Tensor) -> None:
         """Add what this rank has: loss [L], labels [L] int64, positions in documents [L] int64."""
         # The exponent of 2 that frexp gives is exact, which a logarithm is not: 0 for 0, 1 for 1, 2 for 2 and 3.
-        index = torch.frexp((positions // _FIRST).double()).exponent.long().clamp(max=len(self._sums) - 1)
+        if self._width is None:
+            index = torch.frexp((positions // _FIRST).double()).exponent.long()
+        else:
+            index = positions // self._width
+        index = index.clamp(max=len(self._sums) - 1)
         has = labels != IGNORED_LABEL
         values = torch.stack([torch.where(has, loss, 0).double(), has.double()], 1)
         self._sums.index_add_(0, index, values)
@@ -37,8 +44,14 @@ class LossByPosition:
         rows = self._sums.tolist()
         total, labels = (sum(column) for column in zip(*rows))
         ranges = [
-            {"from": _FIRST << (i - 1) if i else 0, "to": (_FIRST << i) - 1, "loss": loss / n, "labels": int(n)}
+            {"from": self._end(i - 1), "to": self._end(i) - 1, "loss": loss / n, "labels": int(n)}
             for i, (loss, n) in enumerate(rows)
             if n
         ]
         return (total / labels if labels else None), ranges
+
+    def _end(self, i: int) -> int:
+        """The first position behind range ``i``; 0 for -1."""
+        if self._width is not None:
+            return (i + 1) * self._width
+        return _FIRST << i if i >= 0 else 0

@@ -98,6 +98,17 @@ def test_loss_by_position_counts_each_label_in_its_range(one_rank):
         assert row["labels"] == inside.sum() and row["loss"] == pytest.approx(positions[inside].double().mean().item())
 
 
+def test_loss_by_position_in_ranges_of_one_width(one_rank):
+    sums = LossByPosition(1000, torch.device("cpu"), width=300)
+    positions = torch.arange(1000)
+    sums.add(positions.float(), torch.ones_like(positions), positions)
+    rows = sums.reduce()[1]
+    assert [(row["from"], row["to"], row["labels"]) for row in rows] == [
+        (0, 299, 300), (300, 599, 300), (600, 899, 300), (900, 1199, 100)
+    ]  # fmt: skip
+    assert [row["loss"] for row in rows] == pytest.approx([149.5, 449.5, 749.5, 949.5])
+
+
 def test_selection_statistics_are_those_of_a_count(one_rank):
     """Two documents of 40 and 24 tokens in blocks of 8, so 5 and 3 blocks."""
     context = CPContext(None, "contiguous", 64, cu_seqlens=[0, 40, 64])

@@ -1,0 +1,336 @@
+"""What came out of an experiment: a table (CSV), the chart as the paper draws it (PNG), and a page (Markdown)."""
+
+import csv
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..train.log import LOG, read_log
+from . import paper
+from .charts import LABELS, PAPER, figure, finish, label_of, style
+from .fit import PowerLaw, fit_power_law
+from .grid import summary_of
+from .runs import SWITCH_AT, Run
+
+Rows = list[dict[str, Any]]
+"""Summaries of the runs that are done."""
+_KINDS = ("full", "moba")
+
+
+def write(name: str, runs: list[Run], folder: Path) -> list[str]:
+    """Write ``NAME.csv``, ``NAME.png`` and ``NAME.md`` into ``folder``; returns lines for the terminal."""
+    rows = [found for run in runs if (found := summary_of(run)) is not None]
+    if not rows:
+        return [f"{name}: nothing is done yet"]
+    _table(folder / f"{name}.csv", rows)
+    try:
+        said = _EXPERIMENTS[name](rows, folder, folder / f"{name}.png")
+    except _TooFew as missing:
+        return [f"{name}: {len(rows)} of {len(runs)} runs are done; no chart yet: {missing}"]
+    texts = {row["corpus"] for row in rows} - {None}
+    hours = sum(row["seconds"] for row in rows) / 3600
+    head = [
+        f"# {name}",
+        "",
+        f"{len(rows)} of {len(runs)} runs are done, {hours:.2f} hours of a process in all"
+        + (f"; text {', '.join(sorted(texts))}" if texts else "")
+        + (". **Not all runs have seen the same text.**" if len(texts) > 1 else "."),
+        "",
+        f"![{name}]({name}.png)",
+        "",
+    ]
+    (folder / f"{name}.md").write_text("\n".join([*head, *said]) + "\n", encoding="utf-8")
+    return [f"{name}: {len(rows)} of {len(runs)} runs; {folder / name}.md, .csv, .png", *said]
+
+
+class _TooFew(Exception):
+    """There are not enough runs for a chart."""
+
+
+def _table(file: Path, rows: Rows) -> None:
+    facts = list(dict.fromkeys(key for row in rows for key in row["facts"]))
+    plain = ("name", "length", "parameters", "tokens", "pflops_days", "validation_loss", "training_loss", "seconds")
+    ends = sorted({position["to"] + 1 for row in rows for position in row["by_position"]})
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*plain, *facts, *(f"loss up to {end}" for end in ends)])
+        for row in rows:
+            losses = {position["to"] + 1: position["loss"] for position in row["by_position"]}
+            writer.writerow(
+                [row[key] for key in plain]
+                + [row["facts"].get(key) for key in facts]
+                + [losses.get(end) for end in ends]
+            )
+
+
+def _of(rows: Rows, **facts) -> Rows:
+    return [row for row in rows if all(row["facts"].get(key) == value for key, value in facts.items())]
+
+
+def _means(rows: Rows, key: Callable[[dict], Any], value: Callable[[dict], float]) -> dict[Any, tuple[float, float]]:
+    """Mean and standard deviation (0 of one) over the seeds, by ``key``."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(value(row))
+    return {at: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for at, x in groups.items()}
+
+
+def _loss(row: dict) -> float:
+    return row["validation_loss"]
+
+
+def _fits(rows: Rows, value: Callable[[dict], float] = _loss) -> dict[str, PowerLaw]:
+    fits = {}
+    for kind in _KINDS:
+        its = _of(rows, kind=kind)
+        if len({row["pflops_days"] for row in its}) < 2:
+            raise _TooFew(f"fewer than 2 sizes of {label_of(kind)}")
+        fits[kind] = fit_power_law([row["pflops_days"] for row in its], [value(row) for row in its])
+    return fits
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f" ({bounds[0]:.4f} to {bounds[1]:.4f})"
+
+
+def _fit_lines(fits: dict[str, PowerLaw], published: dict[str, PowerLaw]) -> list[str]:
+    lines = ["| | a (95 % interval) | b (95 % interval) | the paper's, other data |", "|---|---|---|---|"]
+    for kind, law in fits.items():
+        lines.append(
+            f"| {label_of(kind)} | {law.a:.4f}{_interval(law.a_interval)} | {law.b:.4f}{_interval(law.b_interval)} | "
+            f"{published[kind]} |"
+        )
+    return lines
+
+
+def _draw_law(axes, rows: Rows, fits: dict[str, PowerLaw], value: Callable[[dict], float] = _loss) -> None:
+    for kind, law in fits.items():
+        its = _of(rows, kind=kind)
+        compute = np.array([row["pflops_days"] for row in its])
+        axes.plot(compute, [value(row) for row in its], linestyle="none", **style(kind, line=False))
+        ends = np.geomspace(compute.min() / 1.5, compute.max() * 1.5, 50)
+        axes.plot(ends, law(ends), label=f"{label_of(kind)}: {law}", **style(kind, marker=False))
+    axes.set(xscale="log", yscale="log", xlabel="compute, 6 N D (PFLOP/s-days)")
+
+
+def _draw_paper_law(axes, published: dict[str, PowerLaw]) -> None:
+    compute = np.geomspace(*paper.COMPUTE, 20)
+    for kind, law in published.items():
+        line = "-" if kind == "moba" else "--"
+        axes.plot(compute, law(compute), color=PAPER, linestyle=line, label=f"{label_of(kind)}: {law}")
+    axes.set(xscale="log", yscale="log", xlabel="compute (PFLOP/s-days)", title="the paper's lines (other data)")
+    axes.legend(fontsize=7)
+
+
+def _gaps(rows: Rows, value: Callable[[dict], float] = _loss) -> dict[float, tuple[float, float]]:
+    """MoBA's loss over full attention's, less 1, by compute: mean and deviation over the seeds that have both."""
+    by_place = {(row["facts"]["kind"], row["pflops_days"], row["facts"]["seed"]): value(row) for row in rows}
+    gaps = defaultdict(list)
+    for (kind, compute, seed), loss in sorted(by_place.items()):
+        if kind == "full" and ("moba", compute, seed) in by_place:
+            gaps[compute].append(by_place["moba", compute, seed] / loss - 1)
+    return {c: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for c, x in gaps.items()}
+
+
+def _percent(gap: tuple[float, float]) -> str:
+    return f"{100 * gap[0]:+.2f} %" + (f" (± {100 * gap[1]:.2f})" if gap[1] else "")
+
+
+def _scaling_law(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    fits = _fits(rows)
+    drawn, (axes, beside) = figure((9, 4), [3, 2])
+    _draw_law(axes, rows, fits)
+    axes.set(ylabel="validation loss (nats per token)", title=f"documents of {rows[0]['length']:,} tokens")
+    axes.legend(fontsize=8)
+    _draw_paper_law(beside, paper.SCALING_LAW)
+    finish(drawn, picture)
+    compute = np.array(sorted({row["pflops_days"] for row in rows}))
+    apart = fits["moba"](compute) / fits["full"](compute) - 1
+    names = {row["pflops_days"]: (row["facts"]["size"], row["parameters"]) for row in rows}
+    sizes = [
+        f"| {names[c][0]} | {names[c][1] / 1e6:.2f} M | {c:.2e} | {_percent(gap)} |" for c, gap in _gaps(rows).items()
+    ]
+    return [
+        *_fit_lines(fits, paper.SCALING_LAW),
+        "",
+        f"MoBA's fitted line lies {100 * apart[0]:+.2f} % from full attention's at the least compute and "
+        f"{100 * apart[-1]:+.2f} % at the most.",
+        "",
+        "| model | parameters | PFLOP/s-days | MoBA's loss over full attention's |",
+        "|---|---|---|---|",
+        *sizes,
+    ]
+
+
+def _at_range(index: int) -> Callable[[dict], float]:
+    return lambda row: row["by_position"][index]["loss"]
+
+
+def _range_name(row: dict, index: int) -> str:
+    at = row["by_position"][index]
+    return f"{at['from']:,} to {at['to'] + 1:,}"
+
+
+def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    n = len(rows[0]["by_position"])
+    fits = [_fits(rows, _at_range(i)) for i in range(n)]
+    drawn, (early, late, by_position, gaps) = figure((11, 8), [1, 1], rows=2)
+    for axes, index in ((early, 0), (late, n - 1)):
+        _draw_law(axes, rows, fits[index], _at_range(index))
+        axes.set(ylabel="validation loss (nats per token)", title=f"positions {_range_name(rows[0], index)}")
+        axes.legend(fontsize=8)
+    ends = [position["to"] + 1 for position in rows[0]["by_position"]]
+    computes = sorted({row["pflops_days"] for row in rows})
+    for kind in _KINDS:
+        its = [row for row in _of(rows, kind=kind) if row["pflops_days"] == computes[-1]]
+        by_position.plot(
+            ends, [statistics.fmean(_at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
+            **style(kind),
+        )  # fmt: skip
+    by_position.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title="the largest model")
+    by_position.legend(fontsize=8)
+    shades = itertools.cycle(["0.75", "0.6", "0.45", "0.3", "0.0"])
+    markers = itertools.cycle("osv^D")
+    table = []
+    relative = [_gaps(rows, _at_range(i)) for i in range(n)]
+    for compute in [c for c in computes if all(c in gap for gap in relative)]:
+        name = next(row["facts"]["size"] for row in rows if row["pflops_days"] == compute)
+        shade = {"color": next(shades), "marker": next(markers), "markersize": 3.5, "linewidth": 1}
+        gaps.plot(ends, [100 * gap[compute][0] for gap in relative], label=f"{name}, {compute:.1e}", **shade)
+        table.append(f"| {name} | " + " | ".join(_percent(relative[i][compute]) for i in (0, n // 2, n - 1)) + " |")
+    gaps.axhline(0, color="black", linewidth=0.6)
+    gaps.set(xlabel="position, up to", ylabel="MoBA's loss over full's, less 1 (%)", title="by size, PFLOP/s-days")
+    gaps.legend(fontsize=7)
+    finish(drawn, picture)
+    lines = ["| positions | MoBA | full attention | the paper's MoBA | the paper's full |", "|---|---|---|---|---|"]
+    for i, fit in enumerate(fits):
+        published = paper.BY_POSITION[i] if n == len(paper.BY_POSITION) else {}
+        said = [str(fit["moba"]), str(fit["full"]), *(str(published.get(kind, "")) for kind in ("moba", "full"))]
+        lines.append(f"| {_range_name(rows[0], i)} | " + " | ".join(said) + " |")
+    heads = " | ".join(_range_name(rows[0], i) for i in (0, n // 2, n - 1))
+    return [*lines, "", "MoBA's loss over full attention's:", "", f"| model | {heads} |", "|---|---|---|---|", *table]
+
+
+def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    full, length = _of(rows, kind="full"), rows[0]["length"]
+    by_blocks = _means(
+        _of(rows, kind="moba"), lambda r: (length // r["facts"]["block_size"], r["facts"]["top_k"]), _loss
+    )
+    if len(by_blocks) < 2:
+        raise _TooFew("fewer than 2 block sizes")
+    places = sorted(by_blocks)
+    names = [f"{top_k}/{blocks}" for blocks, top_k in places]
+    drawn, (axes, beside) = figure((9, 4), [3, 2])
+    axes.errorbar(
+        names, [by_blocks[p][0] for p in places], [by_blocks[p][1] for p in places], capsize=3, label=LABELS["moba"],
+        **style("moba"),
+    )  # fmt: skip
+    said = ["| blocks attended to / all | block | loss | less full attention's |", "|---|---|---|---|"]
+    base = statistics.fmean(map(_loss, full)) if full else None
+    if base is not None:
+        axes.axhline(base, label=LABELS["full"], **style("full", marker=False))
+    for place, name in zip(places, names):
+        mean, deviation = by_blocks[place]
+        less = "" if base is None else f"{mean - base:+.4f}"
+        spread = f" ± {deviation:.4f}" if deviation else ""
+        said.append(f"| {name} | {length // place[0]:,} | {mean:.4f}{spread} | {less} |")
+    axes.set(xlabel="blocks attended to / blocks in all", ylabel="validation loss (nats per token)")
+    axes.set_title(f"documents of {length:,} tokens, equal sparsity")
+    axes.legend(fontsize=8)
+    beside.plot(list(paper.GRANULARITY), list(paper.GRANULARITY.values()), "o-", color=PAPER, label="MoBA")
+    beside.axhline(paper.GRANULARITY_FULL, color=PAPER, linestyle="--", label="full attention")
+    beside.set(xlabel="blocks attended to / blocks in all", title="the paper's (1.5B, other data)")
+    beside.legend(fontsize=8)
+    finish(drawn, picture)
+    return said if base is None else [*said, "", f"Full attention: {base:.4f}."]
+
+
+def _layerwise_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    tuned = _means(_of(rows, tuned=True), lambda row: row["facts"]["full_layers"], _loss)
+    counts = sorted(tuned)
+    if len(counts) < 3:
+        raise _TooFew("fewer than 3 fine-tuned models")
+    every = next(row["config"]["model"]["n_layers"] for row in _of(rows, tuned=True))
+    drawn, (axes, beside) = figure((9, 4), [3, 2])
+    hybrids = [count for count in counts if 0 < count < every]
+    axes.errorbar(
+        hybrids, [tuned[c][0] for c in hybrids], [tuned[c][1] for c in hybrids], capsize=3, label="hybrid",
+        **style("switch"),
+    )  # fmt: skip
+    for count, kind in ((0, "moba"), (every, "full")):
+        if count in tuned:
+            axes.axhline(tuned[count][0], label=f"{LABELS[kind]} in all layers", **style(kind, marker=False))
+    axes.set(xlabel="last layers with full attention", ylabel="validation loss of labelled tokens (nats)")
+    axes.set_title(f"fine-tuning of a MoBA model of {every} layers")
+    axes.legend(fontsize=8)
+    beside.plot(list(paper.LAYERWISE), list(paper.LAYERWISE.values()), "o-", color=PAPER)
+    beside.set(xlabel="last layers with full attention", title="the paper's (20 layers, other data)")
+    finish(drawn, picture)
+    said = ["| last layers with full attention | loss |", "|---|---|"]
+    for count in counts:
+        mean, deviation = tuned[count]
+        said.append(f"| {count} of {every} | {mean:.4f}" + (f" ± {deviation:.4f}" if deviation else "") + " |")
+    return said
+
+
+def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    kinds = [kind for kind in ("full", "moba", "switch") if _of(rows, kind=kind)]
+    if len(kinds) < 3:
+        raise _TooFew("MoBA, full attention or the switch is missing")
+    n = len(rows[0]["by_position"])
+    ends = [position["to"] + 1 for position in rows[0]["by_position"]]
+    drawn, (by_position, near) = figure((10, 4), [1, 1])
+    for kind in kinds:
+        its = _of(rows, kind=kind)
+        by_position.plot(
+            ends, [statistics.fmean(_at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
+            **style(kind),
+        )  # fmt: skip
+    by_position.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title="at the end")
+    by_position.legend(fontsize=8)
+    # Losses differ more between batches than between runs: draw the difference to full attention on the same batch.
+    seed = min(row["facts"]["seed"] for row in _of(rows, kind="switch"))
+    losses = {}
+    for kind in kinds:
+        for row in _of(rows, kind=kind, seed=seed):
+            records = read_log(folder / "runs" / row["name"] / LOG)
+            losses[kind] = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
+    lines = []
+    if all(losses.get(kind) for kind in ("full", "moba", "switch")):
+        steps = max(losses["switch"])
+        first = int(SWITCH_AT * steps + 0.5) + 1
+        shown = [step for step in losses["switch"] if step >= max(1, steps - 3 * (steps - first + 1))]
+        for kind in ("moba", "switch"):
+            less = [losses[kind][step] - losses["full"][step] for step in shown]
+            near.plot(shown, less, label=label_of(kind), **style(kind, marker=False))
+        near.axhline(0, color="black", linewidth=0.6)
+        near.axvline(first - 0.5, color="0.5", linestyle=":")
+        near.set(xlabel="step", ylabel="training loss less full attention's", title="around the switch (dotted)")
+        near.legend(fontsize=8)
+        behind = [losses["switch"][step] - losses["moba"][step] for step in range(first, steps + 1)]
+        lines = [
+            "",
+            f"From the switch (step {first} of {steps}) on the loss lies at most {max(behind):+.4f} nats above that of "
+            f"MoBA on the same batch, {statistics.fmean(behind):+.4f} in the mean.",
+        ]
+    finish(drawn, picture)
+    said = ["| | loss | first range | last range |", "|---|---|---|---|"]
+    for kind in kinds:
+        its = _of(rows, kind=kind)
+        values = [statistics.fmean(map(value, its)) for value in (_loss, _at_range(0), _at_range(n - 1))]
+        said.append(f"| {label_of(kind)} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    return [*said, *lines]
+
+
+_EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
+    "scaling-law": _scaling_law,
+    "position-loss": _position_loss,
+    "granularity": _granularity,
+    "layerwise-hybrid": _layerwise_hybrid,
+    "training-hybrid": _training_hybrid,
+}

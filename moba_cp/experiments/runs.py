@@ -1,0 +1,164 @@
+"""The training runs of each experiment. Experiments share runs: one with the same name is the same run.
+
+Within a seed, runs of MoBA and full attention see the same documents in the same order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..model.attention import AttentionConfig
+from ..model.schedule import Phase
+from ..train.config import TrainConfig
+from .corpus import TRAINING, TUNING, TUNING_VALIDATION, VALIDATION
+from .scales import Scale, Size, corpus_prefix
+
+# Ranges of positions that a document is divided into.
+RANGES = 16
+SWITCH_AT = 0.9
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run of its own in the folder that ``config`` names."""
+
+    name: str
+    config: TrainConfig
+    length: int
+    """Tokens of a document."""
+    facts: dict
+    """What a chart needs to know: ``size``, ``kind`` (``moba``, ``full``, ``switch``), ``seed`` and the like."""
+    parent: "Run | None" = None
+    """The run whose weights it begins with."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Without embeddings."""
+        return self.config.model.n_parameters()
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, without those of its parent."""
+        data = self.config.data
+        return self.config.run.steps * data.seq_len * data.sequences_per_step
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes runs of one scale into one folder.
+
+    Args:
+        base: the config that all of them have in common.
+    """
+
+    scale: Scale
+    folder: Path
+    base: TrainConfig
+
+    def run(
+        self, size: Size, length: int, kind: str, seed: int, block_size: int | None = None, top_k: int | None = None
+    ) -> Run:
+        """Training from the beginning: ``kind`` is ``moba``, ``full``, or ``switch`` from one to the other."""
+        block_size, top_k = block_size or self.scale.block_size, top_k or self.scale.top_k
+        attention = self._attention(kind, block_size, top_k)
+        blocks = "" if kind == "full" else f"-b{block_size}k{top_k}"
+        config = replace(
+            self._config(size, length, seed, size.steps, size.lr, (TRAINING, VALIDATION)), attention=attention
+        )
+        name = f"{length}-{size.name}-{size.tokens / 1e6:.3g}M-{kind}{blocks}-s{seed}"
+        facts = {"size": size.name, "kind": kind, "seed": seed, "block_size": block_size, "top_k": top_k}
+        return self._named(name, config, length, facts)
+
+    def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
+        """``parent`` fine-tuned with so many last layers full, on data of which only a part has labels."""
+        steps = max(2, round(size.steps * self.scale.tuning_share))
+        seed = parent.facts["seed"]
+        config = self._config(size, parent.length, seed, steps, size.lr / 4, (TUNING, TUNING_VALIDATION))
+        last = f"last {full_layers}" if full_layers else "none"
+        attention = replace(parent.config.attention, full_layers=last)
+        config = replace(config, attention=attention)
+        facts = parent.facts | {"full_layers": full_layers, "tuned": True}
+        return self._named(f"{parent.name}-tuned{full_layers}", config, parent.length, facts, parent)
+
+    def _attention(self, kind: str, block_size: int, top_k: int) -> AttentionConfig:
+        base = self.base.attention
+        if kind == "full":
+            return replace(base, default="full", full_layers="none", schedule=())
+        schedule = (Phase("moba", SWITCH_AT), Phase("full")) if kind == "switch" else ()
+        return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule)
+
+    def _config(
+        self, size: Size, length: int, seed: int, steps: int, lr: float, splits: tuple[str, str]
+    ) -> TrainConfig:
+        base, own = self.base, self.scale.own_data
+        model = replace(
+            base.model, n_layers=size.n_layers, n_heads=size.n_heads, n_kv_heads=size.n_heads,
+            hidden_size=size.hidden_size, head_dim=None, ffn_hidden_size=None,
+        )  # fmt: skip
+        packed = length if own else min(max(base.data.seq_len, length), max(size.tokens_per_step, length))
+        data = replace(base.data, seq_len=packed, sequences_per_step=max(1, size.tokens_per_step // packed))
+        if not own:
+            paths = [corpus_prefix(self.folder, length, split) for split in splits]
+            data = replace(data, path=paths[0], validation_path=paths[1])
+        optimizer = replace(base.optimizer, lr=lr, warmup_steps=max(1, steps // 10))
+        run = replace(
+            base.run, steps=steps, seed=seed, validate_every=steps, position_range=length // RANGES,
+            checkpoint_every=max(1, steps // 4), keep_checkpoints=1,
+        )  # fmt: skip
+        return replace(base, model=model, data=data, optimizer=optimizer, run=run)
+
+    def _named(self, name: str, config: TrainConfig, length: int, facts: dict, parent: Run | None = None) -> Run:
+        start = None if parent is None else parent.config.run.directory
+        run = replace(config.run, directory=str(self.folder / "runs" / name), start_from=start)
+        return Run(name, replace(config, run=run), length, facts, parent)
+
+
+def scaling_law(make: Maker) -> Iterator[Run]:
+    """Five sizes of MoBA and of full attention, at the shorter length."""
+    for seed in range(make.scale.seeds):
+        for size in make.scale.sizes:
+            yield from (make.run(size, make.scale.length, kind, seed) for kind in ("full", "moba"))
+
+
+def position_loss(make: Maker) -> Iterator[Run]:
+    """The same at the longer length."""
+    for seed in range(make.scale.seeds):
+        for size in make.scale.sizes:
+            yield from (make.run(size, make.scale.long, kind, seed) for kind in ("full", "moba"))
+
+
+def granularity(make: Maker) -> Iterator[Run]:
+    """Equal sparsity by few large blocks up to many small ones, and full attention."""
+    scale = make.scale
+    for seed in range(scale.seeds):
+        yield make.run(scale.granularity_size, scale.long, "full", seed)
+        for top_k, blocks in scale.granularity:
+            yield make.run(scale.granularity_size, scale.long, "moba", seed, scale.long // blocks, top_k)
+
+
+def training_hybrid(make: Maker) -> Iterator[Run]:
+    """MoBA, full attention, and MoBA for 90 % of the tokens followed by full attention."""
+    scale = make.scale
+    for seed in range(scale.seeds):
+        for kind in ("full", "moba", "switch"):
+            yield make.run(scale.switch_size, scale.long, kind, seed, scale.switch_block_size)
+
+
+def layerwise_hybrid(make: Maker) -> Iterator[Run]:
+    """A model pretrained with MoBA, fine-tuned with some last layers full, none, and all."""
+    scale = make.scale
+    for seed in range(scale.seeds):
+        parent = make.run(scale.deep_size, scale.long, "moba", seed)
+        yield parent
+        for last in (*scale.last_layers, 0, scale.deep_size.n_layers):
+            yield make.tuned(parent, scale.deep_size, last)
+
+
+GRIDS = {
+    "scaling-law": scaling_law,
+    "granularity": granularity,
+    "training-hybrid": training_hybrid,
+    "position-loss": position_loss,
+    "layerwise-hybrid": layerwise_hybrid,
+}
+"""The experiments, those first whose runs the others share."""

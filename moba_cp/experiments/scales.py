@@ -1,0 +1,196 @@
+"""How large the experiments are: ``tiny`` for tests, ``small`` for a GPU or a few, ``paper`` as published."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..model.config import ModelConfig
+from ..train.config import TrainConfig
+from ..train.yaml_config import load
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and how it is trained, at either length."""
+
+    n_layers: int
+    n_heads: int
+    hidden_size: int
+    tokens: int
+    """To train on."""
+    tokens_per_step: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Layers x width."""
+        return f"{self.n_layers}x{self.hidden_size}"
+
+    @property
+    def n_parameters(self) -> int:
+        """Without embeddings."""
+        return ModelConfig(n_layers=self.n_layers, n_heads=self.n_heads, hidden_size=self.hidden_size).n_parameters()
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / self.tokens_per_step))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of all experiments. Lengths are in tokens."""
+
+    name: str
+    sizes: tuple[Size, ...]
+    """Of the scaling laws, the smallest first."""
+    length: int
+    """Of a document for the scaling law."""
+    long: int
+    """Of a document for everything else."""
+    block_size: int
+    top_k: int
+    granularity_size: Size
+    granularity: tuple[tuple[int, int], ...]
+    """(blocks attended to, blocks in all) of a document of ``long``."""
+    switch_size: Size
+    switch_block_size: int
+    deep_size: Size
+    """For the layer-wise hybrid."""
+    last_layers: tuple[int, ...]
+    """How many last layers attend fully."""
+    tuning_share: float
+    """Tokens of fine-tuning, as a share of those of training."""
+    seeds: int
+    retrieval_size: Size
+    retrieval_lengths: tuple[int, ...]
+    """Of documents to train on and to be tested with, each twice the one before."""
+    retrieval_block_size: int
+    own_data: bool
+    """The documents are the user's, packed by the trainer; else they are made of installed sources, whole."""
+    held_out: int = 0
+    """Documents of ``long`` of a validation."""
+    text_bytes: int | None = None
+    """Of sources to take; None for all."""
+
+    @cached_property
+    def base(self) -> TrainConfig:
+        """What all runs have in common."""
+        return load(TrainConfig, f"experiments/{self.name}")
+
+
+def _small_size(n: int, tokens_per_step: int, per_parameter: float = 8.0, width: int = 0) -> Size:
+    """``n`` layers with as many heads of 64, as the paper has as many layers as heads, or of another ``width``.
+
+    The learning rate falls with the width; trained on ``per_parameter`` bytes for each parameter.
+    """
+    hidden = width or 64 * n
+    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.6 / hidden, 6))
+    tokens = round(per_parameter * size.n_parameters / tokens_per_step) * tokens_per_step
+    return Size(n, hidden // 64, hidden, tokens, tokens_per_step, size.lr)
+
+
+def _small() -> Scale:
+    k = 1024
+    sizes = (
+        _small_size(2, 32 * k), _small_size(3, 64 * k), _small_size(4, 64 * k), _small_size(5, 128 * k),
+        _small_size(6, 128 * k),
+    )  # fmt: skip
+    return Scale(
+        name="small",
+        sizes=sizes,
+        length=8 * k,
+        long=32 * k,
+        block_size=512,
+        top_k=3,
+        granularity_size=sizes[2],
+        granularity=((2, 8), (4, 16), (8, 32), (16, 64), (32, 128)),
+        switch_size=sizes[3],
+        switch_block_size=512,
+        deep_size=_small_size(12, 128 * k, 4.0, width=256),
+        last_layers=(1, 3, 5, 10),
+        tuning_share=0.2,
+        seeds=3,
+        retrieval_size=_small_size(4, 64 * k, 20.0),
+        retrieval_lengths=(1 * k, 2 * k, 4 * k, 8 * k),
+        retrieval_block_size=128,
+        own_data=False,
+        held_out=96,
+    )
+
+
+def _tiny() -> Scale:
+    def size(n_layers: int, hidden: int, steps: int) -> Size:
+        return Size(n_layers, hidden // 16, hidden, 512 * steps, 512, 3e-3)
+
+    sizes = (size(1, 16, 4), size(1, 32, 6), size(2, 32, 8))
+    return Scale(
+        name="tiny",
+        sizes=sizes,
+        length=256,
+        long=512,
+        block_size=32,
+        top_k=3,
+        granularity_size=sizes[1],
+        granularity=((2, 4), (4, 8), (8, 16)),
+        switch_size=sizes[1],
+        switch_block_size=32,
+        deep_size=size(4, 16, 5),
+        last_layers=(1, 3),
+        tuning_share=0.4,
+        seeds=1,
+        retrieval_size=size(2, 32, 8),
+        retrieval_lengths=(256, 512),
+        retrieval_block_size=32,
+        own_data=False,
+        held_out=4,
+        text_bytes=1_500_000,
+    )
+
+
+def _paper() -> Scale:
+    # Layers = heads, of 128; tokens as published. The paper says neither batch size nor learning rate.
+    sizes = tuple(
+        Size(n, n, 128 * n, round(billions * 1e9), 2**22, lr)
+        for n, billions, lr in (
+            (14, 10.8, 3e-4),
+            (16, 15.3, 3e-4),
+            (18, 20.6, 2.5e-4),
+            (20, 27.4, 2e-4),
+            (22, 36.9, 2e-4),
+        )
+    )
+    return Scale(
+        name="paper",
+        sizes=sizes,
+        length=8192,
+        long=32768,
+        block_size=512,
+        top_k=3,
+        granularity_size=sizes[3],
+        granularity=((2, 8), (4, 16), (8, 32), (16, 64), (32, 128)),
+        switch_size=Size(20, 20, 2560, 30_000_000_000, 2**22, 2e-4),
+        switch_block_size=2048,
+        deep_size=sizes[3],
+        last_layers=(1, 3, 5, 10),
+        tuning_share=0.1,
+        seeds=1,
+        retrieval_size=sizes[0],
+        retrieval_lengths=(4096, 8192, 16384, 32768),
+        retrieval_block_size=512,
+        own_data=True,
+    )
+
+
+_SCALES: dict[str, Callable[[], Scale]] = {"tiny": _tiny, "small": _small, "paper": _paper}
+SCALES = tuple(_SCALES)
+
+
+def scale_called(name: str) -> Scale:
+    """The scale of that name, one of :data:`SCALES`."""
+    return _SCALES[name]()
+
+
+def corpus_prefix(folder: Path, length: int, split: str) -> str:
+    """Where the documents of ``length`` of a split are."""
+    return str(folder / "corpus" / str(length) / split)

@@ -1,0 +1,95 @@
+"""What ``moba-cp experiment NAME...`` does: prepare the text, train, collect, draw."""
+
+import argparse
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..train.config import TrainConfig
+from ..train.log import human
+from ..train.yaml_config import load
+from . import report
+from .corpus import build_corpora, corpus_lines, installed_sources
+from .grid import Grid, Slot, estimate, flops, summary_of
+from .runs import GRIDS, Maker, Run
+from .scales import Scale, scale_called
+
+
+def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, started: float) -> int:
+    """Run the experiments ``names`` in ``folder``; ``started`` is when the budget began (:func:`time.monotonic`).
+
+    Raises:
+        ValueError, OSError: what the user should read.
+    """
+    scale = scale_called(arguments.scale)
+    if arguments.seeds is not None:
+        scale = replace(scale, seeds=arguments.seeds)
+    if scale.own_data and arguments.data:
+        raise ValueError("--data with --scale paper: its documents are those of --set data.path=PREFIX")
+    base = load(TrainConfig, f"experiments/{scale.name}", arguments.overrides)
+    maker = Maker(scale, folder, base)
+    grids = {name: list(GRIDS[name](maker)) for name in names}
+    runs = in_order(grids)
+    if arguments.dry_run:
+        print(*cost(runs, arguments.gpus or 1), sep="\n")
+        return 0
+    failed = []
+    if not arguments.redraw:
+        corpus = None if scale.own_data else _corpus(scale, folder, arguments)
+        slots = _slots(arguments.gpus, arguments.per_gpu)
+        deadline = None if arguments.budget_seconds is None else started + arguments.budget_seconds
+        say = lambda line: print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+        failed = Grid(runs, folder, corpus, slots, deadline, say).execute()
+    for name, its in grids.items():
+        print(*report.write(name, its, folder), sep="\n")
+    return 1 if failed else 0
+
+
+def in_order(grids: dict[str, list[Run]]) -> list[Run]:
+    """The runs of all experiments, each once: those of the first seed before those of the others."""
+    once = {run.name: run for runs in grids.values() for run in runs}
+    return sorted(once.values(), key=lambda run: run.facts["seed"])
+
+
+def cost(runs: list[Run], gpus: int) -> list[str]:
+    """What runs would take, a line each."""
+    lines = [f"{'run':42} {'parameters':>12} {'tokens':>10} {'6 N D':>10} {'H100 s':>8}"]
+    total, done = 0.0, 0
+    for run in runs:
+        finished = summary_of(run) is not None
+        seconds = 0.0 if finished else estimate(run)
+        total, done = total + seconds, done + finished
+        lines.append(
+            f"{run.name:42} {human(run.n_parameters, ''):>12} {human(run.tokens, ''):>10} {flops(run):10.2e} "
+            + (f"{'done':>8}" if finished else f"{seconds:8,.0f}")
+        )
+    lines.append(
+        f"{len(runs) - done} of {len(runs)} runs to do: {total / 3600:.3g} GPU-hours of H100s, "
+        f"{total / gpus / 3600:.3g} hours on {gpus} of them; estimated from rates of larger models, corrected by what "
+        "is measured once it runs"
+    )
+    return lines
+
+
+def _corpus(scale: Scale, folder: Path, arguments: argparse.Namespace) -> str:
+    """Build the text; returns its hash."""
+    roots = installed_sources() if arguments.data is None else tuple(map(Path, arguments.data))
+    lengths = [scale.length, scale.long]
+    facts = build_corpora(folder / "corpus", lengths, roots, arguments.pattern, scale.text_bytes, scale.held_out)
+    print(*corpus_lines(facts), sep="\n", flush=True)
+    return facts["splits"]["training"]["hash"]
+
+
+def _slots(gpus: int | None, per_gpu: int) -> list[Slot]:
+    here = torch.cuda.device_count()
+    if not here:
+        return [Slot(i, None) for i in range((gpus or 1) * per_gpu)]
+    if gpus is not None and gpus > here:
+        raise ValueError(f"--gpus={gpus}: this machine has {here}")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(i) for i in range(here)]
+    # The runs that stand one behind another, such as MoBA and full attention of one size, go to different GPUs.
+    return [Slot(i, visible[i % (gpus or here)]) for i in range((gpus or here) * per_gpu)]

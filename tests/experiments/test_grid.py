@@ -1,0 +1,178 @@
+"""The grid of runs: what is done is skipped, what fails is tried again, what does not fit the time is left."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moba_cp.experiments import grid
+from moba_cp.experiments.grid import Grid, Slot, summary_of
+from moba_cp.experiments.runs import GRIDS, Maker
+from moba_cp.experiments.scales import scale_called
+from moba_cp.train.config import TrainConfig
+from moba_cp.train.yaml_config import load
+
+
+class Thread:
+    """In place of a worker's process."""
+
+    def __init__(self, slot):
+        self.pool, self.stopping = ThreadPoolExecutor(1), False
+
+    def stop(self):
+        self.stopping = True
+
+    def close(self):
+        self.pool.shutdown(wait=False)
+
+
+@pytest.fixture
+def maker(tmp_path):
+    scale = scale_called("tiny")
+    return Maker(scale, tmp_path, scale.base)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the runs in the order in which they were trained, by a trainer that only writes what one writes."""
+    names = []
+
+    def train(config_file, output):
+        config = load(TrainConfig, config_file)
+        folder = Path(config.run.directory)
+        names.append(folder.name)
+        if config.run.start_from is not None:
+            assert (Path(config.run.start_from) / "checkpoints").is_dir()
+        (folder / "checkpoints").mkdir(parents=True)
+        record = {"step": config.run.steps, "loss": 2.0, "validation_loss": 2.1, "seconds": 0.5}
+        (folder / "log.jsonl").write_text(json.dumps(record) + "\n")
+
+    monkeypatch.setattr(grid, "Worker", Thread)
+    monkeypatch.setattr(grid, "_train", train)
+    return names
+
+
+def execute(runs, maker, slots=1, **kwargs):
+    return Grid(
+        runs, maker.folder, "hash", [Slot(i, None) for i in range(slots)], say=lambda line: None, **kwargs
+    ).execute()
+
+
+def test_each_run_is_trained_once(maker, trained):
+    runs = list(GRIDS["scaling-law"](maker))
+    assert execute(runs[:3], maker) == [] and trained == [run.name for run in runs[:3]]
+    assert execute(runs, maker) == [] and trained == [run.name for run in runs]
+    found = summary_of(runs[0])
+    assert (found["validation_loss"], found["corpus"], found["facts"]) == (2.1, "hash", runs[0].facts)
+    assert not (Path(runs[0].config.run.directory) / "checkpoints").exists()
+
+
+def test_weights_stay_until_the_last_run_that_begins_with_them(maker, trained):
+    parent, *tuned = GRIDS["layerwise-hybrid"](maker)
+    execute([parent, *tuned], maker, slots=2, deadline=None)
+    assert trained[0] == parent.name and set(trained[1:]) == {run.name for run in tuned}
+    weights = Path(parent.config.run.directory) / "checkpoints"
+    assert not weights.exists()
+    # On another machine, where the parent's weights are not, it is trained again for a child that is missing.
+    (Path(tuned[-1].config.run.directory) / "summary.json").unlink()
+    for name in ("checkpoints", "log.jsonl"):
+        for run in (tuned[-1], parent):
+            path = Path(run.config.run.directory) / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    trained.clear()
+    assert execute([parent, *tuned], maker) == [] and trained == [parent.name, tuned[-1].name]
+
+
+def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
+    runs, train, failures = list(GRIDS["scaling-law"](maker))[:3], grid._train, {"once": 1, "always": 9}
+
+    def failing(config, output):
+        which = {runs[0].name: "once", runs[1].name: "always"}.get(Path(config).stem)
+        if which and failures[which]:
+            failures[which] -= 1
+            raise RuntimeError("CUDA error")
+        train(config, output)
+
+    monkeypatch.setattr(grid, "_train", failing)
+    assert execute(runs, maker) == [runs[1].name] and failures["always"] == 7
+    assert trained == [runs[0].name, runs[2].name]
+
+
+def test_nothing_is_begun_that_would_not_end_in_time(maker, trained, monkeypatch):
+    runs = list(GRIDS["scaling-law"](maker))
+    seconds = {run.name: 1000.0 if run.facts["kind"] == "full" else 10.0 for run in runs}
+    monkeypatch.setattr(grid, "estimate", lambda run: seconds[run.name])
+    monkeypatch.setattr(Grid, "seconds_of", lambda self, run: seconds[run.name])
+    assert execute(runs, maker, deadline=time.monotonic() + 100) == []
+    assert trained == [run.name for run in runs if run.facts["kind"] == "moba"]
+
+
+def test_estimates_follow_what_was_measured(maker):
+    run, *_ = GRIDS["scaling-law"](maker)
+    made = Grid([run], maker.folder, None, [Slot(0, None)])
+    before = made.seconds_of(run)
+    made._measured, made._estimated = 30.0, 10.0
+    assert made.seconds_of(run) == pytest.approx(3 * before)
+
+
+def test_another_run_in_the_folder_or_other_text_is_refused(maker, trained):
+    runs = list(GRIDS["scaling-law"](maker))[:1]
+    execute(runs, maker)
+    with pytest.raises(ValueError, match="was trained on other text"):
+        Grid(runs, maker.folder, "another", [Slot(0, None)]).execute()
+    file = Path(runs[0].config.run.directory) / "summary.json"
+    found = json.loads(file.read_text())
+    found["config"]["optimizer"]["lr"] = 0.5
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        execute(runs, maker)
+
+
+def test_killed_and_started_again_it_goes_on(tmp_path):
+    """The first process is killed, once a run is done: its workers end, and the next one trains the rest alone."""
+    folder = tmp_path / "grid"
+    for i in range(120):
+        part = tmp_path / "text" / "text" / f"part{i:02}"
+        part.mkdir(parents=True)
+        (part / "file.py").write_text("".join(f"value_{i}_{j} = {i * j}\n" for j in range(80)))
+    command = [sys.executable, "-m", "moba_cp", "experiment", "scaling-law", "--scale", "tiny"]
+    command += ["--directory", str(folder), "--gpus", "1", "--data", str(tmp_path / "text")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not list(folder.glob("runs/*/summary.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    done = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/summary.json")}
+    assert len(done) < 6
+    deadline = time.monotonic() + 30
+    while _alive(process.pid):
+        assert time.monotonic() < deadline, "the worker outlived the process that started it"
+        time.sleep(0.05)
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert f"6 runs, {len(done)} of them done" in made.stdout
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert len(list(folder.glob("runs/*/summary.json"))) == 6
+    assert (folder / "scaling-law.png").read_bytes().startswith(b"\x89PNG")
+    assert "MoBA's fitted line lies" in (folder / "scaling-law.md").read_text()
+    assert len((folder / "scaling-law.csv").read_text().splitlines()) == 7
+
+
+def _alive(session: int) -> bool:
+    """Whether a process of the session is there."""
+    try:
+        os.killpg(session, signal.SIG_DFL)
+    except ProcessLookupError:
+        return False
+    return True

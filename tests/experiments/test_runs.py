@@ -1,0 +1,96 @@
+"""What the experiments train, at every scale."""
+
+from pathlib import Path
+
+import pytest
+
+from moba_cp.experiments import grid, grid_command
+from moba_cp.experiments.grid import DAY, flops
+from moba_cp.experiments.runs import GRIDS, Maker
+from moba_cp.experiments.scales import SCALES, scale_called
+from moba_cp.experiments.start import cost, in_order
+
+
+@pytest.fixture(params=SCALES)
+def maker(request, tmp_path):
+    scale = scale_called(request.param)
+    return Maker(scale, tmp_path, scale.base)
+
+
+def test_options_name_all_there_is():
+    assert set(grid_command.NAMES) == set(GRIDS) and grid_command.SCALES == SCALES
+
+
+def test_moba_and_full_attention_differ_in_attention_alone(maker):
+    for name in ("scaling-law", "position-loss", "training-hybrid"):
+        runs = list(GRIDS[name](maker))
+        by_place = {}
+        for run in runs:
+            by_place.setdefault((run.facts["size"], run.facts["seed"]), []).append(run)
+        for alike in by_place.values():
+            assert {run.facts["kind"] for run in alike} >= {"moba", "full"}
+            kinds = {run.config.attention.at(1, 100).default for run in alike}
+            assert kinds == {"moba", "full"}
+            for run in alike:
+                assert (run.config.model, run.config.data) == (alike[0].config.model, alike[0].config.data)
+                assert run.config.optimizer == alike[0].config.optimizer
+                assert run.config.run.seed == alike[0].config.run.seed and run.tokens == alike[0].tokens
+
+
+def test_five_sizes_span_a_factor_of_16():
+    sizes = scale_called("small").sizes
+    assert len(sizes) >= 5 and sizes[-1].n_parameters >= 16 * sizes[0].n_parameters
+
+
+def test_the_paper_has_its_sizes(tmp_path):
+    scale = scale_called("paper")
+    published = [(545e6, 14, 1792, 10.8e9), (822e6, 16, 2048, 15.3e9), (1.1e9, 18, 2304, 20.6e9)]
+    published += [(1.5e9, 20, 2560, 27.4e9), (2.1e9, 22, 2816, 36.9e9)]
+    for size, (parameters, layers, hidden, tokens) in zip(scale.sizes, published, strict=True):
+        assert (size.n_layers, size.n_heads, size.hidden_size) == (layers, layers, hidden)
+        assert size.n_parameters == pytest.approx(parameters, rel=0.06) and size.tokens == tokens
+    runs = list(GRIDS["scaling-law"](Maker(scale, tmp_path, scale.base)))
+    assert flops(runs[0]) / DAY == pytest.approx(0.41, rel=0.05)
+    (switch,) = (run for run in GRIDS["training-hybrid"](Maker(scale, tmp_path, scale.base)) if "switch" in run.name)
+    assert switch.tokens == pytest.approx(30e9, rel=1e-3) and switch.config.attention.block_size == 2048
+
+
+def test_granularity_has_one_sparsity(maker):
+    runs = [run for run in GRIDS["granularity"](maker) if run.facts["kind"] == "moba"]
+    shares = {run.facts["top_k"] * run.facts["block_size"] / run.length for run in runs}
+    assert len(shares) == 1 and len({run.name for run in runs}) == len(runs) >= 3
+
+
+def test_fine_tuning_begins_with_the_model_trained_with_moba(maker):
+    parent, *tuned = [run for run in GRIDS["layerwise-hybrid"](maker) if run.facts["seed"] == 0]
+    n = parent.config.model.n_layers
+    assert {run.facts["full_layers"] for run in tuned} >= {0, 1, 3, n}
+    for run in tuned:
+        assert run.parent is parent and run.config.run.start_from == parent.config.run.directory
+        full = run.config.attention.full_layer_numbers(n)
+        assert full == set(range(n - run.facts["full_layers"] + 1, n + 1))
+        if not maker.scale.own_data:
+            assert Path(run.config.data.path).name == "tuning"
+
+
+def test_a_name_is_one_config(maker):
+    seen = {}
+    for make in GRIDS.values():
+        for run in make(maker):
+            known = seen.setdefault(run.name, run)
+            assert grid.identity(run.config) == grid.identity(known.config)
+    runs = in_order({name: list(make(maker)) for name, make in GRIDS.items()})
+    assert len(runs) == len(seen) and [run.facts["seed"] for run in runs] == sorted(run.facts["seed"] for run in runs)
+
+
+def test_cost_says_what_is_to_do(maker):
+    runs = list(GRIDS["granularity"](maker))
+    lines = cost(runs, 2)
+    assert len(lines) == len(runs) + 2 and f"{len(runs)} of {len(runs)} runs to do" in lines[-1]
+
+
+def test_options_out_of_range_are_refused(capsys):
+    from moba_cp.cli import main
+
+    assert main(["experiment", "granularity", "--gpus", "0"]) == 2
+    assert "--gpus=0 is not above 0" in capsys.readouterr().err
