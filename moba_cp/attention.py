@@ -17,7 +17,7 @@ from .transforms import cast_inputs, check_no_tangent
 if TYPE_CHECKING:
     from .cp.context import CPContext
 
-Method = Literal["auto", "ring", "allgather"]
+Method = Literal["auto", "ring", "allgather", "heads"]
 Backend = Literal["auto", "fa4", "cudnn", "flash", "plain"]
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 

@@ -33,7 +33,8 @@ class Kept(NamedTuple):
 
     def without_index(self) -> "Kept":
         """Less memory: MoBA's routing index is made again from the selection in a small part of the pass's time."""
-        return Kept([None if i == 2 else x for i, x in enumerate(self.tensors)], self.made)
+        indices = [2] if self.made is None else [1 + place for place in self.made.indices]
+        return Kept([None if i in indices else x for i, x in enumerate(self.tensors)], self.made)
 
 
 @dataclass(frozen=True)

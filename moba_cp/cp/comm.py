@@ -9,11 +9,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from .calls import UNNAMED_LAYER, ExchangeError, Where, ledger_of
 from .counters import Counters
@@ -86,6 +88,8 @@ class Communicator:
         """Name of the layer that is called next, for counters and error messages: a model sets it, a call reads it."""
         self.memory: Any = None
         """Memory that all ranks read, where a caller has such; see :func:`.symmetric_memory.peer_memory`."""
+        self.within: Communicator | None = None
+        """The communicator of a larger group of which this one's calls are parts, see :meth:`strided`."""
         self._state = _state_of(group)
         self.calls = ledger_of(group)
         """The attention calls of all contexts of this group."""
@@ -210,6 +214,23 @@ class Communicator:
         """
         return self._state.side.entered(after)
 
+    def strided(self, step: int) -> "Communicator":
+        """Of this rank and every ``step``-th before and after it in the group: their calls are parts of this group's
+        calls, and count as such. A collective call."""
+        part = self._part(range(self.rank % step, self.size, step))
+        part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
+        return part
+
+    def _part(self, ranks: range) -> "Communicator":
+        """Of some ranks of the group, this one among them; all ranks call it, each with its own."""
+        return Communicator(subgroup(self.group, ranks))
+
+    def count_ring(self, k: Tensor, times: int, where: Where) -> None:
+        """Count what a dense ring of the group brings in a pass, some ``times`` K and V; k [L, Hkv, D]."""
+        if self.within is None:
+            for counters in self.counters_of(where):
+                counters.dense_ring += times * ring_bytes(k, self.size)
+
     def reset_counters(self) -> None:
         """Start all counters again from zero."""
         self.counters.reset()
@@ -305,6 +326,46 @@ _groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupState]" = weakref.W
 
 def _state_of(group: dist.ProcessGroup | None) -> _GroupState:
     return _GroupState() if group is None else _groups.setdefault(group, _GroupState())
+
+
+_subgroups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[range, dist.ProcessGroup]]" = weakref.WeakKeyDictionary()
+
+
+def subgroup(group: dist.ProcessGroup, ranks: range) -> dist.ProcessGroup:
+    """The group of some ranks of ``group``, given by their numbers in it; made once, by a collective call of these
+    ranks alone.
+
+    ``dist.new_group`` wants all ranks of the program, or names the group by how many groups the process is in, which
+    need not be the same on all of its ranks; here it is named by the group that it is a part of.
+    """
+    made = _subgroups.setdefault(group, {})
+    if ranks not in made:
+        among, default = dist.get_process_group_ranks(group), dist.group.WORLD
+        members = [among[rank] for rank in ranks]
+        # Where a device is bound, NCCL would split the default group's communicator, for which it needs all its ranks.
+        bound, default.bound_device_id = default.bound_device_id, None
+        try:
+            made[ranks], _ = c10d._new_process_group_helper(
+                len(ranks),
+                members.index(dist.get_rank()),
+                members,
+                dist.Backend(dist.get_backend_config(group)),
+                c10d._get_default_store(),
+                f"moba_cp {group.group_name} {ranks.start} {ranks.step}",
+                timeout=_timeout_of(group) or c10d.default_pg_timeout,
+            )
+        finally:
+            default.bound_device_id = bound
+        c10d._world.pg_group_ranks[made[ranks]] = {member: rank for rank, member in enumerate(members)}
+    return made[ranks]
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    for device in ("cuda", "cpu"):
+        # It has no such backend, or one that does not say.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return group._get_backend(torch.device(device)).options._timeout
+    return None
 
 
 def record_stream(*tensors: Tensor) -> None:

@@ -1,5 +1,8 @@
 """MoBA attention across ranks.
 
+Where tokens are exchanged for heads (:mod:`.heads`), every h ranks first give one another the rows of their heads; what
+follows is done by the ranks that have the same heads, and is nothing but attention where that is one.
+
 Tails of straddling blocks go to the owners; block means are all-gathered; local queries select among all blocks. There
 are two ways to attend to blocks of other ranks then: all K and V come here, some heads at a time (:mod:`.allgather`),
 or a plan says which blocks come here and which query rows go to theirs (:mod:`.exchange`). Both have the methods of
@@ -20,11 +23,15 @@ from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import AllGather, Transport, build_transport
 from .calls import TAG_BYTES, Call, agree
-from .comm import Communicator, HostCopy, ring_bytes
+from .comm import Communicator, HostCopy, wait_for
 from .compiling import outside_graphs
 from .context import CPContext, check_context, signature
 from .exchange.strategy import Exchange, ExchangeTables, build_exchange_tables
 from .geometry import BlockGeometry
+from .heads.collectives import Collectives, Part, Stage
+from .heads.local import LocalMoBA
+from .heads.strategy import HeadExchange, Saved
+from .heads.tables import HeadTables, build_head_tables, head_ranks
 from .options import GATHERING_MODES
 from .straddle import assemble, assemble_backward
 from .ways import OutputGradient, Queries, Seen, Way
@@ -96,16 +103,40 @@ class Pass(NamedTuple):
     way: Way
     ops: Any
 
+    @property
+    def indices(self) -> list[int]:
+        """Which of the tensors that depend on the selection are routing indices."""
+        return [1]
+
+
+class HeadPass(NamedTuple):
+    """Like :class:`Pass`, where tokens were exchanged for heads."""
+
+    call: Call
+    exchange: HeadExchange
+    ops: Any
+
+    @property
+    def indices(self) -> list[int]:
+        """See :attr:`Pass.indices`: of each stage the second."""
+        n_saved = self.exchange.n_saved
+        return [sum(n_saved[:number]) + 1 for number in range(len(n_saved))]
+
 
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext, call: Call
-) -> tuple[Tensor, Tensor, list[Tensor | None], Pass]:
+) -> tuple[Tensor, Tensor, list[Tensor | None], Pass | HeadPass]:
     """The forward pass of :func:`moba_attention` without autograd; a collective call.
 
     Returns:
-        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, what depends on the selection (the selection itself first), and
-        what :func:`backward_pass` is called with.
+        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, what depends on the selection, and what :func:`backward_pass`
+        is called with.
     """
+    options = cp.exchange
+    if options.mode == "heads" or options.head_ranks is not None:
+        h = head_ranks(cp, q.shape[1])
+        if h > 1:
+            return _forward_of_heads(q, k, v, config, scale, cp, call, h)
     geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where
     tables = owned_tables(cp, geometry, k.shape[1])
     k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
@@ -118,9 +149,8 @@ def forward_pass(
     seen = Seen(block_indices, geometry.current_block, geometry.visible, scale)
     index = ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
     out, lse, saved, way = way.forward(Queries(q, seen, index), owned)
-    out, ring = out.to(q.dtype), ring_bytes(k, comm.size)
-    for counters in comm.counters_of(where):
-        counters.dense_ring += ring
+    out = out.to(q.dtype)
+    comm.count_ring(k, 1, where)
     if cp.observer is not None:
         # Last, so that an observer that raises interrupts no collective.
         cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
@@ -129,12 +159,28 @@ def forward_pass(
 
 
 def backward_pass(
-    made: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: list[Tensor | None], dout: Tensor
+    made: Pass | HeadPass,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    kept: list[Tensor | None],
+    dout: Tensor,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtype, from what :func:`forward_pass` returned; a collective call.
 
-    The routing index, second in ``kept``, may be missing (None): then it is made again from the selection.
+    Args:
+        kept: routing indices among them may be missing (None): they are made again from the selection.
+        delta: [L, Hq] wide, row sums of ``dout * out`` where they are known; then ``out`` is not needed.
     """
+    if delta is None:
+        delta = made.ops.row_sums(dout, out)
+    if isinstance(made, HeadPass):
+        dq, dk, dv = made.exchange.backward(kept, q, k, v, delta, lse, dout, made.call.enter_backward())
+        made.call.comm.count_ring(k, 2, made.call.where)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     block_indices, index, *saved = kept
     geometry, comm, way, where = made.geometry, made.comm, made.way, made.call.enter_backward()
     k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
@@ -144,13 +190,71 @@ def backward_pass(
     if index is None:
         index = made.ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
     queries = Queries(q, seen, index)
-    output = OutputGradient(dout, lse, made.ops.row_sums(dout, out), made.deterministic)
+    output = OutputGradient(dout, lse, delta, made.deterministic)
     dq, grads = way.backward(saved, queries, output, owned, where)
     dk, dv = assemble_backward(*grads, geometry, comm, where) if geometry.straddles else grads
-    ring = 2 * ring_bytes(k, comm.size)
-    for counters in comm.counters_of(where):
-        counters.dense_ring += ring
+    comm.count_ring(k, 2, where)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _forward_of_heads(
+    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext, call: Call, h: int
+) -> tuple[Tensor, Tensor, Saved, HeadPass]:
+    """:func:`forward_pass` where every ``h`` ranks exchange tokens for heads."""
+    ops, comm, where = backend(q), cp.comm, call.where
+    key = h, q.shape[1], k.shape[1:], k.dtype
+    tables = cp.cached(HeadTables, key, lambda: build_head_tables(cp, h, q, k))
+    with comm.on_comm_stream(comm.record_event(q)):
+        tags = comm.all_gather_async(call.tag(q.device), "means", where, uncounted=TAG_BYTES)()
+        call.arrive(HostCopy(tags))
+    inner = tables.inner
+    if inner.size == 1:
+        attention = LocalMoBA(config, scale, inner, ops)
+    else:
+        attention = _MoBAOfHeads(config, scale, inner, where.layer, call.needs_grad)
+    transport = Collectives(tables, comm)
+    exchange = HeadExchange(transport, attention, cp.exchange.keep)
+    out, lse, saved = exchange.forward(q, k, v, where, call.needs_grad)
+    made = HeadPass(call, exchange, ops)
+    comm.count_ring(k, 1, where)
+    if cp.observer is not None:
+        call.check()
+        selection = torch.empty(*q.shape[:2], config.top_k - 1, dtype=torch.int32, device=q.device)
+        of_stages = [saved[index - 1] for index in made.indices]
+        for number, (units, part) in enumerate(zip(tables.stages, of_stages, strict=True)):
+            stage = Stage(number, units)
+            transport.give_back(stage, "selection", [part], [Part(selection, False)], where)
+            for event in transport.collect(stage):
+                wait_for(event)
+        cp.observer(where.layer, selection, k.shape[1], config.block_size)
+    return out, lse, saved, made
+
+
+class _MoBAOfHeads:
+    """MoBA of some heads among the ranks that have them, see :class:`.heads.strategy.Attention`."""
+
+    def __init__(self, config: MoBAConfig, scale: float, context: CPContext, layer: str, needs_grad: bool):
+        self._config, self._scale, self._context, self._layer = config, scale, context, layer
+        self._needs_grad = needs_grad
+        self._made: list[Pass] = []
+
+    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
+        """See :class:`.heads.strategy.Attention`."""
+        cp, config = self._context, self._config
+        cp.comm.layer = self._layer
+        call = enter(q, k, config, cp, self._needs_grad, self._needs_grad)
+        result, lse, kept, made = forward_pass(q, k, v, config, self._scale, cp, call)
+        self._made.append(made)
+        out.copy_(result)
+        return lse, kept
+
+    def backward(self, number: int, saved: Saved, inputs, grads, dkdv_done) -> None:
+        """See :class:`.heads.strategy.Attention`."""
+        q, k, v, dout, lse, delta = inputs
+        found = backward_pass(self._made[number], q, k, v, None, lse, saved, dout, delta)
+        for target, grad in zip(grads, found, strict=True):
+            target.copy_(grad)
+        dkdv_done()
 
 
 class _MoBAAcrossRanks(torch.autograd.Function):

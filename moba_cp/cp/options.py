@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     import torch
 
-Mode = Literal["auto", "kv", "query", "allgather"]
+Mode = Literal["auto", "kv", "query", "allgather", "heads"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+SEQUENCE_MODES: tuple[Mode, ...] = MODES[:-1]
+"""Modes that leave heads where they are; they may serve between ranks with the same heads."""
 GATHERING_MODES: tuple[Mode, ...] = ("auto", "allgather")
 """Modes that bring all K and V, or may do so, by copy engines where there are any."""
 WireDtype = Literal["input", "float32"]
@@ -27,7 +29,14 @@ class ExchangeOptions:
     ``auto``: whichever moves fewer bytes, those of rows counted ``row_weight`` times, decided per (KV head, block);
     all-gather where a plan would save little (:meth:`share_to_gather`), or where it costs attention nothing
     (``copy_engines``).
-    ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see."""
+    ``allgather``: all K and V go everywhere, by copy engines all that a rank's queries can see.
+    ``heads``: tokens are exchanged for heads: every rank attends to the whole sequence with a share of the heads. The
+    ranks have to divide the query heads."""
+
+    head_ranks: int | None = None
+    """h: exchange tokens for heads among every h consecutive ranks of the group, and let ``mode`` serve between ranks
+    with the same heads. It divides the ranks and the query heads. 1: never. None: all ranks with mode ``heads``, none
+    with others."""
 
     stages: int = 2
     """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts, or
@@ -65,6 +74,9 @@ class ExchangeOptions:
             raise ValueError(
                 f"exchange ranks_per_node={self.ranks_per_node!r} is not a positive integer; leave it out, or use 1"
             )
+        h = self.head_ranks
+        if h is not None and (not _is_int(h) or h < 1):
+            raise ValueError(f"exchange head_ranks={h!r} is not a positive integer; leave it out, or use 1")
         weight = self.row_weight
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
             raise ValueError(f"exchange row_weight={weight!r} is not a number in (0, 1e6); leave it out, or use 1 to 8")

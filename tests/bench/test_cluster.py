@@ -25,7 +25,7 @@ from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.calls import Where
 from moba_cp.cp.layout import positions_of, rank_segments
-from moba_cp.cp.options import MODES, ExchangeOptions
+from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from moba_cp.ops import backend
 from tests.helpers.distributed import run_ranks
 
@@ -117,7 +117,7 @@ def _without_communication(rank):
     ranks = Ranks("cpu")
     layer = Layer(shape(), 512, 2, ranks)
     report = {}
-    for candidate in [layer.moba(mode) for mode in MODES] + [layer.full()]:
+    for candidate in [layer.moba(mode) for mode in SEQUENCE_MODES] + [layer.full()]:
         with layer.comm.recording():
             wanted = candidate.results()
         kept = layer.comm.kept_bytes
@@ -136,7 +136,7 @@ def _without_communication(rank):
 
 def test_a_replay_equals_the_real_pass():
     for report in run_ranks(2, _without_communication):
-        assert set(report) == {*(f"moba {mode}" for mode in MODES), "full"}
+        assert set(report) == {*(f"moba {mode}" for mode in SEQUENCE_MODES), "full"}
         for name, (same, kept, left, row) in report.items():
             assert same == [True, True], name
             assert kept > 0 and left == 0
@@ -220,7 +220,7 @@ def test_names_of_modes():
     assert exchange_options("auto-rounded-keep-nccl:2") == every
     assert exchange_options("kv-keep") == ExchangeOptions("kv", keep=True)
     assert exchange_options("auto-nccl-keep") == ExchangeOptions("auto", keep=True, copy_engines=False)
-    assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
+    assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*SEQUENCE_MODES, "allgather"]
 
 
 def _row(part, tokens, ranks, name, both, **rest):

@@ -14,7 +14,7 @@ from moba_cp.bench.commands import exchange as command
 from moba_cp.bench.gates import RecordedGate, SyntheticGate
 from moba_cp.bench.links import Links
 from moba_cp.cp.allgather import costs as gather_costs
-from moba_cp.cp.options import MODES, ExchangeOptions, Weighing
+from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions, Weighing
 from tests.cp.test_allgather import _run
 from tests.cp.test_exchange import _moved
 from tests.helpers.cases import Case
@@ -69,7 +69,7 @@ def test_bytes_are_those_that_training_moves(tmp_path, documents, copies, monkey
     args = _args("--gate", str(path), "--dim", "32", "--dtype", "fp32", "--nodes", "0", "--ranks-per-node", per_node)
     args.tokens, args.heads, args.kv_heads, args.top_k, args.block_size = n, 4, 2, 4, 16
     n_blocks = sum(-(-length // 16) for length in cu_seqlens.diff().tolist())
-    rows = {row.name: row for row in exchange.measure(size, RecordedGate(path), list(MODES), args)}
+    rows = {row.name: row for row in exchange.measure(size, RecordedGate(path), list(SEQUENCE_MODES), args)}
     for mode, row in rows.items():
         options = ExchangeOptions(mode, stages=1, ranks_per_node=int(per_node))
         counters = [c for _, c, _ in run_threads(size, _run, copies != "none", case, "zigzag", options)]
@@ -91,7 +91,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     shape = ["--ranks", "4,2,8", "--tokens", "16384", "--heads", "4", "--kv-heads", "2", "--block-size", "128"]
     assert exchange.main(_args(*shape, "--no-copy-engines", "--json", str(table), "--plot", str(chart))) == 0
     rows = json.loads(table.read_text())["rows"]
-    assert [(row["ranks"], row["name"]) for row in rows] == [(p, mode) for p in (2, 4, 8) for mode in MODES]
+    assert [(row["ranks"], row["name"]) for row in rows] == [(p, mode) for p in (2, 4, 8) for mode in SEQUENCE_MODES]
     assert "allgather" in capsys.readouterr().out and chart.stat().st_size > 1000
     ((_, (panel,), _),) = drawn
     curves = {curve.label: dict(curve.points) for curve in panel.curves}
@@ -179,7 +179,7 @@ def test_auto_counts_a_block_that_its_node_shares_once(gate):
     gate = SyntheticGate(gate, 4, 2, 64, 8)
     for per_node, measure_of in ((4, "between_gb"), (1, "predicted_gb")):
         args.ranks_per_node, args.nodes = per_node, 2
-        rows = {row.name: getattr(row, measure_of) for row in exchange.measure(16, gate, list(MODES), args)}
+        rows = {row.name: getattr(row, measure_of) for row in exchange.measure(16, gate, list(SEQUENCE_MODES), args)}
         assert rows["auto"] <= 1.02 * min(rows.values()), rows
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
 from moba_cp.cp.comm import ExchangeError
-from moba_cp.cp.options import MODES, ExchangeOptions
+from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from tests.cp.test_moba import NAMES, in_context
 from tests.helpers.cases import Case, relative_error, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
@@ -49,7 +49,7 @@ def _threads(comm, mode: str):
     return _leaves_out(cp, "mmm", None), _leaves_out(cp, "mmm", 2), _then_all_is_well(cp)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SEQUENCE_MODES)
 def test_a_call_left_out_is_an_error_on_all_ranks(mode):
     for rank, (before, error, after) in enumerate(run_threads(3, _threads, mode)):
         assert before == ""
@@ -105,7 +105,7 @@ def _some_want(comm, options: ExchangeOptions, shared: bool, wanted: dict[int, s
     ]
 
 
-@pytest.mark.parametrize("mode, shared", [*((mode, False) for mode in MODES), ("allgather", True)])
+@pytest.mark.parametrize("mode, shared", [*((mode, False) for mode in SEQUENCE_MODES), ("allgather", True)])
 @pytest.mark.parametrize("wanted", [{0: "q"}, {1: "kv", 2: "q"}, {}], ids=str)
 def test_ranks_want_different_gradients(wanted, mode, shared):
     options = ExchangeOptions(mode, stages=2, keep=True)

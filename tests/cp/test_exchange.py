@@ -19,7 +19,7 @@ from moba_cp.cp.exchange.costs import WireCosts
 from moba_cp.cp.exchange.tables import DecisionTables, WireTables, build_decision_tables
 from moba_cp.cp.geometry import BlockGeometry
 from moba_cp.cp.layout import LAYOUTS
-from moba_cp.cp.options import MODES, ExchangeOptions, Weighing
+from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions, Weighing
 from moba_cp.cp.symmetric_memory import PeerMemory
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, random_case, relative_error, run_reference
@@ -33,7 +33,7 @@ def _options(size: int, index: int) -> ExchangeOptions:
     """Different stages, keeping and nodes for neighbouring cases; every mode sees all of them."""
     nodes = [None] + [n for n in (2, 3) if size % n == 0] + [size]
     return ExchangeOptions(
-        mode=MODES[index % len(MODES)],
+        mode=SEQUENCE_MODES[index % len(SEQUENCE_MODES)],
         stages=1 + index // 4 % 3,
         keep=index // 12 % 2 == 1,
         ranks_per_node=nodes[index % len(nodes)],
@@ -58,7 +58,7 @@ def test_every_mode_equals_one_rank(layout, size):
 
 def _on_gloo(rank: int, size: int, layout: str):
     worst = 0.0
-    for index, mode in enumerate(MODES):
+    for index, mode in enumerate(SEQUENCE_MODES):
         case = random_case(7 + index, multiple=2 * size)
         options = ExchangeOptions(mode, stages=2, ranks_per_node=2 if index % 2 else None)
         results, _ = across_ranks(dist.group.WORLD, case, layout, False, options)
@@ -131,7 +131,7 @@ def test_bytes_are_as_planned_and_auto_is_cheapest(dtype, keep):
     for seed, size in ((1, 2), (2, 3), (3, 4), (4, 8)):
         case = random_case(seed, multiple=2 * size).to(dtype)
         total = {}
-        for mode, layout in itertools.product(MODES, ("contiguous", "zigzag")):
+        for mode, layout in itertools.product(SEQUENCE_MODES, ("contiguous", "zigzag")):
             counters = [
                 c
                 for _, c in run_threads(
@@ -174,7 +174,7 @@ def test_auto_mixes_fetched_blocks_and_sent_rows():
     q[n // 2 :] += q[n // 2 :].mean(0) * 40
     case = Case(q, k, v, dout, torch.tensor([0, n], dtype=torch.int32), block, 3)
     moved = {}
-    for mode in MODES:
+    for mode in SEQUENCE_MODES:
         counters = [c for _, c in run_threads(2, across_ranks, case, "contiguous", False, ExchangeOptions(mode))]
         moved[mode] = sum(map(_moved, counters))
         if mode == "auto":
@@ -242,7 +242,7 @@ def _twice_backward(comm, case: Case, options: ExchangeOptions):
     return gradients, _hangs_on(out.grad_fn.made.way)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SEQUENCE_MODES)
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
 def test_backward_runs_twice_and_lets_go_of_keys_and_values(mode, keep):
     case = random_case(3, multiple=4)
@@ -289,7 +289,7 @@ def _under_a_checkpoint(comm, case: Case, options: ExchangeOptions):
     return [cp.unshard(x.grad) for x in leaves], beside + _hangs_on(vars(out.grad_fn)), sum(saved.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SEQUENCE_MODES)
 def test_autograd_sees_all_that_backward_needs(mode):
     """A checkpoint drops what autograd has saved, and only that."""
     case, saved = random_case(3, multiple=4), {}

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from moba_cp import CPContext, MoBAConfig, moba_attention
 from moba_cp.blocks import block_table
 from moba_cp.cp.layout import LAYOUTS
-from moba_cp.cp.options import MODES, ExchangeOptions
+from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from moba_cp.ops import backend
 from tests.cp.test_moba import NAMES, across_ranks, selection_across_ranks
 from tests.helpers.cases import Case, run, run_reference
@@ -69,7 +69,7 @@ def _on_nccl(rank):
         case, chosen, exact, one = _on_one_rank(args)
         for layout in LAYOUTS:
             same = torch.equal(selection_across_ranks(dist.group.WORLD, case, layout), chosen)
-            for index, mode in enumerate(MODES):
+            for index, mode in enumerate(SEQUENCE_MODES):
                 options = ExchangeOptions(mode, stages=1 + index, ranks_per_node=2 if index % 2 else None)
                 results, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True)
                 again, _ = across_ranks(dist.group.WORLD, case, layout, False, options, deterministic=True)
@@ -82,7 +82,7 @@ def _on_nccl(rank):
 
 def test_bf16_with_kernels_on_nccl():
     for report in run_ranks(SIZE, _on_nccl, backend="nccl", timeout=400):
-        assert len(report) == len(CASES) * len(LAYOUTS) * len(MODES)
+        assert len(report) == len(CASES) * len(LAYOUTS) * len(SEQUENCE_MODES)
         for label, errors, one, same, repeats in report:
             assert same, f"{label}: selection differs from one rank's"
             assert repeats, f"{label}: not deterministic"
@@ -102,7 +102,7 @@ def _by_atomics(rank):
     report = []
     for name, args in WIDE_CASES.items():
         case, _, exact, one = _on_one_rank(args)
-        for index, mode in enumerate(MODES):
+        for index, mode in enumerate(SEQUENCE_MODES):
             options = ExchangeOptions(mode, stages=1 + index % 3, ranks_per_node=2 if index % 2 else None)
             results, _ = across_ranks(dist.group.WORLD, case, "zigzag", False, options)
             report.append((f"{name} {mode}", _errors(results, exact), one))
@@ -111,7 +111,7 @@ def _by_atomics(rank):
 
 def test_bf16_with_wide_kernels_on_nccl():
     for report in run_ranks(SIZE, _by_atomics, backend="nccl", timeout=400):
-        assert len(report) == len(WIDE_CASES) * len(MODES)
+        assert len(report) == len(WIDE_CASES) * len(SEQUENCE_MODES)
         for label, errors, one in report:
             _as_good_as_one_rank(label, errors, one)
 

@@ -129,11 +129,12 @@ def test_a_shard_passes_through_ranks_that_do_not_see_it():
 
 def test_size_chooses_the_method():
     small, cp = torch.zeros(16, 2, 8), CPContext(None, seq_len=32)
-    assert full.choose_method(small, cp) == "ring", "one rank has nobody to gather from"
+    assert full.choose_method(small, small, cp) == "ring", "one rank has nobody to gather from"
 
     def choose(comm, n_local, cu_seqlens):
         cp = CPContext(comm, "contiguous", 2 * n_local, cu_seqlens)
-        return full.choose_method(torch.empty(n_local, 2, 128, dtype=torch.bfloat16, device="meta"), cp)
+        k = torch.empty(n_local, 2, 128, dtype=torch.bfloat16, device="meta")
+        return full.choose_method(k, k, cp)
 
     assert run_threads(2, choose, 1024, None) == ["allgather"] * 2
     assert run_threads(2, choose, 1 << 20, None) == ["ring"] * 2
@@ -142,5 +143,5 @@ def test_size_chooses_the_method():
 
 def test_unknown_method_is_named():
     cp, q = CPContext(None, seq_len=32), torch.zeros(32, 2, 8)
-    with pytest.raises(ValueError, match="method='tree' is not one of auto, ring, allgather"):
+    with pytest.raises(ValueError, match="method='tree' is not one of auto, ring, allgather, heads"):
         full_attention(q, q, q, cp=cp, method="tree")

@@ -109,6 +109,12 @@ class ThreadCommunicator(Communicator):
         self.rank, self.size = rank, size
         self._board, self._barrier, self._turn = board, barrier, turn
 
+    def _part(self, ranks):
+        # Shared by these threads: the one that comes first makes it.
+        parts = self._swap({ranks: ([None] * len(ranks), threading.Barrier(len(ranks)))})
+        board, barrier = parts[ranks.start][ranks]
+        return ThreadCommunicator(ranks.index(self.rank), len(ranks), board, barrier, self._turn)
+
     def share_memory(self) -> "ThreadCommunicator":
         """From now on ranks read one another's memory where the library can do that."""
         self.memory = ThreadPeerMemory(self)

@@ -1,12 +1,12 @@
 """What the command measures: its parts, and exchange modes as it names them."""
 
-from ...cp.options import GATHERING_MODES, MODES, ExchangeOptions
+from ...cp.options import GATHERING_MODES, MODES, SEQUENCE_MODES, ExchangeOptions
 
 PARTS = ("attention", "overlap")
 WITHOUT_COPIES = "-nccl"
 VARIANTS = {WITHOUT_COPIES: {"copy_engines": False}, "-keep": {"keep": True}, "-rounded": {"gradient_dtype": "input"}}
 """What may follow the name of a mode, and the options that it stands for."""
-DEFAULT_MODES = (*MODES, f"allgather{WITHOUT_COPIES}")
+DEFAULT_MODES = (*SEQUENCE_MODES, f"allgather{WITHOUT_COPIES}")
 
 
 def exchange_options(mode: str, ranks_per_node: int | None = None) -> ExchangeOptions:

@@ -1,4 +1,5 @@
-"""Exact full attention across ranks, for the full layers of hybrids: a ring, or all-gather by slices of heads.
+"""Exact full attention across ranks, for the full layers of hybrids: a ring, all-gather by slices of heads, or tokens
+exchanged for heads.
 
 Legend: L local tokens, P ranks, Hq query heads, Hkv key/value heads, D head dim.
 Wide means float32, or float64 for float64 inputs.
@@ -11,16 +12,15 @@ from torch import Tensor
 
 from ...transforms import once_differentiable, without_autocast
 from ..calls import Where, agree, enter_call
-from ..comm import ring_bytes
 from ..compiling import outside_graphs
 from ..context import CPContext, check_context, signature
+from ..heads.tables import head_ranks
 from . import allgather as full_gather
+from . import heads as full_heads
 from . import ring as full_ring
-from .schedule import schedule_of
+from .choice import without_heads
 
-METHODS = {"ring": full_ring, "allgather": full_gather}
-# Below this a ring's steps are too short to hide their latency.
-SMALL_BYTES = 64 << 20
+METHODS = {"ring": full_ring, "allgather": full_gather, "heads": full_heads}
 
 
 @outside_graphs
@@ -33,7 +33,7 @@ def full_attention(
         q: [L, Hq, D]; k, v: [L, Hkv, D], this rank's share.
         scale: factor of the scores.
         cp: the context.
-        method: ``ring``, ``allgather``, or ``auto`` to choose by size.
+        method: ``ring``, ``allgather``, ``heads``, or ``auto`` to choose by the context's options and by size.
         backend: local kernels, see :func:`moba_cp.dense.choose_backend`.
         deterministic: bit-identical gradients from run to run.
 
@@ -48,10 +48,9 @@ def full_attention(
     return _FullAcrossRanks.apply(q, k, v, scale, cp, method, backend, deterministic)
 
 
-def choose_method(k: Tensor, cp: CPContext) -> str:
-    """``allgather`` where K and V of the whole sequence are small and nearly all of it is seen, else ``ring``."""
-    small = 2 * k.nbytes * cp.size <= SMALL_BYTES
-    return "allgather" if small and cp.size > 1 and max(schedule_of(cp).hops) == cp.size - 1 else "ring"
+def choose_method(q: Tensor, k: Tensor, cp: CPContext) -> str:
+    """``heads`` where the context's options ask for it; otherwise what :func:`.choice.without_heads` says."""
+    return "heads" if head_ranks(cp, q.shape[1]) > 1 else without_heads(k, cp)
 
 
 class Pass(NamedTuple):
@@ -60,10 +59,15 @@ class Pass(NamedTuple):
     scale: float
     cp: CPContext
     method: Any
-    """:mod:`.ring` or :mod:`.allgather`"""
+    """:mod:`.ring`, :mod:`.allgather` or :mod:`.heads`"""
     backend: str
     deterministic: bool
     layer: str
+
+    @property
+    def indices(self) -> list[int]:
+        """No tensor of full attention is a routing index, see :class:`..moba.Pass`."""
+        return []
 
 
 def forward_pass(
@@ -76,14 +80,13 @@ def forward_pass(
     """
     if method != "auto" and method not in METHODS:
         raise ValueError(f"method={method!r} is not one of auto, {', '.join(METHODS)}")
-    way = METHODS[choose_method(k, cp) if method == "auto" else method]
+    way = METHODS[choose_method(q, k, cp) if method == "auto" else method]
     where = Where.forward(cp.comm.layer)
     if not cp.comm.calls.count:
         agree(cp.comm, signature(cp, q, k, kind="full", block_size=None, top_k=None))
     enter_call(cp.comm, where, "full", cp.digest, q.shape[1], k.shape[1:])
     out, lse = way.forward(*(x.contiguous() for x in (q, k, v)), scale, cp, backend, deterministic, where)
-    for counters in cp.comm.counters_of(where):
-        counters.dense_ring += ring_bytes(k, cp.size)
+    cp.comm.count_ring(k, 1, where)
     return out.to(q.dtype), lse, Pass(scale, cp, way, backend, deterministic, where.layer)
 
 
@@ -96,8 +99,7 @@ def backward_pass(
     enter_call(cp.comm, where, "full")
     q, k, v, dout = (x.contiguous() for x in (q, k, v, dout))
     dq, dk, dv = way.backward(q, k, v, dout, out, lse, scale, cp, backend, deterministic, where)
-    for counters in cp.comm.counters_of(where):
-        counters.dense_ring += 2 * ring_bytes(k, cp.size)
+    cp.comm.count_ring(k, 2, where)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -1,0 +1,165 @@
+"""Attention where tokens are exchanged for heads, a stage of some heads after the other.
+
+While a stage is computed, the rows of the next one come, and the results of the one before return. :class:`Attention`
+says what is computed: it knows nothing of the exchange, and has for each stage all rows of a team of ranks in the order
+of the sequence.
+
+Legend as in :mod:`.tables`; n query heads of a stage and m units.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...dtypes import WIDE
+from ..calls import Where
+from ..comm import wait_for
+from .collectives import Collectives, Part, Stage
+
+Saved = list[Tensor | None]
+
+
+class Attention(Protocol):
+    """Attention of some heads to all rows of a team; a collective call of the ranks that have the same heads."""
+
+    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
+        """Of stage ``number``: writes out [R, n, D] of q [R, n, D] and k, v [R, m, D].
+
+        Returns:
+            lse [R, n], wide, and what is to be saved for backward.
+        """
+
+    def backward(
+        self,
+        number: int,
+        saved: Saved,
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        dkdv_done: Callable[[], None],
+    ) -> None:
+        """Writes gradients.
+
+        Args:
+            number: of the stage.
+            saved: of the same heads' forward pass.
+            inputs: q, k, v, dout [R, n, D], lse [R, n] wide, and what :meth:`HeadExchange.backward` was
+                given beside them.
+            grads: dq, dk, dv, written in their dtypes; dk and dv have equal strides.
+            dkdv_done: to be called once dk and dv are on their way to be written; dq may follow.
+        """
+
+
+Transport = Collectives
+
+
+class HeadExchange:
+    """The passes of one call; between them it holds no tensors of the call."""
+
+    def __init__(self, transport: Transport, attention: Attention, keep: bool):
+        """``keep``: the inputs that came here in forward serve backward too."""
+        self.transport, self._attention, self._keep = transport, attention, keep
+        self.n_saved = [0] * len(transport.tables.stages)
+        """Of each stage: tensors that its forward pass saved."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Where, needs_grad: bool) -> tuple[Tensor, Tensor, Saved]:
+        """out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and what :meth:`backward` needs."""
+        transport, attention, saved = self.transport, self._attention, []
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
+        parts, targets = _parts((q, False), (k, True), (v, True)), _parts((out, False), (lse, False))
+        for stage in self._stages(parts, targets, [], where):
+            q_heads, k_heads, v_heads = stage.inputs
+            (out_heads,) = transport.results(stage, "out", [(q_heads.shape, q.dtype)])
+            lse_heads, of_stage = attention.forward(stage.number, q_heads, k_heads, v_heads, out_heads)
+            transport.give_back(stage, "out", [out_heads, lse_heads], targets, where)
+            if needs_grad and self._keep:
+                of_stage = [*of_stage, *transport.kept(stage)]
+            saved += of_stage
+            self.n_saved[stage.number] = len(of_stage)
+        return out, lse, saved
+
+    def backward(
+        self,
+        saved: Saved,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out_or_delta: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        where: Where,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq [L, Hq, D], dk, dv [L, Hkv, D]; dk and dv are wide where units share KV heads.
+
+        Args:
+            out_or_delta: what the :class:`Attention` needs beside lse [L, Hq]: the output [L, Hq, D], or row sums of
+                output and gradient [L, Hq].
+        """
+        transport, attention, tables = self.transport, self._attention, self.transport.tables
+        dq = torch.empty_like(q)
+        if tables.shares_kv:
+            dk, dv = k.new_zeros(2, *k.shape, dtype=WIDE[k.dtype])
+            wire = tables.wire
+        else:
+            (dk, dv), wire = k.new_empty(2, *k.shape), k.dtype
+        n_kept, by_stage = 3 if self._keep else 0, []
+        for count in self.n_saved:
+            by_stage.append(saved[:count])
+            saved = saved[count:]
+        kept = [of_stage[len(of_stage) - n_kept :] for of_stage in by_stage] if self._keep else []
+        parts = _parts(
+            *(((q, False), (k, True), (v, True)) if not self._keep else ()),
+            (dout, False),
+            (lse, False),
+            (out_or_delta, False),
+        )
+        targets = _parts((dk, True), (dv, True)), _parts((dq, False))
+        for stage in self._stages(parts, [*targets[0], *targets[1]], kept, where):
+            q_heads, k_heads = stage.inputs[:2]
+            of_kv = transport.results(stage, "dkdv", [(k_heads.shape, wire)] * 2)
+            (of_q,) = transport.results(stage, "dq", [(q_heads.shape, q.dtype)])
+
+            def dkdv_done(stage: Stage = stage, of_kv=of_kv) -> None:
+                transport.give_back(stage, "dkdv", of_kv, targets[0], where)
+
+            of_stage = by_stage[stage.number]
+            attention.backward(
+                stage.number, of_stage[: len(of_stage) - n_kept], stage.inputs, [of_q, *of_kv], dkdv_done
+            )
+            transport.give_back(stage, "dq", [of_q], targets[1], where)
+        return dq, dk, dv
+
+    def _stages(self, parts: list[Part], targets: list[Part], kept: list[Saved], where: Where) -> Iterator[Stage]:
+        """All stages, each with its inputs; after the last one the current stream waits for all that returns."""
+        transport = self.transport
+        units, comm = transport.tables.stages, transport.comm
+        transport.open_pass(parts, targets, where)
+        ready = comm.record_event(parts[0].tokens)
+
+        def begin(number: int) -> Stage:
+            stage = Stage(number, units[number])
+            transport.begin(stage, parts, ready, where)
+            return stage
+
+        ahead, before, done = [begin(number) for number in range(min(transport.ahead, len(units)))], None, []
+        for number in range(len(units)):
+            stage = ahead.pop(0)
+            stage.inputs = [*(kept[number] if kept else ()), *stage.wait()]
+            stage.wait = None
+            yield stage
+            stage.inputs = None
+            transport.finish(stage)
+            if before is not None:
+                done += transport.collect(before)
+            before = stage
+            if number + transport.ahead < len(units):
+                ahead.append(begin(number + transport.ahead))
+        done += transport.collect(before)
+        transport.close_pass()
+        for event in done:
+            wait_for(event)
+
+
+def _parts(*tensors: tuple[Tensor, bool]) -> list[Part]:
+    return [Part(tokens, is_kv) for tokens, is_kv in tensors]
