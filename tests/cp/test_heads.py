@@ -166,7 +166,7 @@ def test_heads_are_shared_out():
     assert shared_out(4, 8, 2) == (2, [[0], [0], [1], [1]], [(0, 1)], True)
     assert shared_out(4, 4, 1) == (1, [[0]] * 4, [(0, 1)], True)
     # Three KV heads of four query heads each, six of which are a rank's: the second KV head is there on both.
-    assert shared_out(2, 12, 3) == (2, [[0, 0, 1], [1, 2, 2]], [(0, 1), (1, 3)], True)
+    assert shared_out(2, 12, 3) == (2, [[0, 0, 1], [1, 2, 2]], [(0, 1), (1, 2), (2, 3)], True)
 
 
 def _says(comm: Communicator, options: ExchangeOptions, heads: int) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from ... import dense
-from ...autograd import full_kernels
 from ...blocks import BlockTable, block_table, fitted_block_size, local_pages
 from ...config import MoBAConfig
 from ...dtypes import WIDE
 from ..context import CPContext
+from ..full.schedule import schedule_of
 from .strategy import Saved
 
 
@@ -95,7 +95,8 @@ class LocalFull:
 
     def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
         """See :class:`.strategy.Attention`."""
-        ranges, kernels = full_kernels(q, self.context.cu_seqlens, self.backend, self.deterministic)
+        ranges = schedule_of(self.context).whole
+        kernels = dense.choose_backend(q, ranges, self.backend, self.deterministic)
         partials = dense.Partials(q)
         dense.attend(q, k, v, ranges, self.scale, kernels, partials)
         result, lse = partials.result()
@@ -112,7 +113,8 @@ class LocalFull:
     ) -> None:
         """See :class:`.strategy.Attention`."""
         q, k, v, dout, lse, out = inputs
-        ranges, kernels = full_kernels(q, self.context.cu_seqlens, self.backend, self.deterministic)
+        ranges = schedule_of(self.context).whole
+        kernels = dense.choose_backend(q, ranges, self.backend, self.deterministic)
         sums = dense.Sum(q), dense.Sum(k), dense.Sum(v)
         dense.attend_backward(q, k, v, ranges, self.scale, kernels, dout, out, lse, *sums, self.deterministic)
         for total, target in zip(sums, grads, strict=True):
