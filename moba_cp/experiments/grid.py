@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 from argparse import Namespace
@@ -39,6 +40,9 @@ SECONDS_TO_SAVE = 20.0
 # Seconds of the host for each layer and sequence, forward and backward, and for each sequence; of a run's beginning and
 # end; and how much slower small models are than the rates of large ones.
 _LAYER_SECONDS, _SEQUENCE_SECONDS, _RUN_SECONDS, _SMALL_MODELS = 5e-3, 1.5e-2, 15.0, 2.5
+
+# Runs that fail before the first that does not.
+_HOPELESS = 3
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,19 @@ def flops(run: Run) -> float:
     return 6.0 * run.n_parameters * run.tokens
 
 
-def estimate(run: Run) -> float:
-    """Seconds on an H100, before anything was measured."""
+def estimate(run: Run, correction: float = 1.0) -> float:
+    """Seconds on an H100; ``correction``: how much longer steps took than they were estimated to."""
+    return _RUN_SECONDS + correction * run.config.run.steps * _step_seconds(run)
+
+
+def _step_seconds(run: Run) -> float:
     config, data = run.config, run.config.data
     per_step = data.seq_len * data.sequences_per_step
     # A document sees itself alone, however many are packed together.
     alone = replace(data, seq_len=run.length, sequences_per_step=max(1, per_step // run.length))
     step = _SMALL_MODELS * forecast(replace(config, data=alone), 1, GPUS["h100"]).step_seconds
     host = data.sequences_per_step * (_SEQUENCE_SECONDS + _LAYER_SECONDS * config.model.n_layers)
-    return _RUN_SECONDS + config.run.steps * max(step, host)
+    return max(step, host)
 
 
 class Grid:
@@ -143,6 +151,9 @@ class Grid:
         tried: list[str] = []
         try:
             while waiting or busy:
+                if waiting and len(failed) >= _HOPELESS and not self._measured:
+                    self.say(f"{len(failed)} runs failed and none went well: nothing more is begun")
+                    waiting.clear()
                 for slot in self.slots:
                     if all(slot is not used for used, _, _ in busy.values()):
                         run = self._next(waiting, busy, failed)
@@ -180,9 +191,8 @@ class Grid:
         return left if left > 0 else SECONDS_TO_SAVE
 
     def seconds_of(self, run: Run) -> float:
-        """What a run takes, by what those before took."""
-        correction = self._measured / self._estimated if self._estimated else 1.0
-        return estimate(run) * correction
+        """What a run takes, by what the steps of those before took."""
+        return estimate(run, self._measured / self._estimated if self._estimated else 1.0)
 
     def _next(self, waiting: list[Run], busy: dict, failed: list[str]) -> Run | None:
         """The first run that can be begun: its parent is done, and there is time for it."""
@@ -207,9 +217,10 @@ class Grid:
         if error is not None:
             self.say(f"{run.name}: not done ({str(error) or type(error).__name__}); see output/{run.name}.txt")
             return False
-        self._measured += seconds
-        self._estimated += estimate(run)
         found = summarize(run, self.corpus, seconds)
+        # The first steps of a process compile, so take the median.
+        self._measured += run.config.run.steps * found["step_seconds"]
+        self._estimated += run.config.run.steps * _step_seconds(run)
         # Some runs need the weights of others.
         for x in (run, run.parent):
             if x is not None and all(summary_of(child) is not None for child in self._children.get(x.name, [])):
@@ -261,7 +272,7 @@ def summarize(run: Run, corpus: str | None, seconds: float) -> dict:
         "by_position": last.get("validation_by_position", []),
         "training_loss": last["loss"],
         "seconds": round(seconds, 1),
-        "training_seconds": round(sum(record.get("seconds") or 0 for record in records), 1),
+        "step_seconds": statistics.median(record["seconds"] for record in records if record.get("seconds")),
         "corpus": corpus,
         "config": identity(run.config),
     }

@@ -105,6 +105,18 @@ def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
     assert trained == [runs[0].name, runs[2].name]
 
 
+def test_where_everything_fails_it_ends_early(maker, trained, monkeypatch):
+    tries = []
+
+    def failing(config, output):
+        tries.append(config)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(grid, "_train", failing)
+    runs = list(GRIDS["position-loss"](maker))
+    assert execute(runs, maker) == [run.name for run in runs[:3]] and len(tries) == 6
+
+
 def test_nothing_is_begun_that_would_not_end_in_time(maker, trained, monkeypatch):
     runs = list(GRIDS["scaling-law"](maker))
     seconds = {run.name: 1000.0 if run.facts["kind"] == "full" else 10.0 for run in runs}
@@ -117,9 +129,9 @@ def test_nothing_is_begun_that_would_not_end_in_time(maker, trained, monkeypatch
 def test_estimates_follow_what_was_measured(maker):
     run, *_ = GRIDS["scaling-law"](maker)
     made = Grid([run], maker.folder, None, [Slot(0, None)])
-    before = made.seconds_of(run)
+    before, steps = made.seconds_of(run), run.config.run.steps * grid._step_seconds(run)
     made._measured, made._estimated = 30.0, 10.0
-    assert made.seconds_of(run) == pytest.approx(3 * before)
+    assert made.seconds_of(run) == pytest.approx(before + 2 * steps)
 
 
 def test_another_run_in_the_folder_or_other_text_is_refused(maker, trained):
