@@ -62,7 +62,7 @@ _EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2
 3 doctor or verify found something wrong, 75 asked to stop and saved, 130 interrupted"""
 
 # What users install beside the package itself, in the order in which a missing package is looked for.
-_EXTRAS = ("train", "data", "metrics")
+_EXTRAS = ("train", "data", "metrics", "hf")
 # Modules that PyPI has under another name.
 _PYPI_NAMES = {"megatron": "megatron-core", "yaml": "pyyaml"}
 
