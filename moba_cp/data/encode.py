@@ -23,6 +23,10 @@ class ByteEncoder:
         """[n] uint8."""
         return np.frombuffer(text.encode("utf-8"), self.dtype)
 
+    def compare(self, text: str) -> bool:
+        """True: a byte is a byte."""
+        return True
+
     def encode_masked(self, text: str, learned: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n] and mask [n] uint8, 1 for the bytes of the characters in the ranges ``learned``."""
         mask = np.zeros(len(text.encode("utf-8")), np.uint8)
@@ -56,7 +60,7 @@ class TokenizerEncoder:
     def __init__(self, path: str | Path, begin: str = "none", end: str = "auto"):
         from tokenizers import Tokenizer
 
-        from .words import word_cache
+        from .fast import fast_encoder
 
         self.file = tokenizer_file(path)
         try:
@@ -72,21 +76,26 @@ class TokenizerEncoder:
         self.dtype = np.dtype(np.uint16 if self.vocab_size < _TWO_BYTES_BELOW else np.int32)
         self.begin = self._special(begin, "--begin-token")
         self.end = self._special(_named(self.file, "eos_token") if end == "auto" else end, "--end-token")
-        self._words = word_cache(self.tokenizer, self.dtype)
+        self._fast = fast_encoder(self.tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
         """[n] uint16 or int32, with the tokens ``begin`` and ``end``."""
-        tokens = self._words.encode(text) if self._words is not None else None
-        tokens = self.encode_exactly(text) if tokens is None else np.frombuffer(tokens, self.dtype)
+        tokens = self._fast(text).astype(self.dtype) if self._fast is not None else self.encode_exactly(text)
         return self._framed(tokens, self.begin, self.end)
 
     def encode_exactly(self, text: str) -> np.ndarray:
         """As the tokenizers library encodes it, without ``begin`` and ``end``."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, self.dtype)
 
-    def forget_words(self) -> None:
-        """Leave everything to the tokenizers library from now on."""
-        self._words = None
+    def compare(self, text: str) -> bool:
+        """Whether :meth:`encode` gives the tokens of the tokenizers library for ``text``; if not, that library encodes
+        from now on."""
+        from .fast import agrees
+
+        if self._fast is None or agrees(self.tokenizer, self._fast, text):
+            return True
+        self._fast = None
+        return False
 
     def encode_masked(self, text: str, learned: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n] and mask [n] uint8: 1 for tokens of which a character lies in the ranges ``learned``, and for the

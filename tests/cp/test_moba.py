@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp.cp import straddle
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.layout import LAYOUTS, rank_segments
 from tests.helpers.cases import GOLDEN, Case, golden, random_case, relative_error, run, run_reference
@@ -90,6 +91,26 @@ def test_many_ranks_equal_one(layout, size):
             for results, _ in run_threads(size, across_ranks, case, layout, full):
                 for name, actual, want in zip(NAMES, results, expected):
                     assert relative_error(actual, want) < 1e-10, f"seed {seed} full={full} {name}"
+
+
+def test_many_ranks_equal_one_whatever_unwritten_rows_hold(monkeypatch):
+    """Attention reads a straddling block in its assembled copy alone, so kernels leave the gradients of its local rows
+    as they are."""
+    inner, poisoned = straddle.assemble_backward, []
+
+    def assemble_backward(dk, dv, geometry, comm, where):
+        for rows in (geometry.copy_from, geometry.tail_from):
+            dk[rows] = dv[rows] = torch.nan
+            poisoned.append(rows.numel())
+        return inner(dk, dv, geometry, comm, where)
+
+    monkeypatch.setattr("moba_cp.cp.moba.assemble_backward", assemble_backward)
+    case = random_case(3, multiple=6)
+    expected = run_reference(case)
+    for results, _ in run_threads(3, across_ranks, case, "contiguous", False):
+        for name, actual, want in zip(NAMES, results, expected):
+            assert relative_error(actual, want) < 1e-10, name
+    assert sum(poisoned[::2]) and sum(poisoned[1::2])
 
 
 @pytest.mark.parametrize("size", [2, 16])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from moba_cp import cli
 from moba_cp.data import build as build_module
 from moba_cp.data.build import BuildOptions, build
 from moba_cp.data.encode import TokenizerEncoder
+from moba_cp.data.fast import fast_encoder
 from moba_cp.data.indexed import IndexedDocuments
 from moba_cp.data.inputs import Bad, find_units, first_line_of, lines_in, read_unit
-from moba_cp.data.words import word_cache
 from tests.helpers.data_files import END, TEXTS, write_jsonl, write_tokenizer
 from tests.helpers.distributed import TIME_SCALE
 
@@ -36,35 +37,46 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "qwen2"])
-def test_words_give_the_tokens_of_the_tokenizers_library(tokenizers, kind):
+def test_fast_tokens_are_those_of_the_tokenizers_library(tokenizers, kind):
+    pytest.importorskip("gigatoken", reason="comes with the extra data")
     tokenizer = Tokenizer.from_file(str(tokenizers[kind] / "tokenizer.json"))
-    words = word_cache(tokenizer, np.dtype(np.uint16))
+    encode = fast_encoder(tokenizer)
     every = "".join(chr(c) for c in range(1, 0x3000)) + "".join(chr(c) + "a " for c in range(0x1F000, 0x1F100))
-    for text in [*TEXTS, every, "", " ", "\n", "  x", "a" * 300]:
+    added = [f"a {END} b", f"{END}{END}é{END}\u0301 x", END[:-1]]
+    chance = random.Random(0)
+    alphabet = [*"aZ 's'T\n\r\t1é\u0301\u0323\u200d\u00a0\u0344中한.,!{", "\r\n", "  ", "👩", "'Re", "ﬁ"]
+    drawn = ["".join(chance.choices(alphabet, k=chance.randrange(1, 200))) for _ in range(300)]
+    for text in [*TEXTS, *added, *drawn, every, "", " ", "\n", "  x", "a" * 300, "\0"]:
         expected = tokenizer.encode(text, add_special_tokens=False).ids
         for _ in range(2):
-            assert np.frombuffer(words.encode(text), np.uint16).tolist() == expected, text[:80]
-    assert words.encode(f"a {END} b") is None, "only the tokenizer itself finds added tokens"
+            assert encode(text).tolist() == expected, text[:80]
 
 
 def test_other_tokenizers_are_left_to_the_library(tokenizers, tmp_path):
     description = json.loads((tokenizers["gpt2"] / "tokenizer.json").read_text())
     for name, value in (
+        # gigatoken takes this one, and gives other tokens.
         ("pre_tokenizer", None),
-        ("pre_tokenizer", description["pre_tokenizer"] | {"add_prefix_space": True}),
         ("pre_tokenizer", {"type": "Whitespace"}),
         ("normalizer", {"type": "Lowercase"}),
     ):
         file = tmp_path / "tokenizer.json"
         file.write_text(json.dumps(description | {name: value}))
         tokenizer = Tokenizer.from_file(str(file))
-        assert word_cache(tokenizer, np.uint16) is None
+        assert fast_encoder(tokenizer) is None
         encoder = TokenizerEncoder(file)
         assert encoder.encode("The quick").tolist() == tokenizer.encode("The quick").ids
 
 
-def test_a_wrong_shortcut_is_noticed_and_left(tokenizers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("moba_cp.data.words.WordCache.encode", lambda self, text: b"\1\0")
+def test_without_gigatoken_the_library_does_it(tokenizers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    encoder = TokenizerEncoder(tokenizers["llama3"], end="none")
+    assert encoder.encode(TEXTS[0]).tolist() == encoder.tokenizer.encode(TEXTS[0]).ids
+    assert encoder._fast is None
+
+
+def test_other_tokens_in_a_unit_are_noticed_and_the_library_goes_on(tokenizers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moba_cp.data.fast.fast_encoder", lambda tokenizer: lambda text: np.array([1], np.uint32))
     write_jsonl(tmp_path / "a.jsonl", 5)
     made = build(BuildOptions((str(tmp_path / "a.jsonl"),), str(tmp_path / "a"), str(tokenizers["gpt2"])), 1)
     assert made.tokens > 100 and "more slowly" in capsys.readouterr().err
