@@ -175,13 +175,14 @@ class Communicator:
         kind: str,
         sent: int,
         received: int,
-        start: Callable[[], tuple[Tensor, torch.cuda.Event | None]],
+        start: Callable[[], tuple[Any, torch.cuda.Event | None]],
         where: Where,
-    ) -> Callable[[], Tensor]:
+    ) -> Callable[[], Any]:
         """Bytes that copy engines move between ranks.
 
         Args:
-            start: starts the copies on the current stream; returns what holds them, and the event that follows.
+            start: starts the copies on the current stream; returns what holds them, a tensor or several, and the event
+                that follows.
 
         Returns:
             A function that lets the current stream wait for the copies and returns what holds them.
@@ -189,10 +190,10 @@ class Communicator:
         self._count(kind, sent, received, where)
         what = f"{kind} copy in {where.name}"
 
-        def started() -> Callable[[], Tensor]:
+        def started() -> Callable[[], Any]:
             out, event = start()
 
-            def wait() -> Tensor:
+            def wait() -> Any:
                 wait_for(event)
                 if event is not None:
                     self._watch(event, what)
@@ -218,6 +219,13 @@ class Communicator:
         """Of this rank and every ``step``-th before and after it in the group: their calls are parts of this group's
         calls, and count as such. A collective call."""
         part = self._part(range(self.rank % step, self.size, step))
+        part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
+        return part
+
+    def consecutive(self, count: int) -> "Communicator":
+        """Of this rank and those of the group with which it makes up ``count`` ranks in a row; see :meth:`strided`."""
+        first = self.rank - self.rank % count
+        part = self._part(range(first, first + count))
         part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
         return part
 

@@ -29,6 +29,7 @@ from .context import CPContext, check_context, signature
 from .exchange.strategy import Exchange, ExchangeTables, build_exchange_tables
 from .geometry import BlockGeometry
 from .heads.collectives import Collectives, Part, Stage
+from .heads.copies import team_transport
 from .heads.local import LocalMoBA
 from .heads.strategy import HeadExchange, Saved
 from .heads.tables import HeadTables, build_head_tables, head_ranks
@@ -212,19 +213,19 @@ def _forward_of_heads(
         attention = LocalMoBA(config, scale, inner, ops)
     else:
         attention = _MoBAOfHeads(config, scale, inner, where.layer, call.needs_grad)
-    transport = Collectives(tables, comm)
-    exchange = HeadExchange(transport, attention, cp.exchange.keep)
+    exchange = HeadExchange(team_transport(cp, tables), attention, cp.exchange.keep)
     out, lse, saved = exchange.forward(q, k, v, where, call.needs_grad)
     made = HeadPass(call, exchange, ops)
     comm.count_ring(k, 1, where)
     if cp.observer is not None:
         call.check()
         selection = torch.empty(*q.shape[:2], config.top_k - 1, dtype=torch.int32, device=q.device)
+        by_messages, targets = Collectives(tables, comm), [Part(selection, False, selection.dtype)]
         of_stages = [saved[index - 1] for index in made.indices]
         for number, (units, part) in enumerate(zip(tables.stages, of_stages, strict=True)):
             stage = Stage(number, units)
-            transport.give_back(stage, "selection", [part], [Part(selection, False)], where)
-            for event in transport.collect(stage):
+            by_messages.give_back(stage, targets, slice(0, 1), [part], where)
+            for event in by_messages.collect(stage):
                 wait_for(event)
         cp.observer(where.layer, selection, k.shape[1], config.block_size)
     return out, lse, saved, made

@@ -16,6 +16,8 @@ from moba_cp.cp import comm
 from moba_cp.cp import symmetric_memory as peer
 from moba_cp.cp.allgather import copies
 from moba_cp.cp.allgather import strategy as gather
+from moba_cp.cp.heads import copies as head_copies
+from moba_cp.cp.heads import strategy as heads
 from moba_cp.cp.options import ExchangeOptions
 from tests.helpers import distributed
 from tests.helpers.cases import Case
@@ -25,6 +27,10 @@ COMPUTING, COPYING = "computing", "copying"
 ALL = {
     "slab is packed", "copy reads", "copy writes", "forward reads", "backward reads", "dQ reads",
     "gradients are written", "sum reads", "sum writes", "sums are used",
+}  # fmt: skip
+ALL_OF_HEADS = {
+    "copy reads", "copy writes", "forward reads", "backward reads", "dQ reads", "gradients are written",
+    "dQ is written", "output is written", "results are used",
 }  # fmt: skip
 
 
@@ -126,10 +132,16 @@ def streams(monkeypatch) -> Streams:
         found.access(pages.k, "backward reads")
         real_backward(q, pages, *rest, out=out, dkdv_done=done, **how)
         found.access(pages.k, "dQ reads")
+        found.access(out[0], "dQ is written", True)
 
     real_backward = eager.attend_backward
     monkeypatch.setattr(eager, "attend_backward", gradients)
-    watch(eager, "attend", lambda q, pages, *args, **how: found.access(pages.k, "forward reads"))
+
+    def attends(q, pages, *args, out, **how):
+        found.access(pages.k, "forward reads")
+        found.access(out[0], "output is written", True)
+
+    watch(eager, "attend", attends)
     watch(eager, "pack_kv_shard", lambda k, v, slab, cut: found.access(slab, "slab is packed", True))
     watch(eager, "sum_partial_grads", sums)
 
@@ -141,9 +153,25 @@ def streams(monkeypatch) -> Streams:
     real_way = gather.AllGather.backward
     monkeypatch.setattr(gather.AllGather, "backward", used)
     watch(copies, "_copy", copied)
+
+    def copied_rows(target, source):
+        found.buffers.append(target)
+        found.accesses.setdefault(target.untyped_storage().data_ptr(), [])
+        copied([target], [source])
+
+    watch(head_copies, "copy_rows", copied_rows)
+    for name, last in (("forward", 2), ("backward", 3)):
+
+        def results_used(*args, real=getattr(heads.HeadExchange, name), last=last):
+            results = real(*args)
+            for x in results[:last]:
+                found.access(x, "results are used")
+            return results
+
+        monkeypatch.setattr(heads.HeadExchange, name, results_used)
     monkeypatch.setattr(comm.Communicator, "record_event", lambda self, x: found.event())
     monkeypatch.setattr(comm.Communicator, "_watch", lambda self, event, what: None)
-    for module in (comm, gather, peer):
+    for module in (comm, gather, peer, heads):
         monkeypatch.setattr(module, "wait_for", found.wait)
     monkeypatch.setattr(
         comm.SideStream, "entered",
@@ -190,6 +218,40 @@ def test_accesses_are_ordered(layers, keep, streams):
     expected = ALL - {"backward reads", "dQ reads"} if keep else ALL
     assert {what for seen in streams.accesses.values() for *_, what in seen} == expected
     assert not streams.races
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
+@pytest.mark.parametrize("narrowest", [0, 1 << 30], ids=["in place", "packed"])
+@pytest.mark.parametrize("layers", [(2,), (4, 2), (10, 8), (6, 12, 6)], ids=str)
+def test_accesses_of_heads_are_ordered(layers, narrowest, keep, streams, monkeypatch):
+    """Like :func:`test_accesses_are_ordered`, half of the heads on each rank; and with all-gathers between."""
+    monkeypatch.setattr(head_copies, "NARROWEST_ROW", narrowest)
+    run_threads(2, _layers, streams, layers, ExchangeOptions("heads", stages=64, keep=keep))
+    expected = ALL_OF_HEADS - {"backward reads", "dQ reads"} if keep else ALL_OF_HEADS
+    found = {what for seen in streams.accesses.values() for *_, what in seen}
+    # What was packed is unpacked elsewhere.
+    assert found == (expected if narrowest == 0 else expected - {"results are used"})
+    assert not streams.races
+
+
+@pytest.mark.parametrize(
+    "what, races",
+    [
+        ("barrier", {("output is written", "copy reads"), ("copy writes", "forward reads")}),
+        ("wait", {("forward reads", "copy writes"), ("output is written", "copy reads")}),
+        ("slots", {("copy reads", "output is written")}),
+    ],
+)
+def test_what_is_not_ordered_among_heads_is_found(what, races, streams, monkeypatch):
+    """Without meetings, without waiting for attention, with one slot."""
+    if what == "barrier":
+        monkeypatch.setattr(WatchedMemory, "barrier", ThreadPeerMemory.barrier)
+    elif what == "wait":
+        monkeypatch.setattr(comm.SideStream, "entered", lambda self, after: streams.entered({}))
+    else:
+        monkeypatch.setattr(head_copies, "SLOTS", 1)
+    run_threads(2, _layers, streams, (12,), ExchangeOptions("heads", stages=64))
+    assert races <= streams.races, streams.races
 
 
 @pytest.mark.parametrize(

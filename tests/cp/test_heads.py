@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
 from moba_cp.cp.comm import Communicator
+from moba_cp.cp.heads import copies
 from moba_cp.cp.heads.tables import build_head_tables, head_ranks
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
@@ -61,14 +62,19 @@ def _watched(group, case: Case, layout: str, full: bool, options: ExchangeOption
     return results, cp.unshard(seen[0]) if seen else None
 
 
-def _holds(size: int, h: int, layout: str, seed: int) -> None:
+def _watched_copies(comm: Communicator, *args):
+    """:func:`_watched` where ranks read one another's memory."""
+    return _watched(comm.share_memory(), *args)
+
+
+def _holds(size: int, h: int, layout: str, seed: int, on_rank=_watched) -> None:
     case, options = _batch(seed, size, h, layout), _options(seed, size, h)
     label = f"P={size} h={h} {layout} seed {seed} {options} q {tuple(case.q.shape)} kv {case.k.shape[1]}"
     assert divides(layout, case.cu_seqlens, size), label
     chosen = reference.select_blocks(case.q, case.k, case.block_size, case.top_k, case.cu_seqlens)
     for full in (False, True):
         expected = run_reference(case, full)
-        for results, selection in run_threads(size, _watched, case, layout, full, options):
+        for results, selection in run_threads(size, on_rank, case, layout, full, options):
             for name, actual, want in zip(NAMES, results, expected, strict=True):
                 assert relative_error(actual, want) < 1e-10, f"{label} full={full} {name}"
             assert full or torch.equal(selection, chosen.int()), label
@@ -86,12 +92,21 @@ def test_teams_equal_one_rank(size, h):
     _holds(size, h, layout, 10 * size + h)
 
 
+@pytest.mark.parametrize("narrowest", [0, 1 << 30], ids=["in place", "packed"])
+@pytest.mark.parametrize("size, h", [(2, 2), (4, 4), (6, 3)])
+def test_copies_equal_one_rank(size, h, narrowest, monkeypatch):
+    """Memory that ranks read starts as NaN."""
+    monkeypatch.setattr(copies, "NARROWEST_ROW", narrowest)
+    for seed in range(2):
+        _holds(size, h, LAYOUTS[(size + seed) % 3], 100 * size + seed, _watched_copies)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size, h", [*((n, n) for n in SIZES), *TEAMS])
 def test_a_hundred_and_fifty_cases(size, h, layout):
     for seed in range(5):
-        _holds(size, h, layout, 1000 * size + 100 * h + seed)
+        _holds(size, h, layout, 1000 * size + 100 * h + seed, (_watched, _watched_copies)[seed % 2])
 
 
 def _on_gloo(rank: int):

@@ -48,6 +48,9 @@ RUNS = [
     (_straddling, "zigzag", ExchangeOptions("allgather"), True),
     (_aligned, "zigzag", ExchangeOptions("allgather", keep=True), True),
     (_aligned, "contiguous", GatheringFrom("auto"), True),
+    (_straddling, "zigzag", ExchangeOptions("heads"), False),
+    (_straddling, "contiguous", ExchangeOptions("heads", keep=True), True),
+    (_aligned, "zigzag", ExchangeOptions("kv", head_ranks=2), False),
 ]
 
 

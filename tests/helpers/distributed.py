@@ -113,7 +113,8 @@ class ThreadCommunicator(Communicator):
         # Shared by these threads: the one that comes first makes it.
         parts = self._swap({ranks: ([None] * len(ranks), threading.Barrier(len(ranks)))})
         board, barrier = parts[ranks.start][ranks]
-        return ThreadCommunicator(ranks.index(self.rank), len(ranks), board, barrier, self._turn)
+        part = ThreadCommunicator(ranks.index(self.rank), len(ranks), board, barrier, self._turn)
+        return part.share_memory() if self.memory is not None else part
 
     def share_memory(self) -> "ThreadCommunicator":
         """From now on ranks read one another's memory where the library can do that."""

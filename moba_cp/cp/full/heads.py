@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calls import Where
 from ..context import CPContext
-from ..heads.collectives import Collectives
+from ..heads.copies import team_transport
 from ..heads.local import LocalFull
 from ..heads.strategy import HeadExchange, Saved
 from ..heads.tables import HeadTables, build_head_tables, head_ranks
@@ -43,7 +43,7 @@ def _exchange(
         attention = LocalFull(scale, tables.inner, backend, deterministic)
     else:
         attention = _FullOfHeads(scale, tables.inner, backend, deterministic, where)
-    return HeadExchange(Collectives(tables, cp.comm), attention, False)
+    return HeadExchange(team_transport(cp, tables), attention, False)
 
 
 class _FullOfHeads:

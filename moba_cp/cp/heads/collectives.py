@@ -20,7 +20,10 @@ class Stage:
     """Some units of one pass."""
 
     number: int
+    """Among those of the pass."""
     units: slice
+    copied: int = 0
+    """Its number among all stages that copy engines moved."""
     wait: Callable[[], list[Tensor]] | None = None
     """Waits for what :meth:`Collectives.begin` moves."""
     inputs: list[Tensor] | None = None
@@ -42,6 +45,8 @@ class Part:
     """[L, H, ...]; where results return to it, it holds anything, or zeros if units share its heads."""
     is_kv: bool
     """Of KV heads; otherwise of query heads."""
+    wire: torch.dtype
+    """Of *heads*."""
 
 
 class Collectives:
@@ -53,8 +58,11 @@ class Collectives:
     def __init__(self, tables: HeadTables, comm: Communicator):
         self.tables, self.comm = tables, comm
 
-    def open_pass(self, parts: Sequence[Part], results: Sequence[Part], where: Where) -> None:
-        """The stages of a pass begin, which brings ``parts`` here and ``results`` back."""
+    def open_pass(self, parts: Sequence[Part], targets: Sequence[Part], where: Where) -> None:
+        """The stages of a pass begin, which brings ``parts`` here and results back to ``targets``."""
+
+    def reserve(self, parts: Sequence[Part], targets: Sequence[Part]) -> None:
+        """Make room for a pass that is to follow; of tensors only shapes and dtypes count."""
 
     def close_pass(self) -> None:
         """All its stages were issued."""
@@ -69,19 +77,19 @@ class Collectives:
         order = self.tables.order
         stage.wait = lambda: [x if order is None else x[order] for x in wait()]
 
-    def results(self, stage: Stage, name: str, like: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-        """Memory for results of a stage, of given shapes and dtypes; it holds anything.
-
-        Args:
-            name: of these results among those of the pass.
-        """
+    def results(self, stage: Stage, targets: Sequence[Part]) -> list[Tensor]:
+        """Memory for a stage's results, *heads*, that are to return to ``targets``; it holds anything."""
         device = self.tables.inner.device
-        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
+        return [torch.empty(self._shape(target, stage), dtype=target.wire, device=device) for target in targets]
 
     def give_back(
-        self, stage: Stage, name: str, heads: Sequence[Tensor], targets: Sequence[Part], where: Where
+        self, stage: Stage, targets: Sequence[Part], which: slice, heads: Sequence[Tensor], where: Where
     ) -> None:
-        """Start returning results, *heads*, to ``targets``; :meth:`collect` puts them there."""
+        """Start returning some of a stage's results to ``targets[which]``; :meth:`collect` puts them there.
+
+        Args:
+            heads: what :meth:`results` gave for these, or other tensors like them.
+        """
         comm, counts, back = self.comm, self.tables.counts, self.tables.order_back
         with comm.on_comm_stream(comm.record_event(heads[0])):
             record_stream(*heads)
@@ -91,7 +99,7 @@ class Collectives:
 
         def finish() -> torch.cuda.Event | None:
             with comm.on_comm_stream(issued):
-                for arrived, target in zip(wait(), targets, strict=True):
+                for arrived, target in zip(wait(), targets[which], strict=True):
                     record_stream(target.tokens)
                     self._unpack(arrived.unflatten(0, (len(self.tables.team), -1)), target, stage)
                 return comm.record_event(heads[0])
@@ -106,11 +114,13 @@ class Collectives:
         return [finish() for finish in finishing]
 
     def kept(self, stage: Stage) -> list[Tensor]:
-        """A stage's inputs, to be kept beyond :meth:`finish`."""
+        """A stage's inputs, to be kept beyond its computation."""
         return list(stage.inputs)
 
-    def finish(self, stage: Stage) -> None:
-        """All that needs a stage's inputs was issued."""
+    def _shape(self, part: Part, stage: Stage) -> tuple[int, ...]:
+        """Of *heads*."""
+        n_heads = stage.count * (1 if part.is_kv else self.tables.unit)
+        return self.tables.n_rows, n_heads, *part.tokens.shape[2:]
 
     def _packed(self, part: Part, stage: Stage) -> Tensor:
         """[h * L, n, ...], the heads of the team's first rank first."""

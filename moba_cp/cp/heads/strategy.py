@@ -67,12 +67,16 @@ class HeadExchange:
         """out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and what :meth:`backward` needs."""
         transport, attention, saved = self.transport, self._attention, []
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
-        parts, targets = _parts((q, False), (k, True), (v, True)), _parts((out, False), (lse, False))
+        parts, targets = [*self._qkv(q, k, v)], [_of_queries(out), _of_queries(lse)]
+        if needs_grad:
+            wire = self._gradient_dtype(k)
+            later = [*(() if self._keep else parts), *map(_of_queries, (out, lse, lse))]
+            transport.reserve(later, [Part(k, True, wire), Part(v, True, wire), _of_queries(q)])
         for stage in self._stages(parts, targets, [], where):
             q_heads, k_heads, v_heads = stage.inputs
-            (out_heads,) = transport.results(stage, "out", [(q_heads.shape, q.dtype)])
+            out_heads, _ = transport.results(stage, targets)
             lse_heads, of_stage = attention.forward(stage.number, q_heads, k_heads, v_heads, out_heads)
-            transport.give_back(stage, "out", [out_heads, lse_heads], targets, where)
+            transport.give_back(stage, targets, slice(0, 2), [out_heads, lse_heads], where)
             if needs_grad and self._keep:
                 of_stage = [*of_stage, *transport.kept(stage)]
             saved += of_stage
@@ -97,38 +101,38 @@ class HeadExchange:
                 output and gradient [L, Hq].
         """
         transport, attention, tables = self.transport, self._attention, self.transport.tables
-        dq = torch.empty_like(q)
+        dq = q.new_empty(q.shape)
         if tables.shares_kv:
             dk, dv = k.new_zeros(2, *k.shape, dtype=WIDE[k.dtype])
-            wire = tables.wire
         else:
-            (dk, dv), wire = k.new_empty(2, *k.shape), k.dtype
+            dk, dv = k.new_empty(2, *k.shape)
         n_kept, by_stage = 3 if self._keep else 0, []
         for count in self.n_saved:
             by_stage.append(saved[:count])
             saved = saved[count:]
         kept = [of_stage[len(of_stage) - n_kept :] for of_stage in by_stage] if self._keep else []
-        parts = _parts(
-            *(((q, False), (k, True), (v, True)) if not self._keep else ()),
-            (dout, False),
-            (lse, False),
-            (out_or_delta, False),
-        )
-        targets = _parts((dk, True), (dv, True)), _parts((dq, False))
-        for stage in self._stages(parts, [*targets[0], *targets[1]], kept, where):
-            q_heads, k_heads = stage.inputs[:2]
-            of_kv = transport.results(stage, "dkdv", [(k_heads.shape, wire)] * 2)
-            (of_q,) = transport.results(stage, "dq", [(q_heads.shape, q.dtype)])
+        parts = [*(() if self._keep else self._qkv(q, k, v)), *map(_of_queries, (dout, lse, out_or_delta))]
+        wire = self._gradient_dtype(k)
+        targets = [Part(dk, True, wire), Part(dv, True, wire), _of_queries(dq)]
+        for stage in self._stages(parts, targets, kept, where):
+            dk_heads, dv_heads, dq_heads = transport.results(stage, targets)
 
-            def dkdv_done(stage: Stage = stage, of_kv=of_kv) -> None:
-                transport.give_back(stage, "dkdv", of_kv, targets[0], where)
+            def dkdv_done(stage: Stage = stage, of_kv: tuple[Tensor, Tensor] = (dk_heads, dv_heads)) -> None:
+                transport.give_back(stage, targets, slice(0, 2), of_kv, where)
 
             of_stage = by_stage[stage.number]
-            attention.backward(
-                stage.number, of_stage[: len(of_stage) - n_kept], stage.inputs, [of_q, *of_kv], dkdv_done
-            )
-            transport.give_back(stage, "dq", [of_q], targets[1], where)
+            of_stage = of_stage[: len(of_stage) - n_kept]
+            grads = dq_heads, dk_heads, dv_heads
+            attention.backward(stage.number, of_stage, stage.inputs, grads, dkdv_done)
+            transport.give_back(stage, targets, slice(2, 3), [dq_heads], where)
         return dq, dk, dv
+
+    def _qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Part, Part, Part]:
+        return _of_queries(q), Part(k, True, k.dtype), Part(v, True, v.dtype)
+
+    def _gradient_dtype(self, k: Tensor) -> torch.dtype:
+        """Of dK and dV on the wire: where nobody adds to them they are rounded once, here or there."""
+        return self.transport.tables.wire if self.transport.tables.shares_kv else k.dtype
 
     def _stages(self, parts: list[Part], targets: list[Part], kept: list[Saved], where: Where) -> Iterator[Stage]:
         """All stages, each with its inputs; after the last one the current stream waits for all that returns."""
@@ -149,7 +153,6 @@ class HeadExchange:
             stage.wait = None
             yield stage
             stage.inputs = None
-            transport.finish(stage)
             if before is not None:
                 done += transport.collect(before)
             before = stage
@@ -161,5 +164,5 @@ class HeadExchange:
             wait_for(event)
 
 
-def _parts(*tensors: tuple[Tensor, bool]) -> list[Part]:
-    return [Part(tokens, is_kv) for tokens, is_kv in tensors]
+def _of_queries(tokens: Tensor) -> Part:
+    return Part(tokens, False, tokens.dtype)

@@ -1,0 +1,192 @@
+"""Tokens for heads, and back, by copy engines, between GPUs that map each other's memory (:mod:`..symmetric_memory`).
+
+Each rank writes its rows where the others attend to them, in the order of the sequence, and reads its rows of their
+results. Legend as in :mod:`.collectives`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..calls import Where
+from ..comm import Communicator, record_stream
+from ..context import CPContext
+from ..copying import copy_rows
+from ..symmetric_memory import MissingMemory, PeerMemory, peer_memory
+from .collectives import Collectives, Part, Stage
+from .tables import HeadTables
+
+SLOTS = 2
+"""Of each buffer: while a stage is computed the next one comes into the other slot, and the one before returns."""
+NARROWEST_ROW = 1 << 30
+"""Bytes: a stage's heads of a row are packed on their way if they are fewer, since copy engines are slow with them."""
+_ALIGNED = 256
+
+
+class CopyEngines(Collectives):
+    """Moves the stages of a pass by copies; ``memory`` is that of the team's ranks."""
+
+    def __init__(self, tables: HeadTables, comm: Communicator, memory: PeerMemory):
+        super().__init__(tables, comm)
+        self._memory = memory
+
+    def open_pass(self, parts: Sequence[Part], targets: Sequence[Part], where: Where) -> None:
+        """The stages of a pass begin; a collective call.
+
+        Raises:
+            RuntimeError: an earlier pass failed on this rank, or a rank has no memory for copies.
+        """
+        self._memory.open_pass(f"rank {self.tables.rank} in {where.name}")
+        try:
+            self.reserve(parts, targets)
+        except MissingMemory:
+            # Raised on all ranks, and nothing was issued yet.
+            self._memory.close_pass()
+            raise
+
+    def reserve(self, parts: Sequence[Part], targets: Sequence[Part]) -> None:
+        """See :meth:`.collectives.Collectives.reserve`."""
+        widest = Stage(0, max(self.tables.stages, key=lambda units: units.stop - units.start))
+        for name, those in (("heads", parts), ("results", targets)):
+            self._memory.reserve(name, SLOTS, self._places(those, widest)[-1])
+
+    def close_pass(self) -> None:
+        """All its stages were issued."""
+        self._memory.close_pass()
+
+    def begin(self, stage: Stage, parts: Sequence[Part], ready: torch.cuda.Event | None, where: Where) -> None:
+        """See :meth:`.collectives.Collectives.begin`."""
+        memory, tables, comm = self._memory, self.tables, self.comm
+        stage.copied = memory.next_stage()
+        with memory.on_copy_stream(ready):
+            record_stream(*(part.tokens for part in parts))
+
+            def start() -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+                # Past the first barrier nobody attends to what the slots held: all of that was given back on this
+                # stream. Past the second all rows are here, and nobody reads results of the stages before any more.
+                _barrier(memory)
+                by_rank = [self._outgoing(part, stage) for part in parts]
+                for place in self._turns():
+                    for rows, there in zip(by_rank, self._slot("heads", stage, place, parts), strict=True):
+                        for first, at, length in tables.runs[tables.place]:
+                            copy_rows(there[at : at + length], rows[first : first + length, place])
+                _barrier(memory)
+                arrived = tuple(self._slot("heads", stage, tables.place, parts))
+                return arrived, comm.record_event(arrived[0])
+
+            moved = self._moved(parts, stage)
+            stage.wait = comm.copied("to_heads", moved, moved, start, where)
+
+    def results(self, stage: Stage, targets: Sequence[Part]) -> list[Tensor]:
+        """See :meth:`.collectives.Collectives.results`."""
+        return self._slot("results", stage, self.tables.place, targets)
+
+    def give_back(
+        self, stage: Stage, targets: Sequence[Part], which: slice, heads: Sequence[Tensor], where: Where
+    ) -> None:
+        """See :meth:`.collectives.Collectives.give_back`."""
+        memory, tables, comm = self._memory, self.tables, self.comm
+        for own, x in zip(self._slot("results", stage, tables.place, targets)[which], heads, strict=True):
+            if own.data_ptr() != x.data_ptr():
+                own.copy_(x)
+        ready = comm.record_event(heads[0])
+        with memory.on_copy_stream(ready):
+
+            def start() -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
+                _barrier(memory)
+                arrived = tuple(self._incoming(target, stage) for target in targets[which])
+                for place in self._turns():
+                    for rows, there in zip(arrived, self._slot("results", stage, place, targets)[which], strict=True):
+                        for first, at, length in tables.runs[tables.place]:
+                            copy_rows(rows[first : first + length, place], there[at : at + length])
+                return arrived, comm.record_event(heads[0])
+
+            record_stream(*(target.tokens for target in targets[which]))
+            moved = self._moved(targets[which], stage)
+            wait = comm.copied("to_tokens", moved, moved, start, where)
+
+        def finish() -> torch.cuda.Event | None:
+            with memory.on_copy_stream(ready):
+                for rows, target in zip(wait(), targets[which], strict=True):
+                    if not self._in_place(target, stage) or rows.data_ptr() != self._by_rank(target, stage).data_ptr():
+                        self._unpack(rows.transpose(0, 1), target, stage)
+                return comm.record_event(heads[0])
+
+        stage.returning.append(finish)
+
+    def kept(self, stage: Stage) -> list[Tensor]:
+        """See :meth:`.collectives.Collectives.kept`."""
+        return [x.clone() for x in stage.inputs]
+
+    def _turns(self) -> list[int]:
+        """Places of the team, each rank's next one first and its own last, so that not all go to the same."""
+        h = len(self.tables.team)
+        return [(self.tables.place + i) % h for i in range(1, h + 1)]
+
+    def _outgoing(self, part: Part, stage: Stage) -> Tensor:
+        """[L, h, n, ...]: the stage's heads of each rank of the team, without gaps between the heads of a row."""
+        if self._in_place(part, stage):
+            return self._by_rank(part, stage)
+        return self._packed(part, stage).unflatten(0, (len(self.tables.team), -1)).transpose(0, 1)
+
+    def _incoming(self, target: Part, stage: Stage) -> Tensor:
+        """[L, h, n, ...] to which each rank's results come: where they belong, or new memory."""
+        if self._in_place(target, stage):
+            return self._by_rank(target, stage)
+        shape = len(self.tables.team), self.tables.n_local, *self._shape(target, stage)[1:]
+        return target.tokens.new_empty(shape, dtype=target.wire).transpose(0, 1)
+
+    def _in_place(self, part: Part, stage: Stage) -> bool:
+        """Whether a stage's heads of *tokens* are copied from or to where they are."""
+        width = torch.Size(self._shape(part, stage)[1:]).numel() * part.wire.itemsize
+        moves_as_it_is = part.wire == part.tokens.dtype and not (part.is_kv and self.tables.shares_kv)
+        return moves_as_it_is and part.tokens[:1].is_contiguous() and width >= NARROWEST_ROW
+
+    def _slot(self, name: str, stage: Stage, place: int, parts: Sequence[Part]) -> list[Tensor]:
+        """*Heads* of all ``parts`` in a stage's slot of a rank's buffer."""
+        ends = self._places(parts, stage)
+        slot = self._memory.at(name, stage.copied, place, (ends[-1],), torch.uint8)
+        found = []
+        for begin, part in zip(ends, parts, strict=False):
+            shape = self._shape(part, stage)
+            n_bytes = torch.Size(shape).numel() * part.wire.itemsize
+            found.append(slot[begin : begin + n_bytes].view(part.wire).view(shape))
+        return found
+
+    def _places(self, parts: Sequence[Part], stage: Stage) -> list[int]:
+        """Bytes at which the *heads* of ``parts`` begin in a slot, and its end."""
+        places = [0]
+        for part in parts:
+            n_bytes = torch.Size(self._shape(part, stage)).numel() * part.wire.itemsize
+            places.append(places[-1] + -(-n_bytes // _ALIGNED) * _ALIGNED)
+        return places
+
+    def _moved(self, parts: Sequence[Part], stage: Stage) -> int:
+        """Bytes of a stage that come from other ranks."""
+        h = len(self.tables.team)
+        total = sum(torch.Size(self._shape(part, stage)).numel() * part.wire.itemsize for part in parts)
+        return total // h * (h - 1)
+
+
+def _barrier(memory: PeerMemory) -> None:
+    memory.barriers += 1
+    memory.barrier()
+
+
+def team_transport(cp: CPContext, tables: HeadTables) -> Collectives:
+    """What moves the stages of a layer; a collective call."""
+    memory = _team_memory(cp, len(tables.team))
+    return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
+
+
+def _team_memory(cp: CPContext, h: int) -> PeerMemory | None:
+    """Memory that the ranks of a team read, where they have it and it is to be used."""
+    per_node = cp.exchange.ranks_per_node
+    if h == cp.size:
+        return cp.peers
+    if not cp.exchange.copy_engines or (per_node is not None and per_node % h):
+        return None
+    if cp.device.type != "cuda" and cp.comm.memory is None:
+        return None
+    return peer_memory(cp.cached(Communicator, h, lambda: cp.comm.consecutive(h)), cp.device)
