@@ -362,6 +362,6 @@ def test_kills_on_two_gpus(tmp_path):
         pytest.skip("needs two GPUs")
     write_text(tmp_path / "text")
     # Heads of 32; steps are short there.
-    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=200")
-    more = ("run.checkpoint_every=20", "run.validate_every=100", "run.timeout_seconds=15")
+    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=100")
+    more = ("run.checkpoint_every=10", "run.validate_every=50", "run.timeout_seconds=15")
     _kills_at_once(tmp_path, (*SETTINGS, *shape, *more), range(200, 205), fork=False)
