@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-LABELS = {"moba": "MoBA", "full": "full attention", "switch": "MoBA, then full"}
+LABELS = {"moba": "MoBA", "full": "full attention", "switch": "MoBA, then full", "hybrid": "MoBA, last layer full"}
 PAPER = "0.55"
 """Grey: what the paper published."""
-_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green"}
-_LINES = {"moba": "-", "full": "--", "switch": "-."}
-_MARKERS = {"moba": "o", "full": "s", "switch": "^"}
+_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green"}
+_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-."}
+_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^"}
 
 
 def label_of(kind: str) -> str:

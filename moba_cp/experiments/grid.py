@@ -27,7 +27,8 @@ from threading import Thread
 from ..train.config import TrainConfig
 from ..train.log import CHECKPOINTS, LOG, read_log
 from ..train.predict import GPUS, forecast
-from ..train.yaml_config import to_dict, to_yaml
+from ..train.yaml_config import load, to_dict, to_yaml
+from .retrieval import ANSWERS
 from .runs import Run
 
 SUMMARY = "summary.json"
@@ -210,14 +211,14 @@ class Grid:
         file = self.folder / "configs" / f"{run.name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(run.config), encoding="utf-8")
-        return worker.pool.submit(_train, str(file), str(self.folder / "output" / f"{run.name}.txt"))
+        return worker.pool.submit(_train, str(file), str(self.folder / "output" / f"{run.name}.txt"), run.tested_at)
 
     def _finish(self, future: Future, run: Run, seconds: float) -> bool:
         error = future.exception()
         if error is not None:
             self.say(f"{run.name}: not done ({str(error) or type(error).__name__}); see output/{run.name}.txt")
             return False
-        found = summarize(run, self.corpus, seconds)
+        found = summarize(run, None if run.tested_at else self.corpus, seconds)
         # The first steps of a process compile, so take the median.
         self._measured += run.config.run.steps * found["step_seconds"]
         self._estimated += run.config.run.steps * _step_seconds(run)
@@ -274,6 +275,7 @@ def summarize(run: Run, corpus: str | None, seconds: float) -> dict:
         "seconds": round(seconds, 1),
         "step_seconds": statistics.median(record["seconds"] for record in records if record.get("seconds")),
         "corpus": corpus,
+        **({"retrieval": json.loads((folder / ANSWERS).read_text(encoding="utf-8"))} if run.tested_at else {}),
         "config": identity(run.config),
     }
     partial = folder / f"{SUMMARY}.partial"
@@ -291,8 +293,9 @@ def _start_worker(gpu: str | None) -> None:
         Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _train(config: str, output: str) -> None:
-    """Train one run in this process; what it prints goes into the file ``output``."""
+def _train(config: str, output: str, tested_at: tuple[int, ...]) -> None:
+    """Train one run in this process, and have it retrieve from documents of the lengths ``tested_at``; what it prints
+    goes into the file ``output``."""
     from ..train import command
     from ..train.mesh import close_mesh
 
@@ -306,6 +309,10 @@ def _train(config: str, output: str) -> None:
             code = command.main(
                 Namespace(config=config, overrides=[], resume="auto", overwrite=False, dry_run=False, ranks=None)
             )
+            if tested_at and not code:
+                from .retrieval import answer
+
+                answer(load(TrainConfig, config), tested_at)
         except BaseException:
             import traceback
 

@@ -327,10 +327,52 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
     return [*said, *lines]
 
 
+def _retrieval(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    kinds = [kind for kind in ("full", "moba", "hybrid") if _of(rows, kind=kind)]
+    if "moba" not in kinds:
+        raise _TooFew("no MoBA model is done")
+    drawn, axes = figure((3 * len(kinds) + 3.5, 5.5), [1] * len(kinds) + [1.2], rows=2)
+    said = ["| | pass-key | of many keys | the longest, pass-key | all keys, fewest to most |", "|---|---|---|---|---|"]
+    lengths = list(rows[0]["retrieval"]["pass-key"])
+    recall = {}
+    for column, kind in enumerate(kinds):
+        its, means = _of(rows, kind=kind), {}
+        for row, task in enumerate(("pass-key", "multi-key")):
+            means[task] = np.mean([[x["retrieval"][task][length] for length in lengths] for x in its], axis=0)
+            here = axes[row * (len(kinds) + 1) + column]
+            here.grid(False)
+            here.imshow(means[task].T, vmin=0, vmax=1, cmap="gray", aspect="auto")
+            for i, j in np.ndindex(*means[task].shape):
+                shade = "black" if means[task][i, j] > 0.5 else "white"
+                here.text(i, j, f"{means[task][i, j]:.2f}", ha="center", va="center", color=shade, fontsize=6)
+            here.set_xticks(range(len(lengths)), [f"{int(n):,}" for n in lengths], fontsize=7)
+            depths = means[task].shape[1]
+            here.set_yticks(range(depths), [f"{100 * (i + 0.5) / depths:.0f} %" for i in range(depths)], fontsize=7)
+            here.set_title(f"{label_of(kind)}: {task}", fontsize=9)
+            here.set_xlabel("length (tokens); the last was not trained on", fontsize=7)
+        recall[kind] = {pairs: statistics.fmean(x["retrieval"]["recall"][pairs] for x in its)
+                        for pairs in its[0]["retrieval"]["recall"]}  # fmt: skip
+        ends = list(recall[kind].values())
+        numbers = [means["pass-key"][:-1].mean(), means["multi-key"][:-1].mean(), means["pass-key"][-1].mean()]
+        shares = " | ".join(f"{100 * number:.0f} %" for number in numbers)
+        said.append(f"| {label_of(kind)} | {shares} | {100 * ends[0]:.0f} to {100 * ends[-1]:.0f} % |")
+    axes[0].set_ylabel("depth of the asked key")
+    line = axes[len(kinds)]
+    for kind in kinds:
+        line.plot([int(n) for n in recall[kind]], list(recall[kind].values()), label=label_of(kind), **style(kind))
+    line.set(xscale="log", ylim=(0, 1.05), xlabel="pairs, all of them asked", ylabel="right answers")
+    line.set_title(f"associative recall, {int(lengths[-2]):,} tokens", fontsize=9)
+    line.legend(fontsize=7)
+    axes[-1].axis("off")
+    finish(drawn, picture)
+    return said
+
+
 _EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
     "scaling-law": _scaling_law,
     "position-loss": _position_loss,
     "granularity": _granularity,
     "layerwise-hybrid": _layerwise_hybrid,
     "training-hybrid": _training_hybrid,
+    "retrieval": _retrieval,
 }

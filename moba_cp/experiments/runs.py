@@ -30,6 +30,8 @@ class Run:
     """What a chart needs to know: ``size``, ``kind`` (``moba``, ``full``, ``switch``), ``seed`` and the like."""
     parent: "Run | None" = None
     """The run whose weights it begins with."""
+    tested_at: tuple[int, ...] = ()
+    """Lengths of documents from which it has to retrieve when it is trained; its text is made for that."""
 
     @property
     def n_parameters(self) -> int:
@@ -79,6 +81,22 @@ class Maker:
         config = replace(config, attention=attention)
         facts = parent.facts | {"full_layers": full_layers, "tuned": True}
         return self._named(f"{parent.name}-tuned{full_layers}", config, parent.length, facts, parent)
+
+    def retrieving(self, kind: str, seed: int) -> Run:
+        """Training to find keys again: ``kind`` is ``moba``, ``full``, or ``hybrid`` whose last layer is full."""
+        scale, size = self.scale, self.scale.retrieval_size
+        lengths = scale.retrieval_lengths
+        attention = self._attention("moba" if kind == "hybrid" else kind, scale.retrieval_block_size, scale.top_k)
+        if kind == "hybrid":
+            attention = replace(attention, full_layers="last 1")
+        config = self._config(size, lengths[-1], seed, size.steps, size.lr, (TRAINING, VALIDATION))
+        paths = [str(retrieval_folder(self.folder) / split) for split in (TRAINING, VALIDATION)]
+        data = replace(config.data, path=paths[0], validation_path=paths[1], packing="best_fit")
+        config = replace(config, attention=attention, data=data)
+        facts = {"size": size.name, "kind": kind, "seed": seed}
+        made = self._named(f"retrieval-{size.name}-{size.tokens / 1e6:.3g}M-{kind}-s{seed}", config, lengths[-1], facts)
+        # One length more than it is trained on.
+        return replace(made, tested_at=(*lengths, 2 * lengths[-1]))
 
     def _attention(self, kind: str, block_size: int, top_k: int) -> AttentionConfig:
         base = self.base.attention
@@ -154,11 +172,23 @@ def layerwise_hybrid(make: Maker) -> Iterator[Run]:
             yield make.tuned(parent, scale.deep_size, last)
 
 
+def retrieval(make: Maker) -> Iterator[Run]:
+    """Finding keys again with MoBA, full attention, and MoBA with a full last layer."""
+    for seed in range(make.scale.seeds):
+        yield from (make.retrieving(kind, seed) for kind in ("full", "moba", "hybrid"))
+
+
+def retrieval_folder(folder: Path) -> Path:
+    """Where the documents to retrieve from are."""
+    return folder / "corpus" / "retrieval"
+
+
 GRIDS = {
     "scaling-law": scaling_law,
     "granularity": granularity,
     "training-hybrid": training_hybrid,
     "position-loss": position_loss,
     "layerwise-hybrid": layerwise_hybrid,
+    "retrieval": retrieval,
 }
 """The experiments, those first whose runs the others share."""

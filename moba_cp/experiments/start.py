@@ -14,8 +14,14 @@ from ..train.yaml_config import load
 from . import report
 from .corpus import build_corpora, corpus_lines, installed_sources
 from .grid import Grid, Slot, estimate, flops, summary_of
-from .runs import GRIDS, Maker, Run
+from .retrieval import build_retrieval
+from .runs import GRIDS, Maker, Run, retrieval_folder
 from .scales import Scale, scale_called
+
+# Tokens of documents to retrieve from; a longer training goes through them several times.
+_RETRIEVAL_TOKENS = 2**26
+# Documents of each length to validate on.
+_RETRIEVAL_HELD_OUT = 16
 
 
 def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, started: float) -> int:
@@ -38,7 +44,10 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
         return 0
     failed = []
     if not arguments.redraw:
-        corpus = None if scale.own_data else _corpus(scale, folder, arguments)
+        corpus = None if scale.own_data or names == ("retrieval",) else _corpus(scale, folder, arguments)
+        if "retrieval" in names:
+            tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
+            build_retrieval(retrieval_folder(folder), scale.retrieval_lengths, tokens, _RETRIEVAL_HELD_OUT)
         slots = _slots(arguments.gpus, arguments.per_gpu)
         deadline = None if arguments.budget_seconds is None else started + arguments.budget_seconds
         say = lambda line: print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)

@@ -1,0 +1,81 @@
+"""Documents to retrieve from: what is asked stands where it is said to, once."""
+
+import numpy as np
+import pytest
+
+from moba_cp.data.config import DataConfig
+from moba_cp.data.corpus import open_corpora
+from moba_cp.data.packing import Packer
+from moba_cp.experiments import retrieval
+from moba_cp.experiments.retrieval import KEYS, NOISE, build_retrieval, make_document
+from moba_cp.model.loss import IGNORED_LABEL
+
+
+@pytest.mark.parametrize(("pairs", "asked"), [(1, 1), (32, 1), (16, 16), (64, 64)])
+def test_a_document_holds_what_it_asks(pairs, asked):
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        document = make_document(generator, 1024, pairs, asked)
+        tokens, text = document.tokens, document.tokens[: 1024 - 2 * asked]
+        places = np.flatnonzero((text >= NOISE) & (text < NOISE + KEYS))
+        assert len(places) == pairs == len(set(text[places]))
+        values = dict(zip(text[places], text[places + 1]))
+        assert min(values.values()) >= NOISE + KEYS
+        assert len(document.answers) == asked
+        assert [values[tokens[at - 1]] for at in document.answers] == list(tokens[document.answers])
+
+
+def test_the_asked_key_stands_at_its_depth():
+    generator = np.random.default_rng(0)
+    for part in range(8):
+        for _ in range(20):
+            document = make_document(generator, 512, 32, 1, (part / 8, (part + 1) / 8))
+            (place,) = np.flatnonzero(document.tokens[:510] == document.tokens[document.answers[0] - 1])
+            assert part / 8 - 0.01 <= place / 510 <= (part + 1) / 8 + 0.01
+
+
+def test_only_asked_values_have_labels_when_trained_on(tmp_path):
+    build_retrieval(tmp_path, (256, 512), 2**15, 4)
+    config = DataConfig(path=str(tmp_path / "training"), seq_len=1024, packing="best_fit", validation_share=0.1)
+    documents = open_corpora(config).parts[0].training
+    assert set(documents.lengths) == {256, 512}
+    tokens, labels = Packer(documents, 1024, 0, "best_fit").sequence(0).read()
+    at = np.flatnonzero(labels.numpy() != IGNORED_LABEL)
+    assert len(at) and (labels.numpy()[at] >= NOISE + KEYS).all()
+    assert ((tokens.numpy()[at] >= NOISE) & (tokens.numpy()[at] < NOISE + KEYS)).all()
+    before = (tmp_path / "training.bin").stat().st_mtime_ns
+    build_retrieval(tmp_path, (256, 512), 2**15, 4)
+    assert (tmp_path / "training.bin").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_answers_are_judged_at_the_asked_keys(knows, tmp_path, monkeypatch):
+    """A model that knows the values of all keys is right everywhere, and one that knows none nowhere."""
+    import torch
+
+    from moba_cp.experiments.runs import Maker
+    from moba_cp.experiments.scales import scale_called
+    from moba_cp.train.mesh import close_mesh
+
+    scale = scale_called("tiny")
+    run = Maker(scale, tmp_path, scale.base).retrieving("moba", 0)
+    (tmp_path / "runs" / run.name).mkdir(parents=True)
+
+    class Model(torch.nn.Module):
+        def forward(self, tokens, labels, context):
+            following = torch.roll(tokens, -1) if knows else torch.zeros_like(tokens)
+            return torch.nn.functional.one_hot(following, 256).float()
+
+        def to_empty(self, device):
+            return self
+
+    monkeypatch.setattr(retrieval, "build_model", lambda *args, **kwargs: Model())
+    monkeypatch.setattr(retrieval, "shard_weights", lambda module, *args: module)
+    monkeypatch.setattr(retrieval, "load_weights", lambda *args: None)
+    try:
+        found = retrieval.answer(run.config, run.tested_at)
+    finally:
+        close_mesh()
+    assert set(found["pass-key"]) == {"256", "512", "1024"}
+    shares = [share for task in ("pass-key", "multi-key") for row in found[task].values() for share in row]
+    assert {*shares, *found["recall"].values()} == {float(knows)} and len(shares) == 48
