@@ -111,7 +111,7 @@ def _small() -> Scale:
         last_layers=(1, 3, 5, 10),
         tuning_share=0.2,
         seeds=3,
-        retrieval_size=_small_size(4, 64 * k, 20.0),
+        retrieval_size=_small_size(4, 64 * k, 10.0),
         retrieval_lengths=(1 * k, 2 * k, 4 * k, 8 * k),
         retrieval_block_size=128,
         own_data=False,
