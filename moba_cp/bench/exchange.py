@@ -21,6 +21,7 @@ from ..cp.exchange.costs import WireCosts
 from ..cp.exchange.plan import decide
 from ..cp.exchange.tables import build_decision_tables, number_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
+from ..cp.heads.costs import HeadCosts
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import ExchangeOptions
 from ..ops import integer_backend
@@ -50,6 +51,7 @@ STYLES = {
     "kv": {"color": "tab:orange", "marker": "s"},
     "query": {"color": "tab:green", "marker": "^"},
     "allgather": {"color": "tab:red", "marker": "v"},
+    "heads": {"color": "tab:purple", "marker": "D"},
 }
 
 
@@ -108,6 +110,11 @@ class Counted:
         by_copies = self.options.may_copy(len(geometry.owned))
         return GatherCosts(geometry, self.shape.kv_heads, self.shape.dim, self.dtype, self.options, by_copies)
 
+    def head_costs(self, size: int) -> HeadCosts:
+        """What exchanging tokens for heads moves among ``size`` ranks."""
+        heads = self.shape.heads, self.shape.kv_heads
+        return HeadCosts(size, self.tokens // size, heads, self.shape.dim, self.dtype, self.options)
+
     def wire_costs(self, geometry: BlockGeometry) -> WireCosts:
         """What a token of a block costs, and a row."""
         ids = number_dtype(geometry, self.shape.kv_heads)
@@ -150,6 +157,7 @@ def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list
     count = n_nodes if args.nodes == 0 else min(n_nodes, args.nodes)
     # From both ends, so that the early and the late ranks of a contiguous layout count alike.
     nodes = {round((i + 0.5) * n_nodes / count - 0.5) for i in range(count)}
+    modes = [mode for mode in modes if mode != "heads" or layer.shape.heads % size == 0]
     asked: dict[str, dict[int, Asked]] = {mode: {} for mode in _counted(modes)}
     for rank in range(size):
         if rank // options.ranks_per_node in nodes:
@@ -181,17 +189,22 @@ def _counted(modes: list[str]) -> list[str]:
 def ask(layer: Counted, rank: int, selection: torch.Tensor | None, geometry: BlockGeometry) -> Asked:
     """What ``rank`` asks of the others for its selection [L, Hq, k - 1]; ``geometry`` is its own.
 
-    For ``allgather`` the selection is not looked at, and any rank's geometry serves.
+    For ``allgather`` and ``heads`` the selection is not looked at, and any rank's geometry serves.
     """
-    options = layer.options
+    options, size = layer.options, len(geometry.owned)
+    if options.mode == "heads":
+        costs, nothing = layer.head_costs(size), torch.zeros_like(geometry.is_remote)
+        total = costs.forward_bytes + costs.backward_bytes
+        elsewhere = max(0, size - options.ranks_per_node) / (size - 1) if size > 1 else 0
+        return Asked(total, round(total * elsewhere), nothing.expand(layer.shape.kv_heads, -1), 1.0)
     if options.mode == "allgather":
         total = layer.gather_costs(geometry).bytes_of(rank)
         return Asked(total, 0, (geometry.owner != rank).expand(layer.shape.kv_heads, -1), 1.0)
     costs, candidates = layer.wire_costs(geometry), layer.shape.kv_heads * max(1, int(geometry.remote_candidate.sum()))
-    weighing = options.weighing(len(geometry.owned))
+    weighing = options.weighing(size)
     tables = build_decision_tables(geometry, layer.shape.kv_heads, 1, costs, weighing)
     decision = decide(selection, tables, options.mode, integer_backend(selection))
-    ranks = torch.arange(len(geometry.owned), device=selection.device)
+    ranks = torch.arange(size, device=selection.device)
     elsewhere = ranks // options.ranks_per_node != rank // options.ranks_per_node
     tokens = (decision.fetch * geometry.length.long()).sum(0)
     owner_fetch = torch.zeros_like(decision.cost).scatter_add_(0, geometry.owner, tokens)
@@ -225,17 +238,23 @@ def _row(size: int, layer: Counted, by_mode: dict[str, dict[int, Asked]], geomet
     most = max(ids.numel() for ids in geometry.owned)
     means = (size - 1) * most * shape.kv_heads * shape.dim * e
     overhead = means + others * geometry.n_blocks * shape.kv_heads * (not at_once)
+    if mode == "heads":
+        # No rank asks another for anything.
+        overhead = 0
     several_nodes = layer.options.ranks_per_node < size
     per_rank = mean + overhead
     between = _between(layer, moves, geometry) / n_ranks + (overhead if several_nodes else 0)
     ring = 3 * (size - 1) * local * 2 * shape.kv_heads * shape.dim * e
     compute = layer.compute_ms(local)
-    by_copies = everything.by_copies and moves is by_mode.get("allgather")
+    by_copies = everything.by_copies and (mode == "heads" or moves is by_mode.get("allgather"))
     within_gbps = links.copy_gbps if by_copies else links.within_gbps
     wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / within_gbps / 1e6
     latency = (links.between_latency_us if several_nodes else links.within_latency_us) / 1e3
     # Means and requests come before anything can overlap; the first messages of either direction too.
     exposed = max(0.0, wire - compute) + 4 * latency if size > 1 else 0.0
+    if mode == "heads" and size > 1:
+        # Nothing hides how the first stage comes and the last one returns.
+        exposed = max(exposed, wire / len(layer.head_costs(size).stages) + 4 * latency)
     return Row(
         "exchange",
         mode,

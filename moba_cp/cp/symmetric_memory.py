@@ -42,6 +42,8 @@ class PeerMemory:
         self.rank, self.size = rank, size
         self._buffers: dict[str, list[Tensor]] = {}
         self._slots: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        """Stages before each buffer was last asked for."""
         self._side = SideStream()
         self._stages = 0
         self._pass_open = False
@@ -61,12 +63,17 @@ class PeerMemory:
         """Memory that this rank has given; PyTorch's allocator does not count it."""
         return sum(parts[self.rank].nbytes for parts in self._buffers.values())
 
+    def nbytes_since(self, stages: int) -> int:
+        """Like :attr:`nbytes`, of the buffers that were used since there had been so many ``stages``."""
+        return sum(parts[self.rank].nbytes for name, parts in self._buffers.items() if self._asked[name] >= stages)
+
     def reserve(self, name: str, slots: int, nbytes: int) -> None:
         """Make the ``slots`` slots of buffer ``name`` at least so large; a collective call, equal on all ranks.
 
         Raises:
             MissingMemory: on all ranks, if one has no such memory left.
         """
+        self._asked[name] = self._stages
         # Sizes differ with the batch: a step of an eighth now saves many small ones.
         step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
         slot = -(-nbytes // step) * step

@@ -25,7 +25,7 @@ from moba_cp.bench.timing import Candidate
 from moba_cp.blocks import block_table
 from moba_cp.cp.calls import Where
 from moba_cp.cp.layout import positions_of, rank_segments
-from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
+from moba_cp.cp.options import MODES, ExchangeOptions
 from moba_cp.ops import backend
 from tests.helpers.distributed import run_ranks
 
@@ -75,14 +75,14 @@ def test_the_whole_command(two_ranks):
     rows = {(row["part"], row["tokens"], row["ranks"], row["name"]): row for row in report["rows"]}
     moba = [f"moba {mode}" for mode in DEFAULT_MODES]
     expected = {("attention", 512, 1, name) for name in ("moba", "full")}
-    expected |= {("attention", 512, 2, name) for name in (*moba, "full")}
+    expected |= {("attention", 512, 2, name) for name in (*moba, "full", "full heads")}
     expected |= {("overlap", 512, 2, name) for name in moba}
     assert set(rows) == expected
     for key, row in rows.items():
         assert row["both"] > 0 and not row["note"] and row["shape"] == [4, 2, 16, 32, 3], key
         if key[0] == "overlap":
             assert row["off_both"] > 0 and row["off_error"] == 0
-        if key[0] == "attention" and key[2] == 2 and key[3] != "full":
+        if key[0] == "attention" and key[2] == 2 and not key[3].startswith("full"):
             # Means and requests come on top, and rows carry the numbers of their blocks.
             assert row["received_gb"] == pytest.approx(row["predicted_gb"], rel=0.02), key
     assert report["environment"]["ranks"] == "2" and report["environment"]["kernels"]
@@ -117,7 +117,7 @@ def _without_communication(rank):
     ranks = Ranks("cpu")
     layer = Layer(shape(), 512, 2, ranks)
     report = {}
-    for candidate in [layer.moba(mode) for mode in SEQUENCE_MODES] + [layer.full()]:
+    for candidate in [layer.moba(mode) for mode in MODES] + [layer.full(), layer.full("heads", "full heads")]:
         with layer.comm.recording():
             wanted = candidate.results()
         kept = layer.comm.kept_bytes
@@ -136,7 +136,7 @@ def _without_communication(rank):
 
 def test_a_replay_equals_the_real_pass():
     for report in run_ranks(2, _without_communication):
-        assert set(report) == {*(f"moba {mode}" for mode in SEQUENCE_MODES), "full"}
+        assert set(report) == {*(f"moba {mode}" for mode in MODES), "full", "full heads"}
         for name, (same, kept, left, row) in report.items():
             assert same == [True, True], name
             assert kept > 0 and left == 0
@@ -220,7 +220,7 @@ def test_names_of_modes():
     assert exchange_options("auto-rounded-keep-nccl:2") == every
     assert exchange_options("kv-keep") == ExchangeOptions("kv", keep=True)
     assert exchange_options("auto-nccl-keep") == ExchangeOptions("auto", keep=True, copy_engines=False)
-    assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*SEQUENCE_MODES, "allgather"]
+    assert [exchange_options(mode).mode for mode in DEFAULT_MODES] == [*MODES, "allgather"]
 
 
 def _row(part, tokens, ranks, name, both, **rest):
@@ -294,7 +294,7 @@ def test_a_profile_says_what_overlaps():
         (["--modes", "auto:0"], "modes: 'auto:0': exchange row_weight=0.0 is not a number in"),
         (
             ["--modes", "kv-nccl:2"],
-            "modes: 'kv-nccl:2': kv never uses copy engines; use kv, or -nccl behind auto or all",
+            "modes: 'kv-nccl:2': kv never uses copy engines; use kv, or -nccl behind auto, allgather or heads",
         ),
         (["--modes", "all-nccl"], "modes: 'all-nccl': exchange mode='all' is not one of auto, kv, query, allgather"),
         (["--modes", "auto-kept"], "modes: 'auto-kept': -kept is none of -nccl, -keep, -rounded"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from ..judge import BOUND, NAMES, allowance, distances, exact_full, exact_moba, select
 from ..shape import Shape
 from .measure import Layer
-from .modes import exchange_options
+from .modes import exchange_options, shares_heads
 from .ranks import Ranks
 
-FULL_METHODS = ("ring", "allgather")
+FULL_METHODS = ("ring", "allgather", "heads")
 BOUND_32 = 1e-4
 """Of float32 results, as :data:`~moba_cp.bench.judge.BOUND` is of 16 bit ones: plain PyTorch reaches 1e-6."""
 
@@ -66,6 +66,8 @@ def deviations(
         off = [min(errors) for errors in zip(*ranks.gathered(off, ranks.size), strict=True)]
         for size, layer in layers.items():
             for way in ways:
+                if not shares_heads("heads" if way == "heads" else way if name == "MoBA" else "auto", shape, size):
+                    continue
                 ranks.say(f"checking {name} by {way} on {size} ranks")
                 found += _compare(layer, name, way, exact, off, selection)
     return worst(found, ranks)

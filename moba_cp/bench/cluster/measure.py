@@ -71,10 +71,10 @@ class Layer:
 
         return Candidate(name or f"{MOBA} {mode}", forward, self.dout, self.leaves)
 
-    def full(self, method: str = "auto") -> Candidate:
+    def full(self, method: str = "auto", name: str = FULL) -> Candidate:
         """Our full attention, by the kernels that it chooses."""
         cp = self.context(ExchangeOptions()) if self.size > 1 else None
-        return Candidate(FULL, lambda: full_attention(*self.leaves, cp=cp, method=method), self.dout, self.leaves)
+        return Candidate(name, lambda: full_attention(*self.leaves, cp=cp, method=method), self.dout, self.leaves)
 
     def torch(self) -> list[Candidate]:
         """PyTorch's attention by cuDNN: its context_parallel by both rotate methods; on one rank by itself."""
@@ -170,7 +170,7 @@ def _warm(layer: Layer, candidate: Candidate, row: Row) -> str | None:
         row.received_gb = ranks.total(sum(comm.counters.received.values()), size) / size / 1e9
     if ranks.on_gpu:
         # What other GPUs map was allocated once, of the largest size so far, outside of PyTorch's allocator.
-        mapped = shared.nbytes if shared is not None and shared.stages > stages else 0
+        mapped = shared.nbytes_since(stages) if shared is not None and shared.stages > stages else 0
         peak = torch.cuda.max_memory_allocated() - before + mapped
         row.peak_gib = ranks.most(peak / 2**30, size)
     return None

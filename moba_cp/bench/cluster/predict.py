@@ -23,6 +23,9 @@ def predictions(layer: Layer, modes: list[str]) -> dict[str, Row]:
     rows = {}
     for name in modes:
         options = exchange_options(name, layer.per_node)
+        if options.head_ranks is not None:
+            # What the ranks with the same heads ask of one another is known only to them.
+            continue
         options = replace(options, copy_engines=options.copy_engines and layer.peers() is not None)
         counted = exchange.Counted(shape, layer.n_tokens, layer.dout.dtype, options)
         asked = exchange.ask(counted, cp.rank, seen[0], geometry)

@@ -14,8 +14,8 @@ from ..rows import Report, Row, Table, number, ratio, short
 from ..shape import GATES, Shape, whole_numbers
 from .chart import panels
 from .check import check
-from .measure import MOBA, Layer, Limits, dense_estimate, measure, overlap
-from .modes import PARTS, exchange_options
+from .measure import FULL, MOBA, Layer, Limits, dense_estimate, measure, overlap
+from .modes import PARTS, exchange_options, shares_heads
 from .predict import predictions
 from .profile import write_profile
 from .ranks import Ranks
@@ -100,12 +100,13 @@ def _measure(shape: Shape, args: argparse.Namespace, ranks: Ranks, report: Repor
         layer = None
     if ranks.problem(None if layer else "out of memory", size):
         return add([Row("skipped", "all", n_tokens, size, note="out of memory")])
-    modes = [layer.moba(mode) for mode in args.modes] if size > 1 else [layer.moba("auto", MOBA)]
+    names = [mode for mode in args.modes if shares_heads(mode, shape, size)]
+    modes = [layer.moba(mode) for mode in names] if size > 1 else [layer.moba("auto", MOBA)]
     able = modes
     if "attention" in args.parts:
         ranks.say(f"attention of {n_tokens} tokens on {size} ranks")
         rows = measure(layer, "attention", modes, args.limits, lambda name: 0.0)
-        for name, predicted in predictions(layer, args.modes).items() if size > 1 else ():
+        for name, predicted in predictions(layer, names).items() if size > 1 else ():
             row = next(row for row in rows if row.name == name)
             row.predicted_gb, row.predicted_ms = predicted.predicted_gb, predicted.predicted_ms
         add(rows)
@@ -127,10 +128,14 @@ def _measure_dense(layer: Layer, limits: Limits, before: list[Row]) -> list[Row]
         return layer.ranks.most(dense_estimate(layer, name, before) if layer.ranks.first else 0.0, layer.size)
 
     candidates = [layer.full()]
+    n_ours = 1
+    if layer.size > 1 and shares_heads("heads", layer.shape, layer.size):
+        candidates.append(layer.full("heads", f"{FULL} heads"))
+        n_ours = 2
     if estimate(candidates[0].name) <= limits.most_ms:
         candidates += layer.torch()
     rows = measure(layer, "attention", candidates, limits, estimate)
-    for candidate, row in zip(candidates[1:], rows[1:], strict=True):
+    for candidate, row in zip(candidates[n_ours:], rows[n_ours:], strict=True):
         if row.both is not None:
             row.note = layer.disagreement(candidates[0], candidate) or ""
     return rows

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modes",
         default=",".join(DEFAULT_MODES),
         help="of the exchange, by commas; auto:2 for a row_weight, and options behind: -rounded for gradient_dtype "
-        "input, -keep, -nccl for no copy engines (%(default)s)",
+        "input, -keep, -nccl for no copy engines, -heads2 to exchange tokens for heads between every 2 ranks; heads "
+        "only where the ranks divide the query heads (%(default)s)",
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="by commas (default: %(default)s)")
     parser.add_argument("--ranks", help="numbers of ranks, by commas (default: 1, 2, 4, ... as there are)")

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from ...cp.options import SEQUENCE_MODES, WIRE_DTYPES
+from ...cp.options import MODES, WIRE_DTYPES
 from ..links import Links
 from ..shape import add_arguments as add_shape_arguments
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks, by commas (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1 << 20, help="T (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--modes", default=",".join(SEQUENCE_MODES), help="by commas (default: %(default)s)")
+    parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
     parser.add_argument("--gradient-dtype", choices=WIRE_DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--row-weight", type=float, help="see ExchangeOptions (default: 4 in a node, 1 between nodes)")

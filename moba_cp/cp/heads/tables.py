@@ -13,7 +13,6 @@ Legend: P ranks, h ranks of a team, L local tokens, R = h L rows, Hq query heads
 rank, u query heads of a unit, D head dim.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..allgather.stages import heads_of_stages
 from ..comm import Communicator
 from ..context import CPContext
 from ..layout import Segments
+from .costs import HeadCosts
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,9 @@ def _fitting(n_heads: int, size: int) -> str:
 
 def build_head_tables(cp: CPContext, h: int, q: Tensor, k: Tensor) -> HeadTables:
     """:class:`HeadTables` for teams of ``h`` ranks; q [L, Hq, D], k [L, Hkv, D]."""
-    (n_local, n_heads, dim), n_kv = q.shape, k.shape[1]
-    unit = math.gcd(n_heads // h, n_heads // n_kv)
-    units = n_heads // h // unit
+    n_local, n_heads, dim = q.shape
+    costs = HeadCosts(h, n_local, (n_heads, k.shape[1]), dim, q.dtype, cp.exchange)
     first = cp.rank - cp.rank % h
-    head_bytes = h * n_local * (unit + 2) * dim * q.element_size()
     return HeadTables(
         inner=cp.cached(CPContext, h, lambda: inner_context(cp, h)),
         rank=cp.rank,
@@ -150,10 +147,10 @@ def build_head_tables(cp: CPContext, h: int, q: Tensor, k: Tensor) -> HeadTables
         team=range(first, first + h),
         runs=team_runs(cp.segments[first : first + h]),
         n_local=n_local,
-        n_kv=n_kv,
-        units=units,
-        unit=unit,
-        stages=heads_of_stages(units, min(units, cp.exchange.stages), head_bytes),
+        n_kv=k.shape[1],
+        units=costs.units,
+        unit=costs.unit,
+        stages=costs.stages,
         wire=cp.exchange.wire_dtype(k.dtype),
     )
 

@@ -1,0 +1,78 @@
+"""What it takes to exchange tokens for heads. Host arithmetic, of training and of ``bench exchange``.
+
+Legend: P ranks, h ranks of a team, L local tokens, Hq query heads, Hkv key/value heads, U units of a rank, u query
+heads of a unit, D head dim; see :mod:`.tables`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ...dtypes import WIDE
+from ..allgather.stages import heads_of_stages
+from ..options import ExchangeOptions
+
+
+@dataclass(frozen=True)
+class HeadCosts:
+    """Of a layer; the same on all ranks."""
+
+    h: int
+    n_local: int
+    """L."""
+    heads: tuple[int, int]
+    """Hq and Hkv."""
+    dim: int
+    dtype: torch.dtype
+    options: ExchangeOptions
+
+    @property
+    def unit(self) -> int:
+        """u."""
+        n_heads, n_kv = self.heads
+        return math.gcd(n_heads // self.h, n_heads // n_kv)
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return self.heads[0] // self.h // self.unit
+
+    @property
+    def stages(self) -> list[slice]:
+        """Units of each stage."""
+        head_bytes = self.h * self.n_local * (self.unit + 2) * self.dim * self.dtype.itemsize
+        return heads_of_stages(self.units, min(self.units, self.options.stages), head_bytes)
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes that reach a rank in a forward pass: Q, K, V, and the output with its log-sum-exp."""
+        return self._others * (self._query + self._kv + self._query + self._sums)
+
+    @property
+    def backward_bytes(self) -> int:
+        """In a backward pass: Q, K, V unless they were kept, the output's gradient, log-sum-exp and row sums, and what
+        returns."""
+        again = 0 if self.options.keep else self._query + self._kv
+        wire = self.dtype
+        if self.h * self.units > self.heads[1]:
+            wire = self.options.wire_dtype(self.dtype)
+        grads = self._query + 2 * self.units * self.dim * wire.itemsize
+        return self._others * (again + self._query + 2 * self._sums + grads)
+
+    @property
+    def _others(self) -> int:
+        """Rows of the others that come here; as many of ours return."""
+        return (self.h - 1) * self.n_local
+
+    @property
+    def _query(self) -> int:
+        return self.heads[0] // self.h * self.dim * self.dtype.itemsize
+
+    @property
+    def _kv(self) -> int:
+        return 2 * self.units * self.dim * self.dtype.itemsize
+
+    @property
+    def _sums(self) -> int:
+        return self.heads[0] // self.h * WIDE[self.dtype].itemsize
