@@ -28,7 +28,6 @@ from ..train.config import TrainConfig
 from ..train.log import CHECKPOINTS, LOG, read_log
 from ..train.predict import GPUS, forecast
 from ..train.yaml_config import load, to_dict, to_yaml
-from .retrieval import ANSWERS
 from .runs import Run
 
 SUMMARY = "summary.json"
@@ -42,6 +41,9 @@ SECONDS_TO_SAVE = 20.0
 # end; and how much slower small models are than the rates of large ones.
 _LAYER_SECONDS, _SEQUENCE_SECONDS, _RUN_SECONDS, _SMALL_MODELS = 5e-3, 1.5e-2, 15.0, 2.5
 
+RESULTS = "tests.json"
+"""Of the tests that a run is put to when it is trained."""
+_RETRIEVAL = "retrieval"
 # Runs that fail before the first that does not.
 _HOPELESS = 3
 
@@ -211,14 +213,14 @@ class Grid:
         file = self.folder / "configs" / f"{run.name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_yaml(run.config), encoding="utf-8")
-        return worker.pool.submit(_train, str(file), str(self.folder / "output" / f"{run.name}.txt"), run.tested_at)
+        return worker.pool.submit(_train, str(file), str(self.folder / "output" / f"{run.name}.txt"), run.tests)
 
     def _finish(self, future: Future, run: Run, seconds: float) -> bool:
         error = future.exception()
         if error is not None:
             self.say(f"{run.name}: not done ({str(error) or type(error).__name__}); see output/{run.name}.txt")
             return False
-        found = summarize(run, None if run.tested_at else self.corpus, seconds)
+        found = summarize(run, None if _RETRIEVAL in run.tests else self.corpus, seconds)
         # The first steps of a process compile, so take the median.
         self._measured += run.config.run.steps * found["step_seconds"]
         self._estimated += run.config.run.steps * _step_seconds(run)
@@ -275,7 +277,7 @@ def summarize(run: Run, corpus: str | None, seconds: float) -> dict:
         "seconds": round(seconds, 1),
         "step_seconds": statistics.median(record["seconds"] for record in records if record.get("seconds")),
         "corpus": corpus,
-        **({"retrieval": json.loads((folder / ANSWERS).read_text(encoding="utf-8"))} if run.tested_at else {}),
+        **(json.loads((folder / RESULTS).read_text(encoding="utf-8")) if run.tests else {}),
         "config": identity(run.config),
     }
     partial = folder / f"{SUMMARY}.partial"
@@ -293,9 +295,8 @@ def _start_worker(gpu: str | None) -> None:
         Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _train(config: str, output: str, tested_at: tuple[int, ...]) -> None:
-    """Train one run in this process, and have it retrieve from documents of the lengths ``tested_at``; what it prints
-    goes into the file ``output``."""
+def _train(config: str, output: str, tests: dict) -> None:
+    """Train one run in this process, and put it to the ``tests``; what it prints goes into the file ``output``."""
     from ..train import command
     from ..train.mesh import close_mesh
 
@@ -309,10 +310,10 @@ def _train(config: str, output: str, tested_at: tuple[int, ...]) -> None:
             code = command.main(
                 Namespace(config=config, overrides=[], resume="auto", overwrite=False, dry_run=False, ranks=None)
             )
-            if tested_at and not code:
-                from .retrieval import answer
+            if tests and not code:
+                from .tests import run_tests
 
-                answer(load(TrainConfig, config), tested_at)
+                run_tests(load(TrainConfig, config), tests)
         except BaseException:
             import traceback
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from ..train.command import add_overrides
 
-NAMES = ("scaling-law", "granularity", "training-hybrid", "position-loss", "layerwise-hybrid", "retrieval")
+NAMES = (
+    "scaling-law",
+    "granularity",
+    "training-hybrid",
+    "position-loss",
+    "layerwise-hybrid",
+    "retrieval",
+    "block-size",
+)
 SCALES = ("tiny", "small", "paper")
 EXAMPLES = """examples:
   moba-cp experiment scaling-law --scale small --dry-run

@@ -368,6 +368,47 @@ def _retrieval(rows: Rows, folder: Path, picture: Path) -> list[str]:
     return said
 
 
+def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    losses = _means(_of(rows, kind="moba"), lambda row: row["facts"]["block_size"], _loss)
+    if len(losses) < 2:
+        raise _TooFew("fewer than 2 block sizes")
+    full, length, sizes = _of(rows, kind="full"), rows[0]["length"], sorted(losses)
+    keys = rows[-1]["facts"]["block_size"] * rows[-1]["facts"]["top_k"]
+    drawn, (axes, beside) = figure((9, 4), [1, 1])
+    axes.errorbar(
+        sizes, [losses[s][0] for s in sizes], [losses[s][1] for s in sizes], capsize=3, label=LABELS["moba"],
+        **style("moba"),
+    )  # fmt: skip
+    if full:
+        axes.axhline(statistics.fmean(map(_loss, full)), label=LABELS["full"], **style("full", marker=False))
+    axes.set(xlabel="tokens of a block", ylabel="validation loss (nats per token)")
+    axes.set_title(f"{keys:,} of {length:,} keys for each query", fontsize=10)
+    axes.legend(fontsize=8)
+    weighed = [row["mass"] for row in full if row.get("mass")]
+    shades, markers = itertools.cycle(["0.7", "0.55", "0.4", "0.2", "0.0"]), itertools.cycle("osv^D")
+    for top_k in weighed[0][str(sizes[0])] if weighed else ():
+        at = [int(size) for size in weighed[0] if int(size) * int(top_k) <= length]
+        mass = [statistics.fmean(one[str(size)][top_k] for one in weighed) for size in at]
+        beside.plot(at, mass, color=next(shades), marker=next(markers), markersize=4, label=f"{top_k} blocks")
+    beside.set(xlabel="tokens of a block", ylabel="share of full attention's weights inside", ylim=(0, 1.02))
+    beside.set_title("in the model with full attention", fontsize=10)
+    if weighed:
+        beside.legend(fontsize=8)
+    for one in (axes, beside):
+        one.set_xscale("log", base=2)
+    finish(drawn, picture)
+    said = ["| block | blocks | loss | share of full attention's weights inside |", "|---|---|---|---|"]
+    for size in sizes:
+        number = keys // size
+        found = [one[str(size)][str(number)] for one in weighed if str(number) in one.get(str(size), {})]
+        spread = f" ± {losses[size][1]:.4f}" if losses[size][1] else ""
+        share = f"{100 * statistics.fmean(found):.1f} %" if found else ""
+        said.append(f"| {size:,} | {number} | {losses[size][0]:.4f}{spread} | {share} |")
+    if full:
+        said += ["", f"Full attention: {statistics.fmean(map(_loss, full)):.4f}."]
+    return said
+
+
 _EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
     "scaling-law": _scaling_law,
     "position-loss": _position_loss,
@@ -375,4 +416,5 @@ _EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
     "layerwise-hybrid": _layerwise_hybrid,
     "training-hybrid": _training_hybrid,
     "retrieval": _retrieval,
+    "block-size": _block_size,
 }

@@ -33,7 +33,6 @@ MANY = 32
 """Pairs of a document of which one is asked."""
 RECALLED = (4, 8, 16, 32, 64)
 """Pairs of a document of which all are asked."""
-ANSWERS = "retrieval.json"
 # Documents of each cell of a test, and tokens of a forward pass, by the kind of device.
 _DOCUMENTS, _AT_ONCE = {"cuda": 16, "cpu": 2}, {"cuda": 65536, "cpu": 2048}
 
@@ -114,7 +113,7 @@ def _write(prefix: Path, documents: list[Document]) -> None:
 
 @torch.no_grad()
 def answer(config: TrainConfig, lengths: tuple[int, ...]) -> dict:
-    """How often the model in the run's folder answers right; written into the folder as ``retrieval.json`` too.
+    """How often the model in the run's folder answers right.
 
     Args:
         lengths: of documents.
@@ -161,5 +160,4 @@ def answer(config: TrainConfig, lengths: tuple[int, ...]) -> dict:
     for pairs in RECALLED:
         documents = [make_document(generator, longest, pairs, pairs) for _ in range(repeats)]
         found["recall"][str(pairs)] = float(np.mean(share(documents)))
-    (Path(config.run.directory) / ANSWERS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found

@@ -4,13 +4,14 @@ Within a seed, runs of MoBA and full attention see the same documents in the sam
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..model.attention import AttentionConfig
 from ..model.schedule import Phase
 from ..train.config import TrainConfig
 from .corpus import TRAINING, TUNING, TUNING_VALIDATION, VALIDATION
+from .mass import block_sizes
 from .scales import Scale, Size, corpus_prefix
 
 # Ranges of positions that a document is divided into.
@@ -30,8 +31,9 @@ class Run:
     """What a chart needs to know: ``size``, ``kind`` (``moba``, ``full``, ``switch``), ``seed`` and the like."""
     parent: "Run | None" = None
     """The run whose weights it begins with."""
-    tested_at: tuple[int, ...] = ()
-    """Lengths of documents from which it has to retrieve when it is trained; its text is made for that."""
+    tests: dict = field(default_factory=dict)
+    """What it is put to when it is trained: ``retrieval`` from documents of these lengths (its text is made for that),
+    ``mass`` of the softmax in documents of this length."""
 
     @property
     def n_parameters(self) -> int:
@@ -69,7 +71,9 @@ class Maker:
         )
         name = f"{length}-{size.name}-{size.tokens / 1e6:.3g}M-{kind}{blocks}-s{seed}"
         facts = {"size": size.name, "kind": kind, "seed": seed, "block_size": block_size, "top_k": top_k}
-        return self._named(name, config, length, facts)
+        made = self._named(name, config, length, facts)
+        weighed = kind == "full" and size == self.scale.granularity_size and length == self.scale.long
+        return replace(made, tests={"mass": length} if weighed else {})
 
     def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
         """``parent`` fine-tuned with so many last layers full, on data of which only a part has labels."""
@@ -96,7 +100,7 @@ class Maker:
         facts = {"size": size.name, "kind": kind, "seed": seed}
         made = self._named(f"retrieval-{size.name}-{size.tokens / 1e6:.3g}M-{kind}-s{seed}", config, lengths[-1], facts)
         # One length more than it is trained on.
-        return replace(made, tested_at=(*lengths, 2 * lengths[-1]))
+        return replace(made, tests={"retrieval": (*lengths, 2 * lengths[-1])})
 
     def _attention(self, kind: str, block_size: int, top_k: int) -> AttentionConfig:
         base = self.base.attention
@@ -154,6 +158,15 @@ def granularity(make: Maker) -> Iterator[Run]:
             yield make.run(scale.granularity_size, scale.long, "moba", seed, scale.long // blocks, top_k)
 
 
+def block_size(make: Maker) -> Iterator[Run]:
+    """Equally many keys for each query, by few large blocks up to many small ones, and full attention."""
+    scale = make.scale
+    for seed in range(scale.seeds):
+        yield make.run(scale.granularity_size, scale.long, "full", seed)
+        for size in reversed(block_sizes(scale.long)):
+            yield make.run(scale.granularity_size, scale.long, "moba", seed, size, scale.long // 8 // size)
+
+
 def training_hybrid(make: Maker) -> Iterator[Run]:
     """MoBA, full attention, and MoBA for 90 % of the tokens followed by full attention."""
     scale = make.scale
@@ -190,5 +203,6 @@ GRIDS = {
     "position-loss": position_loss,
     "layerwise-hybrid": layerwise_hybrid,
     "retrieval": retrieval,
+    "block-size": block_size,
 }
 """The experiments, those first whose runs the others share."""

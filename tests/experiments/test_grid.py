@@ -44,7 +44,7 @@ def trained(monkeypatch):
     """Names of the runs in the order in which they were trained, by a trainer that only writes what one writes."""
     names = []
 
-    def train(config_file, output, tested_at):
+    def train(config_file, output, tests):
         config = load(TrainConfig, config_file)
         folder = Path(config.run.directory)
         names.append(folder.name)
@@ -93,12 +93,12 @@ def test_weights_stay_until_the_last_run_that_begins_with_them(maker, trained):
 def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
     runs, train, failures = list(GRIDS["scaling-law"](maker))[:3], grid._train, {"once": 1, "always": 9}
 
-    def failing(config, output, tested_at):
+    def failing(config, output, tests):
         which = {runs[0].name: "once", runs[1].name: "always"}.get(Path(config).stem)
         if which and failures[which]:
             failures[which] -= 1
             raise RuntimeError("CUDA error")
-        train(config, output, tested_at)
+        train(config, output, tests)
 
     monkeypatch.setattr(grid, "_train", failing)
     assert execute(runs, maker) == [runs[1].name] and failures["always"] == 7
@@ -108,7 +108,7 @@ def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
 def test_where_everything_fails_it_ends_early(maker, trained, monkeypatch):
     tries = []
 
-    def failing(config, output, tested_at):
+    def failing(config, output, tests):
         tries.append(config)
         raise RuntimeError("no kernel image")
 

@@ -73,7 +73,7 @@ def test_answers_are_judged_at_the_asked_keys(knows, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "shard_weights", lambda module, *args: module)
     monkeypatch.setattr(retrieval, "load_weights", lambda *args: None)
     try:
-        found = retrieval.answer(run.config, run.tested_at)
+        found = retrieval.answer(run.config, run.tests["retrieval"])
     finally:
         close_mesh()
     assert set(found["pass-key"]) == {"256", "512", "1024"}

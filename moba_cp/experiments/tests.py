@@ -1,0 +1,23 @@
+"""What models are put to when they are trained, while their weights are there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..train.config import TrainConfig
+from ..train.mesh import close_mesh
+from .grid import RESULTS
+from .mass import weigh
+from .retrieval import answer
+
+TESTS: dict[str, Callable[[TrainConfig, Any], dict]] = {"retrieval": answer, "mass": weigh}
+
+
+def run_tests(config: TrainConfig, tests: dict[str, Any]) -> None:
+    """Put the model in the run's folder to ``tests``, name -> argument; the results go into ``tests.json`` there."""
+    found = {}
+    for name, argument in tests.items():
+        found[name] = TESTS[name](config, argument)
+        close_mesh()
+    (Path(config.run.directory) / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
