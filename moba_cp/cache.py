@@ -200,7 +200,9 @@ class KVCache:
         device = self._k.device
         if padding is not None:
             padding = padding.to(device)
-        return _table(n_rows, self.length, *shape, padding, device, _stream(device))
+        stream = _stream(device)
+        make = _table if stream is None else _kept_table
+        return make(n_rows, self.length, *shape, padding, device, stream)
 
     @torch.no_grad()
     def _average(self, padding: Tensor | None) -> None:
@@ -227,7 +229,6 @@ class KVCache:
         self._means.view(-1, *k.shape[1:]).index_copy_(0, at.flatten(), means)
 
 
-@lru_cache(maxsize=4)
 def _table(
     n_rows: int,
     length: int,
@@ -237,12 +238,11 @@ def _table(
     block_size: int,
     padding: Tensor | None,
     device: torch.device,
-    stream: int,
+    _stream: int | None,
 ) -> BlockTable:
     """Where blocks lie in [b * C] storage rows, and where the last ``n_rows`` tokens of each sequence lie in them.
 
-    Block ``j`` of sequence ``i`` is number ``i * n_blocks + j``. The layers of a model ask for the same one after the
-    other."""
+    Block ``j`` of sequence ``i`` is number ``i * n_blocks + j``."""
     with torch.inference_mode(False):
         begin = torch.zeros(batch, 1, dtype=torch.int64, device=device) if padding is None else padding[:, None]
         sequence = torch.arange(batch, device=device)[:, None]
@@ -263,9 +263,15 @@ def _table(
         )
 
 
-def _stream(device: torch.device) -> int:
-    """A table made on one stream may not be ready on another."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+# The layers of a model ask for the same one after the other.
+_kept_table = lru_cache(maxsize=4)(_table)
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream for which a table may be kept, None while a CUDA graph is captured: see ``autograd.py``."""
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def documents(batch: int, n_rows: int, length: int, padding: Tensor | None, device) -> tuple[Tensor, Tensor]:

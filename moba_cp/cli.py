@@ -36,6 +36,10 @@ COMMANDS = {
         "moba_cp.bench.commands.exchange",
         "count bytes of each exchange mode for any number of ranks",
     ),
+    "bench transformers": (
+        "moba_cp.bench.commands.hf",
+        "time a model in transformers: a training step, a long prompt, tokens after it",
+    ),
     "doctor": ("moba_cp.doctor.command", "check machines, and what lies between ranks; a line each, PASS or FAIL"),
     "verify": ("moba_cp.verify", "hold attention and a training step on these machines against one rank and float64"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
@@ -56,6 +60,7 @@ _EXAMPLES = {
     "bench attention": "moba-cp bench attention --json attention.json",
     "bench cluster": "torchrun --nproc-per-node 4 --no-python moba-cp bench cluster --json cluster.json",
     "bench exchange": "moba-cp bench exchange --tokens 65536 --ranks 2,8",
+    "bench transformers": "moba-cp bench transformers --json transformers.json",
     "experiment switch": "moba-cp experiment switch hybrid/switch_90_10 --directory runs/switch",
 }
 _EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2 a wrong option, config or file,
