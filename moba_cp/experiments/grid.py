@@ -228,6 +228,9 @@ class Grid:
         for x in (run, run.parent):
             if x is not None and all(summary_of(child) is not None for child in self._children.get(x.name, [])):
                 shutil.rmtree(Path(x.config.run.directory) / CHECKPOINTS, ignore_errors=True)
+        for name in run.tests:
+            if name not in found:
+                self.say(f"{run.name}: the test {name} failed; see output/{run.name}.txt")
         loss = found["validation_loss"]
         self.say(f"{run.name}: loss {loss:.4f}, {seconds:.0f} s")
         return True

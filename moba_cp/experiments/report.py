@@ -328,6 +328,7 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _retrieval(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    rows = [row for row in rows if "retrieval" in row]
     kinds = [kind for kind in ("full", "moba", "hybrid") if _of(rows, kind=kind)]
     if "moba" not in kinds:
         raise _TooFew("no MoBA model is done")

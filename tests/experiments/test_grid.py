@@ -188,3 +188,21 @@ def _alive(session: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_test_that_fails_does_not_lose_the_training(maker, trained, monkeypatch):
+    from moba_cp.experiments import tests
+
+    train, said = grid._train, []
+
+    def tested(config_file, output, its):
+        train(config_file, output, its)
+        monkeypatch.setattr(tests, "TESTS", {"mass": lambda config, length: 1 / 0})
+        tests.run_tests(load(TrainConfig, config_file), its)
+
+    monkeypatch.setattr(grid, "_train", tested)
+    run, *_ = GRIDS["granularity"](maker)
+    assert run.tests == {"mass": 512}
+    assert Grid([run], maker.folder, None, [Slot(0, None)], say=said.append).execute() == []
+    assert summary_of(run)["validation_loss"] == 2.1 and "mass" not in summary_of(run)
+    assert any("the test mass failed" in line for line in said)
