@@ -49,7 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.format == "megatron":
         megatron_lm.save(model, read, folder, meta, config, dtype)
-        print(f"written: {folder}, the model after {meta.step} steps, for Megatron-LM's --load {folder} --finetune")
+        flags = " ".join(megatron_lm.flags(config.model))
+        print(f"written: {folder}, the model after {meta.step} steps, for Megatron-LM's --load {folder} {flags}")
         return 0
     tokenizer = _tokenizer_of(arguments.tokenizer, config)
     ids = tokenizer.special_ids() if tokenizer is not None else {}

@@ -82,6 +82,18 @@ def save(
     (folder / _LATEST).write_text(str(meta.step))
 
 
+def flags(model: ModelConfig) -> list[str]:
+    """What has to be said to Megatron-LM beside ``--load``: its ``--use-checkpoint-args`` leaves these out."""
+    scaling = model.rope_scaling
+    rotary = []
+    if scaling is not None and scaling.kind == "linear":
+        rotary = [f"--rotary-seq-len-interpolation-factor {scaling.factor:g}"]
+    elif scaling is not None:
+        rotary = [f"--use-rope-scaling --rope-scaling-factor {scaling.factor:g}"]
+    norms = ["--qk-layernorm"] if model.qk_norm else []
+    return ["--finetune", "--use-checkpoint-args", f"--norm-epsilon {model.norm_eps:g}", *norms, *rotary]
+
+
 def to_hf(folder: Path, target: Path) -> None:
     """Write the newest model in ``folder`` into ``target``, as Hugging Face's classes load it.
 
