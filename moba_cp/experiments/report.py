@@ -185,20 +185,23 @@ def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
         axes.set(ylabel="validation loss (nats per token)", title=f"positions {_range_name(rows[0], index)}")
         axes.legend(fontsize=8)
     ends = [position["to"] + 1 for position in rows[0]["by_position"]]
-    computes = sorted({row["pflops_days"] for row in rows})
+    computes = sorted(_gaps(rows))
+    if not computes:
+        raise _TooFew("no size of both MoBA and full attention")
     for kind in _KINDS:
         its = [row for row in _of(rows, kind=kind) if row["pflops_days"] == computes[-1]]
         by_position.plot(
             ends, [statistics.fmean(_at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
             **style(kind),
         )  # fmt: skip
-    by_position.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title="the largest model")
+    largest = next(row["facts"]["size"] for row in rows if row["pflops_days"] == computes[-1])
+    by_position.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title=f"model {largest}")
     by_position.legend(fontsize=8)
     shades = itertools.cycle(["0.75", "0.6", "0.45", "0.3", "0.0"])
     markers = itertools.cycle("osv^D")
     table = []
     relative = [_gaps(rows, _at_range(i)) for i in range(n)]
-    for compute in [c for c in computes if all(c in gap for gap in relative)]:
+    for compute in computes:
         name = next(row["facts"]["size"] for row in rows if row["pflops_days"] == compute)
         shade = {"color": next(shades), "marker": next(markers), "markersize": 3.5, "linewidth": 1}
         gaps.plot(ends, [100 * gap[compute][0] for gap in relative], label=f"{name}, {compute:.1e}", **shade)

@@ -67,7 +67,8 @@ class Maker:
         attention = self._attention(kind, block_size, top_k)
         blocks = "" if kind == "full" else f"-b{block_size}k{top_k}"
         config = replace(
-            self._config(size, length, seed, size.steps, size.lr, (TRAINING, VALIDATION)), attention=attention
+            self._config(size, length, seed, size.steps_at(length), size.lr, (TRAINING, VALIDATION)),
+            attention=attention,
         )
         name = f"{length}-{size.name}-{size.tokens / 1e6:.3g}M-{kind}{blocks}-s{seed}"
         facts = {"size": size.name, "kind": kind, "seed": seed, "block_size": block_size, "top_k": top_k}
@@ -77,7 +78,7 @@ class Maker:
 
     def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
         """``parent`` fine-tuned with so many last layers full, on data of which only a part has labels."""
-        steps = max(2, round(size.steps * self.scale.tuning_share))
+        steps = max(2, round(size.steps_at(parent.length) * self.scale.tuning_share))
         seed = parent.facts["seed"]
         config = self._config(size, parent.length, seed, steps, size.lr / 4, (TUNING, TUNING_VALIDATION))
         last = f"last {full_layers}" if full_layers else "none"
@@ -136,16 +137,16 @@ class Maker:
 
 
 def scaling_law(make: Maker) -> Iterator[Run]:
-    """Five sizes of MoBA and of full attention, at the shorter length."""
+    """Five sizes of MoBA and of full attention, at the shorter length; the largest, which take longest, first."""
     for seed in range(make.scale.seeds):
-        for size in make.scale.sizes:
+        for size in reversed(make.scale.sizes):
             yield from (make.run(size, make.scale.length, kind, seed) for kind in ("full", "moba"))
 
 
 def position_loss(make: Maker) -> Iterator[Run]:
     """The same at the longer length."""
     for seed in range(make.scale.seeds):
-        for size in make.scale.sizes:
+        for size in reversed(make.scale.sizes):
             yield from (make.run(size, make.scale.long, kind, seed) for kind in ("full", "moba"))
 
 

@@ -34,7 +34,12 @@ class Size:
 
     @property
     def steps(self) -> int:
-        return max(1, round(self.tokens / self.tokens_per_step))
+        """At the shorter length; a step has at least one document."""
+        return self.steps_at(1)
+
+    def steps_at(self, length: int) -> int:
+        """Steps with documents of ``length`` tokens."""
+        return max(1, round(self.tokens / max(self.tokens_per_step, length)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Scale:
         return load(TrainConfig, f"experiments/{self.name}")
 
 
-def _small_size(n: int, tokens_per_step: int, per_parameter: float = 8.0, width: int = 0) -> Size:
+def _small_size(n: int, tokens_per_step: int, per_parameter: float = 12.0, width: int = 0) -> Size:
     """``n`` layers with as many heads of 64, as the paper has as many layers as heads, or of another ``width``.
 
     The learning rate falls with the width; trained on ``per_parameter`` bytes for each parameter.
@@ -92,9 +97,10 @@ def _small_size(n: int, tokens_per_step: int, per_parameter: float = 8.0, width:
 
 def _small() -> Scale:
     k = 1024
+    # Small steps: models that have made fewer than a thousand have hardly learned to look at the bytes before.
     sizes = (
-        _small_size(2, 32 * k), _small_size(3, 64 * k), _small_size(4, 64 * k), _small_size(5, 128 * k),
-        _small_size(6, 128 * k),
+        _small_size(2, 16 * k), _small_size(3, 16 * k), _small_size(4, 16 * k), _small_size(5, 32 * k),
+        _small_size(6, 64 * k),
     )  # fmt: skip
     return Scale(
         name="small",
@@ -107,7 +113,7 @@ def _small() -> Scale:
         granularity=((2, 8), (4, 16), (8, 32), (16, 64), (32, 128)),
         switch_size=sizes[3],
         switch_block_size=512,
-        deep_size=_small_size(12, 128 * k, 4.0, width=256),
+        deep_size=_small_size(12, 32 * k, 6.0, width=256),
         last_layers=(1, 3, 5, 10),
         tuning_share=0.2,
         seeds=3,

@@ -100,5 +100,6 @@ def _slots(gpus: int | None, per_gpu: int) -> list[Slot]:
         raise ValueError(f"--gpus={gpus}: this machine has {here}")
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = given.split(",") if given else [str(i) for i in range(here)]
-    # The runs that stand one behind another, such as MoBA and full attention of one size, go to different GPUs.
-    return [Slot(i, visible[i % (gpus or here)]) for i in range((gpus or here) * per_gpu)]
+    n = gpus or here
+    # MoBA and full attention of one size, one behind the other, go to different GPUs, and no GPU gets one kind alone.
+    return [Slot(i, visible[(i // n + i) % n]) for i in range(n * per_gpu)]

@@ -50,7 +50,7 @@ def test_the_paper_has_its_sizes(tmp_path):
         assert (size.n_layers, size.n_heads, size.hidden_size) == (layers, layers, hidden)
         assert size.n_parameters == pytest.approx(parameters, rel=0.06) and size.tokens == tokens
     runs = list(GRIDS["scaling-law"](Maker(scale, tmp_path, scale.base)))
-    assert flops(runs[0]) / DAY == pytest.approx(0.41, rel=0.05)
+    assert min(map(flops, runs)) / DAY == pytest.approx(0.41, rel=0.05)
     (switch,) = (run for run in GRIDS["training-hybrid"](Maker(scale, tmp_path, scale.base)) if "switch" in run.name)
     assert switch.tokens == pytest.approx(30e9, rel=1e-3) and switch.config.attention.block_size == 2048
 

@@ -1,0 +1,87 @@
+"""Charts, tables and words of experiments, from summaries whose losses follow a known law."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moba_cp.experiments import grid, report
+from moba_cp.experiments.mass import TOP_K, block_sizes
+from moba_cp.experiments.runs import GRIDS, RANGES, Maker
+from moba_cp.experiments.scales import scale_called
+
+
+@pytest.fixture
+def maker(tmp_path):
+    scale = replace(scale_called("small"), seeds=2)
+    return Maker(scale, tmp_path, scale.base)
+
+
+def write_summary(run, corpus="text"):
+    """MoBA's loss is 1 % above full attention's everywhere, later positions are easier, fine blocks are better."""
+    compute, facts = grid.flops(run) / grid.DAY, run.facts
+    loss = 2.0 * compute**-0.1 * (1.01 if facts["kind"] != "full" else 1.0) * (1 + 0.001 * facts["seed"])
+    loss += 1e-6 * facts.get("block_size", 0) * (facts["kind"] == "moba") - 0.01 * facts.get("full_layers", 0)
+    width = run.length // RANGES
+    positions = [{"from": i * width, "to": (i + 1) * width - 1, "loss": loss - 0.01 * i, "labels": 9}
+                 for i in range(RANGES)]  # fmt: skip
+    folder = Path(run.config.run.directory)
+    folder.mkdir(parents=True)
+    found = {
+        "name": run.name, "facts": facts, "length": run.length, "parameters": run.n_parameters, "tokens": run.tokens,
+        "pflops_days": compute, "validation_loss": loss, "by_position": positions, "training_loss": loss,
+        "seconds": 36.0, "corpus": corpus, "config": grid.identity(run.config),
+    }  # fmt: skip
+    if "retrieval" in run.tests:
+        lengths = map(str, run.tests["retrieval"])
+        cells = {length: [0.25 + 0.5 * (facts["kind"] == "full")] * 8 for length in lengths}
+        found["retrieval"] = {"pass-key": cells, "multi-key": cells, "recall": {"4": 1.0, "64": 0.5}}
+    if "mass" in run.tests:
+        found["mass"] = {str(b): {str(k): 0.01 * k for k in TOP_K} for b in block_sizes(run.length)}
+    (folder / "summary.json").write_text(json.dumps(found))
+    steps = range(1, 41)
+    records = [{"step": s, "loss": loss + 0.5 * (facts["kind"] == "switch" and s == 37)} for s in steps]
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
+    runs = list(GRIDS[name](maker))
+    for run in runs:
+        write_summary(run)
+    said = report.write(name, runs, tmp_path)
+    assert f"{len(runs)} of {len(runs)} runs" in said[0]
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(runs) + 1
+    page = (tmp_path / f"{name}.md").read_text()
+    expected = {
+        "scaling-law": ["MoBA's fitted line lies +1.0", "| full attention | 2.00", "2.625 * C^-0.063"],
+        "position-loss": ["| 0 to 2,048 |", "30,720 to 32,768", "1.546 * C^-0.108"],
+        "granularity": ["| 2/8 | 4,096 |", "| 32/128 | 256 |"],
+        "training-hybrid": ["at most +0.4995 nats above"],
+        "layerwise-hybrid": ["| 0 of 12 |", "| 10 of 12 |"],
+        "retrieval": ["| full attention | 75 % | 75 % |", "| MoBA | 25 % |"],
+        "block-size": ["| 4,096 | 1 |", "| 64 | 64 |", "64.0 %"],
+    }[name]
+    for words in expected:
+        assert words in page, page
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_whatever_is_done_it_can_be_drawn(name, maker, tmp_path, monkeypatch):
+    """A grid that was stopped anywhere has a chart, or says what is missing."""
+    monkeypatch.setattr(report, "finish", lambda drawn, picture: None)
+    runs = [run for run in GRIDS[name](maker) if run.facts["seed"] == 0]
+    assert "nothing is done yet" in report.write(name, runs, tmp_path)[0]
+    for i, run in enumerate(runs):
+        write_summary(run)
+        assert f"{i + 1} of {len(runs)} runs" in report.write(name, runs, tmp_path)[0]
+
+
+def test_runs_on_other_text_are_pointed_out(maker, tmp_path):
+    runs = list(GRIDS["granularity"](maker))
+    for i, run in enumerate(runs):
+        write_summary(run, corpus="one" if i else "another")
+    report.write("granularity", runs, tmp_path)
+    assert "**Not all runs have seen the same text.**" in (tmp_path / "granularity.md").read_text()
