@@ -21,6 +21,8 @@ from ..cp.exchange.costs import WireCosts
 from ..cp.exchange.plan import decide
 from ..cp.exchange.tables import build_decision_tables, number_dtype
 from ..cp.geometry import BlockGeometry, build_geometry
+from ..cp.heads.choice import Layer as HeadLayer
+from ..cp.heads.choice import choose_team
 from ..cp.heads.costs import HeadCosts
 from ..cp.layout import positions_of, rank_segments
 from ..cp.options import ExchangeOptions
@@ -109,6 +111,16 @@ class Counted:
         """What all-gather moves; any rank's geometry serves."""
         by_copies = self.options.may_copy(len(geometry.owned))
         return GatherCosts(geometry, self.shape.kv_heads, self.shape.dim, self.dtype, self.options, by_copies)
+
+    def exchanges_heads(self, size: int) -> bool:
+        """Whether ``auto`` exchanges tokens for heads among all of ``size`` ranks."""
+        options = self.options
+        if options.mode != "auto" or size == 1 or not options.may_copy(size):
+            return False
+        moba = self.shape.moba.block_size, self.shape.moba.top_k
+        heads = self.shape.heads, self.shape.kv_heads
+        layer = HeadLayer(size, self.tokens // size, heads, self.shape.dim, self.dtype, moba)
+        return choose_team(layer, options).h == size
 
     def head_costs(self, size: int) -> HeadCosts:
         """What exchanging tokens for heads moves among ``size`` ranks."""
@@ -231,14 +243,17 @@ def _row(size: int, layer: Counted, by_mode: dict[str, dict[int, Asked]], geomet
     everything = layer.gather_costs(geometry)
     at_once = everything.at_once(local * shape.heads, shape.moba.top_k)
     planned = sum(one.total for one in plan.values()) / n_ranks
-    if mode == "auto" and (at_once or everything.instead_of(planned * size)):
+    by_heads = mode == "heads" or layer.exchanges_heads(size)
+    if by_heads and mode == "auto":
+        moves = {rank: ask(layer.by_mode("heads"), rank, None, geometry) for rank in plan}
+    elif mode == "auto" and (at_once or everything.instead_of(planned * size)):
         moves = by_mode["allgather"]
     mean = sum(one.total for one in moves.values()) / n_ranks
     # Means are padded to the most blocks that any rank owns; requests have a byte for each (KV head, block).
     most = max(ids.numel() for ids in geometry.owned)
     means = (size - 1) * most * shape.kv_heads * shape.dim * e
     overhead = means + others * geometry.n_blocks * shape.kv_heads * (not at_once)
-    if mode == "heads":
+    if by_heads:
         # No rank asks another for anything.
         overhead = 0
     several_nodes = layer.options.ranks_per_node < size
@@ -246,13 +261,13 @@ def _row(size: int, layer: Counted, by_mode: dict[str, dict[int, Asked]], geomet
     between = _between(layer, moves, geometry) / n_ranks + (overhead if several_nodes else 0)
     ring = 3 * (size - 1) * local * 2 * shape.kv_heads * shape.dim * e
     compute = layer.compute_ms(local)
-    by_copies = everything.by_copies and (mode == "heads" or moves is by_mode.get("allgather"))
+    by_copies = everything.by_copies and (by_heads or moves is by_mode.get("allgather"))
     within_gbps = links.copy_gbps if by_copies else links.within_gbps
     wire = between / links.between_gbps / 1e6 + max(0, per_rank - between) / within_gbps / 1e6
     latency = (links.between_latency_us if several_nodes else links.within_latency_us) / 1e3
     # Means and requests come before anything can overlap; the first messages of either direction too.
     exposed = max(0.0, wire - compute) + 4 * latency if size > 1 else 0.0
-    if mode == "heads" and size > 1:
+    if by_heads and size > 1:
         # Nothing hides how the first stage comes and the last one returns.
         exposed = max(exposed, wire / len(layer.head_costs(size).stages) + 4 * latency)
     return Row(

@@ -168,6 +168,18 @@ class CPContext:
         """Memory that all ranks read, where they have it and it is to be used; asking first is a collective call."""
         return peer_memory(self.comm, self.device) if self.exchange.may_copy(self.size) else None
 
+    def team_peers(self, h: int) -> PeerMemory | None:
+        """Memory that every ``h`` consecutive ranks read of one another, where they have it and it is to be used;
+        asking first is a collective call."""
+        if h == self.size:
+            return self.peers
+        options = self.exchange
+        if h == 1 or not options.copy_engines or (options.ranks_per_node is not None and options.ranks_per_node % h):
+            return None
+        if self.device.type != "cuda" and self.comm.memory is None:
+            return None
+        return peer_memory(self.cached(Communicator, h, lambda: self.comm.consecutive(h)), self.device)
+
     @cached_property
     def gathered_positions(self) -> Tensor:
         """[T] int64, global position of each row of an all-gather over the ranks."""

@@ -28,11 +28,12 @@ from .compiling import outside_graphs
 from .context import CPContext, check_context, signature
 from .exchange.strategy import Exchange, ExchangeTables, build_exchange_tables
 from .geometry import BlockGeometry
+from .heads.choice import TeamSize, head_ranks
 from .heads.collectives import Collectives, Part, Stage
 from .heads.copies import team_transport
 from .heads.local import LocalMoBA
 from .heads.strategy import HeadExchange, Saved
-from .heads.tables import HeadTables, build_head_tables, head_ranks
+from .heads.tables import HeadTables, build_head_tables
 from .options import GATHERING_MODES
 from .straddle import assemble, assemble_backward
 from .ways import OutputGradient, Queries, Seen, Way
@@ -134,8 +135,10 @@ def forward_pass(
         is called with.
     """
     options = cp.exchange
-    if options.mode == "heads" or options.head_ranks is not None:
-        h = head_ranks(cp, q.shape[1])
+    if options.mode in ("heads", "auto") or options.head_ranks is not None:
+        moba = config.block_size, config.top_k
+        key = q.shape[1:], k.shape[1], q.dtype, moba
+        h = cp.cached(TeamSize, key, lambda: head_ranks(cp, q, k, moba)).h
         if h > 1:
             return _forward_of_heads(q, k, v, config, scale, cp, call, h)
     geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where

@@ -35,8 +35,8 @@ class ExchangeOptions:
 
     head_ranks: int | None = None
     """h: exchange tokens for heads among every h consecutive ranks of the group, and let ``mode`` serve between ranks
-    with the same heads. It divides the ranks and the query heads. 1: never. None: all ranks with mode ``heads``, none
-    with others."""
+    with the same heads. It divides the ranks and the query heads. 1: never. None: all ranks with mode ``heads``; with
+    ``auto`` as many of a node, where copy engines serve, as take the shortest time by prediction; none with others."""
 
     stages: int = 2
     """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts, or

@@ -31,7 +31,11 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
                        help="What moves between context-parallel ranks: selected blocks (kv), query rows (query), per "
                        "block whichever is fewer bytes, or all where a node's copy engines bring it behind attention "
-                       "(auto), or all (allgather); default: %(default)s.")  # fmt: skip
+                       "(auto), or all (allgather), or tokens for heads (heads); default: %(default)s.")  # fmt: skip
+    group.add_argument("--moba-head-ranks", type=int, default=None, metavar="N",
+                       help="Exchange tokens for heads among every N consecutive context-parallel ranks; "
+                       "--moba-exchange says what moves between the others (default: all with heads; with auto as many "
+                       "of a node as take the least time; else none).")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
                        help="Context-parallel ranks that share a node, so that a block several of them need crosses "
                        "the network once (default: by LOCAL_WORLD_SIZE, where a launcher has set it; 1: every rank for "
@@ -92,5 +96,8 @@ def options_of_trainer() -> tuple[AttentionConfig, ExchangeOptions]:
             "outside of it use moba_cp.megatron.layer_spec(AttentionConfig(...))"
         ) from error
     return attention_from_args(args), ExchangeOptions(
-        args.moba_exchange, ranks_per_node=args.moba_ranks_per_node, copy_engines=not args.moba_no_copy_engines
+        args.moba_exchange,
+        args.moba_head_ranks,
+        ranks_per_node=args.moba_ranks_per_node,
+        copy_engines=not args.moba_no_copy_engines,
     )

@@ -195,6 +195,7 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
             f"exchange.ranks_per_node={per_node} does not divide the {context} context ranks; "
             f"use one of {divisors(context)}, or null to go by the launcher"
         )
+    _check_heads(config, context)
     _check_length(config, context)
     corpora = open_corpora(data, Path(config.run.directory))
     for part in (*corpora.parts, *corpora.validation):
@@ -223,6 +224,19 @@ def _with_accumulation(config: TrainConfig, data_size: int) -> TrainConfig:
             f"{data.gradient_accumulation} on {data_size} data ranks ask for different steps; leave one of them out"
         )
     return replace(config, data=replace(data, sequences_per_step=per_step))
+
+
+def _check_heads(config: TrainConfig, context: int) -> None:
+    """Raise ValueError unless tokens can be exchanged for heads as ``exchange`` asks for."""
+    options, n_heads = config.exchange, config.model.n_heads
+    named = "mode=heads" if options.mode == "heads" else f"head_ranks={options.head_ranks}"
+    h = context if options.mode == "heads" else options.head_ranks or 1
+    if context % h or n_heads % h:
+        fits = [n for n in divisors(context) if n_heads % n == 0]
+        raise ValueError(
+            f"exchange.{named}: {h} ranks are to exchange tokens for heads, and have to divide the {context} context "
+            f"ranks and the {n_heads} query heads; use mode auto, and head_ranks one of {fits} or null"
+        )
 
 
 def _check_length(config: TrainConfig, context: int) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from moba_cp.bench.cluster import measure
 from moba_cp.bench.cluster.measure import Layer, Limits, overlap
-from moba_cp.bench.cluster.modes import DEFAULT_MODES
+from moba_cp.bench.cluster.modes import DEFAULT_MODES, shares_heads
 from moba_cp.bench.cluster.predict import predictions
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
@@ -63,6 +63,8 @@ def _without_communication(comm):
     layer = Layer(shape(kv_heads=4), 192 * comm.size, comm.size, ranks)
     memory, report = layer.comm.memory, {}
     for mode in DEFAULT_MODES:
+        if not shares_heads(mode, layer.shape, comm.size):
+            continue
         candidate = layer.moba(mode)
         candidate.results()
         layer.comm.handed_bytes = 0
@@ -96,7 +98,7 @@ def test_a_replay_equals_the_real_pass(size, monkeypatch):
         for mode, (same, (kept, expected), (before, live, replayed), row) in report.items():
             assert same == [True] * 3, mode
             assert kept == expected > 0, "a recording takes what is said before it is made"
-            assert (live > before) == (mode in ("auto", "allgather")), "copies are made where they should be"
+            assert (live > before) == (mode in ("auto", "allgather", "heads")), "copies are made where they should be"
             assert replayed == live, "a replay meets somebody"
             assert row.off_error == 0 and row.off_both > 0 and not row.note, mode
 
@@ -123,12 +125,13 @@ def _counted(comm, n_tokens, modes):
 def test_predicted_bytes_are_those_counted(size, rate, monkeypatch):
     monkeypatch.setattr(gather_costs, "COPY_RATE", rate)
     modes = ["auto", "auto-nccl", "kv", "kv-rounded", "allgather", "allgather-rounded-keep", "allgather-nccl"]
+    modes += ["heads", "heads-keep", "heads-nccl"]
     for report in run_threads(size, _counted, 256 * size, modes):
         for mode, (measured, predicted, used) in report.items():
-            gathers = mode.startswith("allgather") or (mode == "auto" and rate > 1e9)
+            gathers = mode.startswith(("allgather", "heads")) or (mode == "auto" and rate > 1e9)
             # Requests carry headers, which are not predicted.
             assert measured == pytest.approx(predicted, rel=1e-9 if gathers else 0.02), mode
-            assert used == (mode in ("auto", "allgather", "allgather-rounded-keep")), mode
+            assert used == (mode in ("auto", "allgather", "allgather-rounded-keep", "heads", "heads-keep")), mode
         assert report["allgather"][0] < report["allgather-nccl"][0]
         assert report["allgather"][1] < report["allgather-nccl"][1]
 

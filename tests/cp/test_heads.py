@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.comm import Communicator
-from moba_cp.cp.heads import copies
-from moba_cp.cp.heads.tables import build_head_tables, head_ranks
+from moba_cp.cp.heads import choice, copies
+from moba_cp.cp.heads.choice import Layer, choose_team, head_ranks
+from moba_cp.cp.heads.tables import build_head_tables
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from moba_cp.passes import AttentionPasses
@@ -215,7 +217,8 @@ def test_a_number_of_ranks_is_positive():
     with pytest.raises(ValueError, match="head_ranks=0 is not a positive integer"):
         ExchangeOptions(head_ranks=0)
     cp = CPContext(None, seq_len=32, exchange="heads")
-    assert head_ranks(cp, 3) == 1, "one rank has nobody to exchange with"
+    x = torch.empty(32, 3, 8)
+    assert head_ranks(cp, x, x, None).h == 1, "one rank has nobody to exchange with"
 
 
 def _method(comm: Communicator, case: Case):
@@ -299,3 +302,51 @@ def test_strange_strides():
 def test_golden_layouts_fit():
     """The batches of these tests divide in every layout."""
     assert all(fits(layout, _batch(seed, 4, 2, layout), 4) for layout in LAYOUTS for seed in range(20))
+
+
+def _layer(size: int, n_tokens: int, heads=(16, 16), moba=(512, 8)) -> Layer:
+    return Layer(size, n_tokens // size, heads, 128, torch.bfloat16, moba)
+
+
+def test_auto_predicts_which_way_is_faster():
+    """What was measured: shards cost four GPUs a quarter with 16 KV heads, and little where there are few."""
+    options = ExchangeOptions()
+    long = choose_team(_layer(4, 524288), options)
+    assert long.h == 4
+    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 49")
+    assert long.why.endswith("without")
+    short = choose_team(_layer(4, 8192), options)
+    assert short.h == 1 and "heads stay where they are, about" in short.why
+    assert choose_team(_layer(4, 524288, (32, 1)), options).h == 1, "K and V of one head are nothing to gather"
+    assert choose_team(_layer(4, 524288, (15, 15)), options).h == 1, "nothing divides"
+    assert choose_team(_layer(8, 524288, (12, 12)), options).h == 4
+    assert choose_team(_layer(16, 1 << 20), ExchangeOptions(ranks_per_node=8)).h == 8, "teams lie within nodes"
+    assert choose_team(_layer(2, 131072, moba=None), options).h == 2
+    # Two KV heads on each rank: what comes back at the end is half of everything.
+    assert choose_team(_layer(2, 1 << 20, (4, 4), (64, 2)), options).h == 1
+
+
+def _auto(comm: Communicator, case: Case, shared: bool, options: ExchangeOptions):
+    cp = CPContext(comm.share_memory() if shared else comm, "zigzag", case.q.shape[0], exchange=options)
+    return in_context(cp, case), in_context(cp, case, full=True), cp.counters.summary().get("sent_to_heads_bytes", 0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared memory"])
+def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
+    """As if copies and stages took no time, and where ranks read one another's memory."""
+    monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
+    monkeypatch.setattr(choice, "STAGE_SECONDS", 0.0)
+    case = _case(heads=4, n_kv=2, n=2048)
+    alone = CPContext(None, "zigzag", 2048)
+    expected = [in_context(alone, case, full) for full in (False, True)]
+    caplog.set_level("INFO", "moba_cp")
+    choice._said.clear()
+    for options in (ExchangeOptions(), ExchangeOptions(head_ranks=1)):
+        for *both, sent in run_threads(2, _auto, case, shared, options):
+            assert (sent > 0) == (shared and options.head_ranks is None)
+            for results, wanted in zip(both, expected, strict=True):
+                for name, actual, want in zip(NAMES, results, wanted, strict=True):
+                    assert relative_error(actual, want) < 1e-9, name
+    said = [record.message for record in caplog.records]
+    assert len(said) == (2 if shared else 0), "once for each kind of layer"
+    assert all("tokens are exchanged for heads" in line for line in said)

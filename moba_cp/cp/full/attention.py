@@ -14,7 +14,7 @@ from ...transforms import once_differentiable, without_autocast
 from ..calls import Where, agree, enter_call
 from ..compiling import outside_graphs
 from ..context import CPContext, check_context, signature
-from ..heads.tables import head_ranks
+from ..heads.choice import head_ranks
 from . import allgather as full_gather
 from . import heads as full_heads
 from . import ring as full_ring
@@ -50,7 +50,7 @@ def full_attention(
 
 def choose_method(q: Tensor, k: Tensor, cp: CPContext) -> str:
     """``heads`` where the context's options ask for it; otherwise what :func:`.choice.without_heads` says."""
-    return "heads" if head_ranks(cp, q.shape[1]) > 1 else without_heads(k, cp)
+    return "heads" if head_ranks(cp, q, k, None).h > 1 else without_heads(k, cp)
 
 
 class Pass(NamedTuple):

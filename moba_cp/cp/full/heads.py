@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..calls import Where
 from ..context import CPContext
+from ..heads.choice import head_ranks
 from ..heads.copies import team_transport
 from ..heads.local import LocalFull
 from ..heads.strategy import HeadExchange, Saved
-from ..heads.tables import HeadTables, build_head_tables, head_ranks
+from ..heads.tables import HeadTables, build_head_tables
 from . import allgather, ring
 from .choice import without_heads
 
@@ -36,7 +37,9 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
 def _exchange(
     q: Tensor, k: Tensor, scale: float, cp: CPContext, backend: str, deterministic: bool, where: Where
 ) -> HeadExchange:
-    h = head_ranks(cp, q.shape[1], forced=True)
+    h = head_ranks(cp, q, k, None).h
+    if h == 1:
+        h = head_ranks(cp, q, k, None, forced=True).h
     key = h, q.shape[1], k.shape[1:], k.dtype
     tables = cp.cached(HeadTables, key, lambda: build_head_tables(cp, h, q, k))
     if tables.inner.size == 1:

@@ -13,7 +13,7 @@ from ..calls import Where
 from ..comm import Communicator, record_stream
 from ..context import CPContext
 from ..copying import copy_rows
-from ..symmetric_memory import MissingMemory, PeerMemory, peer_memory
+from ..symmetric_memory import MissingMemory, PeerMemory
 from .collectives import Collectives, Part, Stage
 from .tables import HeadTables
 
@@ -176,17 +176,5 @@ def _barrier(memory: PeerMemory) -> None:
 
 def team_transport(cp: CPContext, tables: HeadTables) -> Collectives:
     """What moves the stages of a layer; a collective call."""
-    memory = _team_memory(cp, len(tables.team))
+    memory = cp.team_peers(len(tables.team))
     return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
-
-
-def _team_memory(cp: CPContext, h: int) -> PeerMemory | None:
-    """Memory that the ranks of a team read, where they have it and it is to be used."""
-    per_node = cp.exchange.ranks_per_node
-    if h == cp.size:
-        return cp.peers
-    if not cp.exchange.copy_engines or (per_node is not None and per_node % h):
-        return None
-    if cp.device.type != "cuda" and cp.comm.memory is None:
-        return None
-    return peer_memory(cp.cached(Communicator, h, lambda: cp.comm.consecutive(h)), cp.device)

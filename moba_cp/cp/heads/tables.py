@@ -102,39 +102,6 @@ class HeadTables:
         return back
 
 
-def head_ranks(cp: CPContext, n_heads: int, forced: bool = False) -> int:
-    """h: among how many ranks a layer of ``n_heads`` query heads exchanges tokens for heads; 1 for none.
-
-    ``forced``: the layer itself asks for it, among all ranks where the context's options name no number.
-
-    Raises:
-        ValueError: that many do not divide the ranks, or the heads.
-    """
-    options, size = cp.exchange, cp.size
-    if size == 1:
-        return 1
-    everywhere = options.mode == "heads" or (forced and options.head_ranks in (None, 1))
-    if options.mode == "heads" and options.head_ranks not in (None, size):
-        raise ValueError(
-            f"exchange head_ranks={options.head_ranks} leaves other ranks to exchange with, of cp_size={size}, and "
-            "mode='heads' says nothing of them; use mode='auto', 'kv', 'query' or 'allgather' with head_ranks"
-        )
-    h = size if everywhere else options.head_ranks or 1
-    if size % h:
-        raise ValueError(f"exchange head_ranks={h} does not divide cp_size={size}; {_fitting(n_heads, size)}")
-    if n_heads % h:
-        raise ValueError(
-            f"tokens are exchanged for heads among {h} ranks, which do not divide the {n_heads} query heads; "
-            f"{_fitting(n_heads, size)}"
-        )
-    return h
-
-
-def _fitting(n_heads: int, size: int) -> str:
-    fits = [h for h in range(2, size + 1) if size % h == n_heads % h == 0]
-    return f"use exchange head_ranks={fits[-1]} with mode='auto'" if fits else "use exchange mode='auto'"
-
-
 def build_head_tables(cp: CPContext, h: int, q: Tensor, k: Tensor) -> HeadTables:
     """:class:`HeadTables` for teams of ``h`` ranks; q [L, Hq, D], k [L, Hkv, D]."""
     n_local, n_heads, dim = q.shape

@@ -1,0 +1,154 @@
+"""Among how many ranks tokens are exchanged for heads: as asked, or in ``auto`` by predicted times.
+
+Host arithmetic, of training and of the benchmarks. Legend as in :mod:`.costs`.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from ..allgather import costs as gather_costs
+from ..context import CPContext
+from ..options import ExchangeOptions
+from .costs import HeadCosts
+
+# Of H100s. Attention to shards: tasks are less full, by such a part of the time for each further rank. Copies: the part
+# of their time by which they slow attention down. Backward pass over forward pass. A stage's barriers and launches.
+SHARD_LOSS, COPY_LOSS, BACKWARD, STAGE_SECONDS = 0.045, 0.2, 2.2, 6e-5
+LEAST_GAIN = 0.97
+"""Of the predicted time: less is within what predictions are off."""
+DENSE_FLOPS, RING_LOSS = 4.5e14, 0.08
+"""Of full attention: FLOP/s forward and backward, and what a ring costs of its time."""
+
+log = logging.getLogger(__name__)
+
+
+class Layer(NamedTuple):
+    """What the choice depends on."""
+
+    size: int
+    """P."""
+    n_local: int
+    """L."""
+    heads: tuple[int, int]
+    """Hq and Hkv."""
+    dim: int
+    dtype: torch.dtype
+    moba: tuple[int, int] | None
+    """Block size and top-k; None for full attention."""
+
+
+class TeamSize(NamedTuple):
+    """How many ranks exchange tokens for heads."""
+
+    h: int
+    why: str
+
+
+def team_size(options: ExchangeOptions, size: int) -> int:
+    """The most ranks that may exchange tokens for heads by copies: all, or those of a node."""
+    per_node = options.ranks_per_node
+    return size if per_node is None or per_node >= size else per_node
+
+
+def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
+    """h for ``auto``, where copy engines serve within a node: as many ranks of it as can, or 1, whatever takes the
+    shorter time by prediction.
+
+    Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better.
+    """
+    most = team_size(options, layer.size)
+    h = max(h for h in range(1, most + 1) if layer.size % h == most % h == layer.heads[0] % h == 0)
+    compute, n_rows = _seconds(layer), layer.n_local * h
+    kind = "full attention" if layer.moba is None else "MoBA"
+    what = f"{kind} of {layer.size * layer.n_local} tokens on {layer.size} ranks"
+    costs = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options)
+    stages, rate = len(costs.stages), gather_costs.COPY_RATE
+    if (
+        h == 1
+        or n_rows < 2 * max(512, (layer.moba or (0,))[0])
+        or costs.forward_bytes / rate > compute / (1 + BACKWARD)
+    ):
+        return TeamSize(1, f"{what}: heads stay where they are, too few or too short to be exchanged")
+    without = compute + _shards(layer, 1, layer.size, compute, options)
+    # Nothing hides how the first stage comes and the last one returns.
+    wire = (costs.forward_bytes + costs.backward_bytes) / rate * (COPY_LOSS + 1 / stages) + 2 * stages * STAGE_SECONDS
+    with_heads = compute + wire + _shards(layer, h, layer.size // h, compute, options)
+    chosen = with_heads < LEAST_GAIN * without
+    said = "tokens are exchanged for heads" if chosen else "heads stay where they are"
+    numbers = f"about {1e3 * with_heads:.2f} ms with heads over {h} ranks, {1e3 * without:.2f} without"
+    return TeamSize(h if chosen else 1, f"{what}: {said}, {numbers}")
+
+
+def head_ranks(
+    cp: CPContext, q: torch.Tensor, k: torch.Tensor, moba: tuple[int, int] | None, forced: bool = False
+) -> TeamSize:
+    """Among how many ranks a layer exchanges tokens for heads, 1 for none: as the context's options say. A collective
+    call; in ``auto`` rank 0 logs what was chosen and why.
+
+    Args:
+        q: [L, Hq, D].
+        k: [L, Hkv, D].
+        moba: block size and top-k; None for full attention.
+        forced: the layer itself asks for it, among all ranks where the context's options name no number.
+
+    Raises:
+        ValueError: the number does not divide the ranks, or the heads.
+    """
+    options, size, n_heads = cp.exchange, cp.size, q.shape[1]
+    if size == 1:
+        return TeamSize(1, "one rank")
+    if options.mode == "auto" and options.head_ranks is None and not forced:
+        if cp.team_peers(team_size(options, size)) is None:
+            return TeamSize(1, "no memory that ranks read of one another")
+        layer = Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba)
+        chosen = choose_team(layer, options)
+        if cp.rank == 0 and chosen.why not in _said:
+            _said.add(chosen.why)
+            log.info(chosen.why)
+        return chosen
+    everywhere = options.mode == "heads" or (forced and options.head_ranks in (None, 1))
+    if options.mode == "heads" and options.head_ranks not in (None, size):
+        raise ValueError(
+            f"exchange head_ranks={options.head_ranks} leaves other ranks to exchange with, of cp_size={size}, and "
+            "mode='heads' says nothing of them; use mode='auto', 'kv', 'query' or 'allgather' with head_ranks"
+        )
+    h = size if everywhere else options.head_ranks or 1
+    if size % h:
+        raise ValueError(f"exchange head_ranks={h} does not divide cp_size={size}; {_fitting(n_heads, size)}")
+    if n_heads % h:
+        raise ValueError(
+            f"tokens are exchanged for heads among {h} ranks, which do not divide the {n_heads} query heads; "
+            f"{_fitting(n_heads, size)}"
+        )
+    return TeamSize(h, "asked for")
+
+
+def _fitting(n_heads: int, size: int) -> str:
+    fits = [h for h in range(2, size + 1) if size % h == n_heads % h == 0]
+    return f"use exchange head_ranks={fits[-1]} with mode='auto'" if fits else "use exchange mode='auto'"
+
+
+_said: set[str] = set()
+
+
+def _seconds(layer: Layer) -> float:
+    """Forward and backward pass of one rank's part of the work, as one device would do it."""
+    n_rows = layer.n_local * layer.heads[0]
+    if layer.moba is None:
+        return 3.5 * 2 * n_rows * layer.size * layer.n_local * layer.dim / DENSE_FLOPS
+    return (1 + BACKWARD) * gather_costs.forward_seconds(n_rows, layer.dim, *layer.moba)
+
+
+def _shards(layer: Layer, h: int, others: int, compute: float, options: ExchangeOptions) -> float:
+    """What attention loses among ``others`` ranks with the same heads, if all K and V come."""
+    if others == 1:
+        return 0.0
+    if layer.moba is None:
+        return RING_LOSS * compute
+    # K and V twice, and their gradients once.
+    units = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options).units
+    token = units * 2 * layer.dim * (2 * layer.dtype.itemsize + options.wire_dtype(layer.dtype).itemsize)
+    wire = (others - 1) * h * layer.n_local * token / gather_costs.COPY_RATE
+    return SHARD_LOSS * (others - 1) * compute + COPY_LOSS * wire
