@@ -25,6 +25,7 @@ COMMANDS = {
     "import": ("moba_cp.train.import_command", "write a config that begins with an existing model's weights"),
     "export": ("moba_cp.train.export_command", "write a trained model for transformers or Megatron-LM"),
     "eval": ("moba_cp.train.eval_command", "loss, perplexity and bits per byte of a model, by position"),
+    "generate": ("moba_cp.train.generate_command", "what a model says after a prompt of any length"),
     "data build": ("moba_cp.data.command", "make tokens of text, JSON lines or Parquet, for training"),
     "data show": ("moba_cp.data.show", "print what tokenized data, or a sequence of it, holds"),
     "bench attention": (
@@ -55,6 +56,7 @@ _EXAMPLES = {
     "import": "moba-cp import /models/llama --to llama.yaml",
     "export": "moba-cp export runs/books --to /models/books",
     "eval": "moba-cp eval runs/books --sequences 8",
+    "generate": "moba-cp generate runs/books --prompt-file question.txt --max-tokens 400",
     "data build": "moba-cp data build /data/books --to tokens/books --workers 4",
     "data show": "moba-cp data show tokens/books --document 0",
     "bench attention": "moba-cp bench attention --json attention.json",

@@ -146,6 +146,22 @@ def save_hf(
         dist.barrier()
 
 
+@torch.no_grad()
+def hf_tensors(
+    model: nn.Module, vocab_size: int, read: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor that :func:`save_hf` would write; arguments as there.
+
+    Args:
+        vocab_size: rows of embeddings, without those that pad the vocabulary.
+    """
+    model = _unwrap(model)
+    for parameters in _shards(model, None, 5_000_000_000):
+        values = dict(parameters) if read is None else read(dict(parameters))
+        for name, parameter in values.items():
+            yield from _split(model, name, parameter, vocab_size)
+
+
 def _write(
     model, export: Export | None, hf_config: dict, dtype: torch.dtype | None, shards: list, read, files: Mapping
 ) -> None:

@@ -1,0 +1,86 @@
+"""Prompts of any length, answered: the prompt in pieces, then token by token."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from .cache import MoBACache
+
+
+class _Stream(BaseStreamer):
+    """Hands on each token but the prompt's."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self._on_token, self._is_prompt = on_token, True
+
+    def put(self, value: Tensor) -> None:
+        """What ``generate`` has: the prompt, then tokens."""
+        if not self._is_prompt:
+            for token in value.flatten().tolist():
+                self._on_token(token)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is left."""
+
+
+def answer(
+    model,
+    prompt: Tensor,
+    max_tokens: int = 256,
+    piece: int = 16_384,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    end: int | list[int] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The tokens that follow a prompt, by transformers' ``generate`` with a :class:`moba_cp.hf.MoBACache`.
+
+    Args:
+        model: as :func:`moba_cp.hf.use_moba` leaves it.
+        prompt: [n] int64.
+        max_tokens: of the answer.
+        piece: tokens of the prompt that are computed at a time.
+        temperature: 0 takes the likeliest token.
+        top_p: tokens are drawn from the likeliest that together have this probability.
+        end: a token, or some, with which an answer ends.
+        on_token: called with each token as it comes.
+
+    Returns:
+        [m] int64, the answer with the token that ended it.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if prompt.dim() != 1 or prompt.numel() == 0:
+        raise ValueError(f"prompt has shape {tuple(prompt.shape)}; pass the tokens of one prompt, at least one of them")
+    for name, value in (("max_tokens", max_tokens), ("piece", piece)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is not above 0")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature}, top_p={top_p}: use 0 or more, and above 0 up to 1")
+    n = prompt.numel()
+    sampling = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    first_end = end[0] if isinstance(end, list) else end
+    how = GenerationConfig(
+        max_new_tokens=max_tokens,
+        prefill_chunk_size=piece if n > piece else None,
+        eos_token_id=end,
+        pad_token_id=0 if first_end is None else first_end,
+        top_k=None,
+        **sampling,
+    )
+    ids = prompt.to(model.device)[None]
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=how,
+        past_key_values=MoBACache(model, n + max_tokens),
+        streamer=None if on_token is None else _Stream(on_token),
+    )
+    return out[0, n:]
