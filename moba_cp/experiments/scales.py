@@ -90,7 +90,7 @@ def _small_size(n: int, tokens_per_step: int, per_parameter: float = 12.0, width
     The learning rate falls with the width; trained on ``per_parameter`` bytes for each parameter.
     """
     hidden = width or 64 * n
-    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.6 / hidden, 6))
+    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.3 / hidden, 6))
     tokens = round(per_parameter * size.n_parameters / tokens_per_step) * tokens_per_step
     return Size(n, hidden // 64, hidden, tokens, tokens_per_step, size.lr)
 
