@@ -173,7 +173,9 @@ def select_few(
             q=q, means=means, first=first, current_block=current_block, sort_keys=sort_keys, n_tiles=n_tiles,
             s_qt=q.stride(0), s_qh=q.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim), S=n_slots, BN=SCORED,
-            **launch_options(4),
+            # Each lane of a warp adds up the same products. If it did not round its own, scores would differ between
+            # lanes, and two candidates might take the same place.
+            **launch_options(4, fused=False),
         )  # fmt: skip
         n_keys = n_tiles * n_slots
         _best_of_all_kernel[(pairs, cdiv(n_keys, 64))](

@@ -148,6 +148,6 @@ def _on_gpus(rank):
 def test_four_nccl_ranks(gpus):
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    everybody = run_ranks(4, _on_gpus, backend="nccl", gpus=gpus, timeout=600)
+    everybody = run_ranks(4, _on_gpus, backend="cpu:gloo,cuda:nccl", gpus=gpus, timeout=600)
     assert [code for code, *_ in everybody] == [0] * 4, everybody[0][2]
     assert [code for _, code, _ in everybody] == [0] * 4

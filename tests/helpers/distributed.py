@@ -82,10 +82,10 @@ def run_ranks(n: int, function, *args, timeout: float = 120, backend: str = "glo
 def _rank_main(rank, n, port, timeout, backend, gpus, results, function, args):
     torch.set_num_threads(1)
     os.environ.update(environment_of(rank, n, port))
-    if backend == "nccl" and gpus == 1:
+    if "nccl" in backend and gpus == 1:
         # NCCL refuses two ranks on one GPU unless they look like two hosts.
         os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1", LOCAL_RANK="0")
-    if backend == "nccl":
+    if "nccl" in backend:
         torch.cuda.set_device(rank % gpus)
     try:
         dist.init_process_group(backend, rank=rank, world_size=n, timeout=timedelta(seconds=timeout))
