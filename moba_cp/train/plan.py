@@ -1,5 +1,6 @@
 """A checked run: everything that can be computed, and refused, before it starts."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -232,10 +233,10 @@ def _check_heads(config: TrainConfig, context: int) -> None:
     named = "mode=heads" if options.mode == "heads" else f"head_ranks={options.head_ranks}"
     h = context if options.mode == "heads" else options.head_ranks or 1
     if context % h or n_heads % h:
-        fits = [n for n in divisors(context) if n_heads % n == 0]
+        fits = divisors(math.gcd(context, n_heads))
         raise ValueError(
             f"exchange.{named}: {h} ranks are to exchange tokens for heads, and have to divide the {context} context "
-            f"ranks and the {n_heads} query heads; use mode auto, and head_ranks one of {fits} or null"
+            f"ranks and the {n_heads} query heads; use mode auto, and head_ranks one of {fits}, or null"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cp.heads.choice import news
 from .checkpoint import find
 from .curve import draw
 from .log import CURVE, LOG, Progress, RunLog, is_own
@@ -68,6 +69,7 @@ class Reporter:
             if self._attention not in (None, record["attention"]):
                 self._progress.note(f"step {record['step']}: attention is {record['attention']} from here on")
             self._attention = record["attention"]
+            self.note(*news())
             for remark in self._remarks(record):
                 self._progress.note(f"step {record['step']}: {remark}")
             sent = record["exchange"]["sent_bytes"]

@@ -15,6 +15,8 @@ from moba_cp.cp.heads.tables import build_head_tables
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from moba_cp.passes import AttentionPasses
+from moba_cp.train.config import TrainConfig
+from moba_cp.train.plan import plan_run
 from tests.cp.test_moba import NAMES, across_ranks, divides, fits, in_context
 from tests.helpers.cases import Case, random_case, relative_error, run_reference
 from tests.helpers.distributed import run_ranks, run_threads
@@ -341,6 +343,7 @@ def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     expected = [in_context(alone, case, full) for full in (False, True)]
     caplog.set_level("INFO", "moba_cp")
     choice._said.clear()
+    choice.news()
     for options in (ExchangeOptions(), ExchangeOptions(head_ranks=1)):
         for *both, sent in run_threads(2, _auto, case, shared, options):
             assert (sent > 0) == (shared and options.head_ranks is None)
@@ -349,4 +352,19 @@ def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
                     assert relative_error(actual, want) < 1e-9, name
     said = [record.message for record in caplog.records]
     assert len(said) == (2 if shared else 0), "once for each kind of layer"
+    assert choice.news() == said and choice.news() == []
     assert all("tokens are exchanged for heads" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "exchange, said",
+    [
+        (ExchangeOptions("heads"), "exchange.mode=heads: 8 ranks are to exchange tokens for heads"),
+        (ExchangeOptions("kv", 3), "exchange.head_ranks=3: 3 ranks .* use mode auto, and head_ranks one of"),
+    ],
+    ids=["heads", "ranks"],
+)
+def test_a_run_ends_before_it_starts_where_heads_do_not_divide(exchange, said):
+    config = TrainConfig(exchange=exchange)
+    with pytest.raises(ValueError, match=said):
+        plan_run(config, 8)

@@ -53,6 +53,21 @@ class TwoHosts:
         self.commands.append(Command(["ip", "netns", "exec", self._names[host], *command], output, cwd))
         return self.commands[-1]
 
+    def link(self, host: int) -> str:
+        """The name of a host's card."""
+        return self._links[host]
+
+    def hold_to(self, mbit: int) -> None:
+        """Hold the link to so many Mbit/s, in each direction."""
+        for name, link in zip(self._names, self._links):
+            limit = ["rate", f"{mbit}mbit", "burst", "256kb", "latency", "200ms"]
+            done = subprocess.run(
+                ["ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", link, "root", "tbf", *limit],
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, f"tc: {done.stderr}"
+
     def power_off(self, host: int) -> None:
         """Nothing more comes from a host: its cable is cut, then what runs there is killed."""
         _ip("-n", self._names[host], "link", "set", self._links[host], "down")

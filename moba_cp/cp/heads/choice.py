@@ -106,6 +106,7 @@ def head_ranks(
         chosen = choose_team(layer, options)
         if cp.rank == 0 and chosen.why not in _said:
             _said.add(chosen.why)
+            _news.append(chosen.why)
             log.info(chosen.why)
         return chosen
     everywhere = options.mode == "heads" or (forced and options.head_ranks in (None, 1))
@@ -131,6 +132,14 @@ def _fitting(n_heads: int, size: int) -> str:
 
 
 _said: set[str] = set()
+_news: list[str] = []
+
+
+def news() -> list[str]:
+    """What rank 0 has logged since this was called before."""
+    lines = _news.copy()
+    _news.clear()
+    return lines
 
 
 def _seconds(layer: Layer) -> float:
