@@ -154,7 +154,8 @@ MUTANTS = [
     ),
     Mutant(
         "the optimizer's state is not read", "moba_cp/train/checkpoint.py",
-        "optim_state_dict=state[\"optimizer\"])", "optim_state_dict=get_state_dict(module, optimizer)[1])", CHECKPOINT,
+        "    storage.read(state, path, group)\n    set_state_dict(",
+        "    storage.read({\"model\": state[\"model\"]}, path, group)\n    set_state_dict(", CHECKPOINT,
     ),
     Mutant(
         "the checkpoint's weight decay holds", "moba_cp/train/checkpoint.py",

@@ -1,6 +1,6 @@
 """Where a number was measured: every table, file and chart says it."""
 
-import subprocess  # nosec B404
+import subprocess
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         # A fixed command.
-        return subprocess.run(  # nosec B603
+        return subprocess.run(
             command, cwd=Path(moba_cp.__file__).parent, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):

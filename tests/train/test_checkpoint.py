@@ -33,11 +33,11 @@ def meta(step: int) -> CheckpointMeta:
 
 
 def trained(seed: int):
-    """A module and its optimizer after one step."""
+    """A module and its optimizer after one step, both other ones for another seed."""
     torch.manual_seed(seed)
     module = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    module(torch.ones(1, 3)).sum().backward()
+    module(torch.randn(1, 3)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return module, optimizer

@@ -328,12 +328,11 @@ def _kills_at_once(place, settings, seeds, fork):
         return f"| {seed} | {victim} | {at} | {seconds:.1f} | {(said or ['nothing'])[-1][:100]}"
 
     def go_on(seed):
-        folder, found = place / f"killed-{seed}", "the start"
-        if list(folder.glob("checkpoints/step-*")):
-            found = max(path.name for path in folder.glob("checkpoints/step-*") if "partial" not in path.name)
+        folder = place / f"killed-{seed}"
+        names = [path.name for path in folder.glob("checkpoints/step-*") if "partial" not in path.name]
         with Launched(2, place, f"run.directory={folder.name}", *settings, flags=AUTO, fork=fork) as run:
             assert run.wait_all(240) == [0, 0], run.output(0) + run.output(1)
-        return found
+        return max(names, default="the start")
 
     with ThreadPoolExecutor(len(seeds)) as pool:
         rows = list(pool.map(kill, seeds))
