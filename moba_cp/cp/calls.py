@@ -135,6 +135,8 @@ class Call:
         """``what``: equal on all ranks; ``wanted``: whether this rank wants gradients of it; ``needs_grad``: whether
         gradients can be wanted of it."""
         self.comm = comm
+        # As it is now: a replay's tags are of another call, and may be looked at after the replay.
+        self._checked = comm.checks_calls
         self.where = Where.forward(comm.layer)
         self.needs_grad = needs_grad
         digest = enter_call(comm, self.where, "moba", *what)
@@ -179,7 +181,7 @@ class Call:
             return
         tags = self._arrived.get().contiguous().view(torch.int64).tolist()
         self._arrived = None
-        if not self.comm.checks_calls:
+        if not self._checked:
             return
         here, count = f"rank {self.comm.rank} of {self.comm.size}", self._mine[1]
         others = {rank: word // 4 for rank, (digest, word) in enumerate(tags) if (digest, word // 4) != self._mine}

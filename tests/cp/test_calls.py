@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
+from moba_cp.cp.calls import TAG_BYTES, Call
 from moba_cp.cp.comm import ExchangeError
 from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
 from tests.cp.test_moba import NAMES, in_context
@@ -190,3 +191,38 @@ def _later_documents_differ(comm):
 def test_other_documents_in_a_later_context_are_another_call():
     for error in run_threads(2, _later_documents_differ):
         assert "its attention call 2, the forward of an unnamed layer, is another one than that of other ranks" in error
+
+
+class _Later:
+    """Tags on their way to the host: there, but not at once."""
+
+    def __init__(self, tags: torch.Tensor):
+        self._tags, self._asked = tags, 0
+
+    def ready(self) -> bool:
+        self._asked += 1
+        return self._asked > 1
+
+    def get(self) -> torch.Tensor:
+        return self._tags
+
+
+def _replayed(comm) -> tuple[str, str]:
+    """What a rank is told by the call after one that a replay gave the tags of another call, and after a real one."""
+    said = []
+    for checks in (False, True):
+        comm.checks_calls = checks
+        call = Call(comm, ("shape",), False, False)
+        comm.checks_calls = True
+        call.arrive(_Later(torch.full((comm.size, TAG_BYTES), 7, dtype=torch.uint8)))
+        try:
+            Call(comm, ("shape",), False, False)
+            said.append("")
+        except ExchangeError as error:
+            said.append(str(error))
+    return tuple(said)
+
+
+def test_a_replayed_call_is_not_compared_later():
+    for replayed, real in run_threads(2, _replayed):
+        assert replayed == "" and "is another one than that of other ranks" in real
