@@ -360,7 +360,7 @@ def test_kills_on_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     write_text(tmp_path / "text")
-    # Heads of 32; steps are short there.
-    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=100")
-    more = ("run.checkpoint_every=10", "run.validate_every=50", "run.timeout_seconds=15")
+    # Heads of 32. A step takes a quarter of a second, and two thirds with five runs at once.
+    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=24")
+    more = ("run.checkpoint_every=3", "run.validate_every=12", "run.timeout_seconds=20")
     _kills_at_once(tmp_path, (*SETTINGS, *shape, *more), range(200, 205), fork=False)
