@@ -10,6 +10,7 @@ from moba_cp.bench.cluster.predict import predictions
 from moba_cp.bench.cluster.ranks import Ranks
 from moba_cp.bench.cluster.replay import ReplayCommunicator
 from moba_cp.cp.allgather import costs as gather_costs
+from moba_cp.cp.comm import HostCopy
 from tests.bench.test_cluster import CPU, shape
 from tests.helpers.distributed import ThreadCommunicator, run_threads
 
@@ -157,3 +158,29 @@ def test_nodes_are_those_of_the_launcher(monkeypatch):
         assert stages == 0
         for row in rows:
             assert row.both > 0 and 0 < predicted[row.name].between_gb < predicted[row.name].predicted_gb
+
+
+def _replays_a_forward_pass(comm, mode: str):
+    ranks = ThreadRanks(comm.share_memory())
+    layer = Layer(shape(kv_heads=4), 192 * comm.size, comm.size, ranks)
+    candidate = layer.moba(mode)
+    with layer.comm.recording():
+        candidate.results()
+    ranks.settle(comm.size)
+    with layer.comm.replaying():
+        candidate.forward()
+    layer.comm.forget()
+    candidate.results()
+
+
+@pytest.mark.parametrize("mode", ["heads", "allgather"])
+def test_a_replayed_call_is_compared_with_no_other(mode, monkeypatch):
+    """Also where what ranks say of a call comes to the host late, as it does from a GPU."""
+    asked = []
+
+    def ready(self) -> bool:
+        asked.append(self)
+        return any(one is self for one in asked[:-1])
+
+    monkeypatch.setattr(HostCopy, "ready", ready)
+    run_threads(2, _replays_a_forward_pass, mode)

@@ -315,7 +315,7 @@ def test_auto_predicts_which_way_is_faster():
     options = ExchangeOptions()
     long = choose_team(_layer(4, 524288), options)
     assert long.h == 4
-    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 49")
+    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 50")
     assert long.why.endswith("without")
     short = choose_team(_layer(4, 8192), options)
     assert short.h == 1 and "heads stay where they are, about" in short.why
