@@ -36,10 +36,14 @@ PIECE = 128
 
 @triton.jit(do_not_specialize=["n_tiles"])
 def _best_of_tile_kernel(
-    q, means, first, current_block, sort_keys, n_tiles, s_qt, s_qh, s_mb, s_mh,
+    q, means, first, current_block, scored, sort_keys, n_tiles, s_qt, s_qh, s_mb, s_mh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The S best of BN candidates of a pair, as numbers that sort by score and then by block; all are different."""
+    """The S best of BN candidates of a pair, as numbers that sort by score and then by block; all are different.
+
+    Numbers are compared as ``scored`` holds them, [pairs, tiles, BN]: rows and columns of a comparison have different
+    layouts, for which the compiler may sum a score twice, and round it in two ways.
+    """
     i_pair, i_n = tl.program_id(0), tl.program_id(1)
     t, head = (i_pair // HQ).to(tl.int64), i_pair % HQ
     o_d = tl.arange(0, BD)  # [BD]
@@ -49,10 +53,13 @@ def _best_of_tile_kernel(
     p_mean = means + o_b.to(tl.int64)[:, None] * s_mb + (head // G) * s_mh + o_d[None, :]  # [BN, BD]
     b_mean = tl.load(p_mean, mask=candidate[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)  # [BN, BD]
     score = tl.sum(b_mean * b_q[None, :], 1)  # [BN]
-    key = (tl.where(candidate, ordered(score), EMPTY).to(tl.int64) << 32) + o_b  # [BN]
+    i_tile = i_pair.to(tl.int64) * n_tiles + i_n
+    p_scored = scored + i_tile * BN + tl.arange(0, BN)  # [BN]
+    tl.store(p_scored, (tl.where(candidate, ordered(score), EMPTY).to(tl.int64) << 32) + o_b)
+    tl.debug_barrier()
+    key = tl.load(p_scored, cache_modifier=".cg")  # [BN]
     place = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)  # [BN]
-    p_out = sort_keys + (i_pair.to(tl.int64) * n_tiles + i_n) * S + place  # [BN]
-    tl.store(p_out, key, mask=place < S)
+    tl.store(sort_keys + i_tile * S + place, key, mask=place < S)
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -166,12 +173,13 @@ def select_few(
         return torch.full((n_rows, n_heads, n_slots), -1, dtype=torch.int32, device=q.device)
     q, means = check_unit_stride(q), check_unit_stride(means)
     pairs, n_tiles = n_rows * n_heads, cdiv(most, SCORED)
+    scored = torch.empty(pairs, n_tiles * SCORED, dtype=torch.int64, device=q.device)
     sort_keys = torch.empty(pairs, n_tiles * n_slots, dtype=torch.int64, device=q.device)
     block_indices = torch.empty(n_rows, n_heads, n_slots, dtype=torch.int32, device=q.device)
     with on_device(q):
         _best_of_tile_kernel[(pairs, n_tiles)](
-            q=q, means=means, first=first, current_block=current_block, sort_keys=sort_keys, n_tiles=n_tiles,
-            s_qt=q.stride(0), s_qh=q.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
+            q=q, means=means, first=first, current_block=current_block, scored=scored, sort_keys=sort_keys,
+            n_tiles=n_tiles, s_qt=q.stride(0), s_qh=q.stride(1), s_mb=means.stride(0), s_mh=means.stride(1),
             HQ=n_heads, G=n_heads // means.shape[1], D=dim, BD=padded_dim(dim), S=n_slots, BN=SCORED,
             # Each lane of a warp adds up the same products. If it did not round its own, scores would differ between
             # lanes, and two candidates might take the same place.

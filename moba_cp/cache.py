@@ -49,6 +49,9 @@ class KVCache:
         self._means: Tensor | None = None
         """[b, M, Hkv, D], right for blocks that were complete after ``_averaged`` tokens; M exceeds what C needs."""
         self._averaged = 0
+        self._asked: tuple | None = None
+        """What was found to fit: heads, dtype, device and scale of q; ``_scale`` is then the scale."""
+        self._scale = 1.0
 
     @property
     def k(self) -> Tensor:
@@ -179,8 +182,12 @@ class KVCache:
                 f"q has shape {tuple(q.shape)}, but the cache holds {self.length} tokens of {self.k.shape[0]} "
                 "sequences; append the keys of its tokens first"
             )
-        rows, _, _, scale = checked_inputs(q[0], self.k[0], self.v[0], None, softmax_scale)
-        return q.to(rows.dtype), scale
+        asked = q.shape[2:], q.dtype, q.device, softmax_scale
+        if asked != self._asked:
+            *_, self._scale = checked_inputs(q[0], self.k[0], self.v[0], None, softmax_scale)
+            self._asked = asked
+        # Under autocast they may differ: keys are as they were appended.
+        return q.to(self._k.dtype), self._scale
 
     def _grow(self, needed: int, like: Tensor) -> None:
         capacity = max(self._capacity, needed)

@@ -58,6 +58,18 @@ def test_more_blocks_than_one_program_scores():
     )
 
 
+@pytest.mark.parametrize("dim", [16, 40, 64, 128])
+def test_every_slot_is_written_whatever_the_rounding(dim):
+    """Sums that cancel: a score that is rounded in two ways would be above itself."""
+    p = Few([3], [40 * 16], (4, 2), dim, 16, 9)
+    half = dim // 2
+    q, means = p.q.clone(), p.means.clone()
+    q[..., half:], means[..., half:] = -q[..., :half], means[..., :half] * (1 + 2**-20)
+    with poisoned():
+        ours = kernels.select_few(q, means, *p.ranges, 9)
+    assert all(len(set(row)) == 8 and 0 <= min(row) and max(row) < 40 for row in ours.flatten(0, 1).tolist())
+
+
 def test_ties_and_nan():
     p = Few([2], [300], (2, 1), 16, 16, 6)
     newest = p.table.current_block[:, None, None] - torch.arange(1, 6, device=DEVICE)
