@@ -2,6 +2,7 @@
 
 import collections
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,16 @@ class Reporter:
         self._late = problem is not None
         if self._sinks:
             values = scalars(record)
-            for sink in self._sinks:
-                sink.write(record["step"], values)
+            self._sinks = [sink for sink in self._sinks if self._shown(lambda: sink.write(record["step"], values))]
+
+    def _shown(self, report: Callable[[], None]) -> bool:
+        """Whether charts took a report; ones that do not end no run, and get no more."""
+        try:
+            report()
+        except Exception as error:
+            self.note(f"reports beside the log end here: {type(error).__name__}: {error}")
+            return False
+        return True
 
     def _remarks(self, record: dict[str, Any]) -> list[str]:
         """What a reader should know of this step: that it was left out, or that it stands out."""
@@ -115,7 +124,7 @@ class Reporter:
             self.note(f"{problem}; its last lines are lost")
         self._progress.close()
         for sink in self._sinks:
-            sink.close()
+            self._shown(sink.close)
         self.draw()
 
 

@@ -41,6 +41,35 @@ def test_a_curve_that_cannot_be_drawn_hides_no_error_and_ends_no_run(reporter, m
     assert capsys.readouterr().err.count("loss.png could not be drawn: ZeroDivisionError") == 2
 
 
+class FullSink:
+    """Charts on a disk that is full after one step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def write(self, step, values):
+        self.steps.append(step)
+        if step > 1:
+            raise OSError(28, "No space left on device")
+
+    def close(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_charts_that_cannot_be_written_end_no_run(tmp_path, reporter, monkeypatch, capsys):
+    sinks = [FullSink(), FullSink()]
+    monkeypatch.setattr("moba_cp.train.report.open_sinks", lambda *arguments: sinks[:1])
+    with reporter:
+        for step in (1, 2, 3):
+            reporter.report(RECORD | {"step": step})
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3] and sinks[0].steps == [1, 2]
+    assert capsys.readouterr().err.count("reports beside the log end here: OSError: [Errno 28] No space left") == 1
+    monkeypatch.setattr("moba_cp.train.report.open_sinks", lambda *arguments: sinks[1:])
+    with reporter:
+        pass
+    assert "reports beside the log end here" in capsys.readouterr().err
+
+
 def test_a_run_that_is_killed_has_the_curve_of_its_last_checkpoint(tmp_path, reporter):
     reporter.__enter__()
     reporter.report(RECORD | {"step": 1})
