@@ -218,19 +218,20 @@ class Communicator:
     def strided(self, step: int) -> "Communicator":
         """Of this rank and every ``step``-th before and after it in the group: their calls are parts of this group's
         calls, and count as such. A collective call."""
-        part = self._part(range(self.rank % step, self.size, step))
-        part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
-        return part
+        return self._part(range(self.rank % step, self.size, step))
 
     def consecutive(self, count: int) -> "Communicator":
         """Of this rank and those of the group with which it makes up ``count`` ranks in a row; see :meth:`strided`."""
         first = self.rank - self.rank % count
-        part = self._part(range(first, first + count))
-        part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
-        return part
+        return self._part(range(first, first + count))
 
     def _part(self, ranks: range) -> "Communicator":
         """Of some ranks of the group, this one among them; all ranks call it, each with its own."""
+        part = self._made(ranks)
+        part.counters, part.by_layer, part.within = self.counters, self.by_layer, self
+        return part
+
+    def _made(self, ranks: range) -> "Communicator":
         return Communicator(subgroup(self.group, ranks))
 
     def count_ring(self, k: Tensor, times: int, where: Where) -> None:

@@ -26,6 +26,9 @@ class Twin(ThreadCommunicator):
 class ThreadReplay(ReplayCommunicator, Twin):
     """Records and plays back what threads bring one another."""
 
+    def _made(self, ranks):
+        return ThreadReplay(ThreadCommunicator._made(self, ranks))
+
 
 class ThreadRanks(Ranks):
     """Ranks that are threads."""
@@ -58,12 +61,12 @@ def _same(candidate, wanted) -> bool:
     return all(torch.equal(a, b) for a, b in zip(candidate.results(), wanted, strict=True))
 
 
-def _without_communication(comm):
+def _without_communication(comm, modes=DEFAULT_MODES):
     """By mode: whether results equal the real ones, meetings and bytes of passes, and the row of the measurement."""
     ranks = ThreadRanks(comm.share_memory())
     layer = Layer(shape(kv_heads=4), 192 * comm.size, comm.size, ranks)
     memory, report = layer.comm.memory, {}
-    for mode in DEFAULT_MODES:
+    for mode in modes:
         if not shares_heads(mode, layer.shape, comm.size):
             continue
         candidate = layer.moba(mode)
@@ -102,6 +105,15 @@ def test_a_replay_equals_the_real_pass(size, monkeypatch):
             assert (live > before) == (mode in ("auto", "allgather", "heads")), "copies are made where they should be"
             assert replayed == live, "a replay meets somebody"
             assert row.off_error == 0 and row.off_both > 0 and not row.note, mode
+
+
+def test_a_replay_of_teams_equals_the_real_pass():
+    """What ranks with the same heads bring one another is played back with the rest, in its place."""
+    for report in run_threads(4, _without_communication, ["kv-heads2", "allgather-heads2"]):
+        assert len(report) == 2
+        for mode, (same, (kept, expected), _, row) in report.items():
+            assert same == [True] * 3 and kept == expected > 0, mode
+            assert row.off_error == 0 and not row.note, mode
 
 
 def _counted(comm, n_tokens, modes):

@@ -109,7 +109,7 @@ class ThreadCommunicator(Communicator):
         self.rank, self.size = rank, size
         self._board, self._barrier, self._turn = board, barrier, turn
 
-    def _part(self, ranks):
+    def _made(self, ranks):
         # Shared by these threads: the one that comes first makes it.
         parts = self._swap({ranks: ([None] * len(ranks), threading.Barrier(len(ranks)))})
         board, barrier = parts[ranks.start][ranks]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cp.comm import Communicator
+from ...cp.comm import Communicator, subgroup
 
 # Messages whose results the receiver changes in place: each replay must hand out a new copy of these.
 _CHANGED = ("full_kv_gradients",)
@@ -35,10 +35,25 @@ class ReplayCommunicator(Communicator):
 
     def __init__(self, group):
         super().__init__(group)
+        self._tape = self
+        """Whose messages, in the order in which a pass asks for them, are these ranks' too: that of the group."""
         self._messages: list[_Message | None] = []
         self._mode, self._next = "live", 0
         self.handed_bytes = 0
         """Memory that a recording of the passes since this was 0 would have taken."""
+
+    def _part(self, ranks: range) -> Communicator:
+        part = super()._part(ranks)
+        part._tape = self
+        return part
+
+    def _made(self, ranks: range) -> Communicator:
+        return ReplayCommunicator(subgroup(self.group, ranks))
+
+    @property
+    def checks_calls(self) -> bool:
+        """Others make other passes during a replay, or none."""
+        return self._tape._mode != "replay"
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -54,8 +69,6 @@ class ReplayCommunicator(Communicator):
     def replaying(self) -> Iterator[None]:
         """Play the recorded pass, or its beginning, once."""
         self._mode, self._next = "replay", 0
-        # Others make other passes meanwhile, or none.
-        self.checks_calls = False
         for message in self._messages:
             if message.given is not message.kept:
                 for given, kept in zip(message.given, message.kept, strict=True):
@@ -63,15 +76,15 @@ class ReplayCommunicator(Communicator):
         try:
             yield
         finally:
-            self._mode, self.checks_calls = "live", True
+            self._mode = "live"
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """Never recorded: a group's first call compares what the ranks give it, and a replay does not ask again."""
-        mode, self._mode = self._mode, "live"
+        mode, self._tape._mode = self._tape._mode, "live"
         try:
             return super().gather_uncounted(x)
         finally:
-            self._mode = mode
+            self._tape._mode = mode
 
     def forget(self) -> None:
         """Free what was recorded."""
@@ -86,28 +99,29 @@ class ReplayCommunicator(Communicator):
         return sum(_nbytes(m.kept) + (_nbytes(m.given) if m.given is not m.kept else 0) for m in self._messages)
 
     def _guarded(self, what: str, start: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-        if self._mode == "replay":
-            message = self._messages[self._next]
-            self._next += 1
+        tape = self._tape
+        if tape._mode == "replay":
+            message = tape._messages[tape._next]
+            tape._next += 1
             assert message.what == what, f"the pass asks for {what} where {message.what} was recorded"
             return lambda: message.given[0] if message.single else message.given
         wait, copies = super()._guarded(what, start), 1 + what.startswith(_CHANGED)
-        if self._mode == "live":
+        if tape._mode == "live":
 
             def counted():
                 out = wait()
-                self.handed_bytes += copies * _nbytes(_tensors(out))
+                tape.handed_bytes += copies * _nbytes(_tensors(out))
                 return out
 
             return counted
-        place = len(self._messages)
-        self._messages.append(None)
+        place = len(tape._messages)
+        tape._messages.append(None)
 
         def recorded():
             out = wait()
             kept = tuple(x.clone() for x in _tensors(out))
             given = tuple(x.clone() for x in kept) if copies > 1 else kept
-            self._messages[place] = _Message(what, kept, given, isinstance(out, Tensor))
+            tape._messages[place] = _Message(what, kept, given, isinstance(out, Tensor))
             return out
 
         return recorded
