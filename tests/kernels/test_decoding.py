@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moba_cp import MoBAConfig, eager, kernels, moba_attention, reference
+from moba_cp import KVCache, MoBAConfig, eager, kernels, moba_attention, reference
 from moba_cp.blocks import block_table, local_pages
 from tests.helpers.kernel_inputs import DEVICE, close, poisoned, strided
 
@@ -102,3 +102,19 @@ def test_rows_at_the_end_of_longer_keys_through_all_kernels():
     grads = torch.autograd.grad((out * weight.to(DEVICE)).sum(), leaves)
     for actual, expected in zip(grads, torch.autograd.grad((wanted * weight).sum(), exact), strict=True):
         torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_in_pieces_and_padded():
+    """Kernels for many rows and for few, one after the other, on one storage."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 90, h, 16, generator=g).to(DEVICE) for h in (2, 1, 1))
+    padding, cache, outs, at = torch.tensor([0, 21], device=DEVICE), KVCache(16), [], 0
+    for size in (40, 30, 1, 1, 18):
+        piece, at = slice(at, at + size), at + size
+        cache.append(k[:, piece], v[:, piece])
+        outs.append(cache.moba_attention(q[:, piece], MoBAConfig(16, 3), padding=padding))
+    out = torch.cat(outs, 1)
+    for i, skip in enumerate((0, 21)):
+        expected = reference.moba_attention(*(x[i, skip:].double().cpu() for x in (q, k, v)), 16, 3)
+        close(out[i, skip:].cpu(), expected)
+        assert (out[i, :skip] == 0).all()
