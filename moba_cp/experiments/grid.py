@@ -209,10 +209,7 @@ class Grid:
         return None
 
     def _begin(self, worker: "Worker", run: Run) -> Future:
-        # Beside the run's folder, which the trainer wants to itself.
-        file = self.folder / "configs" / f"{run.name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(run.config), encoding="utf-8")
+        file = write_config(run, self.folder)
         return worker.pool.submit(_train, str(file), str(self.folder / "output" / f"{run.name}.txt"), run.tests)
 
     def _finish(self, future: Future, run: Run, seconds: float) -> bool:
@@ -253,6 +250,25 @@ class Worker:
     def close(self) -> None:
         """End the process when it is idle."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_config(run: Run, folder: Path) -> Path:
+    """Write the config that ``moba-cp train`` takes; beside the run's folder, which the trainer wants to itself."""
+    file = folder / "configs" / f"{run.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_yaml(run.config), encoding="utf-8")
+    return file
+
+
+def take_over(run: Run, corpus: str | None) -> bool:
+    """Summarize a run that was trained by ``moba-cp train`` itself; whether there was one to its last step."""
+    records = read_log(Path(run.config.run.directory) / LOG)
+    complete = bool(records) and records[-1]["step"] == run.config.run.steps and "validation_loss" in records[-1]
+    # What it has to be put to is asked when the grid trains it.
+    if summary_of(run) is not None or run.tests or not complete:
+        return False
+    summarize(run, corpus, sum(record.get("seconds") or 0 for record in records))
+    return True
 
 
 def summarize(run: Run, corpus: str | None, seconds: float) -> dict:

@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="folders whose subfolders are packages of text, in "
                         "place of the installed Python packages; scale paper takes --set data.path=...")  # fmt: skip
     parser.add_argument("--pattern", default="*.py", metavar="GLOB", help="which files of them (default: *.py)")
+    parser.add_argument("--write-configs", action="store_true", help="train nothing; write a config for each run that "
+                        "is not done, for moba-cp train on any number of GPUs, and take over what is done")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it would cost")
     parser.add_argument("--redraw", action="store_true", help="train nothing; charts and tables of what is done")
     add_overrides(parser, "scale's config")

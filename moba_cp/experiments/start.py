@@ -13,7 +13,7 @@ from ..train.log import human
 from ..train.yaml_config import load
 from . import report
 from .corpus import build_corpora, corpus_lines, installed_sources
-from .grid import Grid, Slot, estimate, flops, summary_of
+from .grid import Grid, Slot, estimate, flops, summary_of, take_over, write_config
 from .retrieval import build_retrieval
 from .runs import GRIDS, Maker, Run, retrieval_folder
 from .scales import Scale, scale_called
@@ -48,6 +48,9 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
         if "retrieval" in names:
             tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
             build_retrieval(retrieval_folder(folder), scale.retrieval_lengths, tokens, _RETRIEVAL_HELD_OUT)
+        if arguments.write_configs:
+            print(*_written(runs, folder, corpus), sep="\n")
+            return 0
         slots = _slots(arguments.gpus, arguments.per_gpu)
         deadline = None if arguments.budget_seconds is None else started + arguments.budget_seconds
         say = lambda line: print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
@@ -80,6 +83,17 @@ def cost(runs: list[Run], gpus: int) -> list[str]:
         f"{total / gpus / 3600:.3g} hours on {gpus} of them; estimated from rates of larger models, corrected by what "
         "is measured once it runs"
     )
+    return lines
+
+
+def _written(runs: list[Run], folder: Path, corpus: str | None) -> list[str]:
+    """Write the configs of runs that are not done; returns a command for each."""
+    lines = []
+    for run in runs:
+        if take_over(run, corpus):
+            lines.append(f"{run.name}: taken over")
+        elif summary_of(run) is None:
+            lines.append(f"moba-cp train {write_config(run, folder)} --resume auto")
     return lines
 
 

@@ -91,6 +91,23 @@ def test_weights_stay_until_the_last_run_that_begins_with_them(maker, trained):
     assert execute([parent, *tuned], maker) == [] and trained == [parent.name, tuned[-1].name]
 
 
+def test_runs_trained_elsewhere_are_taken_over(maker, trained, monkeypatch, capsys):
+    from moba_cp.cli import main
+    from moba_cp.experiments import start
+
+    monkeypatch.setattr(start, "_corpus", lambda *args: "hash")
+    command = ["experiment", "scaling-law", "--scale", "tiny", "--directory", str(maker.folder), "--write-configs"]
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("moba-cp train ")]
+    assert len(lines) == 6 and lines[0].endswith(" --resume auto")
+    for line in lines[:4]:
+        grid._train(line.split()[2], "", {})
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count("taken over") == 4 and said.count("moba-cp train ") == 2
+    assert summary_of(next(iter(GRIDS["scaling-law"](maker))))["validation_loss"] == 2.1
+
+
 def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
     runs, train, failures = list(GRIDS["scaling-law"](maker))[:3], grid._train, {"once": 1, "always": 9}
 
