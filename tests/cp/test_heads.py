@@ -337,6 +337,7 @@ def _auto(comm: Communicator, case: Case, shared: bool, options: ExchangeOptions
 def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     """As if copies and stages took no time, and where ranks read one another's memory."""
     monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
+    monkeypatch.setattr(choice, "OWN_RATE", 1e20)
     monkeypatch.setattr(choice, "STAGE_SECONDS", 0.0)
     case = _case(heads=4, n_kv=2, n=2048)
     alone = CPContext(None, "zigzag", 2048)
