@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from . import paper
+from .fit import PowerLaw
+
 LABELS = {"moba": "MoBA", "full": "full attention", "switch": "MoBA, then full", "hybrid": "MoBA, last layer full"}
 PAPER = "0.55"
 """Grey: what the paper published."""
@@ -57,3 +62,13 @@ def finish(drawn, picture: Path) -> None:
         if axes.get_xscale() == "log":
             axes.xaxis.set_minor_formatter(NullFormatter())
     save_picture(drawn, picture, 90)
+
+
+def draw_paper_law(axes, published: dict[str, PowerLaw]) -> None:
+    """The paper's power laws over the compute of its models, in grey."""
+    compute = np.geomspace(*paper.COMPUTE, 20)
+    for kind, law in published.items():
+        line = "-" if kind == "moba" else "--"
+        axes.plot(compute, law(compute), color=PAPER, linestyle=line, label=f"{label_of(kind)}: {law}")
+    axes.set(xscale="log", yscale="log", xlabel="compute (PFLOP/s-days)", title="the paper's lines (other data)")
+    axes.legend(fontsize=7)

@@ -28,7 +28,7 @@ from ..train.config import TrainConfig
 from ..train.log import CHECKPOINTS, LOG, read_log
 from ..train.predict import GPUS, forecast
 from ..train.yaml_config import load, to_dict, to_yaml
-from .runs import Run
+from .runs import RESULTS, Run
 
 SUMMARY = "summary.json"
 DAY = 8.64e19
@@ -41,8 +41,6 @@ SECONDS_TO_SAVE = 20.0
 # end; and how much slower small models are than the rates of large ones.
 _LAYER_SECONDS, _SEQUENCE_SECONDS, _RUN_SECONDS, _SMALL_MODELS = 5e-3, 1.5e-2, 15.0, 2.5
 
-RESULTS = "tests.json"
-"""Of the tests that a run is put to when it is trained."""
 _RETRIEVAL = "retrieval"
 # Runs that fail before the first that does not.
 _HOPELESS = 3
@@ -108,7 +106,7 @@ class Grid:
         runs: in the order in which they are begun; a run that another begins with comes before it.
         corpus: hash of the text, which a run that is done must have been trained on; None for any.
         slots: processes.
-        deadline: in seconds of :func:`time.monotonic`, when all must have ended; None for never.
+        deadline: in seconds of ``time.monotonic()``, when all must have ended; None for never.
         say: takes a line for people.
     """
 

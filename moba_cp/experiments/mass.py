@@ -78,8 +78,8 @@ def weigh(config: TrainConfig, length: int) -> dict:
     module.eval()
     scale = config.model.softmax_scale or config.model.head_dim**-0.5
     sizes = block_sizes(length)
-    sums, seen = {size: torch.zeros(len(TOP_K), device=mesh.device) for size in sizes}, 0
-    positions = torch.linspace(length // 2, length - 1, _QUERIES, device=mesh.device).long()
+    sums, seen = {size: torch.zeros(len(TOP_K), dtype=torch.float32, device=mesh.device) for size in sizes}, 0
+    positions = torch.linspace(length // 2, length - 1, _QUERIES, dtype=torch.float64, device=mesh.device).long()
     n_documents = 0
 
     def look(core, args, kwargs) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..train.log import LOG, read_log
 from . import paper
-from .charts import LABELS, PAPER, figure, finish, label_of, style
+from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
 from .grid import summary_of
 from .runs import SWITCH_AT, Run
@@ -118,15 +118,6 @@ def _draw_law(axes, rows: Rows, fits: dict[str, PowerLaw], value: Callable[[dict
     axes.set(xscale="log", yscale="log", xlabel="compute, 6 N D (PFLOP/s-days)")
 
 
-def _draw_paper_law(axes, published: dict[str, PowerLaw]) -> None:
-    compute = np.geomspace(*paper.COMPUTE, 20)
-    for kind, law in published.items():
-        line = "-" if kind == "moba" else "--"
-        axes.plot(compute, law(compute), color=PAPER, linestyle=line, label=f"{label_of(kind)}: {law}")
-    axes.set(xscale="log", yscale="log", xlabel="compute (PFLOP/s-days)", title="the paper's lines (other data)")
-    axes.legend(fontsize=7)
-
-
 def _gaps(rows: Rows, value: Callable[[dict], float] = _loss) -> dict[float, tuple[float, float]]:
     """MoBA's loss over full attention's, less 1, by compute: mean and deviation over the seeds that have both."""
     by_place = {(row["facts"]["kind"], row["pflops_days"], row["facts"]["seed"]): value(row) for row in rows}
@@ -147,7 +138,7 @@ def _scaling_law(rows: Rows, folder: Path, picture: Path) -> list[str]:
     _draw_law(axes, rows, fits)
     axes.set(ylabel="validation loss (nats per token)", title=f"documents of {rows[0]['length']:,} tokens")
     axes.legend(fontsize=8)
-    _draw_paper_law(beside, paper.SCALING_LAW)
+    draw_paper_law(beside, paper.SCALING_LAW)
     finish(drawn, picture)
     compute = np.array(sorted({row["pflops_days"] for row in rows}))
     apart = fits["moba"](compute) / fits["full"](compute) - 1

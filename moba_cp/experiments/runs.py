@@ -17,6 +17,8 @@ from .scales import Scale, Size, corpus_prefix
 # Ranges of positions that a document is divided into.
 RANGES = 16
 SWITCH_AT = 0.9
+RESULTS = "tests.json"
+"""In a run's folder: of the tests that it is put to when it is trained."""
 
 
 @dataclass(frozen=True)

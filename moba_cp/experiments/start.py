@@ -25,7 +25,7 @@ _RETRIEVAL_HELD_OUT = 16
 
 
 def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, started: float) -> int:
-    """Run the experiments ``names`` in ``folder``; ``started`` is when the budget began (:func:`time.monotonic`).
+    """Run the experiments ``names`` in ``folder``; ``started`` is when the budget began (``time.monotonic()``).
 
     Raises:
         ValueError, OSError: what the user should read.

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..train.config import TrainConfig
 from ..train.mesh import close_mesh
-from .grid import RESULTS
 from .mass import weigh
 from .retrieval import answer
+from .runs import RESULTS
 
 TESTS: dict[str, Callable[[TrainConfig, Any], dict]] = {"retrieval": answer, "mass": weigh}
 
