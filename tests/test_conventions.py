@@ -79,6 +79,8 @@ def test_what_is_called_of_torch_exists(path):
                 except (AttributeError, ModuleNotFoundError):
                     pytest.fail(where)
             value = getattr(value, name)
+            if value is None:
+                break  # torch.version.cuda, in a build for CPUs
 
 
 def test_files_are_short_enough_to_read():
