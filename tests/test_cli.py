@@ -113,9 +113,9 @@ def test_ranks_that_do_not_fit(place, capsys, ranks, override, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file or one of demo, hybrid/"),
+        (["train", "no.yaml"], "moba-cp train: error: no.yaml: no such file; give a YAML file or one of demo, experi"),
         (["train", "broken.yaml"], "moba-cp train: error: broken.yaml: line 2, column 1: "),
-        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file or one of demo, hybrid/"),
+        (["train", "."], "moba-cp train: error: .: is a folder; give a YAML file or one of demo, experi"),
         (["train"], "moba-cp train: error: the following arguments are required: CONFIG; see moba-cp train --help"),
         (["train", "x.yaml", "--dry"], "moba-cp train: error: unrecognized arguments: --dry; see moba-cp train --h"),
         (["train", "x.yaml", "--ranks", "two"], "moba-cp train: error: argument --ranks: invalid int value: 'two'; s"),
