@@ -105,6 +105,9 @@ def head_ranks(
     if size == 1:
         return TeamSize(1, "one rank")
     if options.mode == "auto" and options.head_ranks is None and not forced:
+        if moba is None:
+            # By heads it was never timed, and the ring was.
+            return TeamSize(1, "full attention")
         if cp.team_peers(team_size(options, size)) is None:
             return TeamSize(1, "no memory that ranks read of one another")
         layer = Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba)
