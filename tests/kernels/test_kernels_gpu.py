@@ -159,6 +159,51 @@ def test_a_cuda_graph_replays_with_new_inputs():
     assert all(torch.equal(x, y) for x, y in zip(replayed, step(), strict=True))
 
 
+# (D, B, k): blocks that many rows choose, of several tasks each; the batches above are too short for that.
+LONG_KINDS = [(64, 512, 3), (64, 1024, 8), (64, 4096, 2), (64, 256, 32), (128, 512, 3), (128, 4096, 3)]
+
+
+@pytest.mark.parametrize("dim, block_size, top_k", LONG_KINDS)
+def test_long_documents_in_float64(dim, block_size, top_k):
+    """Every row and key of two documents, under the selection that the kernels made."""
+    n, end, config = 17_000, 8_192, MoBAConfig(block_size, top_k)
+    g = torch.Generator("cuda").manual_seed(block_size + dim)
+    q, k, v, dout = (torch.randn(n, 2, dim, generator=g, device="cuda", dtype=BF16) for _ in range(4))
+    cu_seqlens = torch.tensor([0, end, n], dtype=torch.int32, device="cuda")
+    found = gradients(lambda *x: moba_attention(*x, config, cu_seqlens=cu_seqlens), q, k, v, dout)
+    table = block_table(n, block_size, cu_seqlens, "cuda")
+    means = kernels.block_means(k, table.start, table.length, block_size)
+    chosen = kernels.select_blocks(q, means, table.first, table.current_block, top_k)
+    for begin, until in ((0, end), (end, n)):
+        position = torch.arange(until - begin, device="cuda")
+        block = position // block_size + table.first[begin]
+        for head in range(2):
+            mask = (block[:, None] == block) & (position[:, None] >= position)
+            for slot in chosen[begin:until, head].unbind(1):
+                mask |= slot[:, None] == block
+            leaves = [x[begin:until, head].double().requires_grad_() for x in (q, k, v)]
+            score = (leaves[0] @ leaves[1].T * dim**-0.5).masked_fill(~mask, -torch.inf)
+            out = score.softmax(-1) @ leaves[2]
+            out.backward(dout[begin:until, head].double())
+            for x, y in zip(found, [out.detach(), *(x.grad for x in leaves)], strict=True):
+                error = (x[begin:until, head].double() - y).abs()
+                assert error.max() < 2e-2 * y.abs().max() and error.mean() < 1e-2 * y.abs().mean()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_later_token_changes_no_earlier_output(dim):
+    """By a bit: whoever learned from what comes later would look better than it is."""
+    config = MoBAConfig(512, 4)
+    g = torch.Generator("cuda").manual_seed(dim)
+    q, k, v = (torch.randn(9_000, 2, dim, generator=g, device="cuda", dtype=BF16) for _ in range(3))
+    before = moba_attention(q, k, v, config)
+    for at in (1, 511, 512, 4_100, 8_999):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[at:] = torch.randn(x[at:].shape, generator=g, device="cuda").to(BF16)
+        assert torch.equal(moba_attention(*changed, config)[:at], before[:at]), at
+
+
 @pytest.mark.parametrize("kind", [*KINDS[:3], KINDS[-1]], ids=str)
 def test_nan_stays_in_its_document(kind):
     """Also where a tile of keys reaches past the end of a document's last block, into the next one."""
