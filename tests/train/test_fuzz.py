@@ -69,6 +69,8 @@ def _said(capsys, argv) -> tuple[int, str]:
 
 
 def test_damaged_configs(place, capsys):
+    Path("x.yaml").write_text(yaml.safe_dump(_shrunken(place)), encoding="utf-8")
+    assert _said(capsys, ["train", "x.yaml", "--dry-run"])[0] == 0, "nothing is damaged yet"
     refused = 0
     for seed in range(CASES):
         chance, config = random.Random(seed), _shrunken(place)
@@ -82,7 +84,7 @@ def test_damaged_configs(place, capsys):
             # The key that was changed, or one that no longer fits it.
             named = [f"{section}{mark}" for section in config for mark in ".="]
             assert any(x in said for x in [*changed, *named, "config=", "x.yaml"]), f"seed {seed}, {changed}: {said}"
-    assert CASES / 3 < refused < CASES, f"{refused} of {CASES} were refused"
+    assert CASES / 3 < refused, f"{refused} of {CASES} were refused"
     assert {path.name for path in Path.cwd().iterdir()} == {"x.yaml"}
 
 
