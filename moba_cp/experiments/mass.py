@@ -8,13 +8,11 @@ numbers of blocks.
 import torch
 from torch import Tensor
 
-from ..megatron.model import build_model
 from ..train.batch import Batches
 from ..train.config import TrainConfig
-from ..train.loop import shard_weights
+from ..train.evaluate import model_with
 from ..train.mesh import open_mesh
 from ..train.plan import plan_run
-from ..train.weights import load_weights
 
 TOP_K = (1, 2, 4, 8, 16, 32, 64)
 # Documents, and queries of each.
@@ -71,11 +69,7 @@ def weigh(config: TrainConfig, length: int) -> dict:
         ``{block size: {number of blocks: share}}``, the mean over layers, heads, queries and documents.
     """
     mesh, plan = open_mesh(config.run), plan_run(config, 1)
-    module = build_model(config.model, config.attention, cp_group=mesh.context_group, device="meta")
-    module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
-    module.to_empty(device=mesh.device)
-    load_weights(config.run.directory, module, mesh.group)
-    module.eval()
+    module = model_with(config.run.directory, config, config.attention, mesh)
     scale = config.model.softmax_scale or config.model.head_dim**-0.5
     sizes = block_sizes(length)
     sums, seen = {size: torch.zeros(len(TOP_K), dtype=torch.float32, device=mesh.device) for size in sizes}, 0

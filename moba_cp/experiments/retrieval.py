@@ -17,11 +17,9 @@ from ..cp.comm import Communicator
 from ..cp.context import CPContext
 from ..data.encode import ByteEncoder
 from ..data.indexed import MASK, write_index
-from ..megatron.model import build_model
 from ..train.config import TrainConfig
-from ..train.loop import shard_weights
+from ..train.evaluate import model_with
 from ..train.mesh import open_mesh
-from ..train.weights import load_weights
 from .corpus import TRAINING, VALIDATION
 
 # Tokens: noise from 0, keys from 128, values from 192 on.
@@ -124,11 +122,7 @@ def answer(config: TrainConfig, lengths: tuple[int, ...]) -> dict:
     """
     mesh = open_mesh(config.run)
     attention = config.attention.at(config.run.steps, config.run.steps)
-    module = build_model(config.model, attention, cp_group=mesh.context_group, device="meta")
-    module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
-    module.to_empty(device=mesh.device)
-    load_weights(config.run.directory, module, mesh.group)
-    module.eval()
+    module = model_with(config.run.directory, config, attention, mesh)
     comm, kind = Communicator(mesh.context_group), mesh.device.type
     repeats = _DOCUMENTS[kind]
 

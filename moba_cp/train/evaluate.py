@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..megatron.hf_config import model_config_of
 from ..megatron.model import build_model
@@ -44,6 +45,20 @@ def run_of(model: str, overrides: list[str]) -> tuple[TrainConfig, Path, int]:
     return build(TrainConfig, values), path, step
 
 
+def model_with(weights: str | Path, config: TrainConfig, attention: AttentionConfig, mesh: Mesh) -> nn.Module:
+    """The config's model with ``weights``, for evaluation; a collective call of the mesh's ranks.
+
+    Args:
+        weights: a run's folder, a checkpoint, or a folder of Hugging Face's.
+        attention: of one phase, where the config has a schedule.
+    """
+    module = build_model(config.model, attention, cp_group=mesh.context_group, device="meta")
+    module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
+    module.to_empty(device=mesh.device)
+    load_weights(weights, module, mesh.group)
+    return module.eval()
+
+
 @torch.no_grad()
 def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, Any], Mesh]:
     """Loss and what follows from it; a collective call of all ranks that were launched.
@@ -61,11 +76,7 @@ def evaluate(config: TrainConfig, weights: Path, step: int) -> tuple[dict[str, A
     if plan.validation_sequences is None:
         raise ValueError("data.validation_share=0: the run held nothing out; name data to evaluate on (--data PATH)")
     mesh = open_mesh(config.run)
-    module = build_model(config.model, attention, cp_group=mesh.context_group, device="meta")
-    module = shard_weights(module, mesh, getattr(torch, config.run.dtype))
-    module.to_empty(device=mesh.device)
-    load_weights(weights, module, mesh.group)
-    module.eval()
+    module = model_with(weights, config, attention, mesh)
     sums = LossByPosition(config.data.seq_len, mesh.device, config.run.position_range)
     batches = Batches(plan, mesh)
     for batch in batches.validation():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 from moba_cp.experiments import grid, report
 from moba_cp.experiments.mass import TOP_K, block_sizes
@@ -71,7 +72,7 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_whatever_is_done_it_can_be_drawn(name, maker, tmp_path, monkeypatch):
     """A grid that was stopped anywhere has a chart, or says what is missing."""
-    monkeypatch.setattr(report, "finish", lambda drawn, picture: None)
+    monkeypatch.setattr(report, "finish", lambda drawn, picture: pyplot.close(drawn))
     runs = [run for run in GRIDS[name](maker) if run.facts["seed"] == 0]
     assert "nothing is done yet" in report.write(name, runs, tmp_path)[0]
     for i, run in enumerate(runs):

@@ -66,12 +66,7 @@ def test_answers_are_judged_at_the_asked_keys(knows, tmp_path, monkeypatch):
             following = torch.roll(tokens, -1) if knows else torch.zeros_like(tokens)
             return torch.nn.functional.one_hot(following, 256).float()
 
-        def to_empty(self, device):
-            return self
-
-    monkeypatch.setattr(retrieval, "build_model", lambda *args, **kwargs: Model())
-    monkeypatch.setattr(retrieval, "shard_weights", lambda module, *args: module)
-    monkeypatch.setattr(retrieval, "load_weights", lambda *args: None)
+    monkeypatch.setattr(retrieval, "model_with", lambda *args: Model())
     try:
         found = retrieval.answer(run.config, run.tests["retrieval"])
     finally:
