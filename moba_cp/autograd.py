@@ -42,18 +42,18 @@ def _table(q: Tensor, k: Tensor, block_size: int, cu_seqlens: Tensor | None, cu_
     n_rows = None if q.shape[0] == n_tokens else q.shape[0]
     if cu_seqlens is not None:
         return block_table(n_tokens, block_size, cu_seqlens, k.device)
-    stream = _stream(k)
+    stream = table_stream(k.device)
     if stream is None:
         return block_table(n_tokens, block_size, None, k.device, n_rows)
     return _one_document(n_tokens, block_size, n_rows, k.device, stream)
 
 
-def _stream(x: Tensor) -> int | None:
-    """The stream for which tables of ``x`` may be kept: made on one they may not be ready on another. None while a
+def table_stream(device: torch.device) -> int | None:
+    """The stream for which tables on ``device`` may be kept: made on one they may not be ready on another. None while a
     CUDA graph is captured: what that computes exists only once it is replayed, and belongs to the graph."""
-    if not x.is_cuda:
+    if device.type != "cuda":
         return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(x.device).cuda_stream
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 @torch.library.custom_op("moba_cp::moba_attention", mutates_args=())
@@ -156,7 +156,7 @@ def full_kernels(
     rows = _bounds(q, cu_seqlens)
     keys = _bounds(k, cu_seqlens_k) if cu_seqlens is None or cu_seqlens_k is not None else rows
     key = q.shape[0], k.shape[0], rows, keys, q.device
-    stream = _stream(q)
+    stream = table_stream(q.device)
     ranges = _ranges(*key) if stream is None else _kept_ranges(*key, stream)
     return ranges, dense.choose_backend(q, ranges, backend, deterministic)
 

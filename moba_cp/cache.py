@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import checked_inputs, full_attention
+from .autograd import table_stream
 from .blocks import BlockTable, fitted_block_size, local_pages
 from .config import MoBAConfig
 from .ops import backend
@@ -207,7 +208,7 @@ class KVCache:
         device = self._k.device
         if padding is not None:
             padding = padding.to(device)
-        stream = _stream(device)
+        stream = table_stream(device)
         make = _table if stream is None else _kept_table
         return make(n_rows, self.length, *shape, padding, device, stream)
 
@@ -272,13 +273,6 @@ def _table(
 
 # The layers of a model ask for the same one after the other.
 _kept_table = lru_cache(maxsize=4)(_table)
-
-
-def _stream(device: torch.device) -> int | None:
-    """The stream for which a table may be kept, None while a CUDA graph is captured: see ``autograd.py``."""
-    if device.type != "cuda":
-        return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def documents(batch: int, n_rows: int, length: int, padding: Tensor | None, device) -> tuple[Tensor, Tensor]:

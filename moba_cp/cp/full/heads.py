@@ -37,9 +37,7 @@ def backward(q, k, v, dout, out, lse, scale: float, cp: CPContext, backend: str,
 def _exchange(
     q: Tensor, k: Tensor, scale: float, cp: CPContext, backend: str, deterministic: bool, where: Where
 ) -> HeadExchange:
-    h = head_ranks(cp, q, k, None).h
-    if h == 1:
-        h = head_ranks(cp, q, k, None, forced=True).h
+    h = head_ranks(cp, q, k, None, forced=True).h
     key = h, q.shape[1], k.shape[1:], k.dtype
     tables = cp.cached(HeadTables, key, lambda: build_head_tables(cp, h, q, k))
     if tables.inner.size == 1:
