@@ -16,6 +16,7 @@ from moba_cp.ops import backend
 from tests.helpers.cases import (
     GOLDEN,
     Case,
+    Largest,
     compile_and_compare,
     golden,
     random_case,
@@ -177,24 +178,11 @@ def test_softmax_scale():
     torch.testing.assert_close(moba_attention(q, k, v, MoBAConfig(16, 3), softmax_scale=0.1), expected)
 
 
-class _Largest(TorchDispatchMode):
-    """The largest number of elements that an operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
-
-
 def test_nothing_of_size_tokens_squared():
     n = 8192
     q, k, v = (torch.randn(n, 1, 8, requires_grad=True) for _ in range(3))
     for attention in (lambda: moba_attention(q, k, v, MoBAConfig(64, 3)), lambda: full_attention(q, k, v)):
-        with _Largest() as largest:
+        with Largest() as largest:
             attention().sum().backward()
         assert largest.numel < n * n // 3
 
@@ -332,7 +320,7 @@ def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
     how = {"cp": CPContext(None, "zigzag", 64)} if context else {}
     q, k, v = (torch.randn(64, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     expected = full_attention(q, k, v)
-    with _Largest() as largest:
+    with Largest() as largest:
         out = moba_attention(q, k, v, MoBAConfig(1 << 20, 3), **how)
         out.sum().backward()
     torch.testing.assert_close(out, expected)

@@ -81,15 +81,18 @@ LATE = {
 def _late(rank):
     """By options, how many of 40 passes, over two sequences in turn and with ranks late in turn, differ from the first
     two."""
-    return {name: _differing_passes(rank, options) for name, options in LATE.items()}
+    return {name: differing_passes(rank, options) for name, options in LATE.items()}
 
 
-def _differing_passes(rank: int, options: ExchangeOptions) -> int:
+def differing_passes(rank: int, options: ExchangeOptions, n_passes: int = 40) -> int:
+    """How many passes, over two sequences in turn and with ranks late in turn, differ from the first two."""
     size = dist.get_world_size()
     batches = [_batch(7, [8192], (8, 8), 128, 256, 4), _batch(8, [1480, 568], (8, 4), 64, 128, 3)]
+    assert all(divides("zigzag", torch.tensor([0, b.q.shape[0]]), size) for b in batches)
     contexts = [CPContext(dist.group.WORLD, "zigzag", b.q.shape[0], exchange=options) for b in batches]
+    assert isinstance(contexts[0].peers, SymmetricMemory)
     generator, first, different = torch.Generator().manual_seed(rank), {}, 0
-    for number in range(40):
+    for number in range(n_passes):
         case, cp = batches[number % 2], contexts[number % 2]
         leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
 

@@ -8,10 +8,9 @@ from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention
 from moba_cp.cp.heads import copies
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import ExchangeOptions
-from moba_cp.cp.symmetric_memory import SymmetricMemory
-from tests.cp.test_copies_gpu import GPUS, SIZES, _layouts
-from tests.cp.test_exchange_gpu import CASES, _as_good_as_one_rank, _batch, _errors, _on_one_rank
-from tests.cp.test_moba import across_ranks, divides
+from tests.cp.test_copies_gpu import GPUS, SIZES, _layouts, differing_passes
+from tests.cp.test_exchange_gpu import CASES, _as_good_as_one_rank, _errors, _on_one_rank
+from tests.cp.test_moba import across_ranks
 from tests.helpers.cases import run, run_reference
 from tests.helpers.distributed import run_ranks
 
@@ -97,31 +96,8 @@ def _late(rank):
 
 
 def _differing_passes(rank: int, options: ExchangeOptions, narrowest: int) -> int:
-    size, copies.NARROWEST_ROW = dist.get_world_size(), narrowest
-    batches = [_batch(7, [8192], (8, 8), 128, 256, 4), _batch(8, [1480, 568], (8, 4), 64, 128, 3)]
-    assert all(divides("zigzag", torch.tensor([0, b.q.shape[0]]), size) for b in batches)
-    contexts = [CPContext(dist.group.WORLD, "zigzag", b.q.shape[0], exchange=options) for b in batches]
-    assert isinstance(contexts[0].peers, SymmetricMemory)
-    generator, first, different = torch.Generator().manual_seed(rank), {}, 0
-    for number in range(24):
-        case, cp = batches[number % 2], contexts[number % 2]
-        leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
-
-        def linger() -> None:
-            if number % size == rank:
-                torch.cuda._sleep(int(torch.randint(1, 40_000_000, (), generator=generator)))
-
-        linger()
-        if number % 7 == 0:
-            with torch.no_grad():
-                moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k), cp=cp)
-        out = moba_attention(*leaves, MoBAConfig(case.block_size, case.top_k, deterministic=True), cp=cp)
-        linger()
-        out.backward(cp.shard(case.dout))
-        results = [out.detach(), *(x.grad for x in leaves)]
-        expected = first.setdefault(number % 2, results)
-        different += not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    return different
+    copies.NARROWEST_ROW = narrowest
+    return differing_passes(rank, options, 24)
 
 
 @pytest.mark.parametrize("size", SIZES)

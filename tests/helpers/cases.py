@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moba_cp import MoBAConfig, full_attention, moba_attention, reference
 
@@ -106,3 +107,16 @@ def compile_and_compare(device, kind: str = "moba") -> None:
             torch.testing.assert_close(actual, plain)
     # The first length's own, then one for any length, and the same with documents.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out

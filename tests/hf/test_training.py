@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 
 from moba_cp.hf import use_moba
+from tests.helpers.cases import Largest
 from tests.helpers.hf_models import FAMILIES, both, close, gradients, tiny, tokens
 
 
@@ -135,21 +135,10 @@ def test_saved_with_its_config_and_loaded_by_name(tmp_path):
     assert (full(ids).logits - ours(ids).logits).abs().max() > 1e-3
 
 
-class _Largest(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
-
-
 def test_nothing_of_size_tokens_squared():
     ours = use_moba(tiny(layers=1, intermediate_size=16), 64, 3)
     ids, mask = _padded(tokens(1, 4096), (7,))
-    with _Largest() as largest:
+    with Largest() as largest:
         ours.model(ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
     assert largest.numel < 4096 * 4096 // 3
 
