@@ -26,7 +26,10 @@ _MISSED_BEATS = 3
 _STORE_SECONDS = 5.0
 _TRANSPORT = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "imed out", "store")
 """Words in the errors of collectives, which have no class of their own everywhere."""
+# NCCL has had the time to write its flight recorder.
+_GRACE_S = 10.0
 LAUNCHER_GONE = 1
+RANK_GONE = 1
 
 
 class RankLost(RuntimeError):
@@ -50,6 +53,7 @@ class Heartbeat:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.said_late = False
         """Whether this rank has said that it waits for others."""
+        self._watched = self._place
         if connect is not None and size > 1:
             self._store = connect()
             thread = threading.Thread(target=_run, args=(weakref.ref(self), self._over), daemon=True, name="heartbeat")
@@ -131,18 +135,37 @@ class Heartbeat:
             os._exit(LAUNCHER_GONE)
         self._tell()
         step, phase, since = self._place
-        # NCCL ends the process at the timeout without an error that Python sees.
-        if torch.cuda.is_initialized() and not self.said_late and time.monotonic() - since > 0.9 * self.timeout:
-            self.said_late = True
+        # NCCL ends the process after the timeout without an error that Python sees.
+        late = time.monotonic() - since > 0.9 * self.timeout and self._watched != (step, phase, since)
+        if late and torch.cuda.is_initialized():
+            self._watched = step, phase, since
             # In a thread of its own: a rank that stops beating while it looks at the others would be blamed by them.
-            threading.Thread(target=self._say_late, args=(step, phase, since), daemon=True).start()
+            threading.Thread(target=self._wait_in_vain, args=self._watched, daemon=True).start()
 
-    def _say_late(self, step: int, phase: str, since: float) -> None:
-        """Say for what this rank waits, shortly before NCCL ends it."""
-        flight = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
-        where = f"; NCCL's flight recorder writes {flight}*" if flight else ""
-        waited = f"in step {step}, {phase}, for {time.monotonic() - since:.0f} s"
-        print(f"rank {self.rank}: {waited}; {self.blame()}{where}", file=sys.stderr, flush=True)
+    def _wait_in_vain(self, step: int, phase: str, since: float) -> None:
+        """Say for what this rank waits, shortly before NCCL ends it; and end it where NCCL does not.
+
+        NCCL's watchdog writes the flight recorder and then may need a minute, or wait for what never comes. A rank that
+        has heard nothing of another since before the timeout waits for a process that is no more: a long step that all
+        take part in is left alone, however long.
+        """
+        before = self._heard()
+        if not self.said_late:
+            self.said_late = True
+            flight = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")
+            where = f"; NCCL's flight recorder writes {flight}*" if flight else ""
+            waited = f"in step {step}, {phase}, for {time.monotonic() - since:.0f} s"
+            print(f"rank {self.rank}: {waited}; {self.blame()}{where}", file=sys.stderr, flush=True)
+        while time.monotonic() - since < self.timeout + _GRACE_S:
+            if self._over.wait(_SECONDS_BETWEEN_BEATS) or self._place != (step, phase, since):
+                return
+        now = self._heard()
+        gone = [rank for rank in before if rank != self.rank and now.get(rank, before[rank]) == before[rank]]
+        if self._place == (step, phase, since) and (gone or not now):
+            told = "; ".join(_describe("silent", rank, before[rank]) for rank in gone[:4])
+            why = told or "the store where the ranks met is gone"
+            print(f"rank {self.rank} ends: {why}, and the timeout is over", file=sys.stderr, flush=True)
+            os._exit(RANK_GONE)
 
 
 def open_heartbeat(rank: int, size: int, timeout: float) -> Heartbeat:

@@ -83,6 +83,24 @@ def test_ranks_that_wait_for_one_blame_it_and_not_one_another(beats, monkeypatch
         assert line.endswith("; NCCL's flight recorder writes run/flight-rank*")
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_rank_ends_that_waits_for_one_that_is_gone(beats, monkeypatch, capsys, alive):
+    """NCCL may not end it; a step that is long for all goes on."""
+    codes = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(heartbeat, "_GRACE_S", 0.5 * TIME_SCALE)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    if not alive:
+        beats[2].close()
+    beats[0].timeout = 1e-6
+    end = time.monotonic() + (60 if not alive else 1.5) * TIME_SCALE
+    while not codes and time.monotonic() < end:
+        time.sleep(0.05)
+    said = capsys.readouterr().err
+    assert codes == ([] if alive else [heartbeat.RANK_GONE])
+    assert ("rank 0 ends: rank 2 (process " in said) == (not alive) and "rank 1 (process " not in said
+
+
 def test_a_store_that_has_gone_is_said(beats):
     class Gone:
         def check(self, *arguments):
