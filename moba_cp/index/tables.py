@@ -58,7 +58,9 @@ def index_tables(context: CPContext, block_size: int) -> IndexTables:
             table = block_table(context.seq_len, block_size, context.cu_seqlens, torch.device("cpu"))
             positions = context.positions.cpu()
             first, current = (x[positions].long() for x in (table.first, table.current_block))
-            here = [x.to(context.device) for x in (table.start, table.length.long(), first, current)]
+            # Behind them the table has entries that stand for no block.
+            n = int((table.length > 0).sum())
+            here = [x.to(context.device) for x in (table.start[:n], table.length[:n].long(), first, current)]
             return IndexTables(block_size, *here, torch.stack([first, current]).numpy())
 
     return context.cached(IndexTables, block_size, build)
