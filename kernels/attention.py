@@ -3,7 +3,8 @@
 :mod:`.work` says how a call is cut into slices, :mod:`.launches` runs the kernels for one of them.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, n blocks, S selected blocks per
-row, S' = S + 1 where rows also see their current block, else S.
+row, S' = S + 1 where rows also see their current block, else S. ``block_indices`` is [N, Hq, S], or [N, Hkv, S] where
+the query heads of a KV head share their selection.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,18 @@ from torch import Tensor
 from .common import check_head_dim, check_limit, check_unit_stride
 from .launches import Gradients, Slice, launch_backward, launch_forward
 from .routing import build_routing
-from .work import Call, backward_work, cached_work, count_sums, cut, forward_work, index_size
+from .work import (
+    Call,
+    backward_work,
+    cached_work,
+    count_sums,
+    cut,
+    forward_work,
+    index_size,
+    kernel_share,
+    selecting_together,
+    task_visits,
+)
 
 
 def attend(
@@ -47,7 +59,8 @@ def attend(
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         attend(
-            q[:, at], pages.of_heads(kv_heads), block_indices[:, at], current_block, visible, scale, out_dtype,
+            q[:, at], pages.of_heads(kv_heads), _of_heads(block_indices, at, q), current_block, visible, scale,
+            out_dtype,
             out=tuple(x[:, at] for x in out), overwrite_out=overwrite_out, scratch_bytes=scratch_bytes,
         )  # fmt: skip
         return out
@@ -114,7 +127,7 @@ def attend_backward(
     if index is None and kv_heads is not None:
         at = pages.query_heads(kv_heads, q.shape[1])
         attend_backward(
-            q[:, at], pages.of_heads(kv_heads), block_indices[:, at], current_block, visible, scale,
+            q[:, at], pages.of_heads(kv_heads), _of_heads(block_indices, at, q), current_block, visible, scale,
             dout[:, at], lse[:, at], delta[:, at], deterministic, out=(out[0][:, at], *out[1:]),
             overwrite_dkv=overwrite_dkv, overwrite_dq=overwrite_dq, dkdv_done=dkdv_done, scratch_bytes=scratch_bytes,
         )  # fmt: skip
@@ -160,7 +173,8 @@ def attend_backward(
     for some_heads in head_slices:
         heads = some_heads.stop - some_heads.start
         if work.direct:
-            n_sums = count_sums(n_rows, n_heads * heads // pages.row.shape[0] * n_slots, pages, heads, work.tile)
+            row_visits = block_indices.shape[1] * heads // pages.row.shape[0] * n_slots
+            n_sums = count_sums(n_rows, row_visits, pages, heads, task_visits(work.tile, call.share))
             shape = 2, n_sums * pages.block_size, dim
             sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
             grads = replace(grads, sum_k=sum_k, sum_v=sum_v)
@@ -190,9 +204,10 @@ def routing_index(
         int32, see :class:`.routing.Routing`; None where rows have to be cut, and an index made for each slice.
     """
     n_kv, n_blocks = page_row.shape
-    if index_size(q, n_kv, n_blocks, block_indices.shape[2] + (current_block is not None)) == 0:
+    share = selecting_together(q, block_indices)
+    if index_size(q, n_kv, n_blocks, block_indices.shape[2] + (current_block is not None), share) == 0:
         return None
-    return build_routing(_whole_slots(block_indices), current_block, visible, page_row).flat
+    return build_routing(_whole_slots(block_indices, q), current_block, visible, page_row).flat
 
 
 def _wide_sums(dk: Tensor, dv: Tensor, dkdv_done: Callable[[], None] | None):
@@ -211,11 +226,20 @@ def _kernel_inputs(q: Tensor, pages, block_indices: Tensor):
     if not (all(x.stride(-1) == 1 for x in (pages.k, pages.v, pages.row)) and pages.length.is_contiguous()):
         k, v, row = (check_unit_stride(x) for x in (pages.k, pages.v, pages.row))
         pages = replace(pages, k=k, v=v, row=row, length=pages.length.contiguous())
-    return check_unit_stride(q), pages, _whole_slots(block_indices)
+    return check_unit_stride(q), pages, _whole_slots(block_indices, q)
 
 
-def _whole_slots(block_indices: Tensor) -> Tensor:
-    """``block_indices`` [N, Hq, S] with all slots of a row side by side."""
+def _of_heads(block_indices: Tensor, heads: slice, q: Tensor) -> Tensor:
+    """The selection of some query heads of q, all those of some KV heads."""
+    share = selecting_together(q, block_indices)
+    return block_indices[:, heads.start // share : heads.stop // share]
+
+
+def _whole_slots(block_indices: Tensor, q: Tensor) -> Tensor:
+    """``block_indices`` with all slots of a row side by side, and for each query head where too many share one."""
+    share = selecting_together(q, block_indices)
+    if kernel_share(share) < share:
+        return block_indices.repeat_interleave(share, 1)
     return (
         block_indices
         if block_indices.stride(2) == 1 and block_indices.stride(1) == block_indices.shape[2]

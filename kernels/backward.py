@@ -1,18 +1,20 @@
 """Gradients of attention along the same index.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
-(see :mod:`.routing`). A tile is BM visits by BN keys. With the log-sum-exp of all that a row sees, and
-``delta = rowsum(dout * out)``, every (row, key) pair is independent of the others.
+(see :mod:`.routing`). A tile is BM rows by BN keys; a visit has SHARE rows, 1, or G where a group shares its selection,
+and lists are walked by rows. With the log-sum-exp of all that a row sees, and ``delta = rowsum(dout * out)``, every
+(row, key) pair is independent of the others.
 
 ``_dkdv_kernel``: a program keeps BN keys of a block with their dK and dV in float32 registers, and walks over the
 visits of its task. It can also produce dQ: as one partial per visit where a block is one tile of keys, or by float32
 atomics. ``_dq_kernel`` computes dQ alone, a tile of visits against a whole block: two matrix products more, no atomics.
 
 ``_visit_table_kernel`` first writes a table, in the order of the lists, with what the other two need of each visit, so
-that they need no dependent loads: row of Q and dout, row of its partial dQ, number of keys it sees, log-sum-exp (base
-2) and delta. It also writes what ``_dkdv_kernel`` has to know of each task, and its *edges*: for each tile of keys the
-first visit that sees some of it. The visits before it belong to rows of this block that end before the tile; if rows
-are in order, they come first in the list.
+that they need no dependent loads: row of Q and dout, row of its partial dQ (the first of SHARE), number of keys it
+sees, log-sum-exp (base 2) and delta. These two stay in the order of Q's rows where a visit has several, side by side.
+The table's kernel also writes what ``_dkdv_kernel`` has to know of each task, and its *edges*: for each tile of keys
+the first visit that sees some of it. The visits before it belong to rows of this block that end before the tile; if
+rows are in order, they come first in the list.
 
 If a list is one task, its program stores dK and dV. The tasks of a longer list add theirs by atomics, in the
 deterministic mode one after the other in the order of the list; programs then take their numbers from a counter, so
@@ -41,7 +43,7 @@ TASK_INFO = tl.constexpr(8)
 def _visit_table_kernel(
     visits, tasks, list_start, visible, lse, delta, table, stats, task_info,
     n_visits, n_entries, task_rows, first_list, n_lists, n_blocks, room, s_token, s_lt, s_dt,
-    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, SHARE: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     KEY_TILES: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """``task_info`` [programs, 8 + KEY_TILES] is what :func:`_read_task_info` reads."""
@@ -58,15 +60,15 @@ def _visit_table_kernel(
     o_n = tl.arange(0, TILES)  # [TILES]
     current_end, first_other = begin, end
     for n in range(0, KEY_TILES, TILES):
-        tl.store(p_edges + n + o_n, (begin if SLOTS == S else end) - first, mask=n + o_n < KEY_TILES)
+        tl.store(p_edges + n + o_n, ((begin if SLOTS == S else end) - first) * SHARE, mask=n + o_n < KEY_TILES)
     tl.debug_barrier()
     for r in range(begin, end, BLOCK):
         o_v = r + tl.arange(0, BLOCK)  # [BLOCK]
         m_v = o_v < end  # [BLOCK]
         visit = tl.load(visits + o_v, mask=m_v, other=0)  # [BLOCK]
         row = visit // SLOTS  # [BLOCK]
-        t = row // G  # [BLOCK]
-        head = i_h * G + row % G  # [BLOCK]
+        t = row // (G // SHARE)  # [BLOCK]
+        head = i_h * G + row % (G // SHARE) * SHARE  # [BLOCK]
         limit = tl.full([BLOCK], 2147483647, tl.int32)  # [BLOCK]
         if SLOTS > S:
             m_current = m_v & (visit % SLOTS == S)  # [BLOCK]
@@ -77,22 +79,21 @@ def _visit_table_kernel(
                 for n in range(0, KEY_TILES, TILES):
                     sees = m_current[:, None] & (limit[:, None] > (n + o_n)[None, :] * BN)  # [BLOCK, TILES]
                     edge = tl.min(tl.where(sees, o_v[:, None], end), 0) - first  # [TILES]
-                    tl.atomic_min(p_edges + n + o_n, edge, mask=n + o_n < KEY_TILES, sem="relaxed")
+                    tl.atomic_min(p_edges + n + o_n, edge * SHARE, mask=n + o_n < KEY_TILES, sem="relaxed")
         p_table = table + o_v - first  # [BLOCK]
         tl.store(p_table, t * s_token + head, mask=m_v)
-        tl.store(p_table + room, i_h * n_visits + visit, mask=m_v)
+        tl.store(p_table + room, (i_h * n_visits + visit) * SHARE, mask=m_v)
         tl.store(p_table + 2 * room, limit, mask=m_v)
-        b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0) * LOG2E  # [BLOCK]
-        b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)  # [BLOCK]
-        low = b_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF  # [BLOCK]
-        high = b_delta.to(tl.int32, bitcast=True).to(tl.int64) << 32  # [BLOCK]
-        tl.store(stats + o_v - first, high | low, mask=m_v)
+        if SHARE == 1:
+            b_lse = tl.load(lse + t.to(tl.int64) * s_lt + head, mask=m_v, other=0.0)  # [BLOCK]
+            b_delta = tl.load(delta + t.to(tl.int64) * s_dt + head, mask=m_v, other=0.0)  # [BLOCK]
+            tl.store(stats + o_v - first, _pack(b_lse, b_delta), mask=m_v)
     if SLOTS > S:
         for n in range(0, KEY_TILES, TILES):
-            tl.atomic_min(p_edges + n + o_n, first_other - first, mask=n + o_n < KEY_TILES, sem="relaxed")
+            tl.atomic_min(p_edges + n + o_n, (first_other - first) * SHARE, mask=n + o_n < KEY_TILES, sem="relaxed")
     i_sum = _sum_index(i_list, split - first, n_lists, room, task_rows)
-    tl.store(p_info + 1, end - first)
-    tl.store(p_info + 2, current_end - first)
+    tl.store(p_info + 1, (end - first) * SHARE)
+    tl.store(p_info + 2, (current_end - first) * SHARE)
     tl.store(p_info + 3, n_keys)
     tl.store(p_info + 4, first_key)
     tl.store(p_info + 5, page)
@@ -100,20 +101,38 @@ def _visit_table_kernel(
     tl.store(p_info + 7, (begin - split) // task_rows)
 
 
+@triton.jit(do_not_specialize=["n_pairs", "n_heads"], do_not_specialize_on_alignment=SLICED)
+def _row_stats_kernel(lse, delta, stats, n_pairs, n_heads, s_token, s_lt, s_dt, BLOCK: tl.constexpr):
+    """``stats`` in the order of Q's rows, where heads share a selection: a visit has SHARE of them side by side."""
+    o_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_m = o_m < n_pairs  # [BLOCK]
+    t, head = (o_m // n_heads).to(tl.int64), o_m % n_heads  # [BLOCK], [BLOCK]
+    b_lse = tl.load(lse + t * s_lt + head, mask=m_m, other=0.0)  # [BLOCK]
+    b_delta = tl.load(delta + t * s_dt + head, mask=m_m, other=0.0)  # [BLOCK]
+    tl.store(stats + t * s_token + head, _pack(b_lse, b_delta), mask=m_m)
+
+
 @triton.jit
 def _read_task_info(task_info, i_task, i_n, KEY_TILES: tl.constexpr):
     """What a program of task ``i_task`` and tile of keys ``i_n`` has to know, by loads that do not wait for each other.
 
-    The list, or -1 for none; the first visit that sees some of the tile, the end of the task, and the end of its visits
+    The list, or -1 for none; the first row that sees some of the tile, the end of the task, and the end of its visits
     to current blocks; the number of keys of the block, the row of the first, their head; the index of the float32 sums
-    if the list has several tasks, else -1; and then the task's number in the list. Visits are counted from the slice's
-    first.
+    if the list has several tasks, else -1; and then the task's number in the list. Rows are SHARE for each visit, and
+    counted from the slice's first.
     """
     p_info = task_info + i_task.to(tl.int64) * (TASK_INFO + KEY_TILES)
     i_list, end, current_end = tl.load(p_info), tl.load(p_info + 1), tl.load(p_info + 2)
     n_keys, first_key, page = tl.load(p_info + 3), tl.load(p_info + 4), tl.load(p_info + 5)
     i_sum, number = tl.load(p_info + 6), tl.load(p_info + 7)
     return i_list, tl.load(p_info + TASK_INFO + i_n), end, current_end, n_keys, first_key, page, i_sum, number
+
+
+@triton.jit
+def _pack(lse, delta):
+    """Log-sum-exp, made one of base 2, and delta as one 64-bit number."""
+    low = (lse * LOG2E).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return delta.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low
 
 
 @triton.jit
@@ -133,14 +152,16 @@ def _sum_index(i_list, start, n_lists, room, task_rows):
 @triton.jit
 def _key_tile(
     r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
-    MASKED: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, SHARE: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DQ: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of visits against the program's keys: adds to dk and dv, writes dq."""
-    o_v = r + o_m  # [BM]
-    m_m = o_v < end  # [BM]
+    """One tile of rows against the program's keys: adds to dk and dv, writes dq."""
+    o_r = r + o_m  # [BM]
+    o_v = o_r // SHARE  # [BM]
+    m_m = o_r < end  # [BM]
     m_md = m_m[:, None] & m_d[None, :]  # [BM, BD]
-    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
-    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))  # [BM], [BM]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64) + o_r % SHARE  # [BM]
+    b_lse, b_delta = _unpack(tl.load(stats + (o_v if SHARE == 1 else row), mask=m_m, other=0))  # [BM], [BM]
     b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
     b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
     b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
@@ -156,10 +177,10 @@ def _key_tile(
         b_dq = tl.dot(tl.trans(b_dst), b_k, input_precision=PRECISION)  # [BM, BD]
         o_dq = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
         if DQ == DQ_PART:
-            p_dq = dq + o_dq[:, None] * D + o_d[None, :]  # [BM, BD]
+            p_dq = dq + (o_dq + o_r % SHARE)[:, None] * D + o_d[None, :]  # [BM, BD]
             tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_md)
         else:
-            p_dq = dq + (o_dq // SLOTS)[:, None] * D + o_d[None, :]
+            p_dq = dq + (o_dq // (SHARE * SLOTS) * SHARE + o_r % SHARE)[:, None] * D + o_d[None, :]
             tl.atomic_add(p_dq, b_dq, mask=m_md, sem="relaxed")
     return b_dk, b_dv
 
@@ -168,7 +189,7 @@ def _key_tile(
 def _dkdv_kernel(
     q, k, v, dout, dq, dk, dv, sum_k, sum_v, table, stats, task_info, turn,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
-    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    SHARE: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, KEY_TILES: tl.constexpr, DQ: tl.constexpr, ORDERED: tl.constexpr,
     DIRECT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -205,12 +226,12 @@ def _dkdv_kernel(
     for r in tl.range(begin, middle, BM, num_stages=STAGES):
         b_dk, b_dv = _key_tile(  # [BN, BD], [BN, BD]
             r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
-            True, SLOTS, D, DQ, PRECISION,
+            True, SHARE, SLOTS, D, DQ, PRECISION,
         )  # fmt: skip
     for r in tl.range(middle, end, BM, num_stages=STAGES):
         b_dk, b_dv = _key_tile(
             r, end, b_k, b_v, b_dk, b_dv, q, dout, dq, table, stats, room, scale_log2, n_keys, o_m, o_n, o_d, m_d,
-            False, SLOTS, D, DQ, PRECISION,
+            False, SHARE, SLOTS, D, DQ, PRECISION,
         )  # fmt: skip
 
     b_dk *= scale
@@ -279,7 +300,7 @@ def _finish_kernel(
 def _dq_kernel(
     q, k, v, dout, part, table, stats, tasks, list_start,
     scale, room, n_entries, task_rows, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
-    D: tl.constexpr, BD: tl.constexpr,
+    SHARE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
@@ -296,13 +317,14 @@ def _dq_kernel(
     p_k = k + (first_key + o_n)[:, None] * s_kr + page * s_kh + o_d[None, :]  # [BN, BD]
     p_v = v + (first_key + o_n)[None, :] * s_vr + page * s_vh + o_d[:, None]  # [BD, BN]
 
-    o_v = begin - first + o_m  # [BM]
-    m_m = begin + o_m < end  # [BM]
+    o_r = (begin - first) * SHARE + o_m  # [BM]
+    o_v = o_r // SHARE  # [BM]
+    m_m = o_v < end - first  # [BM]
     m_md = m_m[:, None] & m_d[None, :]  # [BM, BD]
-    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
-    o_dq = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64)  # [BM]
+    row = tl.load(table + o_v, mask=m_m, other=0).to(tl.int64) + o_r % SHARE  # [BM]
+    o_dq = tl.load(table + room + o_v, mask=m_m, other=0).to(tl.int64) + o_r % SHARE  # [BM]
     limit = tl.minimum(tl.load(table + 2 * room + o_v, mask=m_m, other=0), n_keys)  # [BM]
-    b_lse, b_delta = _unpack(tl.load(stats + o_v, mask=m_m, other=0))  # [BM], [BM]
+    b_lse, b_delta = _unpack(tl.load(stats + (o_v if SHARE == 1 else row), mask=m_m, other=0))  # [BM], [BM]
     b_q = tl.load(q + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
     b_do = tl.load(dout + row[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, BD]
     b_dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]

@@ -1,7 +1,7 @@
 """Attention of routed rows to blocks: one partial output and log-sum-exp per visit.
 
 Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, D head dim, B block size, S' visits per row
-(see :mod:`.routing`). A tile is BM visits by BN keys.
+(see :mod:`.routing`). A tile is BM rows by BN keys; a visit has SHARE rows, G where a group shares its selection.
 
 Where a block fits one tile of keys, a program keeps it and loops over the visits of its task (``_short_block_kernel``):
 the work is bound by memory, and K and V are read once per task. A program of ``_long_block_kernel`` keeps one tile of
@@ -17,18 +17,24 @@ from .routing import read_task
 
 
 @triton.jit
-def visit_rows(visits, visible, o_v, m_v, i_h, n_keys, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr):
-    """For the visits at ``o_v`` of the index: row, query head, slot, and number of keys seen (0 if masked)."""
-    visit = tl.load(visits + o_v, mask=m_v, other=0)  # [BM]
+def visit_rows(
+    visits, visible, o_r, m_r, i_h, n_keys, n_heads, G: tl.constexpr, SHARE: tl.constexpr, S: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """For the rows at ``o_r`` of the lists, SHARE for each visit: token, query head, row of the partial output, and
+    number of keys seen (0 if masked)."""
+    visit = tl.load(visits + o_r // SHARE, mask=m_r, other=0)  # [BM]
     row = visit // SLOTS  # [BM]
     slot = visit - row * SLOTS  # [BM]
-    t = (row // G).to(tl.int64)  # [BM]
-    head = (i_h * G + row % G).to(tl.int64)  # [BM]
-    limit = tl.where(m_v, n_keys, 0)  # [BM]
+    t = (row // (G // SHARE)).to(tl.int64)  # [BM]
+    # Heads that share a selection are numbered together.
+    shared = (i_h * (G // SHARE) + row % (G // SHARE)).to(tl.int64)  # [BM]
+    limit = tl.where(m_r, n_keys, 0)  # [BM]
     if SLOTS > S:
-        m_current = m_v & (slot == S)  # [BM]
+        m_current = m_r & (slot == S)  # [BM]
         limit = tl.where(m_current, tl.minimum(tl.load(visible + t, mask=m_current, other=0), n_keys), limit)
-    return t, head, slot, limit
+    o_part = ((t * (n_heads // SHARE) + shared) * SLOTS + slot) * SHARE + o_r % SHARE  # [BM]
+    return t, shared * SHARE + o_r % SHARE, o_part, limit
 
 
 @triton.jit(
@@ -39,7 +45,7 @@ def _short_block_kernel(
     q, k, v, part, part_lse, visits, tasks, list_start, visible,
     scale_log2, n_entries, task_rows, first_list, n_lists, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
-    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, SHARE: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
@@ -48,6 +54,7 @@ def _short_block_kernel(
     if i_list < 0:
         return
     i_h = i_list // n_blocks
+    begin, end = begin * SHARE, end * SHARE
     first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)  # [BM], [BN], [BD]
     m_d = o_d < D  # [BD]
@@ -58,7 +65,9 @@ def _short_block_kernel(
 
     for r in tl.range(begin, end, BM, num_stages=STAGES):
         m_m = r + o_m < end  # [BM]
-        t, head, slot, limit = visit_rows(visits, visible, r + o_m, m_m, i_h, n_keys, G, S, SLOTS)  # [BM] each
+        t, head, o_part, limit = visit_rows(  # [BM] each
+            visits, visible, r + o_m, m_m, i_h, n_keys, n_heads, G, SHARE, S, SLOTS
+        )
         p_q = q + t[:, None] * s_qt + head[:, None] * s_qh + o_d[None, :]  # [BM, BD]
         b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BM, BN]
@@ -69,7 +78,6 @@ def _short_block_kernel(
         b_sum = tl.sum(b_p, 1)  # [BM]
         b_o = tl.dot(b_p.to(v.dtype.element_ty), b_v, input_precision=PRECISION)  # [BM, BD]
         b_o *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-        o_part = (t * n_heads + head) * SLOTS + slot  # [BM]
         tl.store(part_lse + o_part, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
         p_o = part + o_part[:, None] * D + o_d[None, :]  # [BM, BD]
         tl.store(p_o, b_o.to(part.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
@@ -108,7 +116,7 @@ def _long_block_kernel(
     q, k, v, part, part_lse, visits, tasks, list_start, visible,
     scale_log2, n_entries, task_rows, first_list, n_lists, n_blocks, n_heads,
     s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
-    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, SHARE: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
@@ -117,6 +125,7 @@ def _long_block_kernel(
     if i_list < 0:
         return
     i_h = i_list // n_blocks
+    begin, end = begin * SHARE, end * SHARE
     first_key, page = first_key.to(tl.int64), page.to(tl.int64)
     # A block may be longer than 31 bits of elements.
     s_kr, s_vr = tl.cast(s_kr, tl.int64), tl.cast(s_vr, tl.int64)
@@ -126,7 +135,9 @@ def _long_block_kernel(
     p_v = v + (first_key + o_n)[:, None] * s_vr + page * s_vh + o_d[None, :]  # [BN, BD]
 
     m_m = begin + o_m < end  # [BM]
-    t, head, slot, limit = visit_rows(visits, visible, begin + o_m, m_m, i_h, n_keys, G, S, SLOTS)  # [BM] each
+    t, head, o_part, limit = visit_rows(  # [BM] each
+        visits, visible, begin + o_m, m_m, i_h, n_keys, n_heads, G, SHARE, S, SLOTS
+    )
     p_q = q + t[:, None] * s_qt + head[:, None] * s_qh + o_d[None, :]  # [BM, BD]
     b_q = tl.load(p_q, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
     b_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
@@ -144,7 +155,6 @@ def _long_block_kernel(
         )
 
     b_o *= (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-    o_part = (t * n_heads + head) * SLOTS + slot  # [BM]
     tl.store(part_lse + o_part, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
     p_o = part + o_part[:, None] * D + o_d[None, :]  # [BM, BD]
     tl.store(p_o, b_o.to(part.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])

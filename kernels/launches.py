@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from . import hopper
-from .backward import DQ_ATOMIC, DQ_NONE, TASK_INFO, _dkdv_kernel, _dq_kernel, _finish_kernel, _visit_table_kernel
+from .backward import (
+    DQ_ATOMIC,
+    DQ_NONE,
+    TASK_INFO,
+    _dkdv_kernel,
+    _dq_kernel,
+    _finish_kernel,
+    _row_stats_kernel,
+    _visit_table_kernel,
+)
 from .common import LOG2E, cdiv, dot_precision, launch_options, next_power_of_2, on_device, padded_dim
 from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
@@ -57,10 +66,12 @@ class Slice:
         self.n_slots = call.n_slots
         self.heads = pages.query_heads(kv_heads, q.shape[1])
         self.n_heads = self.heads.stop - self.heads.start
-        self.block_indices = block_indices[:, self.heads]
+        # Query heads that share a selection, and so the rows of a visit.
+        self.share = call.share
+        self.block_indices = block_indices[:, self.heads.start // self.share : self.heads.stop // self.share]
         self.q = q[self.rows, self.heads]
         self.n_rows, _, self.dim = self.q.shape
-        self.n_visits = self.n_rows * self.n_heads * self.n_slots
+        self.n_visits = self.n_rows * self.n_heads // self.share * self.n_slots
         self.k, self.v, self.length = pages.k, pages.v, pages.length
         self.page_row, self.page_head = pages.row[kv_heads], pages.head[kv_heads]
         self.n_kv, self.n_lists = self.page_row.shape[0], self.page_row.numel()
@@ -71,7 +82,7 @@ class Slice:
         self.kv_strides = dict(
             s_kr=self.k.stride(0), s_kh=self.k.stride(1), s_vr=self.v.stride(0), s_vh=self.v.stride(1)
         )
-        self.visit_constants = dict(G=self.group, S=self.n_selected, SLOTS=self.n_slots)
+        self.visit_constants = dict(G=self.group, SHARE=self.share, S=self.n_selected, SLOTS=self.n_slots)
         self.dot_constants = dict(D=self.dim, BD=padded_dim(self.dim), PRECISION=dot_precision(q.dtype))
 
     def grid(self, tasks: Tasks, programs: int = 1) -> tuple[int]:
@@ -86,7 +97,7 @@ class Slice:
 def launch_forward(part: Slice, out: Tensor, lse: Tensor, join: bool) -> None:
     """Attention of a slice's rows, written to ``out`` and ``lse`` of the slice, or merged into them if ``join``."""
     q, tile, tasks = part.q, part.work.tile, part.tasks
-    shape = part.n_rows, part.n_heads, part.n_slots
+    shape = part.n_rows, part.n_heads // part.share, part.n_slots, part.share
     parts = torch.empty(*shape, part.dim, dtype=q.dtype, device=q.device)
     parts_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     kernel = _short_block_kernel if part.block_size <= tile.bn else _long_block_kernel
@@ -112,13 +123,15 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
     q, k, v = part.q, part.k, part.v
     key_tiles = cdiv(part.block_size, tile.bn)
     dout, lse, delta, dq = (x[part.rows, part.heads] for x in (grads.dout, grads.lse, grads.delta, grads.dq))
-    shape = part.n_kv, part.n_rows, part.group
     if mode == DQ_ATOMIC.value:
-        part_dq = torch.zeros(*shape, part.dim, dtype=torch.float32, device=q.device)
+        part_dq = torch.zeros(part.n_kv, part.n_rows, part.group, part.dim, dtype=torch.float32, device=q.device)
     else:
-        part_dq = torch.empty(*shape, part.n_slots, part.dim, dtype=part_dtype(q.dtype), device=q.device)
+        shape = part.n_kv, part.n_rows, part.group // part.share, part.n_slots, part.share, part.dim
+        part_dq = torch.empty(shape, dtype=part_dtype(q.dtype), device=q.device)
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
-    stats = torch.empty(part.n_visits, dtype=torch.int64, device=q.device)
+    s_token = q.stride(0) // part.dim
+    n_stats = part.n_visits if part.share == 1 else part.n_rows * s_token
+    stats = torch.empty(n_stats, dtype=torch.int64, device=q.device)
     task_info = torch.empty(*part.grid(tasks, TASK_INFO.value + key_tiles), dtype=torch.int32, device=q.device)
     turn = None
     if deterministic:
@@ -128,12 +141,18 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
         _visit_table_kernel[part.grid(tasks)](
             visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
             lse=lse, delta=delta, table=table, stats=stats, task_info=task_info,
-            n_visits=part.n_rows * part.group * part.n_slots, task_rows=tasks.rows, **part.task_args(tasks),
+            n_visits=part.n_visits // part.n_kv, task_rows=tasks.rows, **part.task_args(tasks),
             n_blocks=part.n_blocks, room=part.n_visits,
-            s_token=q.stride(0) // part.dim, s_lt=lse.stride(0), s_dt=delta.stride(0),
+            s_token=s_token, s_lt=lse.stride(0), s_dt=delta.stride(0),
             **part.visit_constants, BLOCK=512, KEY_TILES=key_tiles, BN=tile.bn,
             TILES=min(8, next_power_of_2(key_tiles)), **launch_options(4),
         )  # fmt: skip
+        if part.share > 1:
+            n_pairs = part.n_rows * part.n_heads
+            _row_stats_kernel[(cdiv(n_pairs, 1024),)](
+                lse=lse, delta=delta, stats=stats, n_pairs=n_pairs, n_heads=part.n_heads,
+                s_token=s_token, s_lt=lse.stride(0), s_dt=delta.stride(0), BLOCK=1024, **launch_options(4),
+            )  # fmt: skip
         if tile.producer_registers:
             hopper.launch_dkdv(part, tile, tasks, key_tiles, dout, part_dq, grads, table, stats, task_info)
         else:
@@ -141,7 +160,7 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
                 q=q, k=k, v=v, dout=dout, dq=part_dq, dk=grads.dk, dv=grads.dv, sum_k=grads.sum_k, sum_v=grads.sum_v,
                 table=table, stats=stats, task_info=task_info, turn=turn,
                 scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
-                **part.kv_strides, **dk_strides, SLOTS=part.n_slots, **part.dot_constants,
+                **part.kv_strides, **dk_strides, SHARE=part.share, SLOTS=part.n_slots, **part.dot_constants,
                 BM=tile.bm, BN=tile.bn, KEY_TILES=key_tiles, DQ=mode, ORDERED=deterministic, DIRECT=work.direct,
                 STAGES=tile.stages, **launch_options(tile.warps),
             )  # fmt: skip
@@ -175,6 +194,6 @@ def _launch_dq(part: Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Ten
         _dq_kernel[part.grid(tasks)](
             q=part.q, k=part.k, v=part.v, dout=dout, part=part_dq, table=table, stats=stats,
             tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
-            task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, **part.dot_constants,
+            task_rows=tasks.rows, **part.task_args(tasks), **part.kv_strides, SHARE=part.share, **part.dot_constants,
             BM=tile.bm, BN=tile.bn, STAGES=tile.stages, **launch_options(tile.warps),
         )  # fmt: skip

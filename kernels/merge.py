@@ -34,14 +34,14 @@ def merge_pair(b_out, b_lse, b_part, b_part_lse):
 @triton.jit(do_not_specialize=["n_rows", "n_heads"], do_not_specialize_on_alignment=SLICED)
 def _merge_visits_kernel(
     part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
-    SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, JOIN: tl.constexpr,
+    SHARE: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Merges all visits of a pair at once: first their maximum, then one sum of weighted outputs in a fixed order."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
     o_d = tl.arange(0, BD)  # [BD]
     m_m = o_m < n_rows * n_heads  # [BM]
     m_d = o_d < D  # [BD]
-    o_part = o_m.to(tl.int64) * SLOTS  # [BM]
+    o_part = (o_m // SHARE).to(tl.int64) * (SHARE * SLOTS) + o_m % SHARE  # [BM]
     t = (o_m // n_heads).to(tl.int64)  # [BM]
     head = o_m % n_heads  # [BM]
     p_out = out + (t * s_ot + head * s_oh)[:, None] + o_d[None, :]  # [BM, BD]
@@ -51,7 +51,7 @@ def _merge_visits_kernel(
         b_before = tl.load(p_lse, mask=m_m, other=float("-inf"))  # [BM]
         b_max = b_before  # [BM]
     for s in range(SLOTS):
-        b_max = tl.maximum(b_max, tl.load(part_lse + o_part + s, mask=m_m, other=float("-inf")))  # [BM]
+        b_max = tl.maximum(b_max, tl.load(part_lse + o_part + s * SHARE, mask=m_m, other=float("-inf")))
     b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)  # [BM]
     b_sum = tl.zeros([BM], tl.float32)  # [BM]
     b_out = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
@@ -61,11 +61,11 @@ def _merge_visits_kernel(
         m_o = (b_before != float("-inf"))[:, None] & m_d[None, :]  # [BM, BD]
         b_out = b_sum[:, None] * tl.load(p_out, mask=m_o, other=0.0).to(tl.float32)  # [BM, BD]
     for s in range(SLOTS):
-        b_lse = tl.load(part_lse + o_part + s, mask=m_m, other=float("-inf"))  # [BM]
+        b_lse = tl.load(part_lse + o_part + s * SHARE, mask=m_m, other=float("-inf"))  # [BM]
         b_weight = tl.exp2((b_lse - b_shift) * LOG2E)  # [BM]
         # A visit that never happened has lse -inf, and its partial output was never written.
         m_o = (b_lse != float("-inf"))[:, None] & m_d[None, :]  # [BM, BD]
-        b_part = tl.load(part + (o_part + s)[:, None] * D + o_d[None, :], mask=m_o, other=0.0)  # [BM, BD]
+        b_part = tl.load(part + (o_part + s * SHARE)[:, None] * D + o_d[None, :], mask=m_o, other=0.0)  # [BM, BD]
         b_part = b_part.to(tl.float32)
         b_out += b_weight[:, None] * b_part
         b_sum += b_weight
@@ -78,29 +78,30 @@ def merge_visits(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, join:
     """Merge the partial results of each row's visits.
 
     Args:
-        part: [N, Hq, S', D], undefined where ``part_lse`` is -inf.
-        part_lse: [N, Hq, S'] float32, natural log, -inf for a visit that did not happen.
+        part: [N, Hq / share, S', share, D], undefined where ``part_lse`` is -inf; ``share`` heads have one selection.
+        part_lse: [N, Hq / share, S', share] float32, natural log, -inf for a visit that did not happen.
         out: [N, Hq, D], written: 0 for rows without visits.
         lse: [N, Hq] float32, written: -inf for rows without visits.
         join: what ``out`` and ``lse`` hold is merged as one more visit; ``out`` may hold anything where ``lse`` is
             -inf.
     """
-    n_rows, n_heads, slots, dim = part.shape
+    _, _, slots, share, dim = part.shape
+    n_rows, n_heads, _ = out.shape
     block = padded_dim(dim)
     bm = max(1, TILE // block)
     with on_device(part):
         _merge_visits_kernel[(cdiv(n_rows * n_heads, bm),)](
             part=part, part_lse=part_lse, out=out, lse=lse, n_rows=n_rows, n_heads=n_heads,
             s_ot=out.stride(0), s_oh=out.stride(1), s_lt=lse.stride(0), s_lh=lse.stride(1),
-            SLOTS=slots, D=dim, BD=block, BM=bm, JOIN=join, **launch_options(4),
+            SHARE=share, SLOTS=slots, D=dim, BD=block, BM=bm, JOIN=join, **launch_options(4),
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_rows", "s_pages"], do_not_specialize_on_alignment=SLICED)
 def _sum_visits_kernel(
     part, out, block_indices, current_block, visible, page_row, n_rows, scale, s_ot, s_oh, s_ct, s_pages,
-    G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    ADD: tl.constexpr,
+    G: tl.constexpr, SHARE: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
@@ -109,14 +110,16 @@ def _sum_visits_kernel(
     m_d = o_d < D  # [BD]
     t = (o_m // G).to(tl.int64)  # [BM]
     head = i_h * G + o_m % G  # [BM]
-    o_part = (i_h * n_rows * G + o_m).to(tl.int64) * SLOTS  # [BM]
+    o_part = (i_h * n_rows * (G // SHARE) + o_m // SHARE).to(tl.int64) * (SHARE * SLOTS) + o_m % SHARE  # [BM]
     b_sum = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
     for s in range(SLOTS):
         block = visit_block(  # [BM]
-            o_m * SLOTS + s, m_m, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages, G, S, SLOTS
-        )
+            o_m // SHARE * SLOTS + s, m_m, i_h, block_indices, current_block, visible, page_row, s_ct, s_pages,
+            G // SHARE, S, SLOTS,
+        )  # fmt: skip
         m_p = (block >= 0)[:, None] & m_d[None, :]  # [BM, BD]
-        b_sum += tl.load(part + (o_part + s)[:, None] * D + o_d[None, :], mask=m_p, other=0.0).to(tl.float32)
+        p_part = part + (o_part + s * SHARE)[:, None] * D + o_d[None, :]  # [BM, BD]
+        b_sum += tl.load(p_part, mask=m_p, other=0.0).to(tl.float32)
     p_out = out + t[:, None] * s_ot + head[:, None] * s_oh + o_d[None, :]  # [BM, BD]
     m_o = m_m[:, None] & m_d[None, :]  # [BM, BD]
     b_sum *= scale
@@ -128,9 +131,10 @@ def _sum_visits_kernel(
 def sum_visits(
     part: Tensor, out: Tensor, block_indices, current_block, visible, page_row: Tensor, scale: float, add: bool
 ) -> None:
-    """out [N, Hq, D] = scale * sum of part [Hkv, N, G, S', D] over the visits that happened, those to a block of
-    this storage; with ``add`` that is added to out."""
-    n_kv, n_rows, group, slots, dim = part.shape
+    """out [N, Hq, D] = scale * sum of part [Hkv, N, G / share, S', share, D] over the visits that happened, those to a
+    block of this storage; with ``add`` that is added to out."""
+    n_kv, n_rows, n_shared, slots, share, dim = part.shape
+    group = n_shared * share
     block = padded_dim(dim)
     bm = max(1, TILE // block)
     with on_device(part):
@@ -138,7 +142,8 @@ def sum_visits(
             part=part, out=out, block_indices=block_indices, current_block=current_block, visible=visible,
             page_row=page_row, n_rows=n_rows, scale=scale,
             s_ot=out.stride(0), s_oh=out.stride(1), s_ct=block_indices.stride(0), s_pages=page_row.stride(0),
-            G=group, S=block_indices.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add, **launch_options(4),
+            G=group, SHARE=share, S=block_indices.shape[2], SLOTS=slots, D=dim, BD=block, BM=bm, ADD=add,
+            **launch_options(4),
         )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ Legend: N query rows, Hq query heads, Hkv key/value heads, G = Hq // Hkv, n bloc
 S' = S + 1 where rows also see their current block, else S.
 
 A *visit* is one row of one head looking at one block. Within a KV head, visit ``(t * G + g) * S' + slot`` is that of
-row ``t``, head ``g`` of the group, to its selected block ``slot``, or to its current block (``slot == S``). A *list*
-holds the visits of one (KV head, block) in ascending order: rows of that block come first, gathers are nearly
-contiguous, and the order is the same in every run. A *task* is up to R successive visits of a list, so a block that is
-visited often has many tasks.
+row ``t``, head ``g`` of the group, to its selected block ``slot``, or to its current block (``slot == S``). Where the
+heads of a group share their selection, they make a visit together: here G is 1 then, and the kernels of attention find
+SHARE rows for each visit, those of a token's group, which lie side by side. A *list* holds the visits of one (KV head,
+block) in ascending order: rows of that block come first, gathers are nearly contiguous, and the order is the same in
+every run. A *task* is up to R successive visits of a list, so a block that is visited often has many tasks.
 
 The lists come from a counting sort. A program counts the visits per block of a tile of rows; counts become offsets by a
 running sum over tiles and, in the last program to be done with that, over lists; a second walk over the tile writes
@@ -40,7 +41,8 @@ class Routing(NamedTuple):
 
     @property
     def visits(self) -> Tensor:
-        """[N * Hq * S'], the lists one after the other; entries past the last list are undefined."""
+        """[N * Hq * S'], or [N * Hkv * S'] where a group shares its selection: the lists one after the other; entries
+        past the last list are undefined."""
         return self.flat[: self.n_visits]
 
     @property
@@ -238,7 +240,8 @@ def build_routing(
     """Index of the visits of all rows to the blocks of one storage, or of several together.
 
     Args:
-        block_indices: [N, Hq, S] int32 block ids, -1 for none; the last two dimensions contiguous. N * Hq * S' < 2^31.
+        block_indices: [N, Hq, S] int32 block ids, or [N, Hkv, S] where a group shares them, -1 for none; the last two
+            dimensions contiguous. N * Hq * S' < 2^31.
         current_block, visible: [N] int32 or None; a row with ``visible == 0`` does not visit its current block.
         page_row: [Hkv, n] int64, -1 where a block is in none of them; unit stride in n.
     """

@@ -26,6 +26,8 @@ MAX_VISITS = 2**31 - 2**16
 MAX_TABLE_VISITS = MAX_VISITS // 3
 # Of the backward's tables, for each visit.
 VISIT_BYTES = 20
+# Rows of a visit that the smallest tile of a task holds.
+MAX_SHARE = 32
 
 
 class Call(NamedTuple):
@@ -45,6 +47,11 @@ class Call(NamedTuple):
     def n_slots(self) -> int:
         """S'."""
         return self.block_indices.shape[2] + (self.current_block is not None)
+
+    @property
+    def share(self) -> int:
+        """Query heads that share a selection: 1, or G."""
+        return selecting_together(self.q, self.block_indices)
 
 
 class Work(NamedTuple):
@@ -76,7 +83,7 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
     row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
     visits, routings = _index(call, row_slices)
-    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
+    tasks = [cut_tasks(routing, task_visits(tile, call.share), pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks)
 
 
@@ -93,10 +100,10 @@ def backward_work(
     mode = (DQ_PART if pages.block_size <= tile.bn else DQ_ATOMIC if by_atomics else DQ_NONE).value
     row_slices, kv_step, direct = _backward_slices(call, mode, tile, local, overwrite_dkv)
     visits, routings = _index(call, row_slices)
-    tasks = [cut_tasks(routing, tile.task_rows, pages, task_heads) for routing in routings]
-    dq_tasks = [None] * len(routings)
+    cut_all = lambda tile: [cut_tasks(x, task_visits(tile, call.share), pages, task_heads) for x in routings]
+    tasks, dq_tasks = cut_all(tile), [None] * len(routings)
     if mode == DQ_NONE.value:
-        dq_tasks = [cut_tasks(routing, dq_tile.task_rows, pages, task_heads) for routing in routings]
+        dq_tasks = cut_all(dq_tile)
     return Work(tile, row_slices, kv_step, visits, routings, tasks, mode, direct, dq_tile, dq_tasks)
 
 
@@ -113,20 +120,37 @@ def cached_work(name: str, make: Callable[[slice | None], Work], call: Call, tas
     return task_cache[key][1]
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
-    """Elements of what :func:`.attention.routing_index` returns for q [N, Hq, D] and S' ``n_slots``; 0 for None."""
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int, share: int = 1) -> int:
+    """See :func:`moba_cp.eager.index_size`."""
     n_rows, n_heads, _ = q.shape
     if n_rows * n_heads * n_slots * n_blocks == 0:
         return 0
     # torch.compile asks with sizes that are symbols: these are compared, not counted through, and have no nbytes.
     scratch = max(FORWARD_SCRATCH, q.numel() * q.element_size())
     row_step, _ = _steps(n_rows, n_heads // n_kv, n_kv, n_slots, _row_bytes(q, n_slots), 0, scratch)
-    return n_rows * n_heads * n_slots + n_kv * n_blocks + 1 if n_rows <= row_step else 0
+    n_visits = n_rows * n_heads // kernel_share(share) * n_slots
+    return n_visits + n_kv * n_blocks + 1 if n_rows <= row_step else 0
 
 
-def count_sums(n_rows: int, row_visits: int, pages, n_heads: int, dkdv_tile: Tile) -> int:
-    """How many lists of ``n_heads`` KV heads can be longer than a task, at ``row_visits`` visits per row."""
-    return min(n_heads * pages.row.shape[1], n_rows * row_visits // dkdv_tile.task_rows)
+def selecting_together(q: Tensor, block_indices: Tensor) -> int:
+    """How many of the heads of q [N, Hq, D] share each selection of ``block_indices`` [N, Hq or Hkv, S]."""
+    return q.shape[1] // max(1, block_indices.shape[1])
+
+
+def kernel_share(share: int) -> int:
+    """How many of ``share`` query heads with one selection the kernels take together: all, or each alone."""
+    return share if share <= MAX_SHARE else 1
+
+
+def task_visits(tile: Tile, share: int) -> int:
+    """Visits per task, each of ``share`` rows."""
+    return tile.task_rows // share
+
+
+def count_sums(n_rows: int, row_visits: int, pages, n_heads: int, most_visits: int) -> int:
+    """How many lists of ``n_heads`` KV heads can be longer than a task of ``most_visits``, at ``row_visits`` per
+    row of Q."""
+    return min(n_heads * pages.row.shape[1], n_rows * row_visits // most_visits)
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,7 +173,7 @@ def _index(call: Call, row_slices: list[slice]):
         (call.block_indices[rows], some(call.current_block, rows), some(call.visible, rows)) for rows in row_slices
     ]
     if call.index is not None and len(row_slices) == 1:
-        return visits, [Routing(call.index, call.q.shape[0] * call.q.shape[1] * call.n_slots)]
+        return visits, [Routing(call.index, call.q.shape[0] * call.block_indices.shape[1] * call.n_slots)]
     return visits, [build_routing(*tables, call.pages.row) for tables in visits]
 
 
@@ -211,9 +235,9 @@ def _backward_slices(
     n_rows, n_heads, dim = q.shape
     group, scratch = n_heads // pages.row.shape[0], call.scratch_bytes or max(BACKWARD_SCRATCH, q.nbytes)
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * part_dtype(q.dtype).itemsize
-    shape = n_rows, group, call.kv_heads, n_slots, row_bytes + n_slots * VISIT_BYTES
+    shape = n_rows, group, call.kv_heads, n_slots, row_bytes + cdiv(n_slots * VISIT_BYTES, call.share)
     if local or overwrite_dkv:
-        n_sums = count_sums(n_rows, group * n_slots, pages, 1, dkdv_tile)
+        n_sums = count_sums(n_rows, group // call.share * n_slots, pages, 1, task_visits(dkdv_tile, call.share))
         row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch, MAX_TABLE_VISITS)
         if len(row_slices) == 1:
             return row_slices, kv_step, True

@@ -212,7 +212,7 @@ def launch_dkdv(
         sum_k=grads.sum_k, sum_v=grads.sum_v, table=table, stats=stats, task_info=task_info,
         scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,
         **part.kv_strides, s_dkr=grads.dk.stride(0), s_dkh=grads.dk.stride(1),
-        D=part.dim, BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles, DQ=key_tiles == 1,
+        SHARE=part.share, D=part.dim, BM=tile.bm, BN=tile.bn // 2, KEY_TILES=key_tiles, DQ=key_tiles == 1,
         DIRECT=grads.sum_k is not None, STAGES=tile.stages, REGISTERS=tile.producer_registers,
         **launch_options(tile.warps),
     )  # fmt: skip
@@ -223,6 +223,6 @@ def launch_dq(part, tile: Tile, tasks, dout: Tensor, part_dq: Tensor, table, sta
     dq_kernel[part.grid(tasks)](
         q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, table=table, stats=stats,
         tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
-        **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, D=part.dim,
+        **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, SHARE=part.share, D=part.dim,
         BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.producer_registers, **launch_options(tile.warps),
     )  # fmt: skip

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backward import _read_task_info
 from ..common import LOG2E
-from .shared import barrier, copy_rows, exchange, load_blocks, side_by_side, store_rows, unpack
+from .shared import barrier, copy_rows, exchange, load_blocks, out_rows, q_rows, side_by_side, store_rows, unpack
 
 read_task_info = gluon.jit(_read_task_info.fn)
 
@@ -41,7 +41,7 @@ read_task_info = gluon.jit(_read_task_info.fn)
 def _produce(
     q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys, first_key, k_column, v_column,
     s_kr, s_vr, k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, out_row_s, kv_full, q_full, q_empty,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DQ: gl.constexpr,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr, DQ: gl.constexpr,
 ):  # fmt: skip
     """The producer. ``first_key`` is the program's first key, ``n_keys`` how many there are from it on."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -50,13 +50,19 @@ def _produce(
     o_m = gl.arange(0, BM, layout=gl.SliceLayout(1, WIDE))  # [BM]
     o_f = gl.arange(0, BM, layout=FLAT)  # [BM]
     # These loads are in flight while those of K and V are issued.
-    row = gl.load(table + begin + o_m, mask=begin + o_m < end, other=0)  # [BM]
+    row = q_rows(table, begin + o_m, end, SHARE)  # [BM]
+    stats_row = begin + o_f  # [BM]
+    if SHARE > 1:
+        stats_row = q_rows(table, begin + o_f, end, SHARE)
     load_blocks(k_desc, v_desc, k, v, first_key, k_column, v_column, s_kr, s_vr, n_keys, kv_full, k_s, v_s, 2 * BN, D)
-    b_stats = gl.load(stats + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
-    limit = gl.load(table + 2 * room + begin + o_f, mask=begin + o_f < end, other=0)  # [BM]
+    b_stats = gl.load(stats + stats_row, mask=begin + o_f < end, other=0)  # [BM]
+    limit = gl.load(table + 2 * room + (begin + o_f) // SHARE, mask=begin + o_f < end, other=0)  # [BM]
     out_row = limit
     if DQ:
-        out_row = gl.load(table + room + begin + o_f, mask=begin + o_f < end, other=-1)
+        out_row = out_rows(table + room, begin + o_f, end, SHARE)
+    if SHARE > 1:
+        # What depends on a load is loaded a tile later.
+        stats_row = q_rows(table, begin + BM + o_f, end, SHARE)
     i = 0
     for r in range(begin, end, BM):
         stage = i % STAGES
@@ -76,11 +82,15 @@ def _produce(
         barrier()
         mbarrier.arrive(q_full.index(stage), count=1)
         ahead = r + BM
-        row = gl.load(table + ahead + o_m, mask=ahead + o_m < end, other=0)
-        b_stats = gl.load(stats + ahead + o_f, mask=ahead + o_f < end, other=0)
-        limit = gl.load(table + 2 * room + ahead + o_f, mask=ahead + o_f < end, other=0)
+        row = q_rows(table, ahead + o_m, end, SHARE)
+        if SHARE == 1:
+            stats_row = ahead + o_f
+        b_stats = gl.load(stats + stats_row, mask=ahead + o_f < end, other=0)
+        limit = gl.load(table + 2 * room + (ahead + o_f) // SHARE, mask=ahead + o_f < end, other=0)
         if DQ:
-            out_row = gl.load(table + room + ahead + o_f, mask=ahead + o_f < end, other=-1)
+            out_row = out_rows(table + room, ahead + o_f, end, SHARE)
+        if SHARE > 1:
+            stats_row = q_rows(table, ahead + BM + o_f, end, SHARE)
         i += 1
     async_copy.wait_group(0)
 
@@ -225,7 +235,7 @@ def _store(dk, dv, b_dk, b_dv, first_row, s_row, first, n_keys, DIRECT: gl.const
 def dkdv_kernel(
     q, dout, k_desc, v_desc, k, v, part, dk, dv, sum_k, sum_v, table, stats, task_info,
     scale, room, block_size, first_head, s_kr, s_kh, s_vr, s_vh, s_dkr, s_dkh,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
+    SHARE: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, KEY_TILES: gl.constexpr,
     DQ: gl.constexpr, DIRECT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..backward._dkdv_kernel`; ``k_desc``, ``v_desc`` fetch boxes of 2 * BN rows."""
@@ -286,7 +296,7 @@ def dkdv_kernel(
                 q, dout, k_desc, v_desc, k, v, table, stats, room, begin, end, n_keys - first_n, first_key + first_n,
                 page * s_kh, page * s_vh, s_kr, s_vr,
                 k_s, v_s, q_s, do_s, lse_s, delta_s, limit_s, out_row_s,
-                kv_full, q_full, q_empty, D, BM, BN, STAGES, DQ,
+                kv_full, q_full, q_empty, D, BM, BN, STAGES, SHARE, DQ,
             )),
         ],
         [4, 4],

@@ -82,6 +82,19 @@ def exchange(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def q_rows(table, o_r, end, SHARE: gl.constexpr):
+    """Rows of Q and dout of the rows ``o_r`` of a list, 0 past its end."""
+    return gl.load(table + o_r // SHARE, mask=o_r < end, other=0) + o_r % SHARE
+
+
+@gluon.jit
+def out_rows(table, o_r, end, SHARE: gl.constexpr):
+    """Rows of partial dQ of the rows ``o_r`` of a list, by a table of visits; -1 past its end."""
+    first = gl.load(table + o_r // SHARE, mask=o_r < end, other=-1)
+    return gl.where(first >= 0, first + o_r % SHARE, -1)
+
+
+@gluon.jit
 def store_rows(out, out_row, x, D: gl.constexpr):
     """Writes an accumulator x [64, 64 or D], rounded, to rows ``out_row`` [64] of out [., D], none where -1."""
     QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)

@@ -302,8 +302,9 @@ def routing_index(
     return None
 
 
-def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int) -> int:
-    """Elements of what :func:`routing_index` returns for ``n_slots`` visits per row and head; 0 for None."""
+def index_size(q: Tensor, n_kv: int, n_blocks: int, n_slots: int, share: int = 1) -> int:
+    """Elements of what :func:`routing_index` returns for ``n_slots`` visits per row and selection, where each is shared
+    by ``share`` query heads; 0 for None."""
     return 0
 
 

@@ -72,11 +72,12 @@ def compiled(monkeypatch):
     ],
     ids=["128-short", "128-long", "64-short", "64-long"],
 )
-def test_compiles_within_shared_memory(compiled, dim, block_size, names):
-    n_tokens = 2048
-    q, k, v, dout = (torch.zeros(n_tokens, n_heads, dim, dtype=torch.bfloat16) for n_heads in (4, 2, 2, 4))
+@pytest.mark.parametrize("shared", [False, True], ids=["each head", "shared"])
+def test_compiles_within_shared_memory(compiled, dim, block_size, names, shared):
+    n_tokens, n_heads = 2048, 32 if shared else 4
+    q, k, v, dout = (torch.zeros(n_tokens, h, dim, dtype=torch.bfloat16) for h in (n_heads, 2, 2, n_heads))
     table = block_table(n_tokens, block_size, None, "cpu")
-    chosen = torch.zeros(n_tokens, 4, 2, dtype=torch.int32)
+    chosen = torch.zeros(n_tokens, 2 if shared else n_heads, 2, dtype=torch.int32)
     args = q, local_pages(k, v, table), chosen, table.current_block, table.offset + 1, dim**-0.5
     _, lse = kernels.attend(*args, torch.bfloat16)
     kernels.attend_backward(*args, dout, lse, lse.clone(), local_dtype=torch.bfloat16)
