@@ -105,7 +105,8 @@ def dq_by_atomics(
 
 def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
     """Tile of a kernel of :mod:`.hopper`: ``forward``, ``dkdv`` or ``dq``; None where the portable one serves."""
-    return SPECIALIZED.get((name, dim, "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"))
+    kinds = {64: "half", 128: "short"}
+    return SPECIALIZED.get((name, dim, kinds.get(block_size, "long" if block_size <= 1024 else "longer")))
 
 
 # Where the kernels of :mod:`.hopper` serve: those that were correct and over 2 % faster than the portable ones in one

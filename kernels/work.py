@@ -83,7 +83,9 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
     row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
     tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
     visits, routings = _index(call, row_slices)
-    tasks = [cut_tasks(routing, task_visits(tile, call.share), pages, task_heads) for routing in routings]
+    all_heads = task_heads is None or task_heads == slice(0, pages.row.shape[0])
+    by_row = all_heads and call.share > 1 and pages.block_size <= tile.bn
+    tasks = [cut_tasks(routing, task_visits(tile, call.share), pages, task_heads, by_row) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks)
 
 

@@ -3,11 +3,11 @@
 They replace those of :mod:`..forward` and :mod:`..backward` where :func:`serves` and the table at the end of
 :mod:`..tuned` say so, and that of :mod:`..select` where :func:`selects` does, and compute the same.
 
-:mod:`.long_blocks` is the forward, :mod:`.dkdv` and :mod:`.dq` are the gradients. A program has three warpgroups. The
-producer loads K and V by TMA, and gathers rows of Q and dout, which lie anywhere, by cp.async. The two consumers
-compute, each at its own pace, so that the softmax of one overlaps with the matrix products of the other. Warpgroups
-synchronize by mbarriers in shared memory alone (see :mod:`.shared`). In :mod:`.select` a program is one warp, and each
-thread has a row.
+:mod:`.short_blocks` and :mod:`.long_blocks` are the forward, :mod:`.dkdv` and :mod:`.dq` are the gradients. A program
+has three warpgroups. The producer loads K and V by TMA, and gathers rows of Q and dout, which lie anywhere, by
+cp.async. The two consumers compute, each at its own pace, so that the softmax of one overlaps with the matrix products
+of the other. Warpgroups synchronize by mbarriers in shared memory alone (see :mod:`.shared`). In :mod:`.select` a
+program is one warp, and each thread has a row.
 
 The kernels are written in Gluon, which comes with Triton and changes with it. They were measured on H100 and H200 with
 the versions of :data:`MEASURED`. A newer version of Triton has to pass :mod:`..hopper_check` on a GPU before they
@@ -45,6 +45,7 @@ try:
     from .dq import dq_kernel
     from .long_blocks import long_block_kernel
     from .select import WIDTH, select_kernel
+    from .short_blocks import short_block_kernel
 
     MISSING = ""
 except (ImportError, AttributeError) as error:
@@ -137,7 +138,8 @@ def _examine(device: torch.device) -> Verdict:
 
 
 def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
-    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of keys, rows that TMA can fetch.
+    """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of 64 or 128 keys, rows that TMA can
+    fetch.
 
     A backward's call gives ``dout`` [N, Hq, D] too, and is of bfloat16, in which partial dQ are.
     """
@@ -145,7 +147,7 @@ def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
         runs_on(q.device)
         and q.dtype in ELEMENTS
         and q.shape[2] in HEAD_DIMS
-        and pages.block_size % 128 == 0
+        and (pages.block_size == 64 or pages.block_size % 128 == 0)
         and scale > 0
         and all(_is_regular(x) for x in (q, pages.k, pages.v))
         and (dout is None or q.dtype == torch.bfloat16 and _is_regular(dout))
@@ -194,7 +196,8 @@ def _kv_args(part, tile: Tile) -> dict:
 
 def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, scale_log2: float) -> None:
     """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..launches`)."""
-    long_block_kernel[part.grid(tasks)](
+    kernel = short_block_kernel if part.block_size <= tile.bn else long_block_kernel
+    kernel[part.grid(tasks)](
         q=part.q, **_kv_args(part, tile), part=parts, part_lse=parts_lse,
         visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
         scale_log2=scale_log2, **part.task_args(tasks), n_blocks=part.n_blocks, n_heads=part.n_heads,

@@ -13,11 +13,12 @@ A multiprocessor runs one program at a time, so nothing overlaps with the beginn
 therefore reads all that it has to know of its task in one step, while it initializes its barriers.
 
 Barriers: ``q_full`` a tile of rows has arrived; ``q_empty`` both consumers are done with it; ``kv_full`` K and V have
-arrived; ``ds_full`` both consumers have stored their part of dS. dQ sums over the keys of both: each stores its dS,
-waits for the other's, and computes half of dQ, 64 by 64, so that BM * D is 128 * 64. Two buffers are enough for dS: a
-consumer that stores for tile i + 2 has waited for the other's dS of tile i + 1, which the other stores after its last
-read of tile i. There is no deadlock, because consumers take tiles in the same order, and the producer waits only for
-tiles that it has already passed on.
+arrived; ``ds_full`` both consumers have stored their part of dS. dQ sums over the keys of both: each stores its dS, and
+computes half of dQ, 64 by 64, so that BM * D is 128 * 64. It does so a tile later, together with that tile's part of
+dK: by then the other's dS has come, so neither waits, and while one computes its softmax the other multiplies. Two
+buffers are enough for dS: a consumer that stores for tile i + 2 has waited for the other's dS of tile i + 1, which the
+other stores after its last read of tile i. There is no deadlock, because consumers take tiles in the same order, and
+the producer waits only for tiles that it has already passed on.
 """
 
 from triton.experimental import gluon
@@ -96,13 +97,28 @@ def _produce(
 
 
 @gluon.jit
+def _issue_dq(i, half: gl.constexpr, k_s, ds_s, ds_full, D: gl.constexpr):
+    """Starts this consumer's half of dQ of tile ``i``: some columns of all rows, or all columns of some."""
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
+    ds_t = ds_s.index(i % 2)  # [2 * BN, BM]
+    if D == 128:
+        ds_half, k_half = ds_t, k_s.slice(half * 64, 64, dim=1)
+    else:
+        ds_half, k_half = ds_t.slice(half * 64, 64, dim=1), k_s
+    zero = gl.zeros([64, 64], gl.float32, HALF)
+    return warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)  # [64, 64]
+
+
+@gluon.jit
 def _step(
-    b_dk, b_dv, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
+    b_dk, b_dv, dq_row, i, half: gl.constexpr, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
     q_full, q_empty, ds_full, o_n, n_keys, scale_log2,
-    MASKED: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    DQ: gl.constexpr, MMA: gl.constexpr, MMA_D: gl.constexpr,
+    FIRST: gl.constexpr, MASKED: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, DQ: gl.constexpr, MMA: gl.constexpr, MMA_D: gl.constexpr,
 ):  # fmt: skip
-    """One tile of visits against this consumer's keys: adds to dK and dV, and writes dQ of the tile."""
+    """One tile of rows against this consumer's keys: adds to dK and dV, stores dS, and writes dQ of the tile before, to
+    rows ``dq_row`` [64]. Returns dK, dV and the rows of the tile's own dQ."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     PROBS: gl.constexpr = gl.DotOperandLayout(0, MMA_D, 2)
     stage = i % STAGES
@@ -131,30 +147,27 @@ def _step(
     ds = gl.convert_layout(b_ds, PROBS)  # [BN, BM]
     b_dk = warpgroup_mma(ds, q_s.index(stage), b_dk, is_async=True)  # [BN, D]
     if DQ:
-        ds_t = ds_s.index(i % 2)  # [2 * BN, BM]
-        ds_t.slice(half * BN, BN).store(b_ds)
+        if D == 128:
+            next_row = out_row_s.index(stage).load(dq_row.type.layout)  # [64]
+        else:
+            next_row = out_row_s.index(stage).slice(half * 64, 64).load(dq_row.type.layout)  # [64]
+        if FIRST:
+            b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])
+        else:
+            b_dq = _issue_dq(i - 1, half, k_s, ds_s, ds_full, D)  # [64, 64]
+            # [BN, D], [BN, D], [64, 64], [BN, BM], [BN, BM]
+            b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
+        ds_s.index(i % 2).slice(half * BN, BN).store(b_ds)
         fence_async_shared()
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
-        mbarrier.wait(ds_full.index(i % 2), i // 2 % 2)
-        # dQ sums over the keys of both consumers: each takes half, some columns of all rows or all columns of some.
-        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-        ROWS: gl.constexpr = gl.SliceLayout(1, HALF)
-        zero = gl.zeros([64, 64], gl.float32, HALF)
-        if D == 128:
-            ds_half, k_half, column = ds_t, k_s.slice(half * 64, 64, dim=1), half * 64
-            out_row = out_row_s.index(stage).load(ROWS)
-        else:
-            ds_half, k_half, column = ds_t.slice(half * 64, 64, dim=1), k_s, 0
-            out_row = out_row_s.index(stage).slice(half * 64, 64).load(ROWS)
-        b_dq = warpgroup_mma(ds_half.permute((1, 0)), k_half, zero, use_acc=False, is_async=True)  # [64, 64]
-        # [BN, D], [BN, D], [64, 64], [BN, BM], [BN, BM]
-        b_dk, b_dv, b_dq, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, b_dq, p, ds])
-        store_rows(part + column, out_row, b_dq, D)
+        if not FIRST:
+            store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
+        dq_row = next_row
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])  # [BN, D], [BN, D], [BN, BM], [BN, BM]
     mbarrier.arrive(q_empty.index(stage), count=1)
-    return b_dk, b_dv
+    return b_dk, b_dv, dq_row
 
 
 @gluon.jit
@@ -176,19 +189,33 @@ def _consume(
     middle = gl.minimum(begin + masked, end)
     middle = gl.where(n_keys < first_n + 2 * BN, end, middle)
     mbarrier.wait(kv_full, 0)
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    dq_row = gl.full([64], -1, gl.int32, gl.SliceLayout(1, HALF))  # [64]
     i = 0
+    if DQ:
+        # A task that computes dQ has a tile.
+        b_dk, b_dv, dq_row = _step(  # [BN, D], [BN, D], [64]
+            b_dk, b_dv, dq_row, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
+            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
+        )  # fmt: skip
+        i += 1
+        begin += BM
+        middle = gl.maximum(middle, begin)
     for _ in range(begin, middle, BM):
-        b_dk, b_dv = _step(  # [BN, D], [BN, D]
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
-            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
+        b_dk, b_dv, dq_row = _step(  # [BN, D], [BN, D], [64]
+            b_dk, b_dv, dq_row, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
+            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, True, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
     for _ in range(middle, end, BM):
-        b_dk, b_dv = _step(
-            b_dk, b_dv, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
-            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
+        b_dk, b_dv, dq_row = _step(  # [BN, D], [BN, D], [64]
+            b_dk, b_dv, dq_row, i, half, part, k_s, v_s, q_s, do_s, ds_s, lse_s, delta_s, limit_s, out_row_s,
+            q_full, q_empty, ds_full, o_n, n_keys, scale_log2, False, False, D, BM, BN, STAGES, DQ, MMA, MMA_D,
         )  # fmt: skip
         i += 1
+    if DQ:
+        b_dq = warpgroup_mma_wait(0, deps=[_issue_dq(i - 1, half, k_s, ds_s, ds_full, D)])  # [64, 64]
+        store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
     b_dk = b_dk * scale
     if i_sum >= 0:
         if DIRECT:
