@@ -27,6 +27,7 @@ from .decoding import attend_few, select_few
 from .exchange.choices import count_choices, count_rows, list_rows
 from .exchange.decision import pick_cheapest, weigh_blocks
 from .exchange.requests import list_pairs, relay_request, sum_up, write_request
+from .given import given_blocks
 from .hopper import serving
 from .kv_shards import pack_kv_shard, sum_partial_grads
 from .means import block_means
@@ -34,6 +35,7 @@ from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
 from .rows import gather_rows, row_ids
 from .select import select_blocks
+from .select_gated import select_by_keys
 from .tokenwise import rms_norm, rms_norm_backward, split_rotate, split_rotate_backward, swiglu, swiglu_backward
 from .work import index_size
 
@@ -41,8 +43,8 @@ hopper.check_with(hopper_check.compare)
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
+    "count_rows", "gather_rows", "given_blocks", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
     "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums",
-    "select_blocks", "select_few", "serving", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up",
-    "swiglu", "swiglu_backward", "weigh_blocks", "write_request",
+    "select_blocks", "select_by_keys", "select_few", "serving", "split_rotate", "split_rotate_backward",
+    "sum_partial_grads", "sum_up", "swiglu", "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ from .common import (
     on_device,
     padded_dim,
 )
-from .sort_keys import EMPTY, ordered
+from .select_gated import select_gated
+from .sort_keys import EMPTY, keep_best, nothing_kept, ordered, store_best
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -43,7 +44,6 @@ def _select_kernel(
     o_m = i_m * BM + tl.arange(0, BM)  # [BM]
     o_n = tl.arange(0, BN)  # [BN]
     o_d = tl.arange(0, BD)  # [BD]
-    o_s = tl.arange(0, SLOTS)  # [SLOTS]
     m_m = o_m < n_rows  # [BM]
     b_first = tl.load(first + o_m, mask=m_m, other=2147483647)  # [BM]
     b_current = tl.load(current_block + o_m, mask=m_m, other=-1)  # [BM]
@@ -54,10 +54,7 @@ def _select_kernel(
     b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
     p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]  # [BD, 1]
 
-    # Slots beyond S hold keys above all others and are never replaced.
-    lowest = (tl.full([SLOTS], EMPTY, tl.int64) << 32) + o_s  # [SLOTS]
-    highest = tl.full([SLOTS], 0x7FFFFFFF, tl.int64) << 32  # [SLOTS]
-    kept = tl.where(o_s < S, lowest, highest + o_s)[None, :] + tl.zeros([BM, 1], tl.int64)  # [BM, SLOTS]
+    kept = nothing_kept(S, SLOTS, BM)  # [BM, SLOTS]
     worst = tl.min(kept, 1)  # [BM]
     for behind in range(0, newest - oldest + 1, BN):
         o_b = newest - behind - o_n  # [BN]
@@ -66,30 +63,28 @@ def _select_kernel(
         sort_key = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))  # [BM, BN]
         candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_current[:, None])  # [BM, BN]
         sort_key = tl.where(candidate, sort_key, EMPTY)
-        best = tl.max(sort_key, 1)  # [BM]
-        better = best > (worst >> 32).to(tl.int32)  # [BM]
-        while tl.max(better.to(tl.int32), 0) > 0:
-            column = tl.min(tl.where(sort_key == best[:, None], o_n[None, :], BN), 1)  # [BM]
-            key = (best.to(tl.int64) << 32) + (newest - behind - column)  # [BM]
-            kept = tl.where((kept == worst[:, None]) & better[:, None], key[:, None], kept)
-            worst = tl.min(kept, 1)
-            sort_key = tl.where(o_n[None, :] == column[:, None], EMPTY, sort_key)
-            best = tl.max(sort_key, 1)
-            better = best > (worst >> 32).to(tl.int32)
+        kept, worst = keep_best(kept, worst, sort_key, newest - behind, BN)
 
-    kept = tl.sort(kept, dim=1, descending=True)
-    block = tl.where((kept >> 32) == EMPTY, -1, (kept & 0xFFFFFFFF).to(tl.int32))  # [BM, SLOTS]
-    # The keys of the unused slots sort in front.
-    o_out = o_s - (SLOTS - S)  # [SLOTS]
-    p_indices = block_indices + (o_m.to(tl.int64)[:, None] * HQ + i_h) * S + o_out[None, :]  # [BM, SLOTS]
-    tl.store(p_indices, block, mask=m_m[:, None] & (o_out >= 0)[None, :])
+    store_best(block_indices, kept, o_m, m_m, i_h, HQ, S, SLOTS)
 
 
-def select_blocks(q: Tensor, means: Tensor, first: Tensor, current_block: Tensor, top_k: int) -> Tensor:
+def select_blocks(
+    q: Tensor,
+    means: Tensor,
+    first: Tensor,
+    current_block: Tensor,
+    top_k: int,
+    shared_by_group: str = "none",
+    min_recent: int = 0,
+    sink: bool = False,
+) -> Tensor:
     """See :func:`moba_cp.eager.select_blocks`; q is float32, bfloat16 or float16, and means have its dtype.
 
     A row's result does not depend on the other rows.
     """
+    if shared_by_group != "none" or min_recent or sink:
+        gate = shared_by_group, min_recent, sink
+        return select_gated(q, means, None, first, current_block, 0, top_k, *gate)
     n_rows, n_heads, dim = q.shape
     check_head_dim(dim)
     n_slots = top_k - 1

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import full_attention_op, moba_attention_op
+from .autograd import full_attention_op, moba_attention_op, numbers_in_documents_op
 from .blocks import check_cu_seqlens_kind
 from .config import MoBAConfig
+from .given import check_block_indices
 from .transforms import cast_inputs, check_no_tangent
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def moba_attention(
     return_lse: Literal[False] = False,
     *,
     cu_seqlens_k: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    check_indices: bool = False,
+    return_selection: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def moba_attention(
@@ -47,7 +51,11 @@ def moba_attention(
     *,
     return_lse: Literal[True],
     cu_seqlens_k: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    check_indices: bool = False,
+    return_selection: Literal[False] = False,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
 def moba_attention(
     q: Tensor,
     k: Tensor,
@@ -59,7 +67,25 @@ def moba_attention(
     return_lse: bool = False,
     *,
     cu_seqlens_k: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    block_indices: Tensor | None = None,
+    check_indices: bool = False,
+    return_selection: Literal[True],
+) -> tuple[Tensor, ...]: ...
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cp: "CPContext | None" = None,
+    return_lse: bool = False,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    check_indices: bool = False,
+    return_selection: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Mixture of Block Attention (arXiv 2502.13189): each query attends to its own block and the best k - 1 others.
 
     Args:
@@ -68,7 +94,7 @@ def moba_attention(
             them, after RoPE and any norm. They may have more tokens than q, whose rows are then the last ones of their
             documents' keys, as when a prompt comes in pieces. Under autocast q, k and v are cast to its dtype, float64
             excepted, as PyTorch's own attention does.
-        config: block size and top-k.
+        config: block size and top-k, and how blocks are chosen.
         cu_seqlens: [n_docs + 1] int32, boundaries of packed documents; None for one document. Not with ``cp``, nor with
             a batch dimension.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
@@ -76,13 +102,25 @@ def moba_attention(
         return_lse: also return the log-sum-exp of the scaled scores.
         cu_seqlens_k: [n_docs + 1] int32, boundaries of the documents among the keys, where they have more tokens than
             q and ``cu_seqlens`` says where those of q end. A document without queries is allowed.
+        block_indices: a selection made elsewhere, [T, Hq, S] or [T, Hkv, S] int32 (with the batch dimension if q has
+            it), S at most 63: the blocks that each query attends to beside its own, or those of all query heads of a KV
+            head. Blocks are counted within the query's document, 0 is its first; -1 stands for none. No gradient flows
+            to it. Of ``config`` only ``block_size`` and ``deterministic`` count then. What is not a block of the
+            query's document before its own is passed over, and so is a block that an earlier slot of the row names: it
+            counts once.
+        check_indices: refuse such entries of ``block_indices`` instead. The host waits for the device, and with ``cp``
+            ranks for one another: all of them ask for it, or none.
+        return_selection: also return what was selected, as ``block_indices`` takes it: given back, it gives the same
+            bits. The same on all ranks of ``cp``.
 
     Returns:
         out like q, in its dtype or autocast's; with ``return_lse`` also lse [T, Hq] or [b, T, Hq], natural log, in
-        float32 (float64 for float64 inputs), through which no gradient flows.
+        float32 (float64 for float64 inputs); with ``return_selection`` also [T, G, S] or [b, T, G, S] int32, G being
+        Hq, or Hkv where heads share their selection. No gradient flows through lse and selection.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``; or
+        ValueError: shapes, dtypes or devices do not fit one another, or ``cu_seqlens`` does not fit T or ``cp``; with
+            ``check_indices``, a row of ``block_indices`` names what it must not, and the message the first such row; or
             an input has a tangent: there is no forward-mode differentiation.
         RuntimeError: a gradient is differentiated again.
 
@@ -93,17 +131,33 @@ def moba_attention(
     shape = getattr(q, "shape", None)
     q, k, v, cu_seqlens, cu_seqlens_k = _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp)
     q, k, v, scale = checked_inputs(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_k)
+    if block_indices is not None:
+        if shape is not None and isinstance(block_indices, Tensor) and block_indices.dim() == len(shape) == 4:
+            block_indices = block_indices.flatten(0, 1)
+        check_block_indices(block_indices, q, k)
+        # What is given is all that is attended to, whatever would have been chosen.
+        config = MoBAConfig(config.block_size, block_indices.shape[2] + 1, config.deterministic)
+    elif check_indices:
+        raise ValueError("check_indices=True, but there are no block_indices; pass them, or leave it out")
     if cp is not None:
         from .cp.moba import moba_attention as across_ranks
 
         _refuse_documents(q, k, cu_seqlens, cu_seqlens_k)
-        out, lse = across_ranks(q, k, v, config, scale, cp)
+        out, lse, selection = across_ranks(q, k, v, config, scale, cp, block_indices, check_indices, return_selection)
     else:
         options = config.block_size, config.top_k, scale, config.deterministic
-        out, lse, *_ = moba_attention_op(q, k, v, cu_seqlens, *options, cu_seqlens_k)
+        of_selection = block_indices, check_indices, *config.gate
+        out, lse, selection, _ = moba_attention_op(q, k, v, cu_seqlens, *options, cu_seqlens_k, *of_selection)
+        if return_selection:
+            selection = numbers_in_documents_op(selection, q, k, cu_seqlens, config.block_size, cu_seqlens_k)
+    results = [out]
+    if return_lse:
+        results.append(lse)
+    if return_selection:
+        results.append(selection)
     if shape is not None and out.shape != shape:
-        out, lse = out.view(shape), lse.view(shape[:-1])
-    return (out, lse) if return_lse else out
+        results = [x.view(*shape[:2], *x.shape[1:]) for x in results]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 @overload

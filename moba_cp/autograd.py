@@ -23,7 +23,9 @@ from .blocks import (
     fitted_block_size,
     local_pages,
 )
+from .config import Gate
 from .dtypes import WIDE
+from .given import fault_message, first_fault, numbers_in_documents
 from .ops import backend
 from .transforms import refuse_second_derivatives, without_autocast
 
@@ -68,19 +70,59 @@ def moba_attention_op(
     scale: float,
     deterministic: bool,
     cu_seqlens_k: Tensor | None = None,
+    given: Tensor | None = None,
+    check_given: bool = False,
+    shared_by_group: str = "none",
+    score: str = "mean",
+    min_recent: int = 0,
+    sink: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, the selection [T, Hq, k - 1] int32, and the kernels' routing index
-    for the backward (empty where there is none)."""
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] wide, the selection [T, G, S] int32 of block ids, and the kernels'
+    routing index for the backward (empty where there is none).
+
+    Args:
+        given: [T, G, S] int32, numbers of blocks within each row's document, which are attended to instead of those
+            that the gate would choose.
+        check_given: raise ValueError where that names what it must not; waits for the device.
+        shared_by_group, score, min_recent, sink: the fields of :class:`moba_cp.config.Gate`.
+    """
     table = _table(q, k, block_size, cu_seqlens, cu_seqlens_k)
-    ops = backend(q)
-    means = ops.block_means(k, table.start, table.length, block_size)
-    block_indices = ops.select_blocks(q, means, table.first, table.current_block, top_k)
+    ops, rows = backend(q), (table.first, table.current_block)
+    if given is not None:
+        if check_given and (fault := first_fault(given, *rows)) is not None:
+            raise ValueError(fault_message(*fault))
+        block_indices = ops.given_blocks(given, *rows)
+    elif score == "max":
+        block_indices = ops.select_by_keys(
+            q, k, table.start, *rows, table.block_size, top_k, shared_by_group, min_recent, sink
+        )
+    else:
+        means = ops.block_means(k, table.start, table.length, block_size)
+        block_indices = ops.select_blocks(q, means, *rows, top_k, shared_by_group, min_recent, sink)
     pages = local_pages(k, v, table)
     index = ops.routing_index(q, block_indices, table.current_block, table.visible, pages.row)
     out, lse = ops.attend(
         q, pages, block_indices, table.current_block, table.visible, scale, out_dtype=q.dtype, index=index
     )
     return out, lse, block_indices, block_indices.new_empty(0) if index is None else index
+
+
+@torch.library.custom_op("moba_cp::numbers_in_documents", mutates_args=())
+def numbers_in_documents_op(
+    selection: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """A selection of :func:`moba_attention_op` in the numbers in which it takes one from outside."""
+    return numbers_in_documents(selection, _table(q, k, block_size, cu_seqlens, cu_seqlens_k).first)
+
+
+@numbers_in_documents_op.register_fake
+def _(selection, q, k, cu_seqlens, block_size, cu_seqlens_k=None):
+    return torch.empty_like(selection, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("moba_cp::moba_attention_backward", mutates_args=())
@@ -111,13 +153,28 @@ def moba_attention_backward_op(
 
 
 @moba_attention_op.register_fake
-def _(q, k, v, cu_seqlens, block_size, top_k, scale, deterministic, cu_seqlens_k=None):
+def _(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    block_size,
+    top_k,
+    scale,
+    deterministic,
+    cu_seqlens_k=None,
+    given=None,
+    check_given=False,
+    *gate,
+):
     n_tokens, n_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(n_tokens, n_heads, dtype=WIDE[q.dtype])
-    block_indices = q.new_empty(n_tokens, n_heads, top_k - 1, dtype=torch.int32)
+    shape = n_tokens, Gate(*gate).n_groups(n_heads, k.shape[1]), top_k - 1
+    block_indices = q.new_empty(shape if given is None else given.shape, dtype=torch.int32)
     n_blocks = block_count(k.shape[0], block_size, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)
-    index_size = backend(q).index_size(q, k.shape[1], n_blocks, top_k)
+    share = n_heads // block_indices.shape[1]
+    index_size = backend(q).index_size(q, k.shape[1], n_blocks, block_indices.shape[2] + 1, share)
     return out, lse, block_indices, q.new_empty(index_size, dtype=torch.int32)
 
 
@@ -127,7 +184,7 @@ def _(dout, q, k, v, out, lse, block_indices, index, cu_seqlens, block_size, sca
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, block_size, _top_k, scale, deterministic, cu_seqlens_k = inputs
+    q, k, v, cu_seqlens, block_size, _top_k, scale, deterministic, cu_seqlens_k, *_gate = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
     ctx.options = block_size, scale, deterministic
     ctx.mark_non_differentiable(*output[1:])
@@ -136,7 +193,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, _dlse, _dindices, _dindex):
     *saved, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
     grads = moba_attention_backward_op(dout, *saved, cu_seqlens, *ctx.options, cu_seqlens_k)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * 12
 
 
 moba_attention_op.register_autograd(_backward, setup_context=_save)

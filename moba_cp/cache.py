@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import checked_inputs, full_attention
 from .autograd import table_stream
 from .blocks import BlockTable, fitted_block_size, local_pages
-from .config import MoBAConfig
+from .config import Gate, MoBAConfig
 from .ops import backend
 
 # Rows of a sequence up to which kernels spread the blocks of each over the GPU; see kernels/decoding.py.
@@ -111,13 +111,23 @@ class KVCache:
         rows = q.flatten(0, 1)
         k, v, means = (x.flatten(0, 1) for x in (self._k, self._v, self._means))
         ops, pages = backend(rows), local_pages(k, v, table)
-        blocks, seen = (means, table.first, table.current_block, config.top_k), (table.current_block, table.visible)
+        blocks, seen = (table.first, table.current_block, config.top_k), (table.current_block, table.visible)
+        gate, few = config.gate, n_rows <= FEW_ROWS
         with torch.no_grad():
-            if n_rows <= FEW_ROWS:
-                block_indices = ops.select_few(rows, *blocks, most=self.length // self.block_size)
+            if gate.score == "max":
+                how = gate.shared_by_group, gate.min_recent, gate.sink
+                asked = table.start, table.first, table.current_block, table.block_size, config.top_k
+                block_indices = ops.select_by_keys(rows, k, *asked, *how)
+            elif few and gate == Gate():
+                block_indices = ops.select_few(rows, means, *blocks, most=self.length // self.block_size)
+            else:
+                how = gate.shared_by_group, gate.min_recent, gate.sink
+                block_indices = ops.select_blocks(rows, means, *blocks, *how)
+            if few:
+                if gate.shared:
+                    block_indices = block_indices.repeat_interleave(rows.shape[1] // k.shape[1], 1)
                 out, _ = ops.attend_few(rows, pages, block_indices, *seen, scale)
             else:
-                block_indices = ops.select_blocks(rows, *blocks)
                 index = ops.routing_index(rows, block_indices, *seen, pages.row)
                 out, _ = ops.attend(rows, pages, block_indices, *seen, scale, out_dtype=q.dtype, index=index)
         return out.view(q.shape)

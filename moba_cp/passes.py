@@ -72,11 +72,11 @@ class AttentionPasses:
         context.comm.layer = self.layer
         if self.kind == "moba" and self.across_ranks:
             call = moba_across_ranks.enter(q, k, config, context, needs_grad, needs_grad)
-            out, lse, kept, made = moba_across_ranks.forward_pass(q, k, v, config, scale, context, call)
+            out, lse, _, kept, made = moba_across_ranks.forward_pass(q, k, v, config, scale, context, call)
             return out, Kept([lse, *kept], made)
         if self.kind == "moba":
             options = config.block_size, config.top_k, scale, config.deterministic
-            out, *kept = moba_attention_op(q, k, v, context.cu_seqlens, *options)
+            out, *kept = moba_attention_op(q, k, v, context.cu_seqlens, *options, None, None, False, *config.gate)
             return out, Kept(kept)
         if self.across_ranks:
             out, lse, made = full_across_ranks.forward_pass(

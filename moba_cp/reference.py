@@ -32,7 +32,17 @@ def block_means(k: Tensor, block_size: int, cu_seqlens: Tensor | None = None) ->
     return torch.stack(means).to(k.dtype) if means else k.new_zeros(0, *k.shape[1:])
 
 
-def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens: Tensor | None = None) -> Tensor:
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    top_k: int,
+    cu_seqlens: Tensor | None = None,
+    shared_by_group: str = "none",
+    score: str = "mean",
+    min_recent: int = 0,
+    sink: bool = False,
+) -> Tensor:
     """The blocks each query chooses besides its own.
 
     Args:
@@ -40,16 +50,21 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens:
         k: [T, Hkv, D], as attention sees them (after RoPE and any norm).
         block_size, top_k: B and k.
         cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
+        shared_by_group, score, min_recent, sink: as of :class:`moba_cp.MoBAConfig`. Of scores that are NaN a maximum
+            takes no notice; a sum with one is NaN.
 
     Returns:
-        [T, Hq, k - 1] int64, best first, -1 where there are fewer candidates. Block ids number the blocks of all
-        documents in order; with one document, id ``j`` covers tokens ``[jB, (j + 1)B)``.
+        [T, G, k - 1] int64, best first, -1 where there are fewer candidates; G is Hq, or Hkv where a group shares its
+        selection. Blocks that are always taken come first, the newest of them in front. Block ids number the blocks of
+        all documents in order; with one document, id ``j`` covers tokens ``[jB, (j + 1)B)``.
     """
     n_tokens, n_heads, _ = q.shape
-    group = n_heads // k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    means = block_means(k, block_size, cu_seqlens).to(wide)
-    chosen = torch.full((n_tokens, n_heads, top_k - 1), -1, dtype=torch.int64, device=q.device)
+    n_kv = k.shape[1]
+    group = n_heads // n_kv
+    # Query heads that choose together.
+    together = 1 if shared_by_group == "none" else group
+    means = block_means(k, block_size, cu_seqlens).to(torch.promote_types(q.dtype, torch.float32))
+    chosen = torch.full((n_tokens, n_heads // together, top_k - 1), -1, dtype=torch.int64, device=q.device)
     first_block = 0
     for begin, end in _documents(n_tokens, cu_seqlens):
         for own, start in enumerate(range(begin, end, block_size)):
@@ -57,17 +72,47 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, top_k: int, cu_seqlens:
             if n_take == 0:
                 continue
             rows = slice(start, min(start + block_size, end))
-            for head in range(n_heads):
-                candidates = means[first_block : first_block + own, head // group]
+            for head in range(n_heads // together):
+                kv = head * together // group
+                of_members = []
+                for member in range(head * together, (head + 1) * together):
+                    row = q[rows, member].detach()
+                    if score == "mean":
+                        of_members.append(_block_scores(row, means[first_block : first_block + own, kv]))
+                    else:
+                        of_keys = _block_scores(row, k[begin : begin + own * block_size, kv].detach())
+                        of_members.append(_largest(of_keys.unflatten(-1, (own, block_size)), -1))
+                total = of_members[0]
+                for other in of_members[1:]:
+                    total = total + other if shared_by_group == "sum" else _largest(torch.stack([total, other]), 0)
                 # Candidates run from the newest to the oldest, so that a stable sort lets the newer win a tie.
-                score = _dot(q[rows, head].detach(), candidates).to(wide).flip(-1)
-                number = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+                newest_first = total.flip(-1)
+                taken = torch.zeros(own, dtype=torch.bool, device=q.device)
+                taken[:min_recent] = True
+                if sink:
+                    taken[-1] = True
+                number = newest_first.nan_to_num(-torch.inf, torch.inf, -torch.inf)
                 order = number.argsort(dim=-1, descending=True, stable=True)
-                # NaN goes behind every number, -inf included.
-                order = order.gather(-1, score.isnan().gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True))
+                # NaN goes behind every number, -inf included, and what is always taken in front of all.
+                rank = newest_first.isnan().to(torch.int8) * 2
+                rank = torch.where(taken, -1, rank).gather(-1, order)
+                order = order.gather(-1, rank.argsort(dim=-1, stable=True))
+                n_taken = min(int(taken.sum()), n_take)
+                order[:, :n_taken] = order[:, :n_taken].sort(-1).values
                 chosen[rows, head, :n_take] = first_block + own - 1 - order[:, :n_take]
         first_block += -(-(end - begin) // block_size)
     return chosen
+
+
+def _block_scores(rows: Tensor, keys: Tensor) -> Tensor:
+    """Scores [R, n] of rows [R, D] and keys, or mean keys, [n, D], rounded to the wide dtype."""
+    return _dot(rows, keys).to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _largest(score: Tensor, dim: int) -> Tensor:
+    """The maximum over a dimension; NaN only where all are NaN."""
+    largest = score.masked_fill(score.isnan(), -torch.inf).amax(dim)
+    return largest.masked_fill(score.isnan().all(dim), torch.nan)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -133,6 +178,10 @@ def moba_attention(
     return_lse: bool = False,
     chosen: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    shared_by_group: str = "none",
+    score: str = "mean",
+    min_recent: int = 0,
+    sink: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """MoBA attention of packed documents.
 
@@ -144,10 +193,12 @@ def moba_attention(
         cu_seqlens: [n_docs + 1] int, document boundaries; None for one document.
         softmax_scale: factor of the scores; ``D ** -0.5`` by default.
         return_lse: also return the log-sum-exp of the scaled scores, natural log.
-        chosen: [T, Hq, k - 1] block ids to attend to instead of those of :func:`select_blocks`, so that results in
-            two precisions can be compared under one selection.
+        chosen: [T, Hq, S] or [T, Hkv, S] block ids to attend to instead of those of :func:`select_blocks`, any number
+            of them for each row, so that results in two precisions can be compared under one selection. Repeats count
+            once; -1, and what lies in another document or not before a row's own block, not at all.
         cu_seqlens_k: [n_docs + 1] int, boundaries of the documents among the keys, where ``cu_seqlens`` has those among
             the queries.
+        shared_by_group, score, min_recent, sink: as of :func:`select_blocks`.
 
     Returns:
         out [T, Hq, D] in q's dtype, and lse [T, Hq] in float32 (float64 for float64 inputs) if asked for.
@@ -161,11 +212,13 @@ def moba_attention(
         padded = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, rows, q)
         if chosen is not None:
             chosen = chosen.new_full((k.shape[0], *chosen.shape[1:]), -1).index_copy(0, rows, chosen)
-        results = moba_attention(padded, k, v, block_size, top_k, keys, scale, True, chosen)
+        gate = shared_by_group, score, min_recent, sink
+        results = moba_attention(padded, k, v, block_size, top_k, keys, scale, True, chosen, None, *gate)
         out, lse = (x[rows] for x in results)
         return (out, lse) if return_lse else out
     if chosen is None:
-        chosen = select_blocks(q, k, block_size, top_k, cu_seqlens)
+        chosen = select_blocks(q, k, block_size, top_k, cu_seqlens, shared_by_group, score, min_recent, sink)
+    together = q.shape[1] // chosen.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [q.new_zeros(0, q.shape[1], q.shape[2])], [q.new_zeros(0, q.shape[1], dtype=wide)]
     first_block = 0
@@ -177,8 +230,10 @@ def moba_attention(
         heads = []
         for head in range(q.shape[1]):
             mask = causal_own.clone()
-            for slot in range(top_k - 1):
-                mask |= (chosen[begin:end, head, slot, None] - first_block) == block[None, :]
+            for slot in range(chosen.shape[2]):
+                number = chosen[begin:end, head // together, slot] - first_block
+                past = (number >= 0) & (number < block)
+                mask |= past[:, None] & (number[:, None] == block[None, :])
             kv = head // group
             heads.append(_masked_attention(q[begin:end, head], k[begin:end, kv], v[begin:end, kv], mask, scale))
         if length:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import Pages
 from ..config import MoBAConfig
+from ..given import numbers_in_documents
 from ..ops import backend
 from ..transforms import once_differentiable, without_autocast
 from .allgather.strategy import AllGather, Transport, build_transport
@@ -35,44 +35,79 @@ from .heads.local import LocalMoBA
 from .heads.strategy import HeadExchange, Saved
 from .heads.tables import HeadTables, build_head_tables
 from .options import GATHERING_MODES
+from .owned import OwnedTables, owned_pages, owned_tables
+from .selecting import refuse_faults, select_by_keys
 from .straddle import assemble, assemble_backward
 from .ways import OutputGradient, Queries, Seen, Way
 
 
 @outside_graphs
-def moba_attention(q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext):
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    scale: float,
+    cp: CPContext,
+    block_indices: Tensor | None = None,
+    check_indices: bool = False,
+    return_selection: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """MoBA attention of local queries to the whole sequence; a collective call.
 
     Args:
         q: [L, Hq, D]; k, v: [L, Hkv, D], this rank's share.
+        block_indices: [L, G, S] int32, a selection for this rank's rows in numbers of blocks within their documents; S
+            is then ``config.top_k - 1``, and its gate MoBA's own.
+        check_indices, return_selection: as of :func:`moba_cp.moba_attention`.
 
     Returns:
-        out [L, Hq, D] in q's dtype, lse [L, Hq] wide and without gradient.
+        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and if it is asked for the selection [L, G, S] as
+        ``block_indices`` has it; these two without gradient.
 
     Raises:
-        ValueError: q is not this rank's share of ``cp``'s sequence, or on another kind of device.
+        ValueError: q is not this rank's share of ``cp``'s sequence, or on another kind of device; or with
+            ``check_indices`` on all ranks, if on one of them a row names what it must not.
     """
     check_context(cp, q)
     if torch.is_inference_mode_enabled():
         # Buffers and tables that this call makes outlive it, and serve training too.
         with torch.inference_mode(False), torch.no_grad():
-            return moba_attention(q, k, v, config, scale, cp)
+            return moba_attention(q, k, v, config, scale, cp, block_indices, check_indices, return_selection)
+    given = None
+    if block_indices is not None:
+        geometry = cp.geometry(config.block_size)
+        if check_indices:
+            refuse_faults(block_indices, geometry, cp)
+        given = backend(q).given_blocks(block_indices, geometry.first, geometry.current_block)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    call = enter(q, k, config, cp, wanted, torch.is_grad_enabled())
+    call = enter(q, k, config, cp, wanted, torch.is_grad_enabled(), given, return_selection)
     # Where other ranks want gradients, this one has to take part in their backward pass.
     others_may = torch.is_grad_enabled() and not wanted and cp.size > 1
     anchor = torch.empty(0, dtype=torch.float32, requires_grad=True) if others_may else None
-    out, lse = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor)
-    return out if anchor is None or call.anybody_wants() else out.detach(), lse
+    out, lse, selection = _MoBAAcrossRanks.apply(q, k, v, config, scale, cp, call, anchor, given, return_selection)
+    if return_selection:
+        selection = numbers_in_documents(selection, cp.geometry(config.block_size).first)
+    return out if anchor is None or call.anybody_wants() else out.detach(), lse, selection
 
 
-def enter(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, wanted: bool, needs_grad: bool) -> Call:
+def enter(
+    q: Tensor,
+    k: Tensor,
+    config: MoBAConfig,
+    cp: CPContext,
+    wanted: bool,
+    needs_grad: bool,
+    given: Tensor | None = None,
+    return_selection: bool = False,
+) -> Call:
     """A call of :func:`forward_pass` begins: whether this rank wants gradients of it, and whether it could have any."""
+    gate = tuple(config.gate) if given is None else ("given", given.shape[1])
+    moba = config.block_size, config.top_k, gate
     if not cp.comm.calls.count:
-        agree(cp.comm, signature(cp, q, k, kind="moba", block_size=config.block_size, top_k=config.top_k))
-    return Call(
-        cp.comm, (cp.digest, q.shape[1], k.shape[1:], str(q.dtype), config.block_size, config.top_k), wanted, needs_grad
-    )
+        agree(cp.comm, signature(cp, q, k, kind="moba", block_size=config.block_size, top_k=config.top_k, gate=gate))
+    what = cp.digest, q.shape[1], k.shape[1:], str(q.dtype), *moba, return_selection
+    return Call(cp.comm, what, wanted, needs_grad)
 
 
 def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: Call) -> Way:
@@ -83,14 +118,14 @@ def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: C
     """
     options, transport, n_slots = cp.exchange, None, config.top_k - 1
     if cp.comm.size == 1:
-        return Exchange(None, options, None, ops, cp, call)
+        return Exchange(None, options, None, ops, cp, call, q.shape[1])
     layer = config.block_size, q.shape[1], k.shape[1:], k.dtype, n_slots
     if options.mode in GATHERING_MODES:
         transport = cp.cached(Transport, layer, lambda: build_transport(cp, config.block_size, q, k, config.top_k))
         if transport.tables.at_once:
             return AllGather(transport, ops, call)
     tables = cp.cached(ExchangeTables, layer, lambda: build_exchange_tables(cp, config.block_size, n_slots, k))
-    return Exchange(tables, options, transport, ops, cp, call)
+    return Exchange(tables, options, transport, ops, cp, call, q.shape[1])
 
 
 class Pass(NamedTuple):
@@ -101,7 +136,7 @@ class Pass(NamedTuple):
     call: Call
     comm: Communicator
     geometry: BlockGeometry
-    tables: "OwnedTables"
+    tables: OwnedTables
     way: Way
     ops: Any
 
@@ -126,13 +161,24 @@ class HeadPass(NamedTuple):
 
 
 def forward_pass(
-    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext, call: Call
-) -> tuple[Tensor, Tensor, list[Tensor | None], Pass | HeadPass]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    scale: float,
+    cp: CPContext,
+    call: Call,
+    given: Tensor | None = None,
+    return_selection: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], Pass | HeadPass]:
     """The forward pass of :func:`moba_attention` without autograd; a collective call.
 
+    Args:
+        given: [L, G, S] int32, ids of the blocks to attend to, each a candidate of its row and named once.
+
     Returns:
-        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, what depends on the selection, and what :func:`backward_pass`
-        is called with.
+        out [L, Hq, D] in q's dtype, lse [L, Hq] wide, with ``return_selection`` block ids [L, G, S], what depends on
+        the selection, and what :func:`backward_pass` is called with.
     """
     options = cp.exchange
     if options.mode in ("heads", "auto") or options.head_ranks is not None:
@@ -140,15 +186,18 @@ def forward_pass(
         key = q.shape[1:], k.shape[1], q.dtype, moba
         h = cp.cached(TeamSize, key, lambda: head_ranks(cp, q, k, moba)).h
         if h > 1:
-            return _forward_of_heads(q, k, v, config, scale, cp, call, h)
+            return _forward_of_heads(q, k, v, config, scale, cp, call, h, given, return_selection)
     geometry, comm, ops, where = cp.geometry(config.block_size), cp.comm, backend(q), call.where
     tables = owned_tables(cp, geometry, k.shape[1])
     k_rows, v_rows = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
     owned = owned_pages(k_rows, v_rows, tables, geometry)
     way = choose(q, k, config, cp, ops, call)
     way.start(owned, where)
-    means = gather_means(k_rows, tables, geometry, ops, comm, call)
-    block_indices = ops.select_blocks(q, means, geometry.first, geometry.current_block, config.top_k)
+    if given is None:
+        block_indices = _select(q, k, k_rows, config, cp, geometry, tables, ops, call)
+    else:
+        block_indices = given
+        send_tag(q, comm, call)
     way.plan(block_indices, owned)
     seen = Seen(block_indices, geometry.current_block, geometry.visible, scale)
     index = ops.routing_index(q, *seen[:3], geometry.any_row.expand(k.shape[1], -1))
@@ -159,7 +208,37 @@ def forward_pass(
         # Last, so that an observer that raises interrupts no collective.
         cp.observer(where.layer, block_indices, k.shape[1], config.block_size)
     made = Pass(scale, config.deterministic, call, comm, geometry, tables, way, ops)
-    return out, lse, [block_indices, index, *saved], made
+    return out, lse, block_indices if return_selection else None, [block_indices, index, *saved], made
+
+
+def _select(
+    q: Tensor,
+    k: Tensor,
+    k_rows: Tensor,
+    config: MoBAConfig,
+    cp: CPContext,
+    geometry: BlockGeometry,
+    tables: OwnedTables,
+    ops,
+    call: Call,
+) -> Tensor:
+    """[L, G, S] int32, the blocks that this rank's rows choose; k_rows [L + X, Hkv, D]; a collective call."""
+    gate, comm = config.gate, cp.comm
+    if gate.score == "max":
+        send_tag(q, comm, call)
+        return select_by_keys(q, k, config, cp, geometry, ops, call.where)
+    means = gather_means(k_rows, tables, geometry, ops, comm, call)
+    how = gate.shared_by_group, gate.min_recent, gate.sink
+    return ops.select_blocks(q, means, geometry.first, geometry.current_block, config.top_k, *how)
+
+
+def send_tag(q: Tensor, comm: Communicator, call: Call) -> None:
+    """Say which ``call`` this rank makes, where no block means do; a collective call."""
+    if comm.size == 1:
+        return
+    with comm.on_comm_stream(comm.record_event(q)):
+        tags = comm.all_gather_async(call.tag(q.device), "means", call.where, uncounted=TAG_BYTES)()
+        call.arrive(HostCopy(tags))
 
 
 def backward_pass(
@@ -202,36 +281,57 @@ def backward_pass(
 
 
 def _forward_of_heads(
-    q: Tensor, k: Tensor, v: Tensor, config: MoBAConfig, scale: float, cp: CPContext, call: Call, h: int
-) -> tuple[Tensor, Tensor, Saved, HeadPass]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig,
+    scale: float,
+    cp: CPContext,
+    call: Call,
+    h: int,
+    given: Tensor | None,
+    return_selection: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Saved, HeadPass]:
     """:func:`forward_pass` where every ``h`` ranks exchange tokens for heads."""
     ops, comm, where = backend(q), cp.comm, call.where
     key = h, q.shape[1], k.shape[1:], k.dtype
     tables = cp.cached(HeadTables, key, lambda: build_head_tables(cp, h, q, k))
-    with comm.on_comm_stream(comm.record_event(q)):
-        tags = comm.all_gather_async(call.tag(q.device), "means", where, uncounted=TAG_BYTES)()
-        call.arrive(HostCopy(tags))
+    selection = given
+    if given is None and config.gate.shared and tables.shares_kv:
+        # The heads of a group go to several ranks, and choose together before they part.
+        geometry = cp.geometry(config.block_size)
+        k_rows, _ = assemble(k, v, geometry, comm, where) if geometry.straddles else (k, v)
+        owned = owned_tables(cp, geometry, k.shape[1])
+        selection = _select(q, k, k_rows, config, cp, geometry, owned, ops, call)
+    else:
+        send_tag(q, comm, call)
     inner = tables.inner
     if inner.size == 1:
         attention = LocalMoBA(config, scale, inner, ops)
     else:
         attention = _MoBAOfHeads(config, scale, inner, where.layer, call.needs_grad)
+    of_selection = []
+    if selection is not None and selection.shape[2]:
+        of_selection.append(Part(selection, selection.shape[1] != q.shape[1], selection.dtype))
     exchange = HeadExchange(team_transport(cp, tables), attention, cp.exchange.keep)
-    out, lse, saved = exchange.forward(q, k, v, where, call.needs_grad)
+    out, lse, saved = exchange.forward(q, k, v, where, call.needs_grad, of_selection)
     made = HeadPass(call, exchange, ops)
     comm.count_ring(k, 1, where)
-    if cp.observer is not None:
+    if selection is None and (return_selection or cp.observer is not None):
         call.check()
-        selection = torch.empty(*q.shape[:2], config.top_k - 1, dtype=torch.int32, device=q.device)
-        by_messages, targets = Collectives(tables, comm), [Part(selection, False, selection.dtype)]
+        n_groups = config.gate.n_groups(q.shape[1], k.shape[1])
+        selection = torch.empty(q.shape[0], n_groups, config.top_k - 1, dtype=torch.int32, device=q.device)
+        by_messages, targets = Collectives(tables, comm), [Part(selection, config.gate.shared, selection.dtype)]
         of_stages = [saved[index - 1] for index in made.indices]
         for number, (units, part) in enumerate(zip(tables.stages, of_stages, strict=True)):
             stage = Stage(number, units)
             by_messages.give_back(stage, targets, slice(0, 1), [part], where)
             for event in by_messages.collect(stage):
                 wait_for(event)
+    if cp.observer is not None:
+        call.check()
         cp.observer(where.layer, selection, k.shape[1], config.block_size)
-    return out, lse, saved, made
+    return out, lse, selection if return_selection else None, saved, made
 
 
 class _MoBAOfHeads:
@@ -242,12 +342,17 @@ class _MoBAOfHeads:
         self._needs_grad = needs_grad
         self._made: list[Pass] = []
 
-    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
-        """See :class:`.heads.strategy.Attention`."""
+    def forward(
+        self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Saved]:
+        """See :class:`.heads.strategy.Attention`; ``given`` as of :func:`forward_pass`."""
         cp, config = self._context, self._config
         cp.comm.layer = self._layer
-        call = enter(q, k, config, cp, self._needs_grad, self._needs_grad)
-        result, lse, kept, made = forward_pass(q, k, v, config, self._scale, cp, call)
+        if given is not None:
+            # What came here may be overwritten by the next stage but one, and this is saved.
+            given = given.clone()
+        call = enter(q, k, config, cp, self._needs_grad, self._needs_grad, given)
+        result, lse, _, kept, made = forward_pass(q, k, v, config, self._scale, cp, call, given)
         self._made.append(made)
         out.copy_(result)
         return lse, kept
@@ -264,52 +369,22 @@ class _MoBAOfHeads:
 class _MoBAAcrossRanks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call, _anchor):
-        out, lse, kept, ctx.made = forward_pass(q, k, v, config, scale, cp, call)
+    def forward(ctx, q, k, v, config: MoBAConfig, scale: float, cp: CPContext, call: Call, _anchor, given, asked: bool):
+        out, lse, selection, kept, ctx.made = forward_pass(q, k, v, config, scale, cp, call, given, asked)
         # No tensors on ctx itself: activation checkpointing drops only what autograd has saved, and backward needs the
         # selection, the plan and the log-sum-exp of one and the same forward.
         ctx.save_for_backward(q, k, v, out, lse, *kept)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        # What comes in must not go out as it is.
+        selection = selection.clone() if selection is given and asked else selection
+        ctx.mark_non_differentiable(lse, *([selection] if asked else []))
+        return out, lse, selection
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, *_):
         q, k, v, out, lse, *kept = ctx.saved_tensors
-        return *backward_pass(ctx.made, q, k, v, out, lse, kept, dout), None, None, None, None, None
-
-
-class OwnedTables(NamedTuple):
-    """Where the blocks that this rank owns lie; m of them, or n with those of other ranks."""
-
-    row: Tensor
-    """[m] int64, the first row of each."""
-    length: Tensor
-    """[m] int32, tokens of each."""
-    most: int
-    """the most blocks that any rank owns"""
-    page_row: Tensor
-    """[Hkv, n] int64, the first row of each block, -1 for those of other ranks."""
-    page_head: Tensor
-    """[Hkv, n] int32, the KV head."""
-
-
-def owned_tables(cp: CPContext, geometry: BlockGeometry, n_kv: int) -> OwnedTables:
-    """Built at the first call and kept with the context."""
-
-    def build() -> OwnedTables:
-        mine, most = geometry.owned[cp.rank], max(ids.numel() for ids in geometry.owned)
-        head = torch.arange(n_kv, device=geometry.row.device, dtype=torch.int32)[:, None]
-        table = geometry.row.expand(n_kv, -1), head.expand(-1, geometry.n_blocks)
-        return OwnedTables(geometry.row[mine], geometry.length[mine], most, *table)
-
-    return cp.cached(OwnedTables, (geometry.block_size, n_kv), build)
-
-
-def owned_pages(k: Tensor, v: Tensor, tables: OwnedTables, geometry: BlockGeometry) -> Pages:
-    """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
-    return Pages(k, v, tables.page_row, tables.page_head, geometry.length, geometry.block_size)
+        return *backward_pass(ctx.made, q, k, v, out, lse, kept, dout), *[None] * 7
 
 
 def gather_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops, comm: Communicator, call: Call):

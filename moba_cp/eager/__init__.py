@@ -21,13 +21,13 @@ from .exchange import (
     write_request,
 )
 from .movement import add_pages, add_rows, copy_pages, gather_rows, merge_rows, pack_kv_shard, sum_partial_grads
-from .select import block_means, select_blocks
+from .select import block_means, given_blocks, select_blocks, select_by_keys
 from .tokenwise import rms_norm, rms_norm_backward, split_rotate, split_rotate_backward, swiglu, swiglu_backward
 
 __all__ = [
     "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
+    "count_rows", "gather_rows", "given_blocks", "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard",
     "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums",
-    "select_blocks", "select_few", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
-    "swiglu_backward", "weigh_blocks", "write_request",
+    "select_blocks", "select_by_keys", "select_few", "split_rotate", "split_rotate_backward", "sum_partial_grads",
+    "sum_up", "swiglu", "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

@@ -73,7 +73,11 @@ class _Head:
     def __init__(self, q, pages: Pages, kv_head: int, block_indices, current_block, visible):
         group = q.shape[1] // pages.row.shape[0]
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        blocks, limits = _visits(pages, kv_head, block_indices[:, heads], current_block, visible)
+        if block_indices.shape[1] == q.shape[1]:
+            of_group = block_indices[:, heads]
+        else:
+            of_group = block_indices[:, kv_head, None].expand(-1, group, -1)
+        blocks, limits = _visits(pages, kv_head, of_group, current_block, visible)
         self.n_slots = blocks.shape[-1]
         self.pages, self.kv_head, self.heads = pages, kv_head, heads
         task_rows = min(TASK_ROWS, max(16, q.shape[0] * group))
@@ -154,7 +158,8 @@ def attend(
     Args:
         q: [N, Hq, D].
         pages: the storage; Hkv is ``pages.row.shape[0]``.
-        block_indices: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped.
+        block_indices: [N, Hq, S] int32 block ids seen whole; -1, or a block not in ``pages``, is skipped. [N, Hkv, S]
+            where the query heads of a KV head see the same.
         current_block: [N] int32, block id of which only the first ``visible[t]`` keys are seen; None for none.
         visible: [N] int32, with ``current_block``.
         scale: factor of the scores.

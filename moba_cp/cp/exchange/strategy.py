@@ -80,15 +80,18 @@ class Exchange:
         ops,
         cp: CPContext,
         call: Call,
+        n_heads: int,
     ):
         """
         Args:
             tables: None on one rank, which exchanges nothing.
             instead: in ``auto``: what all-gathers where a plan would save little.
             ops: the backend that serves q, see :func:`moba_cp.ops.backend`.
+            n_heads: Hq.
         """
         self._tables, self._options, self._instead = tables, options, instead
         self._ops, self._comm, self._call = ops, cp.comm, call
+        self._n_heads = n_heads
         self._int_ops = None
         self._plan: Plan | None = None
         self._ready: torch.cuda.Event | None = None
@@ -103,6 +106,8 @@ class Exchange:
         comm, (wire, decision, _) = self._comm, self._tables
         self._ready, self._int_ops = comm.record_event(block_indices), integer_backend(block_indices)
         with comm.on_comm_stream(self._ready):
+            if self._options.mode != "kv":
+                block_indices = self._of_query_heads(block_indices)
             self._plan = make_plan(
                 block_indices, decision, wire, self._options.mode, self._int_ops, comm, self._call.where
             )
@@ -205,6 +210,13 @@ class Exchange:
         _pipeline(stages, begin, compute, collect, waits, last)
         return dq, kv_grads
 
+    def _of_query_heads(self, block_indices: Tensor) -> Tensor:
+        """[L, Hq, S]: a row that travels is one of a query head, whether or not its group shares a selection."""
+        n_groups = block_indices.shape[1]
+        if n_groups == self._n_heads:
+            return block_indices
+        return block_indices.repeat_interleave(self._n_heads // n_groups, 1)
+
     def _gathers(self, stats: PlanStats) -> bool:
         """Whether ``auto`` is to all-gather; counts what the plan says."""
         gathers = self._instead is not None and stats.total_bytes >= self._instead.tables.better_from
@@ -223,9 +235,10 @@ class Exchange:
             blocks = fetch.block_stages(plan.hops, sizes, plan.fetch, owned, wire.geometry, keep, ops, comm, where)
         # Where no rank sends any rows, none takes part in sending them.
         if sizes.stats.total_rows:
+            block_indices = self._of_query_heads(queries.seen.block_indices)
             rows = dispatch.row_stages(
-                plan.rows, sizes, queries.seen.block_indices, owned, wire, keep, ops, self._int_ops, comm, where
-            )
+                plan.rows, sizes, block_indices, owned, wire, keep, ops, self._int_ops, comm, where
+            )  # fmt: skip
         missing = [None] * wire.stages
         return [_Stage(*parts) for parts in zip(wire.kv_heads, blocks or missing, rows or missing, strict=True)]
 

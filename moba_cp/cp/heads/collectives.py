@@ -113,9 +113,9 @@ class Collectives:
         finishing, stage.returning = stage.returning, []
         return [finish() for finish in finishing]
 
-    def kept(self, stage: Stage) -> list[Tensor]:
-        """A stage's inputs, to be kept beyond its computation."""
-        return list(stage.inputs)
+    def kept(self, stage: Stage, count: int) -> list[Tensor]:
+        """The first ``count`` of a stage's inputs, to be kept beyond its computation."""
+        return stage.inputs[:count]
 
     def _shape(self, part: Part, stage: Stage) -> tuple[int, ...]:
         """Of *heads*."""

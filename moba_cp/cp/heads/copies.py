@@ -116,9 +116,9 @@ class CopyEngines(Collectives):
 
         stage.returning.append(finish)
 
-    def kept(self, stage: Stage) -> list[Tensor]:
+    def kept(self, stage: Stage, count: int) -> list[Tensor]:
         """See :meth:`.collectives.Collectives.kept`."""
-        return [x.clone() for x in stage.inputs]
+        return [x.clone() for x in stage.inputs[:count]]
 
     def _turns(self) -> list[int]:
         """Places of the team, each rank's next one first and its own last, so that not all go to the same."""

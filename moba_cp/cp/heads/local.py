@@ -20,7 +20,8 @@ from .strategy import Saved
 
 @dataclass(frozen=True)
 class LocalMoBA:
-    """MoBA; what is saved is the selection [T, n, k - 1] and the routing index, which may be missing in backward."""
+    """MoBA; what is saved is the selection, [T, n, k - 1] or one of each KV head, and the routing index, which may be
+    missing in backward."""
 
     config: MoBAConfig
     scale: float
@@ -36,14 +37,20 @@ class LocalMoBA:
         size = fitted_block_size(self.config.block_size, cp.seq_len)
         return cp.cached(BlockTable, size, lambda: block_table(cp.seq_len, size, cp.cu_seqlens, cp.device))
 
-    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
-        """See :class:`.strategy.Attention`."""
+    def forward(
+        self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Saved]:
+        """See :class:`.strategy.Attention`; ``given``: a selection [T, n, k - 1], or one of each KV head, by block
+        ids."""
         table, ops = self.table, self.ops
-        means = ops.block_means(k, table.start, table.length, table.block_size)
-        selection = ops.select_blocks(q, means, table.first, table.current_block, self.config.top_k)
+        if given is None:
+            selection = self._select(q, k)
+        else:
+            # What came here may be overwritten by the next stage but one.
+            selection = given.clone()
         index = self._index(q, selection, table, k.shape[1])
         seen = selection, table.current_block, table.visible, self.scale
-        lse = means.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
+        lse = q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
         ops.attend(q, local_pages(k, v, table), *seen, index=index, out=(out, lse), overwrite_out=True)
         return lse, [selection, index]
 
@@ -76,6 +83,14 @@ class LocalMoBA:
             overwrite_dq=True,
             dkdv_done=dkdv_done,
         )
+
+    def _select(self, q: Tensor, k: Tensor) -> Tensor:
+        gate, table, ops, top_k = self.config.gate, self.table, self.ops, self.config.top_k
+        rows, how = (table.first, table.current_block), (gate.shared_by_group, gate.min_recent, gate.sink)
+        if gate.score == "max":
+            return ops.select_by_keys(q, k, table.start, *rows, table.block_size, top_k, *how)
+        means = ops.block_means(k, table.start, table.length, table.block_size)
+        return ops.select_blocks(q, means, *rows, top_k, *how)
 
     def _index(self, q: Tensor, selection: Tensor, table: BlockTable, n_kv: int) -> Tensor | None:
         rows = table.row.expand(n_kv, -1)

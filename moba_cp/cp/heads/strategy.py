@@ -24,8 +24,9 @@ Saved = list[Tensor | None]
 class Attention(Protocol):
     """Attention of some heads to all rows of a team; a collective call of the ranks that have the same heads."""
 
-    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Saved]:
-        """Of stage ``number``: writes out [R, n, D] of q [R, n, D] and k, v [R, m, D].
+    def forward(self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *more: Tensor) -> tuple[Tensor, Saved]:
+        """Of stage ``number``: writes out [R, n, D] of q [R, n, D] and k, v [R, m, D]; ``more``: the stage's heads of
+        what else :meth:`HeadExchange.forward` was given.
 
         Returns:
             lse [R, n], wide, and what is to be saved for backward.
@@ -63,22 +64,25 @@ class HeadExchange:
         self.n_saved = [0] * len(transport.tables.stages)
         """Of each stage: tensors that its forward pass saved."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Where, needs_grad: bool) -> tuple[Tensor, Tensor, Saved]:
-        """out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and what :meth:`backward` needs."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where, needs_grad: bool, more: Sequence[Part] = ()
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """out [L, Hq, D] in q's dtype, lse [L, Hq] wide, and what :meth:`backward` needs; ``more``: what the attention
+        takes beside q, k and v, and saves itself if its backward pass needs it."""
         transport, attention, saved = self.transport, self._attention, []
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=WIDE[q.dtype])
-        parts, targets = [*self._qkv(q, k, v)], [_of_queries(out), _of_queries(lse)]
+        parts, targets = [*self._qkv(q, k, v), *more], [_of_queries(out), _of_queries(lse)]
         if needs_grad:
             wire = self._gradient_dtype(k)
-            later = [*(() if self._keep else parts), *map(_of_queries, (out, lse, lse))]
+            later = [*(() if self._keep else parts[:3]), *map(_of_queries, (out, lse, lse))]
             transport.reserve(later, [Part(k, True, wire), Part(v, True, wire), _of_queries(q)])
         for stage in self._stages(parts, targets, [], where):
-            q_heads, k_heads, v_heads = stage.inputs
+            q_heads, k_heads, v_heads, *rest = stage.inputs
             out_heads, _ = transport.results(stage, targets)
-            lse_heads, of_stage = attention.forward(stage.number, q_heads, k_heads, v_heads, out_heads)
+            lse_heads, of_stage = attention.forward(stage.number, q_heads, k_heads, v_heads, out_heads, *rest)
             transport.give_back(stage, targets, slice(0, 2), [out_heads, lse_heads], where)
             if needs_grad and self._keep:
-                of_stage = [*of_stage, *transport.kept(stage)]
+                of_stage = [*of_stage, *transport.kept(stage, 3)]
             saved += of_stage
             self.n_saved[stage.number] = len(of_stage)
         return out, lse, saved
