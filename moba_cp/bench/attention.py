@@ -7,6 +7,7 @@ Legend: T tokens, Hq query heads, Hkv key/value heads, D head dim, B block size,
 """
 
 import argparse
+import statistics
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import MoBAConfig, dense, full_attention, moba_attention
 from .chart import Curve, Panel, draw
 from .environment import described, environment
-from .judge import judge_moba
+from .judge import judge_moba, select
+from .peers import PEERS, Inputs
 from .rows import Report, Row, Table, find, number
 from .shape import CHART_SHAPE, SHAPES
 from .timing import Candidate, time_passes
@@ -35,18 +37,20 @@ STYLES = {
 
 def main(args: argparse.Namespace) -> int:
     """Check, measure, print a table; 1 if a check fails."""
-    shapes = [parse_shape(text, 6) for text in args.shapes]
+    shapes = [parse_shape(text, 6, ("sum", "max")) for text in args.shapes]
     chart_shape = parse_shape(args.chart_shape, 5)
     if not torch.cuda.is_available():
         raise ValueError("bench attention measures a GPU, and this machine has none that PyTorch sees")
     if args.dense is None:
         args.dense = [*DENSE, *(["fa4"] if _has_fa4() else [])]
+    if args.sparse is None:
+        args.sparse = [name for name, peer in PEERS.items() if peer.is_installed]
     where = environment(torch.device("cuda"))
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     table = Table(
         (
-            ("T, Hq, Hkv, D, B, k", 30, lambda row: ", ".join(map(str, (row.tokens, *row.shape)))),
-            ("what", 7, lambda row: row.name),
+            ("T, Hq, Hkv, D, B, k", 33, lambda row: ", ".join(map(str, (row.tokens, *row.shape)))),
+            ("what", 12, lambda row: row.name),
             ("fwd ms", 10, number("forward")),
             ("spread", 8, number("forward_spread")),
             ("fwd+bwd", 10, number("both")),
@@ -74,17 +78,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_shape(text: str, count: int) -> tuple[int, ...]:
-    """``text`` as ``count`` positive integers.
+def parse_shape(text: str, count: int, words: tuple[str, ...] = ()) -> tuple[int | str, ...]:
+    """``text`` as ``count`` positive integers, and perhaps one of ``words``.
 
     Raises:
         ValueError: it is something else.
     """
     parts = text.split(",")
+    last = [parts.pop().strip()] if len(parts) == count + 1 and parts[-1].strip() in words else []
     if len(parts) != count or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         example = SHAPES[4] if count == 6 else CHART_SHAPE
-        raise ValueError(f"shape {text!r} is not {count} positive integers with commas between; use e.g. {example}")
-    return tuple(int(part) for part in parts)
+        also = f", and {' or '.join(words)} or nothing behind them," if words else ""
+        raise ValueError(
+            f"shape {text!r} is not {count} positive integers with commas between{also}; use e.g. {example}"
+        )
+    return *(int(part) for part in parts), *last
 
 
 def panels(rows: list[Row]) -> list[Panel]:
@@ -111,10 +119,11 @@ def panels(rows: list[Row]) -> list[Panel]:
     return out
 
 
-def _measure(shape: tuple[int, ...], args: argparse.Namespace, report: Report) -> str | None:
+def _measure(shape: tuple[int | str, ...], args: argparse.Namespace, report: Report) -> str | None:
     """Add the rows of one shape, or tell what is wrong with its results."""
-    n_tokens, n_q, n_kv, dim, block_size, top_k = shape
-    config = MoBAConfig(block_size, top_k, deterministic=args.deterministic)
+    n_tokens, n_q, n_kv, dim, block_size, top_k, *shared = shape
+    gate = {"shared_by_group": shared[0]} if shared else {}
+    config = MoBAConfig(block_size, top_k, deterministic=args.deterministic, **gate)
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v, dout = (
         torch.randn(n_tokens, h, dim, generator=g, device="cuda", dtype=torch.bfloat16) for h in (n_q, n_kv, n_kv, n_q)
@@ -149,7 +158,27 @@ def _measure(shape: tuple[int, ...], args: argparse.Namespace, report: Report) -
             except (RuntimeError, ValueError) as error:
                 other.note = f"does not take this shape: {str(error).splitlines()[0][:100]}"
         report.add(other)
+    if shared and args.sparse:
+        inputs = Inputs(leaves, dout, select(leaves[0].detach(), leaves[1].detach(), config), block_size)
+        for name in args.sparse:
+            report.add(_peer_row(name, inputs, shape, args))
+            torch.cuda.empty_cache()
     return None
+
+
+def _peer_row(name: str, inputs: Inputs, shape: tuple[int | str, ...], args: argparse.Namespace) -> Row:
+    """Times of sparse attention of others, with what they compute instead; or why there are none."""
+    row = Row(PART, name, shape[0], shape=shape[1:], note=PEERS[name].differs)
+    try:
+        candidate = PEERS[name].make(inputs)
+        forward = time_passes(candidate, False, args.repeats, warm_up=2)
+        row.forward, row.forward_spread = statistics.median(forward), max(forward) - min(forward)
+        row.fill(forward, time_passes(candidate, True, args.repeats, warm_up=2))
+    # Whatever a library of others raises, the other rows are wanted.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:150]
+        row.note += f"; {'forward' if row.forward is None else 'backward'} failed, {type(error).__name__}: {reason}"
+    return row
 
 
 def _time(row: Row, candidate: Candidate, args: argparse.Namespace) -> None:

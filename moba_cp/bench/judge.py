@@ -24,14 +24,18 @@ BOUND = 2e-2
 
 
 def select(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
-    """[T, Hq, k - 1] int32, the blocks that one device selects for one document: q [T, Hq, D], k [T, Hkv, D]."""
+    """[T, Hq, k - 1] int32, the blocks that one device selects for one document: q [T, Hq, D], k [T, Hkv, D]; [T, Hkv,
+    k - 1] where the heads of a group share them."""
     table = block_table(q.shape[0], config.block_size, None, q.device)
     means = backend(k).block_means(k, table.start, table.length, config.block_size)
-    return backend(q).select_blocks(q, means, table.first, table.current_block, config.top_k)
+    return backend(q).select_blocks(
+        q, means, table.first, table.current_block, config.top_k, shared_by_group=config.shared_by_group
+    )
 
 
 def exact_moba(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, selection: Tensor, config: MoBAConfig) -> list[Tensor]:
-    """[out, dq, dk, dv, lse] in float64 under a selection [T, Hq, k - 1]; q, dout [T, Hq, D], k, v [T, Hkv, D]."""
+    """[out, dq, dk, dv, lse] in float64 under a selection [T, Hq or Hkv, k - 1]; q, dout [T, Hq, D], k, v [T, Hkv,
+    D]."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     table = block_table(q.shape[0], config.block_size, None, q.device)
     arguments = q, local_pages(k, v, table), selection, table.current_block, table.offset + 1, q.shape[2] ** -0.5
@@ -60,9 +64,10 @@ def judge_moba(inputs: Sequence[Tensor], results: Sequence[Tensor], lse: Tensor,
     """
     q, k, v, dout = inputs
     group, table = q.shape[1] // k.shape[1], block_table(q.shape[0], config.block_size, None, q.device)
-    selection = select(q, k, config)[:, -group:]
+    together = 1 if config.shared_by_group == "none" else group
+    selection = select(q, k, config)[:, -group // together :]
     means = backend(k).block_means(k, table.start, table.length, config.block_size)[:, -1]
-    problem = selection_problem(q[:, -1], means, selection[:, -1], table)
+    problem = selection_problem(q[:, -together:], means, selection[:, -1], table, config.shared_by_group == "max")
     if problem:
         return {}, problem
     exact = exact_moba(q[:, -group:], k[:, -1:], v[:, -1:], dout[:, -group:], selection, config)
@@ -73,16 +78,19 @@ def judge_moba(inputs: Sequence[Tensor], results: Sequence[Tensor], lse: Tensor,
     return errors, "; ".join(bad) or None
 
 
-def selection_problem(q: Tensor, means: Tensor, selection: Tensor, table) -> str | None:
-    """Whether sampled rows of one head q [T, D] took the blocks of highest score, up to the rounding of a score.
+def selection_problem(q: Tensor, means: Tensor, selection: Tensor, table, by_maximum: bool = False) -> str | None:
+    """Whether sampled rows took the blocks of highest score, up to the rounding of a score.
 
     Args:
+        q: [T, M, D], heads that select together.
         means: [n, D], mean keys of the blocks.
         selection: [T, k - 1].
+        by_maximum: a block's score is the maximum over the heads, else their sum.
     """
     rows = torch.linspace(0, q.shape[0] - 1, 257, dtype=torch.float64, device=q.device).long()
     score = q[rows].double() @ means.double().T
-    rounding = 2e-6 * (q[rows].double().abs() @ means.double().abs().T).amax(-1)
+    score = score.amax(1) if by_maximum else score.sum(1)
+    rounding = 2e-6 * (q[rows].double().abs() @ means.double().abs().T).sum(1).amax(-1)
     block = torch.arange(means.shape[0], device=q.device)
     candidate = block < table.current_block[rows, None]
     taken = (selection[rows][:, :, None] == block).any(1)

@@ -23,8 +23,8 @@ class Row:
     tokens: int
     """T of the whole sequence."""
     ranks: int = 1
-    shape: tuple[int, ...] = ()
-    """Hq, Hkv, D, B, k."""
+    shape: tuple[int | str, ...] = ()
+    """Hq, Hkv, D, B, k, and ``sum`` or ``max`` where the heads of a group share their selection."""
     forward: float | None = None
     forward_spread: float | None = None
     both: float | None = None

@@ -19,8 +19,12 @@ SHAPES = (
     "131072,32,8,128,512,8",
     "131072,16,16,64,128,8",
     "131072,16,16,128,4096,12",
+    "32768,16,2,128,128,16,sum",
+    "65536,64,4,128,64,16,sum",
+    "131072,64,4,128,128,16,sum",
 )
-"""T, Hq, Hkv, D, B, k, as ``bench attention`` takes them; of its chart all but T."""
+"""T, Hq, Hkv, D, B, k, as ``bench attention`` takes them, and how a group's heads join their scores where they share a
+selection; of its chart all from Hq to k."""
 CHART_SHAPE = "16,16,128,512,8"
 
 

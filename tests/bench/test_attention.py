@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp import MoBAConfig, full_attention, moba_attention
-from moba_cp.bench import attention, judge
+from moba_cp.bench import attention, judge, peers, shape
 from moba_cp.bench.chart import figure
 from moba_cp.bench.commands import attention as command
 from moba_cp.bench.rows import Row
@@ -106,3 +106,74 @@ def test_the_chart_extrapolates_what_was_not_measured():
         for line, curve in zip(axis.lines, panel.curves, strict=True):
             assert list(zip(*line.get_data(), strict=True)) == sorted(curve.points), curve.label
         assert [text.get_text() for text in axis.get_xticklabels()] == ["8K", "16K", "32K", "64K", "128K"]
+
+
+def test_shapes_say_how_a_group_selects():
+    assert attention.parse_shape("64,4,2,16,16,3,max", 6, ("sum", "max")) == (64, 4, 2, 16, 16, 3, "max")
+    for text in ("64,4,2,16,16,3,mean", "64,4,2,16,16,sum", "64,4,2,16,16,3,4"):
+        with pytest.raises(ValueError, match="and sum or max or nothing behind them"):
+            attention.parse_shape(text, 6, ("sum", "max"))
+    for text in shape.SHAPES:
+        attention.parse_shape(text, 6, ("sum", "max"))
+
+
+@pytest.mark.parametrize("shared", ["sum", "max"])
+def test_a_shared_selection_is_judged(shared):
+    inputs, outputs, lse, config = results(heads=(6, 2), config=MoBAConfig(32, 4, shared_by_group=shared))
+    assert judge.select(inputs[0], inputs[1], config).shape == (700, 2, 3)
+    errors, problem = judge.judge_moba(inputs, outputs, lse, config)
+    assert problem is None and max(errors.values()) < 1e-4
+    other = MoBAConfig(32, 4, shared_by_group="max" if shared == "sum" else "sum")
+    assert "is wrong by" in judge.judge_moba(inputs, outputs, lse, other)[1]
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_tiles_that_peers_attend_to(block_size):
+    """Against plain loops: a tile of keys is wanted as soon as one query of a tile of queries selected its block."""
+    g = torch.Generator().manual_seed(block_size)
+    n = 1000
+    current = torch.arange(n) // block_size
+    selection = torch.stack([torch.randint(-1, int(b) + 1, (2, 2), generator=g) for b in current]).int()
+    selection[selection == current[:, None, None]] = -1
+    q, k, v = torch.randn(n, 4, 16), torch.randn(n, 2, 16), torch.randn(n, 2, 16)
+    inputs = peers.Inputs([q, k, v], q, selection, block_size)
+    assert torch.equal(inputs.whole_selection[..., 2], current[:, None].expand(-1, 2).int())
+    wanted = torch.zeros(2, 8, 8, dtype=torch.bool)
+    for t in range(n):
+        for head in range(2):
+            for block in inputs.whole_selection[t, head].tolist():
+                if block >= 0:
+                    first, last = block * block_size // 128, ((block + 1) * block_size - 1) // 128
+                    wanted[head, t // 128, first : min(last, t // 128) + 1] = True
+    assert torch.equal(peers.tiles_of(inputs), wanted)
+    count, index = peers._lists(wanted)
+    for head, row in ((0, 0), (1, 7), (0, 5)):
+        assert index[head, row, : count[head, row]].tolist() == wanted[head, row].nonzero()[:, 0].tolist()
+
+
+def test_a_peer_that_fails_has_a_row_that_says_so(monkeypatch):
+    """And one that works is timed, with what it computes instead in its row."""
+    q, k, v = (torch.randn(32, h, 16).requires_grad_() for h in (4, 2, 2))
+    inputs = peers.Inputs([q, k, v], torch.ones(32, 4, 16), torch.full((32, 2, 2), -1, dtype=torch.int32), 16)
+    arguments = argparse.Namespace(repeats=3)
+    works = Candidate("nsa", lambda: full_attention(q, k, v), inputs.dout, inputs.leaves, inference=True)
+    half = Candidate("nsa", lambda: full_attention(q, k, v).detach(), inputs.dout, inputs.leaves, inference=True)
+
+    def row(make):
+        monkeypatch.setitem(peers.PEERS, "nsa", peers.Peer("fla", make, "something else"))
+        return attention._peer_row("nsa", inputs, (32, 4, 2, 16, 16, 3, "sum"), arguments)
+
+    found = row(lambda given: works)
+    assert found.both > 0 and found.note == "something else" and found.shape == (4, 2, 16, 16, 3, "sum")
+    found = row(lambda given: half)
+    assert found.forward > 0 and found.both is None and "backward failed, RuntimeError" in found.note
+    found = row(lambda given: 1 / 0)
+    assert found.forward is None and "forward failed, ZeroDivisionError: division by zero" in found.note
+
+
+def test_peers_are_those_that_the_command_knows():
+    assert tuple(peers.PEERS) == command.SPARSE
+    assert not peers.Peer("no_such_package", None, "").is_installed
+    assert (
+        not peers.Peer("no_such_package.inside", None, "").is_installed and peers.Peer("torch", None, "").is_installed
+    )

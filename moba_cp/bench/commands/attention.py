@@ -6,16 +6,22 @@ from pathlib import Path
 from ..shape import CHART_SHAPE, SHAPES
 
 DENSE = ("cudnn", "flash", "fa4")
+SPARSE = ("nsa", "msa", "fa4-tiles", "cudnn-tiles")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``moba-cp bench attention``."""
     parser.add_argument(
-        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K", help="default: eight over the range"
-    )
+        "--shapes", nargs="+", default=list(SHAPES), metavar="T,HQ,HKV,D,B,K[,sum|max]",
+        help="with sum or max the query heads of a KV head share their selection (default: eleven over the range)",
+    )  # fmt: skip
     parser.add_argument(
         "--dense", nargs="*", choices=DENSE, help="what to compare with (default: all that are installed)"
     )
+    parser.add_argument(
+        "--sparse", nargs="*", choices=SPARSE,
+        help="sparse attention of others to compare shared selections with (default: all that are installed)",
+    )  # fmt: skip
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
     parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
