@@ -44,6 +44,10 @@ COMMANDS = {
     "doctor": ("moba_cp.doctor.command", "check machines, and what lies between ranks; a line each, PASS or FAIL"),
     "verify": ("moba_cp.verify", "hold attention and a training step on these machines against one rank and float64"),
     "experiment switch": ("moba_cp.experiments.command", "train MoBA, full, and MoBA then full; draw the losses"),
+    "experiment index-branch": (
+        "moba_cp.experiments.index_command",
+        "train with blocks that index branches choose, and with full attention; draw the losses",
+    ),
     "experiment": ("moba_cp.experiments.grid_command", "the paper's charts from grids of training runs, that resume"),
 }
 
@@ -63,6 +67,7 @@ _EXAMPLES = {
     "bench cluster": "torchrun --nproc-per-node 4 --no-python moba-cp bench cluster --json cluster.json",
     "bench exchange": "moba-cp bench exchange --tokens 65536 --ranks 2,8",
     "bench transformers": "moba-cp bench transformers --json transformers.json",
+    "experiment index-branch": "moba-cp experiment index-branch hybrid/index_branch --directory runs/index",
     "experiment switch": "moba-cp experiment switch hybrid/switch_90_10 --directory runs/switch",
 }
 _EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2 a wrong option, config or file,

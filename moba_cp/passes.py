@@ -19,6 +19,7 @@ from .config import MoBAConfig
 from .cp import moba as moba_across_ranks
 from .cp.context import CPContext
 from .cp.full import attention as full_across_ranks
+from .ops import backend
 
 
 class Kept(NamedTuple):
@@ -61,22 +62,32 @@ class AttentionPasses:
         return self.context.size > 1 or self.context.observer is not None
 
     @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool) -> tuple[Tensor, Kept]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Kept]:
         """out [L, Hq, D] in q's dtype, and what :meth:`backward` needs; q [L, Hq, D], k and v [L, Hkv, D], contiguous.
 
-        ``needs_grad``: whether there will be a backward pass, the same on all ranks. The results are those of
-        :func:`moba_cp.moba_attention` and :func:`moba_cp.full_attention`, bit for bit.
+        The results are those of :func:`moba_cp.moba_attention` and :func:`moba_cp.full_attention`, bit for bit.
+
+        Args:
+            needs_grad: whether there will be a backward pass, the same on all ranks.
+            chosen: [L, G, S] int32, of ``moba``: blocks chosen elsewhere, ``block_indices`` of
+                :func:`moba_cp.moba_attention`.
         """
         config, scale, context = self.config, self.scale, self.context
         # Said here: where a backward pass computes it again, other layers have been named since.
         context.comm.layer = self.layer
         if self.kind == "moba" and self.across_ranks:
-            call = moba_across_ranks.enter(q, k, config, context, needs_grad, needs_grad)
-            out, lse, _, kept, made = moba_across_ranks.forward_pass(q, k, v, config, scale, context, call)
+            given = None
+            if chosen is not None:
+                geometry = context.geometry(config.block_size)
+                given = backend(q).given_blocks(chosen, geometry.first, geometry.current_block)
+            call = moba_across_ranks.enter(q, k, config, context, needs_grad, needs_grad, given)
+            out, lse, _, kept, made = moba_across_ranks.forward_pass(q, k, v, config, scale, context, call, given)
             return out, Kept([lse, *kept], made)
         if self.kind == "moba":
             options = config.block_size, config.top_k, scale, config.deterministic
-            out, *kept = moba_attention_op(q, k, v, context.cu_seqlens, *options, None, None, False, *config.gate)
+            out, *kept = moba_attention_op(q, k, v, context.cu_seqlens, *options, None, chosen, False, *config.gate)
             return out, Kept(kept)
         if self.across_ranks:
             out, lse, made = full_across_ranks.forward_pass(
@@ -85,6 +96,11 @@ class AttentionPasses:
             return out, Kept([lse], made)
         out, lse = full_attention_op(q, k, v, context.cu_seqlens, scale, "auto", config.deterministic)
         return out, Kept([lse])
+
+    def lse(self, kept: Kept) -> Tensor:
+        """[L, Hq] wide, the log-sum-exp of the scores of a pass that kept ``kept``."""
+        lse = kept.tensors[0]
+        return lse.t() if self.kind == "full" and not self.across_ranks else lse
 
     @torch.no_grad()
     def backward(

@@ -142,8 +142,7 @@ class IndexBranch:
         lse: Tensor,
         scale: float,
         chosen: Tensor | None,
-        needs_grad: bool = True,
-    ) -> tuple[Tensor, Projected | None]:
+    ) -> tuple[Tensor, Projected]:
         """The loss, and its gradients; a collective call.
 
         Args:
@@ -168,14 +167,12 @@ class IndexBranch:
                 scored.weights[:, head],
                 self._keys(scored, head),
                 None if chosen is None else chosen[:, head],
-                dkeys[:, head] if needs_grad else None,
+                dkeys[:, head],
             )
             total += found
         total /= self.n_kv
-        if not needs_grad:
-            return total, None
-        share = (x.div_(self.n_kv) for x in (dqueries, dkeys, dweights))
-        dqueries, dkeys, dweights = share
+        for grad in (dqueries, dkeys, dweights):
+            grad /= self.n_kv
         return total, Projected(dqueries, self._own_gradients(dkeys), dweights)
 
     def _keys(self, scored: Scored, head: int) -> Keys:

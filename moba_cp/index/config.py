@@ -5,6 +5,9 @@ from typing import Literal, get_args
 
 Score = Literal["mean", "max"]
 
+INDEX_WEIGHT = ".index.weight"
+"""How the name of a branch's parameter ends."""
+
 
 @dataclass(frozen=True)
 class IndexConfig:

@@ -29,7 +29,7 @@ class Attended(NamedTuple):
 
 
 def index_loss(
-    attended: Attended, queries: Tensor, weights: Tensor, keys: Keys, chosen: Tensor | None, dkeys: Tensor | None
+    attended: Attended, queries: Tensor, weights: Tensor, keys: Keys, chosen: Tensor | None, dkeys: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence summed over rows [] wide, and its gradients by the queries and their weights, like these and wide;
     that by the keys is added to ``dkeys`` [K, d] wide.
@@ -40,7 +40,6 @@ def index_loss(
     Args:
         queries: [L, m, d]; weights: [L, m] wide.
         chosen: [L, S] int32, of :func:`.choice.select_blocks`; None for all candidates.
-        dkeys: None computes no gradients.
     """
     tables, total = keys.tables, weights.new_zeros(())
     dqueries, dweights = weights.new_zeros(queries.shape), torch.zeros_like(weights)
@@ -60,10 +59,9 @@ def index_loss(
         scores = block_scores(queries[rows], weights[rows], keys, blocks, False)
         divergence, dscores = _divergence(scores, masses, counted)
         total += divergence
-        if dkeys is not None:
-            dqueries[rows], dweights[rows] = block_scores_backward(
-                queries[rows], weights[rows], keys, blocks, dscores, dkeys
-            )
+        dqueries[rows], dweights[rows] = block_scores_backward(
+            queries[rows], weights[rows], keys, blocks, dscores, dkeys
+        )
     return total, dqueries, dweights
 
 

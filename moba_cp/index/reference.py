@@ -51,7 +51,7 @@ def select_blocks(
     -1 where there are fewer. Equal scores: the more recent block."""
     chosen = torch.full((*keys.shape[:2], top_k - 1), -1, dtype=torch.int64)
     for (row, head), scores in block_scores(queries, weights, keys, block_size, score, cu_seqlens).items():
-        order = sorted(range(len(scores)), key=lambda block: (float(scores[block]), block), reverse=True)
+        order = sorted(range(len(scores)), key=lambda block: (float(scores[block].detach()), block), reverse=True)
         for slot, block in enumerate(order[: top_k - 1]):
             chosen[row, head, slot] = block
     return chosen

@@ -49,6 +49,13 @@ class MoBAPackedSeqParams:
         self.context, self.offloader = context, offloader
         self.max_seqlen_q = self.max_seqlen_kv = context.seq_len
         self._angles = angles
+        self.index_losses: list[Tensor] = []
+        """[] each, of the index branches of layers that have computed this batch, summed over rows."""
+
+    def take_index_loss(self, loss: Tensor | None) -> None:
+        """A layer's index branch has learned from the batch, if ``loss`` is not None."""
+        if loss is not None:
+            self.index_losses.append(loss)
 
     # Made by the first layer that asks, for all of them: a batch whose layers are of one kind holds one kind.
     @cached_property

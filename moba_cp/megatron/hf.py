@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..index.config import INDEX_WEIGHT
 from .batch import group_size
 from .hf_check import check_same_model
 from .hf_config import describe, read_config
@@ -66,6 +67,9 @@ def load_hf(model: nn.Module, path: str | Path, same_rotary: bool = True) -> Non
     check_same_model(model, hf, f"{path}/config.json", same_rotary)
     used = set()
     for name, parameter in model.named_parameters():
+        if name.endswith(INDEX_WEIGHT):
+            # No such model has index branches: they stay as they are, and learn.
+            continue
         names = _names(model, name)
         if names == [_OUTPUT] and hf.tie_embeddings:
             names = [_EMBEDDING]

@@ -51,6 +51,9 @@ class MoBAGPTModel(GPTModel):
         self.layout = attention.layout
         self.rotary = ContextRotaryEmbedding(model.head_dim, model.rope_base, scaling=model.rope_scaling)
         self._offloader: Offloader | None = None
+        self.index_loss: Tensor | None = None
+        """[] of the last batch, summed over this rank's rows, the mean over its layers with index branches: how far
+        these are from what attention gives the blocks, in nats; None where they did not learn."""
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw the initial weights; they depend on ``seed`` alone, whatever the ranks, sharding and device."""
@@ -99,7 +102,9 @@ class MoBAGPTModel(GPTModel):
             labels: like tokens, the token that follows; -100 where there is none. Shift before sharding.
             context: layout and documents of the sequences; by default one document per sequence, in the layout of the
                 attention configuration. (:meth:`forward` itself gets it as ``params``.)
-            reduction: ``sum`` for the sum of the losses, which computes logits once where ``none`` does twice.
+            reduction: ``sum`` for the sum of the losses, which computes logits once where ``none`` does twice. Index
+                branches learn with ``sum`` alone: its gradient is also that of their losses, summed over rows, which
+                its value leaves out (:attr:`index_loss`).
 
         Returns:
             loss, shaped like tokens, float32 (float64 in a float64 model), 0 where the label is -100; without labels
@@ -124,7 +129,26 @@ class MoBAGPTModel(GPTModel):
         if labels is None:
             return F.linear(hidden, weight).view(*tokens.shape, -1)
         loss = linear_cross_entropy(hidden, weight, labels.reshape(-1), reduction=reduction)
+        self.index_loss = None
+        if params.index_losses:
+            of_layers = torch.stack(params.index_losses).sum()
+            n_layers = sum(1 for layer in self.decoder.layers if layer.self_attention.core_attention.index is not None)
+            self.index_loss = of_layers.detach() / n_layers
+            if reduction == "sum":
+                loss = _Beside.apply(loss, of_layers)
         return loss.view(tokens.shape) if reduction == "none" else loss
+
+
+class _Beside(torch.autograd.Function):
+    """A loss as it is; its gradient is that of another one too."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, other: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
 
 
 def build_model(

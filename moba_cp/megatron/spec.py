@@ -99,6 +99,7 @@ class ContextTransformerLayer(TransformerLayer):
             eps=self.config.layernorm_epsilon,
             memory=self.memory,
             offloader=params.offloader,
+            index=core.branch(context),
         )
         weights = LayerWeights(
             input_norm=self.input_layernorm.weight,
@@ -110,10 +111,15 @@ class ContextTransformerLayer(TransformerLayer):
             ffn_norm=self.pre_mlp_layernorm.weight,
             fc1=mlp.linear_fc1.weight,
             fc2=mlp.linear_fc2.weight,
+            scorer=None if core.index is None else core.index.weight,
         )
         if hidden.shape[1] == 1:
-            return layer_forward(hidden.contiguous(), run, weights)
-        sequences = [layer_forward(x.contiguous(), run, weights) for x in hidden.unbind(1)]
+            out, loss = layer_forward(hidden.contiguous(), run, weights)
+            params.take_index_loss(loss)
+            return out
+        sequences, losses = zip(*(layer_forward(x.contiguous(), run, weights) for x in hidden.unbind(1)))
+        for loss in losses:
+            params.take_index_loss(loss)
         return torch.stack(sequences, 1)
 
     def _has_own_schedule(self, hidden: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..config import MoBAConfig
 from ..cp.layout import LAYOUTS, Layout
+from ..index.config import IndexConfig
 from .schedule import KINDS, Kind, Phase, check_schedule, phase_at
 
 
@@ -38,6 +39,11 @@ class AttentionConfig:
     deterministic: bool = False
     """Bit-identical results from run to run on a fixed number of ranks, at some cost in the backward pass."""
 
+    index: IndexConfig | None = None
+    """A trained scorer that chooses the blocks of each KV head's group in MoBA layers, in place of mean keys: null for
+    none. It learns from what attention gives the blocks, and gives nothing but its choice. Begin with full attention:
+    ``schedule: [{until: 0.2, kind: full}, {kind: moba}]`` lets it learn before it chooses."""
+
     layout: Layout = "zigzag"
     """How batches that come without a :class:`moba_cp.CPContext` are spread over the ranks: ``zigzag`` (Megatron's own)
     or ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
@@ -56,6 +62,8 @@ class AttentionConfig:
         if self.schedule and self.default != "moba":
             raise ValueError(f"default={self.default!r} beside a schedule, which says the kind; leave default out")
         _ = self.moba
+        if self.index is not None and self.top_k == 1:
+            raise ValueError("top_k=1 leaves an index branch no block to choose; use top_k=2 or more, or no index")
 
     def at(self, step: int, steps: int) -> "AttentionConfig":
         """The configuration of ``step`` out of ``steps``, counted from 1; without a schedule always this one.
@@ -96,6 +104,19 @@ class AttentionConfig:
                 f"{n_layers} layers; use numbers from 1 to {n_layers}"
             )
         return frozenset(self.full_layers)
+
+    def has_index(self, layer_number: int, n_layers: int) -> bool:
+        """Whether a layer, counted from 1, has an index branch: it is or can become a MoBA layer."""
+        if self.index is None:
+            return False
+        return layer_number not in replace(self, default="moba", schedule=()).full_layer_numbers(n_layers)
+
+    def index_parameters(self, n_layers: int, n_kv: int, hidden_size: int) -> int:
+        """Number of parameters of all index branches."""
+        if self.index is None:
+            return 0
+        n = sum(self.has_index(layer, n_layers) for layer in range(1, n_layers + 1))
+        return n * self.index.width(n_kv) * hidden_size
 
     def kind(self, layer_number: int, n_layers: int) -> Kind:
         """``moba`` or ``full`` for a layer, counted from 1."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import WIDE
+from ..index.branch import IndexBranch, Projected, Scored
 from ..ops import tokenwise_backend
 from ..passes import AttentionPasses, Kept
 from ..transforms import once_differentiable, without_autocast
@@ -47,6 +48,8 @@ class LayerWeights(NamedTuple):
     """[2 F, H]: the gate first."""
     fc2: Tensor
     """[H, F]."""
+    scorer: Tensor | None = None
+    """[width, H], of the index branch, in a layer that has one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class LayerRun:
     """Of the norms."""
     memory: LayerMemory
     offloader: Offloader
+    index: IndexBranch | None = None
+    """Chooses the blocks of ``attention``, or learns from it where it is full; None for a layer without."""
 
     def slices(self, n_tokens: int, weights: LayerWeights) -> Iterator[slice]:
         """Slices of the sequence, a power of two of tokens in each but the last."""
@@ -95,6 +100,25 @@ class LayerRun:
     def _mixed(self, normed: Tensor, w: LayerWeights) -> Tensor:
         mixed = normed @ w.qkv.T if w.qkv_bias is None else torch.addmm(w.qkv_bias, normed, w.qkv.T)
         return mixed.view(normed.shape[0], self.n_kv, -1, 2 * self.cos.shape[1])
+
+    def score(self, hidden: Tensor, w: LayerWeights, index: IndexBranch) -> Scored:
+        """What the index branch makes of the layer's input [L, H]; a collective call."""
+        assert w.scorer is not None
+        ops, made = tokenwise_backend(hidden), index.empty(hidden)
+        for s in self.slices(hidden.shape[0], w):
+            mixed = ops.rms_norm(hidden[s], w.input_norm, self.eps) @ w.scorer.T
+            index.split(mixed, self.cos[s], self.sin[s], Projected(*(x[s] for x in made)))
+        return index.gather(made)
+
+    def score_backward(self, hidden: Tensor, w: LayerWeights, index: IndexBranch, grads: Projected) -> Tensor:
+        """The gradient of the index branch's weights [width, H], which is all that it gives one to."""
+        assert w.scorer is not None
+        ops, sums = tokenwise_backend(hidden), _Sums(w, tuple(name == "scorer" for name in w._fields))
+        for s in self.slices(hidden.shape[0], w):
+            dmixed = index.split_backward(Projected(*(x[s] for x in grads)), self.cos[s], self.sin[s])
+            sums.add("scorer", dmixed.to(hidden.dtype), ops.rms_norm(hidden[s], w.input_norm, self.eps))
+        (grad,) = (x for x in sums.result() if x is not None)
+        return grad
 
     def finish(
         self, hidden: Tensor, attended: Tensor, w: LayerWeights, out: Tensor, keep: bool
@@ -198,8 +222,20 @@ class _Layer(torch.autograd.Function):
     @without_autocast
     def forward(ctx, hidden: Tensor, run: LayerRun, *weights: Any):
         w, rows, out = LayerWeights(*weights), hidden.view(-1, hidden.shape[-1]), torch.empty_like(hidden)
+        index, learns = run.index, ctx.needs_input_grad[-1]
         q, k, v = run.project(rows, w)
-        attended, kept = run.attention.forward(q, k, v, True)
+        scored = chosen = None
+        if index is not None:
+            scored = run.score(rows, w, index)
+            chosen = index.choose(scored) if run.attention.kind == "moba" else None
+        attended, kept = run.attention.forward(q, k, v, True, chosen)
+        loss = dindex = None
+        if index is not None and scored is not None and learns:
+            # Once, whatever the layer redoes: the gradient of the scorer's weights is small beside what it comes of.
+            loss, grads = index.learn(scored, q, k, run.attention.lse(kept), run.attention.scale, chosen)
+            dindex = run.score_backward(rows, w, index, grads)
+            del grads
+        del scored
         keep_all = run.memory.recompute == "none"
         qkv: list[Tensor | None] = [q, k, v] if keep_all else [None] * 3
         # What is not kept goes before the feed-forward network needs memory.
@@ -207,25 +243,26 @@ class _Layer(torch.autograd.Function):
         kept = kept if keep_all else kept.without_index()
         mid, gate_up = run.finish(rows, attended.flatten(1), w, out.view_as(rows), keep_all)
         if run.memory.recompute == "full":
-            tensors = [rows, None, *qkv, mid, gate_up]
+            # The choice is kept: attention that is computed again attends to the same blocks.
+            tensors = [rows, dindex, chosen, None, *qkv, mid, gate_up]
         else:
-            tensors = [rows, attended, *qkv, mid, gate_up, *kept.tensors]
+            tensors = [rows, dindex, None, attended, *qkv, mid, gate_up, *kept.tensors]
         ctx.parked = run.offloader.park(tensors, run.memory.to_host)
         ctx.run, ctx.made = run, kept.made
         # Autograd checks that nobody changes the weights meanwhile, and FSDP empties and fills their storage.
         ctx.save_for_backward(*weights)
-        return out
+        return out, loss
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, dout: Tensor):
+    def backward(ctx, dout: Tensor, dloss: Tensor | None):
         run, w = ctx.run, LayerWeights(*ctx.saved_tensors)
-        rows, attended, q, k, v, mid, gate_up, *kept = ctx.parked.take()
+        rows, dindex, chosen, attended, q, k, v, mid, gate_up, *kept = ctx.parked.take()
         kept, sums = Kept(kept, ctx.made), _Sums(w, ctx.needs_input_grad[2:])
         if run.memory.recompute == "full":
             q, k, v = run.project(rows, w)
-            attended, kept = run.attention.forward(q, k, v, True)
+            attended, kept = run.attention.forward(q, k, v, True, chosen)
         # What follows attention comes first: where it was not kept, q, k and v need not exist by then.
         dhidden, dattended = run.finish_backward(
             rows, attended.flatten(1), mid, gate_up, w, dout.contiguous().view_as(rows), sums
@@ -236,19 +273,28 @@ class _Layer(torch.autograd.Function):
         dq, dk, dv = run.attention.backward(kept, q, k, v, attended, dattended.view_as(attended))
         del q, k, v, attended, dattended, kept
         run.project_backward(rows, w, dq, dk, dv, dhidden, sums)
+        if dindex is not None and dloss is not None:
+            sums.add("scorer", dindex * dloss)
         return dhidden.view_as(dout), None, *sums.result()
 
 
-def layer_forward(hidden: Tensor, run: LayerRun, weights: LayerWeights) -> Tensor:
-    """The layer's output; with gradients where they are wanted.
+def layer_forward(hidden: Tensor, run: LayerRun, weights: LayerWeights) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, with gradients where they are wanted; and the loss of its index branch, where that learns.
 
     Args:
         hidden: [L, 1, H] or [L, H], contiguous, in the weights' dtype.
+
+    Returns:
+        the output like hidden; and [] wide, of :meth:`moba_cp.index.branch.IndexBranch.learn`, whose gradient goes to
+        the index branch's weights alone, or None.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or any(x is not None and x.requires_grad for x in weights)):
         return _Layer.apply(hidden, run, *weights)
-    rows, out = hidden.view(-1, hidden.shape[-1]), torch.empty_like(hidden)
+    rows, out, index = hidden.view(-1, hidden.shape[-1]), torch.empty_like(hidden), run.index
     with torch.no_grad():
-        attended, _ = run.attention.forward(*run.project(rows, weights), False)
+        chosen = None
+        if index is not None and run.attention.kind == "moba":
+            chosen = index.choose(run.score(rows, weights, index))
+        attended, _ = run.attention.forward(*run.project(rows, weights), False, chosen)
         run.finish(rows, attended.flatten(1), weights, out.view_as(rows), False)
-    return out
+    return out, None

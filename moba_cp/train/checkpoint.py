@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..index.config import INDEX_WEIGHT
 from . import manifest, storage
 from .agreement import all_values, from_first
 from .background import Background
@@ -125,10 +127,13 @@ def load(
 
 
 def load_weights(path: Path, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Read weights alone in place; collective over all ranks, of any number."""
+    """Read weights alone in place; collective over all ranks, of any number. Index branches that the checkpoint's model
+    did not have stay as they are."""
     state = {"model": get_model_state_dict(module)}
+    if read_meta(path).config.get("attention", {}).get("index") is None:
+        state["model"] = {name: x for name, x in state["model"].items() if not name.endswith(INDEX_WEIGHT)}
     storage.read(state, path, group)
-    set_model_state_dict(module, state["model"])
+    set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
 
 
 def find(path: Path, damaged: dict[Path, str] | None = None) -> Path:

@@ -38,6 +38,8 @@ def main(arguments: argparse.Namespace) -> int:
     folder, dtype = Path(arguments.to), getattr(torch, arguments.dtype)
     if arguments.format == "megatron":
         megatron_lm.save(model, trained.read, folder, meta, config, dtype)
+        if config.attention.index is not None:
+            print("note: index branches are left out; the model attends fully, or by mean keys with MoBA's flags")
         flags = " ".join(megatron_lm.flags(config.model))
         print(f"written: {folder}, the model after {meta.step} steps, for Megatron-LM's --load {folder} {flags}")
         return 0

@@ -134,18 +134,20 @@ class Trainer:
         batches = self._batches_of(step)
         labels = sum(batch.label_count() for batch in batches)
         dist.all_reduce(labels, group=self.mesh.group)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        loss_sum, index_sum = torch.zeros(2, dtype=torch.float64, device=self.mesh.device).unbind()
         heartbeat.at(step, "forward and backward")
         for batch in batches:
             loss = self._loss_sum(batch)
             # FSDP averages gradients over ranks, but the loss is a mean over the labels of all ranks: undo the average.
             (loss * (self.plan.size / labels.clamp(min=1))).backward()
             loss_sum += loss.detach()
+            if (of_index := self.module.index_loss) is not None:
+                index_sum += of_index
         heartbeat.at(step, "optimizer")
         norm = clip_gradients(self.module, config.optimizer.clip_norm)
         rate = learning_rate(config.optimizer, step, config.run.steps)
         set_learning_rate(self.optimizer, config.optimizer, rate)
-        totals = StepTotals(loss_sum, labels, norm, self.batches.comm, self.mesh.group)
+        totals = StepTotals(loss_sum, labels, norm, self.batches.comm, self.mesh.group, index_sum)
         # On the device: a loss or gradient that is not finite changes no weight, and nobody waits to learn of it.
         finite_step(self.optimizer, totals.nonfinite)
         self.optimizer.zero_grad()
@@ -155,13 +157,14 @@ class Trainer:
             self._ahead = step + 1, list(self.batches.training(step + 1))
         heartbeat.at(step, "waiting for the device")
         # The one wait of the host in a step; not for the optimizer.
-        loss, count, gradient_norm, exchange = totals.get()
+        loss, count, gradient_norm, exchange, index_loss = totals.get()
         skipped = self._skip(loss, gradient_norm)
         seconds = time.monotonic() - started
         return {
             "step": step,
             "loss": loss,
             "labels": count,
+            **({"index_loss": index_loss} if self.module.index_loss is not None else {}),
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "seconds": round(seconds, 4),

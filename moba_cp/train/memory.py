@@ -17,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..index.config import IndexConfig
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
 from ..model.layer import SHORTEST_SLICE, SLICE_ELEMENTS, LayerMemory
@@ -87,15 +88,38 @@ class StepShape:
     def kept(self, layer_number: int, recompute: str) -> int:
         """Bytes that a layer keeps for its backward pass."""
         queries, keys = self._heads
-        hidden = self.model.hidden_size
+        hidden, moba, index = self.model.hidden_size, self._is_moba(layer_number), self._index_branch(layer_number)
+        choosers = self.model.n_kv_heads if index is not None else self.model.n_heads
+        selection = self.n_tokens * choosers * 4 * (self.attention.top_k - 1) * moba
+        # The gradient of the index branch's weights is there from the forward pass on.
+        of_index = index.width(self.model.n_kv_heads) * hidden * self.itemsize if index is not None else 0
         if recompute == "full":
-            return self._row(hidden)
-        moba = self._is_moba(layer_number)
+            return self._row(hidden) + of_index + (selection if index is not None else 0)
         # lse and, of MoBA, the selection: 4 bytes each.
-        small = self.n_tokens * self.model.n_heads * 4 * (1 + (self.attention.top_k - 1) * moba)
+        small = self.n_tokens * self.model.n_heads * 4 + selection + of_index
         if recompute == "attention_kept":
             return self._row(hidden, queries) + small
         return self._row(hidden, 2 * queries, keys) + self._ffn() + small + self._index(layer_number)
+
+    def _index_branch(self, layer_number: int) -> IndexConfig | None:
+        return self.attention.index if self.attention.has_index(layer_number, self.model.n_layers) else None
+
+    @property
+    def _index_pass(self) -> int:
+        """What an index branch takes at the most while it learns: queries, keys, their gradients, attention's keys of
+        all ranks, one KV head's at a time, and scratch."""
+        index, model = self.attention.index, self.model
+        if index is None:
+            return 0
+        of_scorer = self.n_tokens * model.n_kv_heads * (index.heads + 1) * index.dim
+        return of_scorer * (self.itemsize + 8) + 2 * self.size * self.n_tokens * model.head_dim * self.itemsize + GIB
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the model and its index branches, embeddings included."""
+        model = self.model
+        of_index = self.attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
+        return model.n_parameters(embeddings=True) + of_index
 
     def _is_moba(self, layer_number: int) -> bool:
         return self.attention.kind(layer_number, self.model.n_layers) == "moba"
@@ -120,7 +144,8 @@ class StepShape:
         queries, keys = self._heads
         hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
         attention = self._row(queries, keys) + max(_FORWARD_SCRATCH, self._row(queries))
-        return self._row(hidden) + max(attention, self._slice(3 * ffn, 2 * hidden))
+        learning = self._row(queries, keys) + self._row(queries) + self._index_pass
+        return self._row(hidden) + max(attention, learning, self._slice(3 * ffn, 2 * hidden))
 
     def backward(self, layer_number: int, recompute: str) -> int:
         """Bytes that exist at the most while one layer's backward pass computes, beside what was kept of it."""
@@ -146,17 +171,18 @@ class StepShape:
     def state(self) -> dict[str, int]:
         """Bytes that stand through the whole step, by part."""
         model = self.model
-        layers = model.n_parameters() // model.n_layers
+        of_index = self.n_parameters - model.n_parameters(embeddings=True)
+        layers = (model.n_parameters() + of_index) // model.n_layers
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
         # The embedding and the output layer stay gathered; of the layers two at a time are, one with its gradient.
         gathered = self.itemsize * (2 * embeddings + 3 * layers) + 4 * (embeddings + layers)
-        here = (self.state_on == "device") * model.n_parameters(embeddings=True) // self.size
+        here = (self.state_on == "device") * self.n_parameters // self.size
         return {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": gathered}
 
     def gradients(self, n_layers: int) -> int:
         """Bytes of the weights' gradients once the backward passes of the last ``n_layers`` are done."""
         share = n_layers / self.model.n_layers
-        return int(share * 4 * (self.state_on == "device") * self.model.n_parameters(embeddings=True) / self.size)
+        return int(share * 4 * (self.state_on == "device") * self.n_parameters / self.size)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from ..index.config import INDEX_WEIGHT
+
 # The ends of their parameters' names.
 _EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
 
@@ -189,9 +191,20 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
-    """Scale all gradients so that their common norm is at most ``clip_norm``; return the norm before that (fp32)."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(module.parameters(), clip_norm, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    """Scale all gradients so that their common norm is at most ``clip_norm``; return the norm before that (fp32).
+
+    Index branches learn from a loss of their own: their gradients have a norm of their own, and leave those of the
+    model as they are without them. The norm that is returned is the model's, and infinite or NaN if either is.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.grad is not None]
+    norms = []
+    for of_index in (False, True):
+        parameters = [p for name, p in named if name.endswith(INDEX_WEIGHT) == of_index]
+        if not parameters:
+            continue
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # Zero times a finite norm changes nothing; times another it is NaN.
+    return norms[0] if len(norms) == 1 else norms[0] + 0 * norms[1]

@@ -85,12 +85,14 @@ class RunPlan:
         config, corpus = self.config, self.corpus
         model, data, attention = config.model, config.data, config.attention
         full = sorted(attention.full_layer_numbers(model.n_layers))
-        parameters = model.n_parameters(embeddings=True)
+        of_index = attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
+        parameters = model.n_parameters(embeddings=True) + of_index
         tokens = config.run.steps * self.tokens_per_step
         flops = self.flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
-            f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}",
+            f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}"
+            + (f", {human(of_index, 'parameters')} of them in index branches" if of_index else ""),
             *self._schedule(),
             *self._data_lines(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
@@ -178,6 +180,8 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
     model, data = config.model, config.data
     try:
         config.attention.full_layer_numbers(model.n_layers)
+        if config.attention.index is not None:
+            config.attention.index.check_head_dim(model.head_dim)
         config.attention.at(1, config.run.steps)
     except ValueError as error:
         raise ValueError(f"attention.{error}") from None

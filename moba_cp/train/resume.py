@@ -67,7 +67,7 @@ def find_checkpoint(resume: str | None, plan: RunPlan, damaged: dict[Path, str] 
             check_hf(weights, plan.config.model)
         elif weights is not None:
             try:
-                _same_model(checkpoint.find(Path(weights)), plan)
+                _same_model(checkpoint.find(Path(weights)), plan, index_may_be_new=True)
             except ValueError as error:
                 raise ValueError(f"run.start_from: {error}") from None
         return None
@@ -174,7 +174,18 @@ def _optimizer_of(meta: CheckpointMeta) -> OptimizerConfig | None:
     return OptimizerConfig(**{f.name: section[f.name] for f in fields(OptimizerConfig) if f.name in section})
 
 
-def _same_model(path: Path, plan: RunPlan) -> CheckpointMeta:
+def _same_model(path: Path, plan: RunPlan, index_may_be_new: bool = False) -> CheckpointMeta:
     meta = checkpoint.read_meta(path)
     checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
+    there, here = (x.get("attention", {}) for x in (meta.config, to_dict(plan.config)))
+    if index_may_be_new and (there.get("index") is None or here["index"] is None):
+        return meta
+    # Which layers have one depends on full_layers too.
+    layers = "full_layers" if here["index"] is not None else "index"
+    if different := [key for key in ("index", layers) if there.get(key) != here[key]]:
+        raise ValueError(
+            f"{path}: attention.{different[0]} is {there.get(different[0])} there and {here[different[0]]} here, which "
+            "decides the weights of index branches; leave it as it is there"
+            + ("" if index_may_be_new else ", or begin a run with run.start_from")
+        )
     return meta

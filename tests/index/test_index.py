@@ -107,7 +107,6 @@ def test_the_loss_and_its_gradients_are_the_references(documents, score, full, s
             of_head = None if full else chosen[:, head].int()
             of_scorer = x.queries[:, head], x.weights[:, head], keys, of_head
             value, dqueries, dweights = loss.index_loss(attended, *of_scorer, dkeys)
-            assert loss.index_loss(attended, *of_scorer, None)[0] == value
             total += value
             for got, want in zip((dqueries, dweights, spread(dkeys, keys)), grads):
                 torch.testing.assert_close(got / 2, want[:, head], rtol=0, atol=1e-12)
