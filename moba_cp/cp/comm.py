@@ -141,10 +141,13 @@ class Communicator:
             return self.gather_uncounted(x)
         return self.gather_uncounted(x.cuda()).cpu()
 
-    def all_to_all_uncounted(self, x: Tensor) -> Tensor:
-        """An equal part of ``x`` [P * n, ...] to each rank, and one from each, for what is not part of a layer."""
-        rows, what = [x.shape[0] // self.size] * self.size, f"all-to-all in {self.layer}"
-        return self._guarded(what, lambda: self._all_to_all(x.contiguous(), rows, rows, what))()
+    def all_to_all_uncounted(
+        self, x: Tensor, send: list[int] | None = None, receive: list[int] | None = None
+    ) -> Tensor:
+        """``send[p]`` rows of ``x`` to each rank p and ``receive[p]`` from it, by default an equal part of them to and
+        from each; for what is not part of a layer."""
+        equal, what = [x.shape[0] // self.size] * self.size, f"all-to-all in {self.layer}"
+        return self._guarded(what, lambda: self._all_to_all(x.contiguous(), send or equal, receive or equal, what))()
 
     def all_to_all(
         self, x: Tensor | tuple[Tensor, ...], send: list[int], receive: list[int], kind: str, where: Where

@@ -36,7 +36,8 @@ class ExchangeOptions:
     head_ranks: int | None = None
     """h: exchange tokens for heads among every h consecutive ranks of the group, and let ``mode`` serve between ranks
     with the same heads. It divides the ranks and the query heads. 1: never. None: all ranks with mode ``heads``; with
-    ``auto`` as many of a node, where copy engines serve, as take the shortest time by prediction; none with others."""
+    ``auto`` as many as take the shortest time by prediction: of a node where copy engines serve; on several nodes those
+    of a node or all; none with others."""
 
     stages: int = 2
     """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts, or
@@ -59,6 +60,10 @@ class ExchangeOptions:
     a slow network pays back. 1 moves the fewest bytes. None: 4 within a node (``ranks_per_node``), 1 between nodes, and
     there a block counts by the part that this rank has in it if its node's ranks need as much as it does."""
 
+    measure_links: bool = True
+    """Across nodes ``auto`` goes by the speed of links, which a group's ranks measure together at their first call, in
+    a fraction of a second. False assumes NVLink within nodes and a card of 200 Gbit/s for each rank."""
+
     copy_engines: bool = True
     """Where the ranks' GPUs map each other's memory, all-gather by their copy engines; ``auto`` then does so at once
     where that hides behind attention. Not where ``ranks_per_node`` says that ranks are on several nodes."""
@@ -80,6 +85,10 @@ class ExchangeOptions:
         weight = self.row_weight
         if weight is not None and (not _is_number(weight) or not 0 < weight < 1e6):
             raise ValueError(f"exchange row_weight={weight!r} is not a number in (0, 1e6); leave it out, or use 1 to 8")
+        if not isinstance(self.measure_links, bool):
+            raise ValueError(
+                f"exchange measure_links={self.measure_links!r} is not True or False; leave it out, or use False"
+            )
         if not isinstance(self.copy_engines, bool):
             raise ValueError(
                 f"exchange copy_engines={self.copy_engines!r} is not True or False; leave it out, or use False for NCCL"

@@ -192,7 +192,7 @@ def weigh_blocks(counts: Tensor, tables: BlockTables, prices: Prices, mode: str)
     always = tables.always.expand_as(everything)
     candidates = [always if mode == "query" else everything]
     if mode == "auto":
-        price = _token_prices(prices, stats)[tables.owner] * (tables.length.double() * prices.unit)
+        price = token_prices(prices, stats)[tables.owner] * (tables.length.double() * prices.unit)
         worth = sums[1] * prices.row[tables.owner] >= price
         candidates += [(everything & worth) | always, always]
     candidates = torch.stack(candidates)
@@ -218,7 +218,7 @@ def pick_cheapest(
     """
     tokens = weighed.tokens
     rows = torch.zeros_like(tokens) if rows is None else rows.sum(0)
-    price = tokens * _token_prices(prices, weighed.stats) + rows * prices.row
+    price = tokens * token_prices(prices, weighed.stats) + rows * prices.row
     if len(price) > 1:
         price[0] *= prices.all_for_less
     best = price.argmin(0)
@@ -227,7 +227,7 @@ def pick_cheapest(
     return fetch, torch.where(fetch, -1, dest), torch.cat([cost, cost.sum(0, keepdim=True)])
 
 
-def _token_prices(prices: Prices, stats: Tensor) -> Tensor:
+def token_prices(prices: Prices, stats: Tensor) -> Tensor:
     """[P] float64, price of a token by owner, where ranks share what is needed."""
     if prices.sharing == 1:
         return prices.token

@@ -80,9 +80,21 @@ class ReplayCommunicator(Communicator):
 
     def gather_uncounted(self, x: Tensor) -> Tensor:
         """Never recorded: a group's first call compares what the ranks give it, and a replay does not ask again."""
+        with self._live():
+            return super().gather_uncounted(x)
+
+    def all_to_all_uncounted(
+        self, x: Tensor, send: list[int] | None = None, receive: list[int] | None = None
+    ) -> Tensor:
+        """Never recorded: by such messages a group measures its links, once."""
+        with self._live():
+            return super().all_to_all_uncounted(x, send, receive)
+
+    @contextmanager
+    def _live(self) -> Iterator[None]:
         mode, self._tape._mode = self._tape._mode, "live"
         try:
-            return super().gather_uncounted(x)
+            yield
         finally:
             self._tape._mode = mode
 

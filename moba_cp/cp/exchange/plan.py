@@ -10,6 +10,7 @@ is a (token, query head) pair. A pair is (KV head, block), numbered ``head * n +
 which remote work is done.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...eager.exchange import CANDIDATES, Pairs
 from ..calls import Where
 from ..comm import Communicator, HostCopy
+from .policy import factor_of, offers, under
 from .tables import ROW_SHARE, DecisionTables, HopTables, WireTables
 
 
@@ -46,7 +48,13 @@ class Decision:
         return self.costs[:-1]
 
 
-def decide(block_indices: Tensor, tables: DecisionTables, mode: str, ops) -> Decision:
+def decide(
+    block_indices: Tensor,
+    tables: DecisionTables,
+    mode: str,
+    ops,
+    of_all_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Decision:
     """Choose between blocks and rows.
 
     Per owner, the cheapest of: fetch all, send all rows, and a mix in which a block is fetched if its tokens cost less
@@ -59,14 +67,18 @@ def decide(block_indices: Tensor, tables: DecisionTables, mode: str, ops) -> Dec
         block_indices: [L, Hq, S] int32 block ids, -1 for none.
         mode: ``auto``, ``kv`` or ``query``.
         ops: the backend that serves these, see :func:`moba_cp.ops.integer_backend`.
+        of_all_ranks: gathers a tensor of every rank, [P, ...]: then ranks of several nodes decide together, see
+            :mod:`.policy`; otherwise each by itself.
     """
-    size = tables.prices.token.numel()
+    size, prices = tables.prices.token.numel(), tables.prices
     counts = ops.count_choices(block_indices, tables.open_dest, ROW_SHARE if mode == "auto" else 0)
     weighed = ops.weigh_blocks(counts, tables.blocks, tables.prices, mode)
     rows = None
     if mode != "kv":
         rows = ops.count_rows(block_indices, tables.dest, weighed.fetched, CANDIDATES[mode], size)
-    fetch, dest, costs = ops.pick_cheapest(weighed, rows, tables.dest, tables.blocks, tables.prices)
+    if of_all_ranks is not None and tables.policy is not None and mode == "auto":
+        prices = under(prices, factor_of(of_all_ranks(offers(weighed, rows, prices)), tables.policy))
+    fetch, dest, costs = ops.pick_cheapest(weighed, rows, tables.dest, tables.blocks, prices)
     return Decision(fetch, dest, weighed.stats, costs)
 
 
@@ -148,7 +160,9 @@ def make_plan(
 ) -> Plan:
     """Decide, and tell the owners; a collective call that does not wait for the device. Arguments as of
     :func:`decide`."""
-    decision = decide(block_indices, decision_tables, mode, ops)
+    decision = decide(
+        block_indices, decision_tables, mode, ops, lambda x: comm.all_gather_async(x, "requests", where, x.nbytes)()
+    )
     size, device, stages = comm.size, block_indices.device, wire.stages
     if mode != "kv":
         slots, ends = ops.list_rows(block_indices, decision.dest, stages * size)

@@ -28,6 +28,7 @@ from .costs import WireCosts
 from .dispatch import RowStage
 from .fetch import BlockStage
 from .plan import PairLists, Plan, PlanStats, RowLists, Sizes, make_plan
+from .policy import Directions
 from .tables import (
     DecisionTables,
     WireTables,
@@ -55,8 +56,11 @@ def build_exchange_tables(cp: CPContext, block_size: int, n_slots: int, k: Tenso
         (block_size, n_kv),
         lambda: build_wire_tables(geometry, n_kv, options.stages, options.ranks_per_node),
     )
-    costs = WireCosts.of(k.dtype, dim, n_slots, options, number_dtype(geometry, n_kv))
-    decision = build_decision_tables(geometry, n_kv, options.stages, costs, options.weighing(cp.size))
+    of_layer = k.dtype, dim, n_slots, options, number_dtype(geometry, n_kv)
+    costs, directions = WireCosts.of(*of_layer), None
+    if options.mode == "auto" and options.ranks_per_node is not None and options.row_weight is None:
+        directions = Directions.of(*of_layer)
+    decision = build_decision_tables(geometry, n_kv, options.stages, costs, options.weighing(cp.size), directions)
     return ExchangeTables(wire, decision, options.wire_dtype(k.dtype))
 
 

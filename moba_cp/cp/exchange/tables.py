@@ -14,6 +14,7 @@ from ...eager.exchange import PAIR, TOTALS, BlockTables, PairTables, Prices
 from ..geometry import BlockGeometry
 from ..options import Weighing
 from .costs import WireCosts
+from .policy import Directions, PolicyTables
 
 # A row's share in a block is counted in integers, so that the decision does not depend on the order of additions.
 ROW_SHARE = 1 << 16
@@ -48,12 +49,24 @@ class DecisionTables:
     """[Hkv, n] int32, ``stage * P + owner`` of blocks of other ranks, -1 for those that are here."""
     open_dest: Tensor
     """[Hkv, n] int32, the same with -1 also for blocks that are fetched in any case."""
+    policy: PolicyTables | None
+    """By which ranks of several nodes decide together; None where each does by itself."""
 
 
 def build_decision_tables(
-    geometry: BlockGeometry, n_kv: int, stages: int, costs: WireCosts, weighing: Weighing
+    geometry: BlockGeometry,
+    n_kv: int,
+    stages: int,
+    costs: WireCosts,
+    weighing: Weighing,
+    directions: Directions | None = None,
 ) -> DecisionTables:
-    """:class:`DecisionTables` of ``geometry``'s rank; ``weighing``: how ``auto`` compares blocks and rows."""
+    """:class:`DecisionTables` of ``geometry``'s rank.
+
+    Args:
+        weighing: how ``auto`` compares blocks and rows.
+        directions: the same bytes as ``costs`` by direction, where ranks of several nodes are to decide together.
+    """
     size, device = len(geometry.owned), geometry.owner.device
     far = torch.arange(size, device=device) // weighing.per_node != geometry.rank // weighing.per_node
     candidates = (geometry.remote_candidate & far[geometry.owner]).sum() * n_kv
@@ -72,7 +85,10 @@ def build_decision_tables(
     dest = stage_of(n_kv, geometry.n_blocks, stages, device) * size + geometry.owner
     dest = torch.where(geometry.is_remote, dest, -1).int()
     blocks = BlockTables(geometry.owner, geometry.length, geometry.is_remote, geometry.always_fetched)
-    return DecisionTables(blocks, prices, dest, torch.where(geometry.always_fetched, -1, dest))
+    policy = None
+    if directions is not None and weighing.per_node < size:
+        policy = PolicyTables.of(directions, size, weighing.per_node, device)
+    return DecisionTables(blocks, prices, dest, torch.where(geometry.always_fetched, -1, dest), policy)
 
 
 @dataclass(frozen=True)

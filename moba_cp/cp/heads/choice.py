@@ -10,7 +10,9 @@ import torch
 
 from ..allgather import costs as gather_costs
 from ..context import CPContext
+from ..links import Links, links_of
 from ..options import ExchangeOptions
+from . import nodes
 from .costs import HeadCosts
 
 # Of H100s. Attention to shards: tasks are less full, by such a part of the time for each further rank. Copies: the part
@@ -86,6 +88,28 @@ def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
     return TeamSize(h if chosen else 1, f"{what}: {said}, {numbers}")
 
 
+def choose_across_nodes(
+    layer: Layer, options: ExchangeOptions, links: Links, by_copies: bool, on_gpu: bool
+) -> TeamSize:
+    """h for ``auto`` on several nodes, whatever takes the shortest time by prediction.
+
+    Args:
+        by_copies: copy engines serve within nodes.
+        on_gpu: attention takes what it does on an H100, and what moves meanwhile is hidden; a CPU hides nothing.
+    """
+    if by_copies:
+        links = links._replace(near_rate=max(links.near_rate, gather_costs.COPY_RATE))
+    compute, hidden = (_seconds(layer) if on_gpu else 0.0), (0.5 if on_gpu else 0.0)
+    shape = layer.size, layer.n_local, layer.heads, layer.dim, layer.dtype
+    found = nodes.predictions(*shape, options, links, compute, hidden)
+    best = nodes.choose(found, options.ranks_per_node or 1)
+    times = ", ".join(f"{1e3 * one.seconds:.3g} ms with {one.h}" for one in found)
+    rates = f"{links.near_rate / 1e9:.3g} GB/s within nodes, {links.far_rate / 1e9:.3g} between"
+    said = f"exchanged for heads by {best.h} ranks" if best.h > 1 else "not exchanged for heads"
+    what = f"MoBA of {layer.size * layer.n_local} tokens on {layer.size} ranks, {rates}"
+    return TeamSize(best.h, f"{what}: tokens are {said} ({times})")
+
+
 def head_ranks(
     cp: CPContext, q: torch.Tensor, k: torch.Tensor, moba: tuple[int, int] | None, forced: bool = False
 ) -> TeamSize:
@@ -108,10 +132,18 @@ def head_ranks(
         if moba is None:
             # By heads it was never timed, and the ring was.
             return TeamSize(1, "full attention")
-        if cp.team_peers(team_size(options, size)) is None:
+        layer, most = (
+            Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba),
+            team_size(options, size),
+        )
+        by_copies = cp.team_peers(most) is not None
+        if most < size:
+            links = links_of(cp.comm, most, cp.device, options.measure_links)
+            chosen = choose_across_nodes(layer, options, links, by_copies, q.is_cuda)
+        elif by_copies:
+            chosen = choose_team(layer, options)
+        else:
             return TeamSize(1, "no memory that ranks read of one another")
-        layer = Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba)
-        chosen = choose_team(layer, options)
         if cp.rank == 0 and chosen.why not in _said:
             _said.add(chosen.why)
             _news.append(chosen.why)
