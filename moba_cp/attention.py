@@ -146,7 +146,9 @@ def moba_attention(
         out, lse, selection = across_ranks(q, k, v, config, scale, cp, block_indices, check_indices, return_selection)
     else:
         options = config.block_size, config.top_k, scale, config.deterministic
-        of_selection = block_indices, check_indices, *config.gate
+        # Field by field: torch.compile knows no properties of a config that it holds constant.
+        gate = config.shared_by_group, config.score, config.min_recent, config.sink
+        of_selection = block_indices, check_indices, *gate
         out, lse, selection, _ = moba_attention_op(q, k, v, cu_seqlens, *options, cu_seqlens_k, *of_selection)
         if return_selection:
             selection = numbers_in_documents_op(selection, q, k, cu_seqlens, config.block_size, cu_seqlens_k)

@@ -29,6 +29,10 @@ class Gate(NamedTuple):
         """Heads of a selection of Hq query and Hkv KV heads."""
         return n_kv if self.shared else n_heads
 
+    def changed(self) -> dict[str, str | int | bool]:
+        """The fields that are not MoBA's own."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
 
 @dataclass(frozen=True)
 class MoBAConfig:

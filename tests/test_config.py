@@ -20,6 +20,16 @@ from moba_cp.model.schedule import Phase, check_schedule
         (dict(block_size=512, top_k=65), r"top_k=65 is not between 1 and 64"),
         (dict(block_size=512, top_k=True), r"top_k=True is not an integer"),
         (dict(block_size=512, top_k=3, deterministic="no"), r"deterministic='no' is not a bool"),
+        (
+            dict(block_size=512, top_k=3, shared_by_group="mean"),
+            r"shared_by_group='mean' is unknown; use 'none', 'sum'",
+        ),
+        (dict(block_size=512, top_k=3, score="sum"), r"score='sum' is unknown; use 'mean', 'max'"),
+        (dict(block_size=512, top_k=3, sink=1), r"sink=1 is not a bool"),
+        (dict(block_size=512, top_k=1, sink=True), r"sink=True takes a block beside .* top_k=1; use top_k=2 or more"),
+        (dict(block_size=512, top_k=3, min_recent=True), r"min_recent=True is not an integer"),
+        (dict(block_size=512, top_k=3, min_recent=-1), r"min_recent=-1 is not between 0 and 2, what top_k=3 leaves"),
+        (dict(block_size=512, top_k=3, min_recent=2, sink=True), r"min_recent=2 .* 0 and 1, .* own block and the sink"),
     ],
 )
 def test_bad_values_are_named(kwargs, says):

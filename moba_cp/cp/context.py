@@ -44,7 +44,7 @@ class CPContext:
         device: where index tensors live, and q, k, v; by default the current GPU if the group moves tensors of GPUs by
             a backend of their own, such as NCCL, else the CPU.
         exchange: what MoBA layers move, and how; a mode's name stands for the options with that mode.
-        observer: called with every MoBA layer's name, selection [L, Hq, k - 1], KV heads and block size; see
+        observer: called with every MoBA layer's name, selection [L, G, S], KV heads and block size; see
             :class:`moba_cp.cp.recorder.SelectionRecorder`.
 
     Raises:

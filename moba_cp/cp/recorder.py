@@ -1,6 +1,7 @@
 """Watching which blocks are selected: recording a model's selections, and drawing them.
 
-Legend: T tokens, L local tokens, Hq query heads, Hkv key/value heads, S = k - 1 selected blocks per row, n blocks.
+Legend: T tokens, L local tokens, G heads of a selection (query heads, or KV heads whose groups share it), S selected
+blocks per row, n blocks.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ class SelectionRecorder:
 
     def __init__(self) -> None:
         self.layers: dict[str, Tensor] = {}
-        """layer -> [L, Hq, S] int32 on the CPU."""
+        """layer -> [L, G, S] int32 on the CPU."""
         self.block_size = self.n_kv_heads = 0
         self._unnamed = 0
 
@@ -39,7 +40,7 @@ class SelectionRecorder:
         self.block_size, self.n_kv_heads = block_size, n_kv_heads
 
     def whole(self, cp: CPContext) -> dict[str, Tensor]:
-        """layer -> [T, Hq, S] of the whole sequence; a collective call."""
+        """layer -> [T, G, S] of the whole sequence; a collective call."""
         return {layer: cp.unshard(selection.to(cp.device)).cpu() for layer, selection in self.layers.items()}
 
     def save(self, path: str | Path, cp: CPContext) -> None:
@@ -65,7 +66,7 @@ def heat_map(selection: Tensor, n_blocks: int, chunks: int = 128) -> Tensor:
     """How often the queries of each chunk selected each block: [chunks, n] counts over heads.
 
     Args:
-        selection: [T, Hq, S] int32 block ids, -1 for none.
+        selection: [T, G, S] int32 block ids, -1 for none.
         n_blocks: n.
         chunks: rows of the map; at most T.
     """
@@ -81,7 +82,7 @@ def draw_heat_maps(layers: dict[str, Tensor], cu_seqlens: Tensor, block_size: in
     """Draw :func:`heat_map` of every layer side by side, logarithmic, as a PNG.
 
     Args:
-        layers: layer -> [T, Hq, S] int32 block ids, -1 for none.
+        layers: layer -> [T, G, S] int32 block ids, -1 for none.
         cu_seqlens: [n_docs + 1] int, document boundaries; where a document starts, thin lines are drawn.
         block_size: B.
         path: where the picture goes.

@@ -2,12 +2,13 @@
 
     {"block_size": 512, "top_k": 8, "full_layers": "last 1", "decoding": "moba", "deterministic": false}
 
-Only the first two must be there. ``moba-cp export`` writes it.
+Only the first two must be there; ``shared_by_group``, ``score``, ``min_recent`` and ``sink`` of
+:class:`moba_cp.MoBAConfig` may be. ``moba-cp export`` writes it.
 """
 
 from dataclasses import dataclass
 
-from ..config import MoBAConfig
+from ..config import Gate, MoBAConfig, Score, Sharing
 from ..model.attention import AttentionConfig
 from ..model.schedule import Kind
 
@@ -41,6 +42,10 @@ def use_moba(
     full_layers: str | list[int] = "none",
     decoding: Kind = "moba",
     deterministic: bool = False,
+    shared_by_group: Sharing = "none",
+    score: Score = "mean",
+    min_recent: int = 0,
+    sink: bool = False,
 ):
     """Let a transformers model attend with MoBA from now on.
 
@@ -55,6 +60,7 @@ def use_moba(
         full_layers: layers with full attention: ``none``, ``last N`` or a list of layer numbers counted from 1.
         decoding: ``moba`` or ``full`` attention for tokens that are generated one by one, in all layers.
         deterministic: bit-identical gradients from run to run, at some cost in speed.
+        shared_by_group, score, min_recent, sink: how blocks are chosen, see :class:`moba_cp.MoBAConfig`.
 
     Returns:
         ``model``.
@@ -69,6 +75,7 @@ def use_moba(
         "full_layers": full_layers if isinstance(full_layers, str) else list(full_layers),
         "decoding": decoding,
         "deterministic": deterministic,
+        **Gate(shared_by_group, score, min_recent, sink).changed(),
     }
     read_options(options, config.num_hidden_layers)
     check_model(config)
@@ -117,7 +124,7 @@ def read_options(options, n_layers: int) -> list[LayerOptions]:
             f"config.moba={options!r}, but attn_implementation='moba' needs a block size and top-k; call "
             "moba_cp.hf.use_moba(model, block_size=512, top_k=8)"
         )
-    known = {"block_size", "top_k", "full_layers", "decoding", "deterministic"}
+    known = {"block_size", "top_k", "full_layers", "decoding", "deterministic", *Gate._fields}
     if not {"block_size", "top_k"} <= set(options) <= known:
         raise ValueError(
             f"config.moba has the keys {', '.join(map(str, options))}; use block_size and top_k, and of "
@@ -131,6 +138,7 @@ def read_options(options, n_layers: int) -> list[LayerOptions]:
         top_k=options["top_k"],
         full_layers=options.get("full_layers", "none"),
         deterministic=options.get("deterministic", False),
+        **{name: options[name] for name in Gate._fields if name in options},
     )
     kinds = [attention.kind(number, n_layers) for number in range(1, n_layers + 1)]
     return [LayerOptions(kind, "full" if decoding == "full" else kind, attention.moba) for kind in kinds]

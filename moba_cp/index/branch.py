@@ -127,9 +127,9 @@ class IndexBranch:
 
     def choose(self, scored: Scored) -> Tensor:
         """[L, g, S] int32, the blocks with the highest scores, counted within the row's document; -1 for none."""
-        moba = self.moba
+        how = self.moba.top_k, self.moba.min_recent, self.moba.sink
         of_heads = [
-            select_blocks(scored.queries[:, head], scored.weights[:, head], self._keys(scored, head), moba.top_k)
+            select_blocks(scored.queries[:, head], scored.weights[:, head], self._keys(scored, head), *how)
             for head in range(self.n_kv)
         ]
         return torch.stack(of_heads, 1)

@@ -5,6 +5,7 @@ args = parse_and_validate_args(extra_args_provider=add_moba_args)
 
 import argparse
 
+from ..config import SCORES, SHARINGS
 from ..cp.options import MODES, ExchangeOptions
 from ..model.attention import AttentionConfig
 
@@ -28,6 +29,17 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "through the whole model (default: none).")  # fmt: skip
     group.add_argument("--moba-deterministic", action="store_true",
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
+    group.add_argument("--moba-shared-by-group", choices=SHARINGS, default=_DEFAULT.shared_by_group,
+                       help="Whether the query heads of a KV head attend to the same blocks, those with the highest "
+                       "sum, or maximum, of their scores (default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-score", choices=SCORES, default=_DEFAULT.score,
+                       help="A block's score: by its mean key, or by the best of its keys, which takes about a third "
+                       "of full attention's forward pass (default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-min-recent", type=int, default=_DEFAULT.min_recent, metavar="N",
+                       help="So many blocks before a query's own are always taken, within --moba-top-k "
+                       "(default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-sink", action="store_true",
+                       help="The document's first block is always taken, within --moba-top-k.")  # fmt: skip
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
                        help="What moves between context-parallel ranks: selected blocks (kv), query rows (query), per "
                        "block whichever is fewer bytes, or all where a node's copy engines bring it behind attention "
@@ -71,7 +83,14 @@ def attention_from_args(args: argparse.Namespace) -> AttentionConfig:
     words = [str(word) for word in args.moba_full_layers]
     kinds = {"default": "full"} if words == ["all"] else {"full_layers": _full_layers(words)}
     return AttentionConfig(
-        block_size=args.moba_block_size, top_k=args.moba_top_k, deterministic=args.moba_deterministic, **kinds
+        block_size=args.moba_block_size,
+        top_k=args.moba_top_k,
+        deterministic=args.moba_deterministic,
+        shared_by_group=args.moba_shared_by_group,
+        score=args.moba_score,
+        min_recent=args.moba_min_recent,
+        sink=args.moba_sink,
+        **kinds,
     )
 
 

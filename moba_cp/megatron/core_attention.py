@@ -100,6 +100,8 @@ class MoBACoreAttention(MegatronModule):
 
     def extra_repr(self) -> str:
         detail = f"block_size={self.moba.block_size}, top_k={self.moba.top_k}" if self.kind == "moba" else "exact"
+        if self.kind == "moba":
+            detail += "".join(f", {name}={value}" for name, value in self.moba.gate.changed().items())
         return f"layer {self.layer_number}: {self.kind}, {detail}, ranks={group_size(self.group)}"
 
     def forward(

@@ -6,7 +6,7 @@ Layers are counted from 1, as Megatron counts them, through the whole model what
 import re
 from dataclasses import dataclass, replace
 
-from ..config import MoBAConfig
+from ..config import MoBAConfig, Score, Sharing
 from ..cp.layout import LAYOUTS, Layout
 from ..index.config import IndexConfig
 from .schedule import KINDS, Kind, Phase, check_schedule, phase_at
@@ -48,6 +48,20 @@ class AttentionConfig:
     """How batches that come without a :class:`moba_cp.CPContext` are spread over the ranks: ``zigzag`` (Megatron's own)
     or ``contiguous``; ``zigzag_per_document`` where the batch carries ``cu_seqlens``."""
 
+    shared_by_group: Sharing = "none"
+    """Whether the query heads of a KV head attend to the same blocks: ``none``, each chooses for itself; ``sum`` or
+    ``max``, they share those with the highest sum, or maximum, of their scores."""
+
+    score: Score = "mean"
+    """A block's score: ``mean``, by its mean key; ``max``, by the best of its keys, which takes about a third of full
+    attention's forward pass."""
+
+    min_recent: int = 0
+    """So many blocks before a query's own are always taken, within ``top_k``."""
+
+    sink: bool = False
+    """The document's first block is always taken, within ``top_k``."""
+
     def __post_init__(self):
         if self.default not in KINDS:
             raise ValueError(f"default={self.default!r} is not a kind of attention; use one of {', '.join(KINDS)}")
@@ -64,6 +78,12 @@ class AttentionConfig:
         _ = self.moba
         if self.index is not None and self.top_k == 1:
             raise ValueError("top_k=1 leaves an index branch no block to choose; use top_k=2 or more, or no index")
+        for name in ("shared_by_group", "score"):
+            if self.index is not None and name in self.moba.gate.changed():
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} beside an index, which scores blocks for a whole group by itself; "
+                    f"leave {name} out"
+                )
 
     def at(self, step: int, steps: int) -> "AttentionConfig":
         """The configuration of ``step`` out of ``steps``, counted from 1; without a schedule always this one.
@@ -78,7 +98,15 @@ class AttentionConfig:
     @property
     def moba(self) -> MoBAConfig:
         """The options of each MoBA layer."""
-        return MoBAConfig(block_size=self.block_size, top_k=self.top_k, deterministic=self.deterministic)
+        return MoBAConfig(
+            block_size=self.block_size,
+            top_k=self.top_k,
+            deterministic=self.deterministic,
+            shared_by_group=self.shared_by_group,
+            score=self.score,
+            min_recent=self.min_recent,
+            sink=self.sink,
+        )
 
     def full_layer_numbers(self, n_layers: int) -> frozenset[int]:
         """The layers with full attention in a model of ``n_layers`` layers.

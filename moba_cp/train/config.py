@@ -61,7 +61,8 @@ class RunConfig:
 
     selection_statistics: bool = False
     """At each validation, log for each MoBA layer how far back the queries of the first sequence choose, how evenly,
-    and how often a document's first block."""
+    how often a document's first block and the one before their own, and how alike in the heads of a group and in rows
+    that follow one another."""
 
     tensorboard: bool = False
     """Write what is logged for TensorBoard too, into the run's folder ``tensorboard``."""

@@ -49,7 +49,8 @@ class TrainedModel:
         hf = hf_config_of(self.config.model, self.config.data.seq_len, dtype, **ids)
         # What transformers does not know, it keeps; moba_cp.hf reads it.
         hf["moba"] = {"block_size": self.attention.block_size, "top_k": self.attention.top_k,
-                      "full_layers": sorted(self.attention.full_layer_numbers(self.config.model.n_layers))}  # fmt: skip
+                      "full_layers": sorted(self.attention.full_layer_numbers(self.config.model.n_layers)),
+                      **self.attention.moba.gate.changed()}  # fmt: skip
         return hf
 
 

@@ -89,7 +89,8 @@ class StepShape:
         """Bytes that a layer keeps for its backward pass."""
         queries, keys = self._heads
         hidden, moba, index = self.model.hidden_size, self._is_moba(layer_number), self._index_branch(layer_number)
-        choosers = self.model.n_kv_heads if index is not None else self.model.n_heads
+        shares = index is not None or self.attention.moba.gate.shared
+        choosers = (self.model.n_kv_heads or 1) if shares else self.model.n_heads
         selection = self.n_tokens * choosers * 4 * (self.attention.top_k - 1) * moba
         # The gradient of the index branch's weights is there from the forward pass on.
         of_index = index.width(self.model.n_kv_heads) * hidden * self.itemsize if index is not None else 0

@@ -209,7 +209,8 @@ def moba_layer(model: ModelConfig, attention: AttentionConfig, seq_len: int, con
     local, thinner = -(-seq_len // context), 1 + _THINNER * np.log2(context)
     top_k = min(attention.top_k, -(-seq_len // attention.block_size))
     rows, dim, block = local * model.n_heads, model.head_dim, attention.block_size
-    scores = rows * dim * (seq_len / block)  # 2 FLOP each, of the half that is earlier
+    # 2 FLOP each, of the half that is earlier, by a mean or by every key.
+    scores = rows * dim * (seq_len / block if attention.score == "mean" else seq_len)
     forward = forward_seconds(rows, dim, block, top_k) + scores / _SELECTION
     backward = rows * top_k * dim * float(np.interp(block, _BACKWARD_BLOCKS, _BACKWARD_SECONDS))
     return thinner * forward, thinner * backward

@@ -10,6 +10,7 @@ from moba_cp.cp.calls import ExchangeError
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.layout import LAYOUTS
 from moba_cp.cp.options import SEQUENCE_MODES, ExchangeOptions
+from moba_cp.passes import AttentionPasses
 from tests.cp.test_heads import _batch
 from tests.cp.test_moba import NAMES
 from tests.helpers.cases import Case, random_case, relative_error
@@ -107,6 +108,30 @@ def test_a_group_that_is_spread_over_ranks_chooses_together(sharing, score):
             assert torch.equal(selection, numbers_in_documents(case, chosen)) and same
             for name, actual, want in zip(NAMES, results, expected, strict=True):
                 assert relative_error(actual, want) < 1e-10, name
+
+
+def _passes(comm: Communicator, case: Case, options, config: MoBAConfig):
+    """Gradients by the two passes of a layer that schedules them itself."""
+    cp = CPContext(comm, "zigzag", case.q.shape[0], case.cu_seqlens, exchange=options)
+    passes = AttentionPasses("moba", config, case.q.shape[2] ** -0.5, cp, "a layer")
+    q, k, v, dout = (cp.shard(x) for x in (case.q, case.k, case.v, case.dout))
+    out, kept = passes.forward(q, k, v, True)
+    return [cp.unshard(x) for x in (out, *passes.backward(kept.without_index(), q, k, v, out, dout))]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("mode", ["auto", "heads"])
+def test_the_passes_of_a_layer(mode, size):
+    case = _batch(5, 4, 4, "zigzag")
+    case.q, case.k, case.v, case.dout = (
+        x[:, :1].repeat(1, heads, 1) for x, heads in ((case.q, 4), (case.k, 2), (case.v, 2), (case.dout, 4))
+    )
+    case.q = case.q * torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=torch.float64)[:, None]
+    config = MoBAConfig(case.block_size, 3, shared_by_group="max", score="max", sink=True)
+    expected = reference_results(case, reference_selection(case, config))
+    for results in run_threads(size, _passes, case, ExchangeOptions(mode), config):
+        for name, actual, want in zip(NAMES, results, expected, strict=False):
+            assert relative_error(actual, want) < 1e-10, name
 
 
 def _observed(comm: Communicator, case: Case, options: ExchangeOptions, config: MoBAConfig):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from moba_cp import reference
+from moba_cp.config import Gate
 from moba_cp.hf import use_moba
 
 FAMILIES = {
@@ -52,17 +53,20 @@ def _reference_forward(module, query, key, value, attention_mask, scaling=None, 
             rows.append(reference.full_attention(*of_sequence, softmax_scale=scaling))
         else:
             sizes = options["block_size"], options["top_k"]
-            rows.append(reference.moba_attention(*of_sequence, *sizes, softmax_scale=scaling))
+            gate = {name: options[name] for name in Gate._fields if name in options}
+            rows.append(reference.moba_attention(*of_sequence, *sizes, softmax_scale=scaling, **gate))
     return torch.stack(rows), None
 
 
 AttentionInterface.register("moba_reference", _reference_forward)
 
 
-def both(family: str = "llama", layers: int = 3, block_size: int = 16, top_k: int = 3, full_layers: str = "last 1"):
+def both(
+    family: str = "llama", layers: int = 3, block_size: int = 16, top_k: int = 3, full_layers: str = "last 1", **gate
+):
     """A model that attends with MoBA, and its twin whose attention is the reference's."""
     ours, plain = tiny(family, layers), tiny(family, layers)
-    use_moba(ours, block_size, top_k, full_layers)
+    use_moba(ours, block_size, top_k, full_layers, **gate)
     plain.config.moba = dict(ours.config.moba)
     plain.set_attn_implementation("moba_reference")
     return ours, plain

@@ -31,6 +31,17 @@ def test_pieces_and_tokens_are_the_whole(family, kind):
         close(_in_pieces(ours, ids, sizes, cache), whole)
 
 
+@torch.no_grad()
+def test_other_gates_in_pieces_and_tokens():
+    for gate in ({"shared_by_group": "max", "score": "max", "sink": True}, {"shared_by_group": "sum", "min_recent": 1}):
+        ours, plain = both("qwen3", **gate)
+        ids, mask = tokens(2, 90), torch.ones(2, 90, dtype=torch.long)
+        mask[1, :20] = 0
+        logits = _in_pieces(ours, ids * mask, [40, 40, *[1] * 10], MoBACache(ours), mask)
+        for row, keep in enumerate(mask.bool()):
+            close(logits[row, keep], plain(ids[row, keep][None]).logits[0])
+
+
 @pytest.mark.parametrize("kind", ["moba", "dynamic"])
 @torch.no_grad()
 def test_padded_on_the_left(kind):

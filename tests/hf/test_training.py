@@ -65,6 +65,15 @@ def test_with_few_blocks_it_is_the_reference(family):
     assert (ours(ids, labels=ids).loss - dense).abs() > 1e-3, "a selection that leaves something out"
 
 
+def test_other_gates_are_the_reference():
+    for gate in ({"shared_by_group": "sum", "sink": True}, {"shared_by_group": "max", "score": "max", "min_recent": 1}):
+        ours, plain = both("qwen3", **gate)
+        assert ours.config.moba.items() >= gate.items()
+        ids = tokens(2, 90)
+        inputs = {"input_ids": ids, "labels": ids}
+        _same(_loss_and_gradients(ours, **inputs), _loss_and_gradients(plain, **inputs))
+
+
 @pytest.mark.parametrize("sides", [(0, 13, 40), (0, -13, -40)], ids=["left", "right"])
 def test_padding_is_nobodys(sides):
     ours, plain = both()
@@ -197,6 +206,7 @@ def test_what_a_call_asks_for_is_refused_by_name(inputs, says):
         ({"block_size": 16}, r"config.moba has the keys block_size; use block_size and top_k"),
         ({"block_size": 16, "top_k": 3, "topk": 3}, r"topk"),
         ({"block_size": 17, "top_k": 3}, r"block_size=17"),
+        ({"block_size": 16, "top_k": 3, "score": "median"}, r"score='median' is unknown"),
         ({"block_size": 16, "top_k": 3, "decoding": "sparse"}, r"decoding='sparse'"),
         ({"block_size": 16, "top_k": 3, "full_layers": [5]}, r"names layer 5, but the model has 1 layers"),
     ],

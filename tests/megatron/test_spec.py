@@ -78,6 +78,10 @@ def build(spec, of=None):
         (["--moba-full-layers", "1,4"], AttentionConfig(full_layers=(1, 4))),
         (["--moba-full-layers", "all"], AttentionConfig(default="full")),
         (["--moba-deterministic"], AttentionConfig(deterministic=True)),
+        (
+            ["--moba-shared-by-group", "max", "--moba-score", "max", "--moba-min-recent", "1", "--moba-sink"],
+            AttentionConfig(shared_by_group="max", score="max", min_recent=1, sink=True),
+        ),
     ],
     ids=str,
 )
@@ -90,6 +94,7 @@ def test_flags(words, expected):
     [
         (["--moba-block-size", "100"], "block_size=100 is not a positive multiple of 16"),
         (["--moba-top-k", "0"], "top_k=0 is not between 1 and 64"),
+        (["--moba-min-recent", "3"], "min_recent=3 is not between 0 and 2, what top_k=3 leaves beside the query's own"),
         (["--moba-full-layers", "first", "2"], "full_layers='first 2' is not understood"),
     ],
 )

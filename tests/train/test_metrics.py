@@ -132,6 +132,15 @@ def test_selection_statistics_are_those_of_a_count(one_rank):
     assert found["age"] == pytest.approx(sum(ages) / len(ages), abs=1e-3)
     assert found["first_block"] == pytest.approx(sum(firsts) / len(firsts), abs=1e-4)
     assert found["entropy"] == pytest.approx(-(shares * shares.log2()).sum().item() / math.log2(8), abs=1e-4)
+    assert found["recent"] == pytest.approx(sum(age == 1 for age in ages) / len(ages), abs=1e-4)
+    sets = [[set(row.tolist()) - {-1} for row in head] for head in selection.unbind(1)]
+    rows = [(head[t], head[t - 1]) for head in sets for t in range(1, 64) if t != 40]
+    alike = lambda pairs: sum(len(a & b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+    assert found["row_overlap"] == pytest.approx(alike(rows), abs=1e-4)
+    assert found["group_overlap"] == pytest.approx(alike(list(zip(sets[1], sets[0]))), abs=1e-4)
+    # Heads that share a selection have nobody to be compared with.
+    statistics("layer 1", selection[:, :1], 1, 8)
+    assert "group_overlap" not in statistics.result()["layer 1"]
 
 
 def test_a_resumed_run_goes_on_in_the_same_chart_of_wandb(tmp_path, monkeypatch):
