@@ -80,7 +80,7 @@ def summary_of(run: Run) -> dict | None:
 
 
 def flops(run: Run) -> float:
-    """6 * parameters * tokens, without embeddings and attention, as the paper counts compute."""
+    """6 * parameters * tokens, without embeddings and attention, as the paper counts compute; its parent's included."""
     return 6.0 * run.n_parameters * run.tokens
 
 
@@ -103,7 +103,7 @@ class Grid:
     """The runs that are to be done.
 
     Args:
-        runs: in the order in which they are begun; a run that another begins with comes before it.
+        runs: in the order in which they are begun; those that they begin with are added before them.
         corpus: hash of the text, which a run that is done must have been trained on; None for any.
         slots: processes.
         deadline: in seconds of ``time.monotonic()``, when all must have ended; None for never.
@@ -119,7 +119,7 @@ class Grid:
         deadline: float | None = None,
         say: Callable[[str], None] = print,
     ):
-        self.runs = list({run.name: run for run in runs}.values())
+        self.runs = list({each.name: each for run in runs for each in run.lineage}.values())
         self.folder, self.corpus, self.slots, self.deadline, self.say = folder, corpus, slots, deadline, say
         self._estimated = self._measured = 0.0
         self._children = {
@@ -136,7 +136,7 @@ class Grid:
                 f"{run.config.run.directory}: was trained on other text ({found['corpus']}, not {self.corpus}); name "
                 "another --directory"
             )
-        needed = any(summary_of(child) is None for child in self._children[run.name])
+        needed = not all(map(self.done, self._children[run.name]))
         return not needed or (Path(run.config.run.directory) / CHECKPOINTS).is_dir()
 
     def execute(self) -> list[str]:
@@ -221,7 +221,7 @@ class Grid:
         self._estimated += run.config.run.steps * _step_seconds(run)
         # Some runs need the weights of others.
         for x in (run, run.parent):
-            if x is not None and all(summary_of(child) is not None for child in self._children.get(x.name, [])):
+            if x is not None and all(map(self.done, self._children[x.name])):
                 shutil.rmtree(Path(x.config.run.directory) / CHECKPOINTS, ignore_errors=True)
         for name in run.tests:
             if name not in found:

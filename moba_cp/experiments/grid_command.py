@@ -8,9 +8,9 @@ from ..train.command import add_overrides
 
 NAMES = (
     "scaling-law",
+    "position-loss",
     "granularity",
     "training-hybrid",
-    "position-loss",
     "layerwise-hybrid",
     "retrieval",
     "block-size",

@@ -15,7 +15,7 @@ from . import paper
 from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
 from .grid import summary_of
-from .runs import SWITCH_AT, Run
+from .runs import Run
 
 Rows = list[dict[str, Any]]
 """Summaries of the runs that are done."""
@@ -297,7 +297,8 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
     lines = []
     if all(losses.get(kind) for kind in ("full", "moba", "switch")):
         steps = max(losses["switch"])
-        first = int(SWITCH_AT * steps + 0.5) + 1
+        until = _of(rows, kind="switch")[0]["config"]["attention"]["schedule"][0]["until"]
+        first = int(until * steps + 0.5) + 1
         shown = [step for step in losses["switch"] if step >= max(1, steps - 3 * (steps - first + 1))]
         for kind in ("moba", "switch"):
             less = [losses[kind][step] - losses["full"][step] for step in shown]

@@ -16,7 +16,8 @@ from .scales import Scale, Size, corpus_prefix
 
 # Ranges of positions that a document is divided into.
 RANGES = 16
-SWITCH_AT = 0.9
+SWITCHED = 0.1
+"""Share of the tokens that a run that switches trains with full attention, at its end."""
 RESULTS = "tests.json"
 """In a run's folder: of the tests that it is put to when it is trained."""
 
@@ -44,9 +45,15 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Trained on, without those of its parent."""
+        """Trained on, its parent's included."""
         data = self.config.data
-        return self.config.run.steps * data.seq_len * data.sequences_per_step
+        own = self.config.run.steps * data.seq_len * data.sequences_per_step
+        return own + (0 if self.parent is None else self.parent.tokens)
+
+    @property
+    def lineage(self) -> "tuple[Run, ...]":
+        """The runs that come before it, the first one first, and itself."""
+        return (*(() if self.parent is None else self.parent.lineage), self)
 
 
 @dataclass(frozen=True)
@@ -64,18 +71,29 @@ class Maker:
     def run(
         self, size: Size, length: int, kind: str, seed: int, block_size: int | None = None, top_k: int | None = None
     ) -> Run:
-        """Training from the beginning: ``kind`` is ``moba``, ``full``, or ``switch`` from one to the other."""
-        block_size, top_k = block_size or self.scale.block_size, top_k or self.scale.top_k
-        attention = self._attention(kind, block_size, top_k)
-        blocks = "" if kind == "full" else f"-b{block_size}k{top_k}"
+        """Training of ``kind`` ``moba``, ``full``, or ``switch`` from one to the other.
+
+        Documents of the longer length may come after training on those of the shorter one, see :class:`.scales.Scale`:
+        that begins with MoBA's model of the scale's own blocks, or full attention's for all other blocks.
+        """
+        scale = self.scale
+        block_size, top_k = block_size or scale.block_size, top_k or scale.top_k
+        own_blocks = (block_size, top_k) == (scale.block_size, scale.top_k)
+        parent, share, lr, name = None, 1.0, size.lr, f"{length}-{size.name}-{size.tokens / 1e6:.3g}M"
+        if length == scale.long and scale.extension is not None:
+            share, lr = scale.extension, size.lr / 2
+            before = "moba" if own_blocks and kind != "full" else "full"
+            parent = self.run(size, scale.length, before, seed)
+            name += f"+{share * size.tokens / 1e6:.3g}M"
+        switched = SWITCHED if parent is None else SWITCHED * (1 + share) / share
         config = replace(
-            self._config(size, length, seed, size.steps_at(length), size.lr, (TRAINING, VALIDATION)),
-            attention=attention,
+            self._config(size, length, seed, size.steps_at(length, share), lr, (TRAINING, VALIDATION)),
+            attention=self._attention(kind, block_size, top_k, round(1 - switched, 3)),
         )
-        name = f"{length}-{size.name}-{size.tokens / 1e6:.3g}M-{kind}{blocks}-s{seed}"
+        blocks = "" if kind == "full" else f"-b{block_size}k{top_k}"
         facts = {"size": size.name, "kind": kind, "seed": seed, "block_size": block_size, "top_k": top_k}
-        made = self._named(name, config, length, facts)
-        weighed = kind == "full" and size == self.scale.granularity_size and length == self.scale.long
+        made = self._named(f"{name}-{kind}{blocks}-s{seed}", config, length, facts, parent)
+        weighed = kind == "full" and size == scale.granularity_size and length == scale.long
         return replace(made, tests={"mass": length} if weighed else {})
 
     def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
@@ -105,11 +123,11 @@ class Maker:
         # One length more than it is trained on.
         return replace(made, tests={"retrieval": (*lengths, 2 * lengths[-1])})
 
-    def _attention(self, kind: str, block_size: int, top_k: int) -> AttentionConfig:
+    def _attention(self, kind: str, block_size: int, top_k: int, switch_at: float = 0.0) -> AttentionConfig:
         base = self.base.attention
         if kind == "full":
             return replace(base, default="full", full_layers="none", schedule=())
-        schedule = (Phase("moba", SWITCH_AT), Phase("full")) if kind == "switch" else ()
+        schedule = (Phase("moba", switch_at), Phase("full")) if kind == "switch" else ()
         return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule)
 
     def _config(
@@ -183,7 +201,6 @@ def layerwise_hybrid(make: Maker) -> Iterator[Run]:
     scale = make.scale
     for seed in range(scale.seeds):
         parent = make.run(scale.deep_size, scale.long, "moba", seed)
-        yield parent
         for last in (*scale.last_layers, 0, scale.deep_size.n_layers):
             yield make.tuned(parent, scale.deep_size, last)
 
@@ -201,11 +218,11 @@ def retrieval_folder(folder: Path) -> Path:
 
 GRIDS = {
     "scaling-law": scaling_law,
+    "position-loss": position_loss,
     "granularity": granularity,
     "training-hybrid": training_hybrid,
-    "position-loss": position_loss,
     "layerwise-hybrid": layerwise_hybrid,
     "retrieval": retrieval,
     "block-size": block_size,
 }
-"""The experiments, those first whose runs the others share."""
+"""The experiments, those first whose runs the others share and which take longest."""

@@ -37,9 +37,9 @@ class Size:
         """At the shorter length; a step has at least one document."""
         return self.steps_at(1)
 
-    def steps_at(self, length: int) -> int:
-        """Steps with documents of ``length`` tokens."""
-        return max(1, round(self.tokens / max(self.tokens_per_step, length)))
+    def steps_at(self, length: int, share: float = 1.0) -> int:
+        """Steps with documents of ``length`` tokens, for a share of all tokens."""
+        return max(1, round(share * self.tokens / max(self.tokens_per_step, length)))
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class Scale:
     """Documents of ``long`` of a validation."""
     text_bytes: int | None = None
     """Of sources to take; None for all."""
+    extension: float | None = None
+    """Runs at ``long`` begin with the weights of those at ``length`` and train on so many more tokens, as a share of
+    theirs; None: they train at ``long`` from the beginning."""
 
     @cached_property
     def base(self) -> TrainConfig:
@@ -84,13 +87,13 @@ class Scale:
         return load(TrainConfig, f"experiments/{self.name}")
 
 
-def _small_size(n: int, tokens_per_step: int, per_parameter: float = 12.0, width: int = 0) -> Size:
+def _small_size(n: int, tokens_per_step: int, per_parameter: float = 16.0, width: int = 0) -> Size:
     """``n`` layers with as many heads of 64, as the paper has as many layers as heads, or of another ``width``.
 
     The learning rate falls with the width; trained on ``per_parameter`` bytes for each parameter.
     """
     hidden = width or 64 * n
-    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.3 / hidden, 6))
+    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.4 / hidden, 6))
     tokens = round(per_parameter * size.n_parameters / tokens_per_step) * tokens_per_step
     return Size(n, hidden // 64, hidden, tokens, tokens_per_step, size.lr)
 
@@ -99,8 +102,8 @@ def _small() -> Scale:
     k = 1024
     # Small steps: models that have made fewer than a thousand have hardly learned to look at the bytes before.
     sizes = (
-        _small_size(2, 16 * k), _small_size(3, 16 * k), _small_size(4, 16 * k), _small_size(5, 32 * k),
-        _small_size(6, 64 * k),
+        _small_size(2, 8 * k), _small_size(3, 8 * k, width=128), _small_size(3, 16 * k), _small_size(4, 32 * k),
+        _small_size(6, 64 * k, width=320),
     )  # fmt: skip
     return Scale(
         name="small",
@@ -109,19 +112,20 @@ def _small() -> Scale:
         long=32 * k,
         block_size=512,
         top_k=3,
-        granularity_size=sizes[2],
+        granularity_size=sizes[3],
         granularity=((2, 8), (4, 16), (8, 32), (16, 64), (32, 128)),
         switch_size=sizes[3],
         switch_block_size=512,
-        deep_size=_small_size(12, 32 * k, 6.0, width=256),
+        deep_size=_small_size(12, 64 * k, 6.0, width=256),
         last_layers=(1, 3, 5, 10),
         tuning_share=0.2,
         seeds=3,
-        retrieval_size=_small_size(4, 64 * k, 10.0),
+        retrieval_size=_small_size(4, 32 * k, 10.0),
         retrieval_lengths=(1 * k, 2 * k, 4 * k, 8 * k),
         retrieval_block_size=128,
         own_data=False,
         held_out=96,
+        extension=0.3,
     )
 
 
@@ -151,6 +155,7 @@ def _tiny() -> Scale:
         own_data=False,
         held_out=4,
         text_bytes=1_500_000,
+        extension=0.5,
     )
 
 

@@ -61,8 +61,8 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
 
 
 def in_order(grids: dict[str, list[Run]]) -> list[Run]:
-    """The runs of all experiments, each once: those of the first seed before those of the others."""
-    once = {run.name: run for runs in grids.values() for run in runs}
+    """The runs of all experiments and those that they begin with, each once: the first seed's before the others'."""
+    once = {each.name: each for runs in grids.values() for run in runs for each in run.lineage}
     return sorted(once.values(), key=lambda run: run.facts["seed"])
 
 

@@ -76,19 +76,18 @@ def test_each_run_is_trained_once(maker, trained):
 
 
 def test_weights_stay_until_the_last_run_that_begins_with_them(maker, trained):
-    parent, *tuned = GRIDS["layerwise-hybrid"](maker)
-    execute([parent, *tuned], maker, slots=2, deadline=None)
-    assert trained[0] == parent.name and set(trained[1:]) == {run.name for run in tuned}
-    weights = Path(parent.config.run.directory) / "checkpoints"
-    assert not weights.exists()
-    # On another machine, where the parent's weights are not, it is trained again for a child that is missing.
-    (Path(tuned[-1].config.run.directory) / "summary.json").unlink()
-    for name in ("checkpoints", "log.jsonl"):
-        for run in (tuned[-1], parent):
-            path = Path(run.config.run.directory) / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    tuned = list(GRIDS["layerwise-hybrid"](maker))
+    first, parent, _ = tuned[0].lineage
+    execute(tuned, maker, slots=2, deadline=None)
+    assert trained[:2] == [first.name, parent.name] and set(trained[2:]) == {run.name for run in tuned}
+    assert not list(maker.folder.glob("runs/*/checkpoints"))
+    # On another machine, where no weights are, those before it are trained again for a child that is missing.
+    shutil.rmtree(tuned[-1].config.run.directory)
+    for run in (first, parent):
+        (Path(run.config.run.directory) / "log.jsonl").unlink()
     trained.clear()
-    assert execute([parent, *tuned], maker) == [] and trained == [parent.name, tuned[-1].name]
+    assert execute(tuned, maker) == [] and trained == [first.name, parent.name, tuned[-1].name]
+    assert not list(maker.folder.glob("runs/*/checkpoints"))
 
 
 def test_runs_trained_elsewhere_are_taken_over(maker, trained, monkeypatch, capsys):
@@ -131,7 +130,7 @@ def test_where_everything_fails_it_ends_early(maker, trained, monkeypatch):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(grid, "_train", failing)
-    runs = list(GRIDS["position-loss"](maker))
+    runs = list(GRIDS["scaling-law"](maker))
     assert execute(runs, maker) == [run.name for run in runs[:3]] and len(tries) == 6
 
 
@@ -184,18 +183,18 @@ def test_killed_and_started_again_it_goes_on(tmp_path):
         process.kill()
         process.wait()
     done = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/summary.json")}
-    assert len(done) < 3
+    assert len(done) < 5
     deadline = time.monotonic() + 30 * TIME_SCALE
     while _alive(process.pid):
         assert time.monotonic() < deadline, "the worker outlived the process that started it"
         time.sleep(0.05)
     made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    assert f"3 runs, {len(done)} of them done" in made.stdout
+    assert f"5 runs, {len(done)} of them done" in made.stdout
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    assert len(list(folder.glob("runs/*/summary.json"))) == 3 and not list(folder.glob("runs/*/checkpoints"))
+    assert len(list(folder.glob("runs/*/summary.json"))) == 5 and not list(folder.glob("runs/*/checkpoints"))
     assert (folder / "training-hybrid.png").read_bytes().startswith(b"\x89PNG")
-    assert "From the switch (step 6 of 6) on" in (folder / "training-hybrid.md").read_text()
+    assert "From the switch (step 3 of 3) on" in (folder / "training-hybrid.md").read_text()
     assert len((folder / "training-hybrid.csv").read_text().splitlines()) == 4
 
 

@@ -62,7 +62,9 @@ def test_granularity_has_one_sparsity(maker):
 
 
 def test_fine_tuning_begins_with_the_model_trained_with_moba(maker):
-    parent, *tuned = [run for run in GRIDS["layerwise-hybrid"](maker) if run.facts["seed"] == 0]
+    tuned = [run for run in GRIDS["layerwise-hybrid"](maker) if run.facts["seed"] == 0]
+    parent = tuned[0].parent
+    assert parent.facts["kind"] == "moba"
     n = parent.config.model.n_layers
     assert {run.facts["full_layers"] for run in tuned} >= {0, 1, 3, n}
     for run in tuned:
@@ -73,10 +75,33 @@ def test_fine_tuning_begins_with_the_model_trained_with_moba(maker):
             assert Path(run.config.data.path).name == "tuning"
 
 
+def test_long_documents_come_after_short_ones(maker):
+    """Where the scale says so, those of MoBA after MoBA's, and blocks that cover all of a short one after full's."""
+    scale = maker.scale
+    for name in ("position-loss", "granularity", "training-hybrid"):
+        for run in GRIDS[name](maker):
+            if scale.extension is None:
+                assert run.parent is None
+                continue
+            before, facts = run.parent, run.facts
+            assert run.lineage == (before, run) and before.length == scale.length < run.length == scale.long
+            assert run.config.run.start_from == before.config.run.directory
+            own = (facts["block_size"], facts["top_k"]) == (scale.block_size, scale.top_k)
+            assert before.facts["kind"] == ("moba" if own and facts["kind"] != "full" else "full")
+            if name == "granularity" and not own:
+                assert facts["block_size"] * facts["top_k"] >= scale.length
+            assert run.tokens == pytest.approx((1 + scale.extension) * before.tokens, rel=0.15)
+            assert flops(run) == 6 * run.n_parameters * run.tokens
+            if facts["kind"] == "switch":
+                steps, until = run.config.run.steps, run.config.attention.schedule[0].until
+                fully = (steps - int(until * steps + 0.5)) * (run.tokens - before.tokens) / steps
+                assert fully == pytest.approx(0.1 * run.tokens, rel=0.4 if scale.name == "tiny" else 0.01)
+
+
 def test_a_name_is_one_config(maker):
     seen = {}
     for make in GRIDS.values():
-        for run in make(maker):
+        for run in (each for last in make(maker) for each in last.lineage):
             known = seen.setdefault(run.name, run)
             assert grid.identity(run.config) == grid.identity(known.config)
     runs = in_order({name: list(make(maker)) for name, make in GRIDS.items()})
