@@ -42,6 +42,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .dkdv import dkdv_kernel
+    from .dkdv_rows import dkdv_rows_kernel
     from .dq import dq_kernel
     from .long_blocks import long_block_kernel
     from .select import WIDTH, select_kernel
@@ -210,7 +211,8 @@ def launch_dkdv(
     part, tile: Tile, tasks, key_tiles: int, dout: Tensor, part_dq: Tensor, grads, table, stats, task_info
 ) -> None:
     """dK and dV of a slice, and partial dQ where ``key_tiles`` is 1; ``grads`` of :mod:`..launches`."""
-    dkdv_kernel[part.grid(tasks, key_tiles)](
+    kernel = dkdv_rows_kernel if tile.bn == 64 else dkdv_kernel
+    kernel[part.grid(tasks, key_tiles)](
         q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, dk=grads.dk, dv=grads.dv,
         sum_k=grads.sum_k, sum_v=grads.sum_v, table=table, stats=stats, task_info=task_info,
         scale=part.scale, room=part.n_visits, block_size=part.block_size, first_head=grads.first_head,

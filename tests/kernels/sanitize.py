@@ -33,7 +33,8 @@ from moba_cp import MoBAConfig, moba_attention
 from moba_cp.kernels import hopper
 from moba_cp.kernels.hopper.shared import barrier
 
-# (Hq, Hkv), D, B, k, tokens, deterministic, and the kernels that this must run.
+# (Hq, Hkv), D, B, k, tokens, deterministic, and the kernels that this must run. In those named "shared" the query heads
+# of a KV head select together.
 CALLS = {
     "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "dkdv", "dq"}),
     "short": ((2, 2), 128, 128, 3, 600, False, {"select", "dkdv"}),
@@ -41,6 +42,8 @@ CALLS = {
     "longer": ((1, 1), 128, 1152, 2, 2404, False, {"select", "forward", "dkdv", "dq"}),
     "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "dkdv"}),
     "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "dkdv"}),
+    "shared": ((32, 2), 128, 128, 3, 600, False, {"dkdv"}),
+    "shared long": ((8, 1), 128, 256, 2, 600, False, {"forward", "dkdv", "dq"}),
 }
 PLACES, SIZE = gl.constexpr(4), gl.constexpr(128)
 # Whether the control tells before it has stored.
@@ -110,7 +113,9 @@ def run_call(name: str) -> None:
     )
     cu_seqlens = torch.tensor([0, 37, n_tokens], dtype=torch.int32, device="cuda")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    moba_attention(*leaves, MoBAConfig(block_size, top_k, deterministic), cu_seqlens=cu_seqlens).backward(dout)
+    gate = {"shared_by_group": "sum"} if name.startswith("shared") else {}
+    config = MoBAConfig(block_size, top_k, deterministic, **gate)
+    moba_attention(*leaves, config, cu_seqlens=cu_seqlens).backward(dout)
     torch.cuda.synchronize()
     assert ran == expected, f"{name}: {ran} ran"
 

@@ -87,6 +87,26 @@ def test_compiles_within_shared_memory(compiled, dim, block_size, names, shared)
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"], name
 
 
+@pytest.mark.parametrize("block_size, kind", [(64, "half"), (128, "short")])
+def test_kernels_of_one_tile_of_keys_compile(compiled, monkeypatch, block_size, kind):
+    """Whether the table of tiles names them or not."""
+    for name, rows, registers in (("forward", 1024, 72), ("dkdv", 4096, 40)):
+        stages = 3 if (name, kind) == ("dkdv", "short") else 4
+        tile = tuned.Tile(64, block_size, rows, 4, stages, registers)
+        monkeypatch.setitem(tuned.SPECIALIZED, (name, 128, kind), tile)
+    n_tokens = 2048
+    q, k, v, dout = (torch.zeros(n_tokens, h, 128, dtype=torch.bfloat16) for h in (32, 2, 2, 32))
+    table = block_table(n_tokens, block_size, None, "cpu")
+    args = q, local_pages(k, v, table), torch.zeros(n_tokens, 2, 3, dtype=torch.int32), table.current_block
+    args = *args, table.offset + 1, 128**-0.5
+    _, lse = kernels.attend(*args, torch.bfloat16)
+    kernels.attend_backward(*args, dout, lse, lse.clone(), local_dtype=torch.bfloat16)
+    assert set(compiled) == {"short_block_kernel", "dkdv_rows_kernel" if kind == "half" else "dkdv_kernel"}
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= SHARED_BYTES, name
+        assert "wgmma.mma_async" in kernel.asm["ptx"] and "setmaxnreg" in kernel.asm["ptx"], name
+
+
 @pytest.mark.parametrize("dim, top_k", [(64, 8), (128, 16)])
 def test_selection_compiles_without_spilling(compiled, dim, top_k):
     q, means = (torch.zeros(n, n_heads, dim, dtype=torch.bfloat16) for n, n_heads in ((100, 4), (9, 2)))
@@ -209,8 +229,11 @@ def test_the_check_asks_for_every_kernel(monkeypatch):
     for dim, block_size, dtype in check.CASES:
         compiled.clear()
         check.run(dim, block_size, dtype, torch.device("cpu"))
-        kind = "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"
-        ran = {"long_block_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq"}
+        kind = (
+            "half" if block_size == 64 else "short" if block_size <= 128 else "long" if block_size <= 1024 else "longer"
+        )
+        ran = {"long_block_kernel": "forward", "short_block_kernel": "forward", "dq_kernel": "dq"}
+        ran |= {"dkdv_kernel": "dkdv", "dkdv_rows_kernel": "dkdv"}
         names |= {(ran[name], dim, kind) for name in compiled if name in ran}
         assert "select_kernel" in compiled
     assert names == set(tuned.SPECIALIZED)

@@ -15,7 +15,7 @@ SHAPES = 19
 # (Hq, Hkv), D, B, blocks chosen besides a row's own, dtype; 19 random batches of each.
 KINDS = [
     ((32, 2), 128, 128, 3, BF16), ((16, 1), 128, 64, 7, BF16), ((8, 1), 128, 128, 15, BF16),
-    ((16, 2), 64, 128, 4, BF16), ((8, 2), 128, 256, 3, BF16), ((16, 4), 64, 512, 2, FP16),
+    ((16, 2), 64, 128, 4, BF16), ((8, 2), 128, 256, 3, BF16), ((16, 4), 64, 512, 1, FP16),
     ((6, 2), 72, 48, 3, FP16), ((12, 1), 128, 64, 2, FP32),
 ]  # fmt: skip
 
@@ -40,7 +40,7 @@ def batch(kind, seed: int, n_tokens: int | None = None):
     (n_q, n_kv), dim, block_size, n_slots, dtype = kind
     g = torch.Generator("cuda").manual_seed(seed)
     draw = lambda n: int(torch.randint(n, (1,), generator=g, device="cuda"))
-    n = n_tokens or 1 + draw(max(1_200, 4 * block_size))
+    n = n_tokens or 1 + draw(max(800, (n_slots + 3) * block_size))
     cuts = sorted(draw(n + 1) for _ in range(draw(3)))
     cu_seqlens = torch.tensor([0, *cuts, n], dtype=torch.int32, device="cuda")
     tensors = [torch.randn(n, h, dim, generator=g, device="cuda").to(dtype) for h in (n_q, n_kv, n_kv, n_q)]
