@@ -317,6 +317,9 @@ def test_auto_predicts_which_way_is_faster():
     assert long.h == 4
     assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 50")
     assert long.why.endswith("without")
+    for n_tokens in (131072, 262144):
+        assert choose_team(_layer(4, n_tokens), options).h == 1, "the host issues copies no faster"
+    assert choose_team(_layer(4, 1 << 20), options).h == 4
     short = choose_team(_layer(4, 8192), options)
     assert short.h == 1 and "heads stay where they are, about" in short.why
     assert choose_team(_layer(4, 524288, (32, 1)), options).h == 1, "K and V of one head are nothing to gather"
@@ -339,6 +342,7 @@ def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
     monkeypatch.setattr(choice, "OWN_RATE", 1e20)
     monkeypatch.setattr(choice, "STAGE_SECONDS", 0.0)
+    monkeypatch.setattr(choice, "COPY_CALL_SECONDS", 0.0)
     case = _case(heads=4, n_kv=2, n=2048)
     alone = CPContext(None, "zigzag", 2048)
     expected = [in_context(alone, case, full) for full in (False, True)]

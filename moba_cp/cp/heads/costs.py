@@ -45,6 +45,13 @@ class HeadCosts:
         return heads_of_stages(self.units, min(self.units, self.options.stages), head_bytes)
 
     @property
+    def n_copies(self) -> int:
+        """Copies that a rank issues, forward and backward, where it has two runs of tokens, as in zigzag: of Q, K, V,
+        the output and its log-sum-exp; and of Q, K, V again unless they were kept, the output's gradient, two numbers
+        for each row, and three gradients."""
+        return len(self.stages) * self.h * 2 * (5 + (0 if self.options.keep else 3) + 6)
+
+    @property
     def forward_bytes(self) -> int:
         """Bytes that reach a rank in a forward pass: Q, K, V, and the output with its log-sum-exp."""
         return self._others * (self._query + self._kv + self._query + self._sums)
