@@ -5,6 +5,7 @@ L tokens of each sequence so far, padding included, C tokens there is room for.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class KVCache:
         self.block_size = block_size
         self.length = 0
         """L."""
+        self.step: Any = None
+        """A :class:`moba_cp.steps.Step` that serves the next calls."""
         self._capacity = capacity
         self._k: Tensor | None = None
         """[b, C, Hkv, D], undefined from L on; ``_v`` likewise."""
@@ -83,12 +86,15 @@ class KVCache:
                 f"k has shape {tuple(k.shape)} but the cache holds {tuple(self.k.shape)}; sequences, heads and "
                 "head_dim must be equal"
             )
+        if self.step is not None:
+            return self.step.append(self, k, v)
         until = self.length + k.shape[1]
         if held is None or until > held.shape[1]:
             self._grow(until, k)
         for storage, x in ((self._k, k), (self._v, v)):
             storage[:, self.length : until].copy_(x)
         self.length = until
+        return None
 
     def moba_attention(
         self, q: Tensor, config: MoBAConfig, softmax_scale: float | None = None, padding: Tensor | None = None
@@ -105,36 +111,44 @@ class KVCache:
                 "use one for both"
             )
         q, scale = self._checked(q, softmax_scale)
-        batch, n_rows, _, _ = q.shape
-        table = self._table(n_rows, padding)
+        if self.step is not None:
+            return self.step.moba_attention(self, q, config, scale)
+        table = self._table(q.shape[1], padding)
         self._average(padding)
+        return self.attend(q, table, config, scale, self.length // self.block_size)
+
+    @torch.no_grad()
+    def attend(self, q: Tensor, table: BlockTable, config: MoBAConfig, scale: float, most: int) -> Tensor:
+        """MoBA of q [b, n, Hq, D] to the blocks of ``table``, of whose means those of candidates are right; at most
+        ``most`` of them are a row's candidates."""
         rows = q.flatten(0, 1)
         k, v, means = (x.flatten(0, 1) for x in (self._k, self._v, self._means))
         ops, pages = backend(rows), local_pages(k, v, table)
         blocks, seen = (table.first, table.current_block, config.top_k), (table.current_block, table.visible)
-        gate, few = config.gate, n_rows <= FEW_ROWS
-        with torch.no_grad():
-            if gate.score == "max":
-                how = gate.shared_by_group, gate.min_recent, gate.sink
-                asked = table.start, table.first, table.current_block, table.block_size, config.top_k
-                block_indices = ops.select_by_keys(rows, k, *asked, *how)
-            elif few and gate == Gate():
-                block_indices = ops.select_few(rows, means, *blocks, most=self.length // self.block_size)
-            else:
-                how = gate.shared_by_group, gate.min_recent, gate.sink
-                block_indices = ops.select_blocks(rows, means, *blocks, *how)
-            if few:
-                if gate.shared:
-                    block_indices = block_indices.repeat_interleave(rows.shape[1] // k.shape[1], 1)
-                out, _ = ops.attend_few(rows, pages, block_indices, *seen, scale)
-            else:
-                index = ops.routing_index(rows, block_indices, *seen, pages.row)
-                out, _ = ops.attend(rows, pages, block_indices, *seen, scale, out_dtype=q.dtype, index=index)
+        gate, few = config.gate, q.shape[1] <= FEW_ROWS
+        if gate.score == "max":
+            how = gate.shared_by_group, gate.min_recent, gate.sink
+            asked = table.start, table.first, table.current_block, table.block_size, config.top_k
+            block_indices = ops.select_by_keys(rows, k, *asked, *how)
+        elif few and gate == Gate():
+            block_indices = ops.select_few(rows, means, *blocks, most=most)
+        else:
+            how = gate.shared_by_group, gate.min_recent, gate.sink
+            block_indices = ops.select_blocks(rows, means, *blocks, *how)
+        if few:
+            if gate.shared:
+                block_indices = block_indices.repeat_interleave(rows.shape[1] // k.shape[1], 1)
+            out, _ = ops.attend_few(rows, pages, block_indices, *seen, scale)
+        else:
+            index = ops.routing_index(rows, block_indices, *seen, pages.row)
+            out, _ = ops.attend(rows, pages, block_indices, *seen, scale, out_dtype=q.dtype, index=index)
         return out.view(q.shape)
 
     def full_attention(self, q: Tensor, softmax_scale: float | None = None, padding: Tensor | None = None) -> Tensor:
         """Exact attention of the last n tokens of each sequence: q and the result [b, n, Hq, D]."""
         q, scale = self._checked(q, softmax_scale)
+        if self.step is not None:
+            return self.step.full_attention(self, q, scale)
         batch, n_rows, n_heads, _ = q.shape
         if n_rows > FEW_ROWS:
             rows, k, v = (x[0] if batch == 1 else x.flatten(0, 1) for x in (q, self.k, self.v))
@@ -175,6 +189,23 @@ class KVCache:
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, sequences.to(held.device)))
+
+    @property
+    def storage(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [b, C, Hkv, D], undefined from L on, and means [b, M, Hkv, D] of blocks; room included."""
+        self._filled(self._k)
+        return self._k, self._v, self._means
+
+    def average(self, padding: Tensor | None = None) -> None:
+        """Bring the means of all complete blocks up to date, as MoBA does when it is asked for."""
+        self._average(padding)
+
+    def advance(self, averaged: bool) -> None:
+        """A token was written behind the last one by a :class:`moba_cp.steps.Step`, and with ``averaged`` the means are
+        up to date."""
+        self.length += 1
+        if averaged:
+            self._averaged = self.length
 
     def _filled(self, storage: Tensor | None) -> Tensor:
         if storage is None:

@@ -143,7 +143,7 @@ def train(args: argparse.Namespace) -> list[dict]:
 @torch.inference_mode()
 def prefill(args: argparse.Namespace) -> list[dict]:
     """Seconds of a prompt in pieces; milliseconds of a token after it, and of one layer's attention."""
-    from ..hf import MoBACache, use_moba
+    from ..hf import MoBACache, decoding_graph, use_moba
 
     rows = []
     options = args.moba[0]
@@ -172,13 +172,14 @@ def prefill(args: argparse.Namespace) -> list[dict]:
     for kind in ("moba", "full"):
         use_moba(model, *options, decoding=kind)
         token = torch.randint(args.vocabulary, (1, 1), device="cuda")
-        times = []
-        for _ in range(24):
-            times.append(_seconds(lambda: model(token, past_key_values=cache)))
+        times = [_seconds(lambda: model(token, past_key_values=cache)) for _ in range(24)]
+        with decoding_graph(model, cache):
+            by_graph = [_seconds(lambda: model(token, past_key_values=cache)) for _ in range(24)]
         one = (lambda x: x.moba_attention(q, config)) if kind == "moba" else (lambda x: x.full_attention(q))
         ms = _kernel_ms(lambda: [one(layer) for layer in layers]) / len(layers)
         rows.append({"part": "decoding", "tokens": args.prompt_tokens, "attention": kind,
                      "ms of a token": 1e3 * statistics.median(times[4:]),
+                     "by a CUDA graph": 1e3 * statistics.median(by_graph[4:]),
                      "ms of one layer's attention": ms})  # fmt: skip
     return rows[1:]
 

@@ -2,8 +2,8 @@
 
 Importing this package registers the attention and its mask. :mod:`.options` says what a model's config tells a layer,
 :mod:`.documents` turns masks and position ids into boundaries, :mod:`.attention` is what transformers calls,
-:mod:`.cache` what ``generate`` keeps, :mod:`.parallel` spreads a sequence over ranks, and :mod:`.answer` answers
-prompts.
+:mod:`.cache` what ``generate`` keeps, :mod:`.graph` makes one CUDA graph of a token's pass, :mod:`.parallel` spreads a
+sequence over ranks, and :mod:`.answer` answers prompts.
 """
 
 import importlib.util
@@ -16,9 +16,10 @@ if importlib.util.find_spec("transformers") is None:
 
 from .attention import register
 from .cache import MoBACache
+from .graph import decoding_graph
 from .options import use_moba
 from .parallel import ContextParallel
 
 register()
 
-__all__ = ["ContextParallel", "MoBACache", "use_moba"]
+__all__ = ["ContextParallel", "MoBACache", "decoding_graph", "use_moba"]

@@ -1,6 +1,7 @@
 """Prompts of any length, answered: the prompt in pieces, then token by token."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import MoBACache
+from .graph import decoding_graph
 
 
 class _Stream(BaseStreamer):
@@ -36,6 +38,7 @@ def answer(
     top_p: float = 1.0,
     end: int | list[int] | None = None,
     on_token: Callable[[int], None] | None = None,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """The tokens that follow a prompt, by transformers' ``generate`` with a :class:`moba_cp.hf.MoBACache`.
 
@@ -48,6 +51,7 @@ def answer(
         top_p: tokens are drawn from the likeliest that together have this probability.
         end: a token, or some, with which an answer ends.
         on_token: called with each token as it comes.
+        cuda_graph: see :func:`moba_cp.hf.decoding_graph`; None uses one on a GPU.
 
     Returns:
         [m] int64, the answer with the token that ended it.
@@ -75,12 +79,15 @@ def answer(
         top_k=None,
         **sampling,
     )
-    ids = prompt.to(model.device)[None]
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=how,
-        past_key_values=MoBACache(model, n + max_tokens),
-        streamer=None if on_token is None else _Stream(on_token),
-    )
+    ids, cache = prompt.to(model.device)[None], MoBACache(model, n + max_tokens)
+    if cuda_graph is None:
+        cuda_graph = ids.is_cuda
+    with decoding_graph(model, cache) if cuda_graph else nullcontext():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=how,
+            past_key_values=cache,
+            streamer=None if on_token is None else _Stream(on_token),
+        )
     return out[0, n:]

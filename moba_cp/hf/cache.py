@@ -29,7 +29,7 @@ class MoBALayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.tokens.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        self._look()
+        self.look()
         # The attention function finds the means by it.
         self.keys.moba_layer = self
         return self.keys, self.values
@@ -53,7 +53,7 @@ class MoBALayer(DynamicLayer):
         """Forget the last ``-count`` tokens; as transformers 4.57 calls it, a positive ``count`` is what remains."""
         length = self.tokens.length
         self.tokens.crop(max(0, length + count) if count <= 0 else min(count, length))
-        self._look()
+        self.look()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with the sequences ``beam_idx``."""
@@ -63,7 +63,7 @@ class MoBALayer(DynamicLayer):
         """Keep the sequences ``indices``, which are numbers or a mask."""
         if self.tokens.length:
             self.tokens.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-            self._look()
+            self.look()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
@@ -75,7 +75,8 @@ class MoBALayer(DynamicLayer):
         """Refused: attention would have to wait for all keys, of which it needs few."""
         raise ValueError("MoBACache stays on its device; use transformers' OffloadedCache for full attention")
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Let ``keys`` and ``values`` be those of all tokens that are there."""
         self.keys, self.values = (x.transpose(1, 2) for x in (self.tokens.k, self.tokens.v))
 
 

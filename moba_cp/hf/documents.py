@@ -41,7 +41,9 @@ def moba_mask(
         q_length, device = cache_position.shape[0], cache_position.device
         static = kv_length != q_length if torch.compiler.is_compiling() else False
         q_offset = kv_length - q_length if static or not len(cache_position) else q_offset
-        holds = kv_length if torch.compiler.is_compiling() else int(cache_position[-1]) + 1
+        # A graph's numbers are not those of the pass that made it.
+        unknown = torch.compiler.is_compiling() or capturing(cache_position)
+        holds = kv_length if unknown else int(cache_position[-1]) + 1
     else:
         holds = kv_length if isinstance(q_offset, Tensor) else q_offset + q_length
     if kv_offset or isinstance(q_offset, Tensor) or holds != kv_length:
@@ -63,6 +65,11 @@ def moba_mask(
         sees = mask_function(sequence, 0, row, (row - 1).clamp(min=0)).expand(batch_size, q_length)
         return _packed_ends(sees)
     return None
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether what is done with ``x`` becomes part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_is_packed(mask_function) -> None:

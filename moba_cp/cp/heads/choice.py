@@ -21,8 +21,8 @@ SHARD_LOSS, COPY_LOSS, BACKWARD, STAGE_SECONDS = 0.045, 0.2, 2.2, 6e-5
 # Bytes per second at which a rank's own rows are copied, which takes from attention: of two H200s, on which MoBA of
 # 524,288 tokens took 98.5 ms by heads, forward and backward, and half of one's time is 85.9.
 OWN_RATE = 1.1e12
-# What a host takes to issue a copy of rows to another GPU's memory, in seconds: of four H200s, on which heads of 131,072
-# tokens took 32 ms where attention is 11, with 336 copies, and 32,768 tokens took 21 ms with 224.
+# What a host takes to issue a copy of rows to another GPU's memory, in seconds: of four H200s, on which heads of
+# 131,072 tokens took 32 ms where attention is 11, with 336 copies, and 32,768 tokens took 21 ms with 224.
 COPY_CALL_SECONDS = 8e-5
 LEAST_GAIN = 0.97
 """Of the predicted time: less is within what predictions are off."""

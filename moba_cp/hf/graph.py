@@ -1,0 +1,154 @@
+"""Tokens one by one without the host: forward passes of one token, as one CUDA graph that is replayed.
+
+A model's pass of one token launches some hundred small kernels, and the GPU waits for the host between them.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..steps import Step
+from .cache import MoBACache
+from .options import read_options
+
+
+@contextmanager
+def decoding_graph(model, cache: MoBACache) -> Iterator[None]:
+    """Within it ``model(token, past_key_values=cache)`` and ``model.generate(..., past_key_values=cache)`` replay a
+    CUDA graph for each pass of one token; other passes are as ever. On a CPU, passes of one token compute the same,
+    without a graph.
+
+    Sequences have no padding. Where the cache has no room for a token, its pass is as ever, and the next one makes a
+    graph again: give the cache the capacity that is needed. Where a pass cannot be captured a warning says why, and all
+    are as ever.
+
+    Args:
+        model: a causal language model as :func:`moba_cp.hf.use_moba` leaves it.
+        cache: its cache.
+    """
+    decoder = _Decoder(model, cache)
+    had = model.__dict__.get("forward")
+
+    # Generation looks at the signature, which wraps() leaves to be found.
+    @functools.wraps(decoder.plain)
+    def forward(*args, **kwargs):
+        return decoder.forward(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del model.forward
+        else:
+            model.forward = had
+        decoder.close()
+
+
+class _Decoder:
+    """The passes of one token."""
+
+    def __init__(self, model, cache: MoBACache):
+        self.plain = model.forward
+        self._cache, self._tokens = cache, [layer.tokens for layer in cache.layers]
+        config = model.config.get_text_config()
+        options = read_options(getattr(config, "moba", None), config.num_hidden_layers)
+        # By keys themselves blocks are chosen on tables that the host makes.
+        self._able = all(layer.decoding == "full" or layer.moba.gate.score == "mean" for layer in options)
+        self._step: Step | None = None
+        self._ids: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._storage: list[int] = []
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs):
+        """In the place of the model's own."""
+        if not self._serves(input_ids, kwargs):
+            return self.plain(input_ids=input_ids, **kwargs)
+        logits = self._next(input_ids, kwargs.get("attention_mask"))
+        if logits is None:
+            return self.plain(input_ids=input_ids, **kwargs)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+
+    def close(self) -> None:
+        """Passes are the model's own again."""
+        self._graph = self._logits = None
+        for layer in self._cache.layers:
+            if layer.tokens.length:
+                layer.look()
+
+    def _serves(self, input_ids: Tensor | None, kwargs: dict) -> bool:
+        if not self._able or input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] != 1:
+            return False
+        if kwargs.get("past_key_values") is not self._cache or torch.is_grad_enabled():
+            return False
+        if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")) or "labels" in kwargs:
+            return False
+        self._tokens = [layer.tokens for layer in self._cache.layers]
+        length = self._tokens[0].length
+        # A pass over a single key is a prompt's.
+        return length > 1 and all(length < tokens.storage[0].shape[1] for tokens in self._tokens)
+
+    def _next(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The logits [b, 1, vocabulary] of a token; None if it cannot be captured."""
+        length, device = self._tokens[0].length, input_ids.device
+        storage = [x.data_ptr() for tokens in self._tokens for x in tokens.storage]
+        if self._step is None or storage != self._storage or self._ids.shape != input_ids.shape:
+            if attention_mask is not None and not attention_mask.all():
+                self._able = False
+                return None
+            with torch.inference_mode(False):
+                self._step, self._ids = Step(device), input_ids.clone()
+            self._graph, self._storage = None, storage
+            for tokens in self._tokens:
+                tokens.average()
+        self._ids.copy_(input_ids)
+        self._step.position.fill_(length)
+        if device.type != "cuda":
+            logits = self._run()
+        else:
+            if self._graph is None and not self._captured():
+                return None
+            self._graph.replay()
+            logits = self._logits.clone()
+        for tokens in self._tokens:
+            tokens.advance(id(tokens) in self._step.averaged)
+        return logits
+
+    def _run(self) -> Tensor:
+        step = self._step
+        step.begin()
+        for tokens in self._tokens:
+            tokens.step = step
+        try:
+            position = step.position[None].expand(*self._ids.shape)
+            how = dict(position_ids=position, past_key_values=self._cache, use_cache=True, return_dict=True)
+            return self.plain(input_ids=self._ids, **how).logits
+        finally:
+            for tokens in self._tokens:
+                tokens.step = None
+
+    def _captured(self) -> bool:
+        """Make the graph. A step writes where the next one writes again, so that it may run more than once."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._run()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._run()
+        except RuntimeError as error:
+            self._able = False
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"tokens come one by one without a CUDA graph: {why[0]}", stacklevel=2)
+            return False
+        self._graph = graph
+        return True
