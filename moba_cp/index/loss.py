@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .choice import Keys, block_scores, block_scores_backward, elements_at_once, row_slices
+from ..ops import backend
+from .choice import Keys, block_scores, block_scores_backward, row_slices
 from .tables import IndexTables
 
 
@@ -41,7 +42,7 @@ def index_loss(
         queries: [L, m, d]; weights: [L, m] wide.
         chosen: [L, S] int32, of :func:`.choice.select_blocks`; None for all candidates.
     """
-    tables, total = keys.tables, weights.new_zeros(())
+    tables, total, ops = keys.tables, weights.new_zeros(()), backend(attended.q)
     dqueries, dweights = weights.new_zeros(queries.shape), torch.zeros_like(weights)
     for rows in row_slices(tables, queries):
         blocks = tables.candidates_of(rows)
@@ -53,9 +54,10 @@ def index_loss(
             counted &= _marked(ids, blocks)
             # Of few blocks their keys are gathered for each row; of many all are looked at.
             if ids.shape[1] < blocks.stop - blocks.start:
-                masses = _selected_masses(attended, tables, rows, ids, blocks)
+                masses = _masses_of(attended, tables, rows, ids, blocks)
         if masses is None:
-            masses = block_masses(attended, tables, rows, blocks)
+            start, lse = tables.start[blocks], attended.lse[rows]
+            masses = ops.block_masses(attended.q[rows], attended.k, lse, start, tables.block_size, attended.scale)
         scores = block_scores(queries[rows], weights[rows], keys, blocks, False)
         divergence, dscores = _divergence(scores, masses, counted)
         total += divergence
@@ -65,37 +67,16 @@ def index_loss(
     return total, dqueries, dweights
 
 
-def block_masses(attended: Attended, tables: IndexTables, rows: slice, blocks: slice) -> Tensor:
-    """[R, n] wide: the softmax of the rows in each of the blocks, summed over the heads; right for complete ones."""
-    q, lse = attended.q[rows].to(attended.lse.dtype) * attended.scale, attended.lse[rows]
-    masses = lse.new_empty(q.shape[0], blocks.stop - blocks.start)
-    step = max(1, elements_at_once(q) // (q.shape[0] * q.shape[1] * tables.block_size))
-    for lo in range(blocks.start, blocks.stop, step):
-        tile = slice(lo, min(lo + step, blocks.stop))
-        keys = attended.k[tables.key_rows(tile, 0).flatten()].to(q.dtype)
-        scores = (q.flatten(0, 1) @ keys.T).unflatten(0, q.shape[:2]).sub_(lse[..., None])
-        # The keys of later tokens: their scores say nothing, and must not become infinite.
-        weights = scores.clamp_(max=0).exp_().unflatten(2, (-1, tables.block_size))
-        masses[:, lo - blocks.start : tile.stop - blocks.start] = weights.sum((1, 3))
-    return masses
-
-
-def _selected_masses(attended: Attended, tables: IndexTables, rows: slice, ids: Tensor, blocks: slice) -> Tensor:
-    """:func:`block_masses` of the blocks ``ids`` [R, S] alone, -1 for none; 0 for others."""
-    masses = attended.lse.new_zeros(ids.shape[0], blocks.stop - blocks.start + 1)
-    q, lse, k = attended.q[rows], attended.lse[rows], attended.k
-    offset = torch.arange(tables.block_size, device=q.device)
-    step = max(1, elements_at_once(q) // max(1, ids.shape[1] * tables.block_size * q.shape[2]))
-    for lo in range(0, ids.shape[0], step):
-        some = slice(lo, lo + step)
-        at = tables.start[ids[some].clamp(min=0)][..., None] + offset
-        keys = k[at.flatten(1)].to(lse.dtype)
-        scores = torch.bmm(q[some].to(lse.dtype) * attended.scale, keys.transpose(1, 2)) - lse[some, :, None]
-        found = scores.clamp_(max=0).exp_().unflatten(2, (-1, tables.block_size)).sum((1, 3))
-        # The last column takes what is none.
-        column = torch.where(ids[some] >= 0, ids[some] - blocks.start, masses.shape[1] - 1)
-        masses[some].scatter_(1, column, found)
-    return masses[:, :-1]
+def _masses_of(attended: Attended, tables: IndexTables, rows: slice, ids: Tensor, blocks: slice) -> Tensor:
+    """[R, n] wide, what attention gives the blocks ``ids`` [R, S], -1 for none; 0 for others."""
+    start = torch.where(ids >= 0, tables.start[ids.clamp(min=0)], -1)
+    found = backend(attended.q).selected_masses(
+        attended.q[rows], attended.k, attended.lse[rows], start, tables.block_size, attended.scale
+    )
+    masses = found.new_zeros(ids.shape[0], blocks.stop - blocks.start + 1)
+    # The last column takes what is none.
+    column = torch.where(ids >= 0, ids - blocks.start, masses.shape[1] - 1)
+    return masses.scatter_(1, column, found)[:, :-1]
 
 
 def _marked(ids: Tensor, blocks: slice) -> Tensor:
