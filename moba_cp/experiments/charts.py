@@ -7,12 +7,18 @@ import numpy as np
 from . import paper
 from .fit import PowerLaw
 
-LABELS = {"moba": "MoBA", "full": "full attention", "switch": "MoBA, then full", "hybrid": "MoBA, last layer full"}
+LABELS = {
+    "moba": "MoBA",
+    "full": "full attention",
+    "switch": "MoBA, then full",
+    "hybrid": "MoBA, last layer full",
+    "window": "window and sink",
+}
 PAPER = "0.55"
 """Grey: what the paper published."""
-_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green"}
-_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-."}
-_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^"}
+_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green", "window": "tab:orange"}
+_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-.", "window": ":"}
+_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^", "window": "D"}
 
 
 def label_of(kind: str) -> str:

@@ -13,6 +13,7 @@ NAMES = (
     "training-hybrid",
     "layerwise-hybrid",
     "retrieval",
+    "sliding-window",
     "block-size",
 )
 SCALES = ("tiny", "small", "paper")

@@ -6,7 +6,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,10 @@ from . import paper
 from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
 from .grid import summary_of
+from .retrieval_report import retrieval_page, window_page
+from .rows import Rows, TooFew, at_range, loss_of, means, of
 from .runs import Run
 
-Rows = list[dict[str, Any]]
-"""Summaries of the runs that are done."""
 _KINDS = ("full", "moba")
 
 
@@ -30,7 +29,7 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
     _table(folder / f"{name}.csv", rows)
     try:
         said = _EXPERIMENTS[name](rows, folder, folder / f"{name}.png")
-    except _TooFew as missing:
+    except TooFew as missing:
         return [f"{name}: {len(rows)} of {len(runs)} runs are done; no chart yet: {missing}"]
     texts = {row["corpus"] for row in rows} - {None}
     hours = sum(row["seconds"] for row in rows) / 3600
@@ -46,10 +45,6 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
     ]
     (folder / f"{name}.md").write_text("\n".join([*head, *said]) + "\n", encoding="utf-8")
     return [f"{name}: {len(rows)} of {len(runs)} runs; {folder / name}.md, .csv, .png", *said]
-
-
-class _TooFew(Exception):
-    """There are not enough runs for a chart."""
 
 
 def _table(file: Path, rows: Rows) -> None:
@@ -68,28 +63,12 @@ def _table(file: Path, rows: Rows) -> None:
             )
 
 
-def _of(rows: Rows, **facts) -> Rows:
-    return [row for row in rows if all(row["facts"].get(key) == value for key, value in facts.items())]
-
-
-def _means(rows: Rows, key: Callable[[dict], Any], value: Callable[[dict], float]) -> dict[Any, tuple[float, float]]:
-    """Mean and standard deviation (0 of one) over the seeds, by ``key``."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(value(row))
-    return {at: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for at, x in groups.items()}
-
-
-def _loss(row: dict) -> float:
-    return row["validation_loss"]
-
-
-def _fits(rows: Rows, value: Callable[[dict], float] = _loss) -> dict[str, PowerLaw]:
+def _fits(rows: Rows, value: Callable[[dict], float] = loss_of) -> dict[str, PowerLaw]:
     fits = {}
     for kind in _KINDS:
-        its = _of(rows, kind=kind)
+        its = of(rows, kind=kind)
         if len({row["pflops_days"] for row in its}) < 2:
-            raise _TooFew(f"fewer than 2 sizes of {label_of(kind)}")
+            raise TooFew(f"fewer than 2 sizes of {label_of(kind)}")
         fits[kind] = fit_power_law([row["pflops_days"] for row in its], [value(row) for row in its])
     return fits
 
@@ -108,9 +87,9 @@ def _fit_lines(fits: dict[str, PowerLaw], published: dict[str, PowerLaw]) -> lis
     return lines
 
 
-def _draw_law(axes, rows: Rows, fits: dict[str, PowerLaw], value: Callable[[dict], float] = _loss) -> None:
+def _draw_law(axes, rows: Rows, fits: dict[str, PowerLaw], value: Callable[[dict], float] = loss_of) -> None:
     for kind, law in fits.items():
-        its = _of(rows, kind=kind)
+        its = of(rows, kind=kind)
         compute = np.array([row["pflops_days"] for row in its])
         axes.plot(compute, [value(row) for row in its], linestyle="none", **style(kind, line=False))
         ends = np.geomspace(compute.min() / 1.5, compute.max() * 1.5, 50)
@@ -118,7 +97,7 @@ def _draw_law(axes, rows: Rows, fits: dict[str, PowerLaw], value: Callable[[dict
     axes.set(xscale="log", yscale="log", xlabel="compute, 6 N D (PFLOP/s-days)")
 
 
-def _gaps(rows: Rows, value: Callable[[dict], float] = _loss) -> dict[float, tuple[float, float]]:
+def _gaps(rows: Rows, value: Callable[[dict], float] = loss_of) -> dict[float, tuple[float, float]]:
     """MoBA's loss over full attention's, less 1, by compute: mean and deviation over the seeds that have both."""
     by_place = {(row["facts"]["kind"], row["pflops_days"], row["facts"]["seed"]): value(row) for row in rows}
     gaps = defaultdict(list)
@@ -158,10 +137,6 @@ def _scaling_law(rows: Rows, folder: Path, picture: Path) -> list[str]:
     ]
 
 
-def _at_range(index: int) -> Callable[[dict], float]:
-    return lambda row: row["by_position"][index]["loss"]
-
-
 def _range_name(row: dict, index: int) -> str:
     at = row["by_position"][index]
     return f"{at['from']:,} to {at['to'] + 1:,}"
@@ -169,20 +144,20 @@ def _range_name(row: dict, index: int) -> str:
 
 def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
     n = len(rows[0]["by_position"])
-    fits = [_fits(rows, _at_range(i)) for i in range(n)]
+    fits = [_fits(rows, at_range(i)) for i in range(n)]
     drawn, (early, late, by_position, gaps) = figure((11, 8), [1, 1], rows=2)
     for axes, index in ((early, 0), (late, n - 1)):
-        _draw_law(axes, rows, fits[index], _at_range(index))
+        _draw_law(axes, rows, fits[index], at_range(index))
         axes.set(ylabel="validation loss (nats per token)", title=f"positions {_range_name(rows[0], index)}")
         axes.legend(fontsize=8)
     ends = [position["to"] + 1 for position in rows[0]["by_position"]]
     computes = sorted(_gaps(rows))
     if not computes:
-        raise _TooFew("no size of both MoBA and full attention")
+        raise TooFew("no size of both MoBA and full attention")
     for kind in _KINDS:
-        its = [row for row in _of(rows, kind=kind) if row["pflops_days"] == computes[-1]]
+        its = [row for row in of(rows, kind=kind) if row["pflops_days"] == computes[-1]]
         by_position.plot(
-            ends, [statistics.fmean(_at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
+            ends, [statistics.fmean(at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
             **style(kind),
         )  # fmt: skip
     largest = next(row["facts"]["size"] for row in rows if row["pflops_days"] == computes[-1])
@@ -191,7 +166,7 @@ def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
     shades = itertools.cycle(["0.75", "0.6", "0.45", "0.3", "0.0"])
     markers = itertools.cycle("osv^D")
     table = []
-    relative = [_gaps(rows, _at_range(i)) for i in range(n)]
+    relative = [_gaps(rows, at_range(i)) for i in range(n)]
     for compute in computes:
         name = next(row["facts"]["size"] for row in rows if row["pflops_days"] == compute)
         shade = {"color": next(shades), "marker": next(markers), "markersize": 3.5, "linewidth": 1}
@@ -211,12 +186,12 @@ def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    full, length = _of(rows, kind="full"), rows[0]["length"]
-    by_blocks = _means(
-        _of(rows, kind="moba"), lambda r: (length // r["facts"]["block_size"], r["facts"]["top_k"]), _loss
+    full, length = of(rows, kind="full"), rows[0]["length"]
+    by_blocks = means(
+        of(rows, kind="moba"), lambda r: (length // r["facts"]["block_size"], r["facts"]["top_k"]), loss_of
     )
     if len(by_blocks) < 2:
-        raise _TooFew("fewer than 2 block sizes")
+        raise TooFew("fewer than 2 block sizes")
     places = sorted(by_blocks)
     names = [f"{top_k}/{blocks}" for blocks, top_k in places]
     drawn, (axes, beside) = figure((9, 4), [3, 2])
@@ -225,7 +200,7 @@ def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
         **style("moba"),
     )  # fmt: skip
     said = ["| blocks attended to / all | block | loss | less full attention's |", "|---|---|---|---|"]
-    base = statistics.fmean(map(_loss, full)) if full else None
+    base = statistics.fmean(map(loss_of, full)) if full else None
     if base is not None:
         axes.axhline(base, label=LABELS["full"], **style("full", marker=False))
     for place, name in zip(places, names):
@@ -245,11 +220,11 @@ def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _layerwise_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    tuned = _means(_of(rows, tuned=True), lambda row: row["facts"]["full_layers"], _loss)
+    tuned = means(of(rows, tuned=True), lambda row: row["facts"]["full_layers"], loss_of)
     counts = sorted(tuned)
     if len(counts) < 3:
-        raise _TooFew("fewer than 3 fine-tuned models")
-    every = next(row["config"]["model"]["n_layers"] for row in _of(rows, tuned=True))
+        raise TooFew("fewer than 3 fine-tuned models")
+    every = next(row["config"]["model"]["n_layers"] for row in of(rows, tuned=True))
     drawn, (axes, beside) = figure((9, 4), [3, 2])
     hybrids = [count for count in counts if 0 < count < every]
     axes.errorbar(
@@ -273,31 +248,31 @@ def _layerwise_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    kinds = [kind for kind in ("full", "moba", "switch") if _of(rows, kind=kind)]
+    kinds = [kind for kind in ("full", "moba", "switch") if of(rows, kind=kind)]
     if len(kinds) < 3:
-        raise _TooFew("MoBA, full attention or the switch is missing")
+        raise TooFew("MoBA, full attention or the switch is missing")
     n = len(rows[0]["by_position"])
     ends = [position["to"] + 1 for position in rows[0]["by_position"]]
     drawn, (by_position, near) = figure((10, 4), [1, 1])
     for kind in kinds:
-        its = _of(rows, kind=kind)
+        its = of(rows, kind=kind)
         by_position.plot(
-            ends, [statistics.fmean(_at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
+            ends, [statistics.fmean(at_range(i)(row) for row in its) for i in range(n)], label=label_of(kind),
             **style(kind),
         )  # fmt: skip
     by_position.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title="at the end")
     by_position.legend(fontsize=8)
     # Losses differ more between batches than between runs: draw the difference to full attention on the same batch.
-    seed = min(row["facts"]["seed"] for row in _of(rows, kind="switch"))
+    seed = min(row["facts"]["seed"] for row in of(rows, kind="switch"))
     losses = {}
     for kind in kinds:
-        for row in _of(rows, kind=kind, seed=seed):
+        for row in of(rows, kind=kind, seed=seed):
             records = read_log(folder / "runs" / row["name"] / LOG)
             losses[kind] = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
     lines = []
     if all(losses.get(kind) for kind in ("full", "moba", "switch")):
         steps = max(losses["switch"])
-        until = _of(rows, kind="switch")[0]["config"]["attention"]["schedule"][0]["until"]
+        until = of(rows, kind="switch")[0]["config"]["attention"]["schedule"][0]["until"]
         first = int(until * steps + 0.5) + 1
         shown = [step for step in losses["switch"] if step >= max(1, steps - 3 * (steps - first + 1))]
         for kind in ("moba", "switch"):
@@ -316,59 +291,17 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
     finish(drawn, picture)
     said = ["| | loss | first range | last range |", "|---|---|---|---|"]
     for kind in kinds:
-        its = _of(rows, kind=kind)
-        values = [statistics.fmean(map(value, its)) for value in (_loss, _at_range(0), _at_range(n - 1))]
+        its = of(rows, kind=kind)
+        values = [statistics.fmean(map(value, its)) for value in (loss_of, at_range(0), at_range(n - 1))]
         said.append(f"| {label_of(kind)} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     return [*said, *lines]
 
 
-def _retrieval(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    rows = [row for row in rows if "retrieval" in row]
-    kinds = [kind for kind in ("full", "moba", "hybrid") if _of(rows, kind=kind)]
-    if "moba" not in kinds:
-        raise _TooFew("no MoBA model is done")
-    drawn, axes = figure((3 * len(kinds) + 3.5, 5.5), [1] * len(kinds) + [1.2], rows=2)
-    said = ["| | pass-key | of many keys | the longest, pass-key | all keys, fewest to most |", "|---|---|---|---|---|"]
-    lengths = list(rows[0]["retrieval"]["pass-key"])
-    recall = {}
-    for column, kind in enumerate(kinds):
-        its, means = _of(rows, kind=kind), {}
-        for row, task in enumerate(("pass-key", "multi-key")):
-            means[task] = np.mean([[x["retrieval"][task][length] for length in lengths] for x in its], axis=0)
-            here = axes[row * (len(kinds) + 1) + column]
-            here.grid(False)
-            here.imshow(means[task].T, vmin=0, vmax=1, cmap="gray", aspect="auto")
-            for i, j in np.ndindex(*means[task].shape):
-                shade = "black" if means[task][i, j] > 0.5 else "white"
-                here.text(i, j, f"{means[task][i, j]:.2f}", ha="center", va="center", color=shade, fontsize=6)
-            here.set_xticks(range(len(lengths)), [f"{int(n):,}" for n in lengths], fontsize=7)
-            depths = means[task].shape[1]
-            here.set_yticks(range(depths), [f"{100 * (i + 0.5) / depths:.0f} %" for i in range(depths)], fontsize=7)
-            here.set_title(f"{label_of(kind)}: {task}", fontsize=9)
-            here.set_xlabel("length (tokens); the last was not trained on", fontsize=7)
-        recall[kind] = {pairs: statistics.fmean(x["retrieval"]["recall"][pairs] for x in its)
-                        for pairs in its[0]["retrieval"]["recall"]}  # fmt: skip
-        ends = list(recall[kind].values())
-        numbers = [means["pass-key"][:-1].mean(), means["multi-key"][:-1].mean(), means["pass-key"][-1].mean()]
-        shares = " | ".join(f"{100 * number:.0f} %" for number in numbers)
-        said.append(f"| {label_of(kind)} | {shares} | {100 * ends[0]:.0f} to {100 * ends[-1]:.0f} % |")
-    axes[0].set_ylabel("depth of the asked key")
-    line = axes[len(kinds)]
-    for kind in kinds:
-        line.plot([int(n) for n in recall[kind]], list(recall[kind].values()), label=label_of(kind), **style(kind))
-    line.set(xscale="log", ylim=(0, 1.05), xlabel="pairs, all of them asked", ylabel="right answers")
-    line.set_title(f"associative recall, {int(lengths[-2]):,} tokens", fontsize=9)
-    line.legend(fontsize=7)
-    axes[-1].axis("off")
-    finish(drawn, picture)
-    return said
-
-
 def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    losses = _means(_of(rows, kind="moba"), lambda row: row["facts"]["block_size"], _loss)
+    losses = means(of(rows, kind="moba"), lambda row: row["facts"]["block_size"], loss_of)
     if len(losses) < 2:
-        raise _TooFew("fewer than 2 block sizes")
-    full, length, sizes = _of(rows, kind="full"), rows[0]["length"], sorted(losses)
+        raise TooFew("fewer than 2 block sizes")
+    full, length, sizes = of(rows, kind="full"), rows[0]["length"], sorted(losses)
     keys = rows[-1]["facts"]["block_size"] * rows[-1]["facts"]["top_k"]
     drawn, (axes, beside) = figure((9, 4), [1, 1])
     axes.errorbar(
@@ -376,7 +309,7 @@ def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
         **style("moba"),
     )  # fmt: skip
     if full:
-        axes.axhline(statistics.fmean(map(_loss, full)), label=LABELS["full"], **style("full", marker=False))
+        axes.axhline(statistics.fmean(map(loss_of, full)), label=LABELS["full"], **style("full", marker=False))
     axes.set(xlabel="tokens of a block", ylabel="validation loss (nats per token)")
     axes.set_title(f"{keys:,} of {length:,} keys for each query", fontsize=10)
     axes.legend(fontsize=8)
@@ -401,7 +334,7 @@ def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
         share = f"{100 * statistics.fmean(found):.1f} %" if found else ""
         said.append(f"| {size:,} | {number} | {losses[size][0]:.4f}{spread} | {share} |")
     if full:
-        said += ["", f"Full attention: {statistics.fmean(map(_loss, full)):.4f}."]
+        said += ["", f"Full attention: {statistics.fmean(map(loss_of, full)):.4f}."]
     return said
 
 
@@ -411,6 +344,7 @@ _EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
     "granularity": _granularity,
     "layerwise-hybrid": _layerwise_hybrid,
     "training-hybrid": _training_hybrid,
-    "retrieval": _retrieval,
+    "retrieval": retrieval_page,
+    "sliding-window": window_page,
     "block-size": _block_size,
 }

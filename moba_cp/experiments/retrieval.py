@@ -1,12 +1,13 @@
 """Retrieval from a long document: generators that need no download, and how often a model answers right.
 
-Tokens are bytes in three classes: noise, keys and values. A document is noise in which pairs, a key and its value
-behind it, stand at random; at its end keys are asked, each followed by its value, which alone has a label. The more a
-model finds again, and the farther back, the better it uses its context. Tests ask for one key alone in the document
-(``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
+Tokens are printable bytes in three classes: noise, keys and values. A document is noise in which pairs, a key and its
+value behind it, stand at random; at its end keys are asked, each followed by its value, which alone has a label. The
+more a model finds again, and the farther back, the better it uses its context. Tests ask for one key alone in the
+document (``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
 """
 
 import json
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,15 @@ from ..train.evaluate import model_with
 from ..train.mesh import open_mesh
 from .corpus import TRAINING, VALIDATION
 
-# Tokens: noise from 0, keys from 128, values from 192 on.
-NOISE, KEYS, VALUES = 128, 64, 64
-_FIRST_KEY, _FIRST_VALUE = NOISE, NOISE + KEYS
+# Text, so that a prompt can be written by hand: who guesses a digit is right once in ten.
+NOISE = (" " + string.punctuation).encode()
+KEYS = string.ascii_letters.encode()
+VALUES = string.digits.encode()
 DEPTHS = 8
 """Equal parts of a document in which the asked key of a test stands."""
 MANY = 32
 """Pairs of a document of which one is asked."""
-RECALLED = (4, 8, 16, 32, 64)
+RECALLED = (4, 8, 16, 32, 48)
 """Pairs of a document of which all are asked."""
 # Documents of each cell of a test, and tokens of a forward pass, by the kind of device.
 _DOCUMENTS, _AT_ONCE = {"cuda": 16, "cpu": 2}, {"cuda": 65536, "cpu": 2048}
@@ -51,9 +53,9 @@ def make_document(
     Args:
         depth: the shares of the text before the questions between which the first of the asked stands; None: anywhere.
     """
-    tokens = generator.integers(0, NOISE, length, np.uint8)
-    keys = generator.permutation(KEYS)[:pairs].astype(np.uint8) + _FIRST_KEY
-    values = generator.integers(0, VALUES, pairs, np.uint8) + _FIRST_VALUE
+    noise, keys, values = (np.frombuffer(some, np.uint8) for some in (NOISE, KEYS, VALUES))
+    tokens = generator.choice(noise, length)
+    keys, values = generator.permutation(keys)[:pairs], generator.choice(values, pairs)
     room = length - 2 * asked
     # Pairs do not overlap: their places are drawn in units of two tokens.
     units = room // 2
@@ -78,6 +80,7 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
         held_out: validation documents of each length.
     """
     described = {"lengths": list(lengths), "tokens": tokens, "held_out": held_out}
+    described |= {"alphabet": (NOISE + KEYS + VALUES).decode()}
     note = folder / "made.json"
     if note.is_file() and json.loads(note.read_text()) == described:
         return
@@ -87,9 +90,7 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
         generator, documents = np.random.default_rng(seed), []
         for length, number in zip(lengths, numbers):
             # From one to as many pairs as there are keys, evenly by ratio: the few are found first.
-            pairs = (
-                (2 ** generator.uniform(0, np.log2(KEYS) + 1e-9, number)).astype(int).clip(1, min(KEYS, length // 8))
-            )
+            pairs = (2 ** generator.uniform(0, np.log2(len(KEYS)) + 1e-9, number)).astype(int).clip(1, length // 8)
             documents += [make_document(generator, length, n, n) for n in pairs]
         _write(folder / split, documents)
     note.write_text(json.dumps(described))

@@ -31,7 +31,7 @@ class Run:
     length: int
     """Tokens of a document."""
     facts: dict
-    """What a chart needs to know: ``size``, ``kind`` (``moba``, ``full``, ``switch``), ``seed`` and the like."""
+    """What a chart needs to know: ``size``, ``kind`` (``moba``, ``full`` and the like), ``seed``, and more."""
     parent: "Run | None" = None
     """The run whose weights it begins with."""
     tests: dict = field(default_factory=dict)
@@ -71,7 +71,8 @@ class Maker:
     def run(
         self, size: Size, length: int, kind: str, seed: int, block_size: int | None = None, top_k: int | None = None
     ) -> Run:
-        """Training of ``kind`` ``moba``, ``full``, or ``switch`` from one to the other.
+        """Training of ``kind`` ``moba``, ``full``, ``switch`` from one to the other, or ``window``: as many blocks as
+        MoBA, but the document's first and the last ones alone.
 
         Documents of the longer length may come after training on those of the shorter one, see :class:`.scales.Scale`:
         that begins with MoBA's model of the scale's own blocks, or full attention's for all other blocks.
@@ -82,7 +83,7 @@ class Maker:
         parent, share, lr, name = None, 1.0, size.lr, f"{length}-{size.name}-{size.tokens / 1e6:.3g}M"
         if length == scale.long and scale.extension is not None:
             share, lr = scale.extension, size.lr / 2
-            before = "moba" if own_blocks and kind != "full" else "full"
+            before = kind if kind == "window" else "moba" if own_blocks and kind != "full" else "full"
             parent = self.run(size, scale.length, before, seed)
             name += f"+{share * size.tokens / 1e6:.3g}M"
         switched = SWITCHED if parent is None else SWITCHED * (1 + share) / share
@@ -108,7 +109,7 @@ class Maker:
         return self._named(f"{parent.name}-tuned{full_layers}", config, parent.length, facts, parent)
 
     def retrieving(self, kind: str, seed: int) -> Run:
-        """Training to find keys again: ``kind`` is ``moba``, ``full``, or ``hybrid`` whose last layer is full."""
+        """Training to find keys again: ``kind`` as in :meth:`run`, or ``hybrid`` whose last layer is full."""
         scale, size = self.scale, self.scale.retrieval_size
         lengths = scale.retrieval_lengths
         attention = self._attention("moba" if kind == "hybrid" else kind, scale.retrieval_block_size, scale.top_k)
@@ -128,7 +129,8 @@ class Maker:
         if kind == "full":
             return replace(base, default="full", full_layers="none", schedule=())
         schedule = (Phase("moba", switch_at), Phase("full")) if kind == "switch" else ()
-        return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule)
+        window = {"sink": True, "min_recent": top_k - 2} if kind == "window" else {}
+        return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule, **window)
 
     def _config(
         self, size: Size, length: int, seed: int, steps: int, lr: float, splits: tuple[str, str]
@@ -211,6 +213,14 @@ def retrieval(make: Maker) -> Iterator[Run]:
         yield from (make.retrieving(kind, seed) for kind in ("full", "moba", "hybrid"))
 
 
+def sliding_window(make: Maker) -> Iterator[Run]:
+    """MoBA, and a window of as many blocks with a sink, on long text and where keys are to be found again."""
+    for seed in range(make.scale.seeds):
+        for kind in ("full", "moba", "window"):
+            yield make.run(make.scale.granularity_size, make.scale.long, kind, seed)
+        yield from (make.retrieving(kind, seed) for kind in ("full", "moba", "window"))
+
+
 def retrieval_folder(folder: Path) -> Path:
     """Where the documents to retrieve from are."""
     return folder / "corpus" / "retrieval"
@@ -223,6 +233,7 @@ GRIDS = {
     "training-hybrid": training_hybrid,
     "layerwise-hybrid": layerwise_hybrid,
     "retrieval": retrieval,
+    "sliding-window": sliding_window,
     "block-size": block_size,
 }
 """The experiments, those first whose runs the others share and which take longest."""

@@ -45,7 +45,7 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
     failed = []
     if not arguments.redraw:
         corpus = None if scale.own_data or names == ("retrieval",) else _corpus(scale, folder, arguments)
-        if "retrieval" in names:
+        if any(run.tests.get("retrieval") for run in runs):
             tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
             build_retrieval(retrieval_folder(folder), scale.retrieval_lengths, tokens, _RETRIEVAL_HELD_OUT)
         if arguments.write_configs:

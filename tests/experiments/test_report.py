@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
-from moba_cp.experiments import grid, report
+from moba_cp.experiments import grid, report, retrieval_report
 from moba_cp.experiments.mass import TOP_K, block_sizes
 from moba_cp.experiments.runs import GRIDS, RANGES, Maker
 from moba_cp.experiments.scales import scale_called
@@ -63,6 +63,7 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
         "training-hybrid": ["at most +0.4995 nats above"],
         "layerwise-hybrid": ["| 0 of 12 |", "| 10 of 12 |"],
         "retrieval": ["| full attention | 75 % | 75 % |", "| MoBA | 25 % |"],
+        "sliding-window": ["| window and sink | ", "| first range | last range | pass-key, 1,024 |", "| 25 % | 25 % |"],
         "block-size": ["| 4,096 | 1 |", "| 64 | 64 |", "64.0 %"],
     }[name]
     for words in expected:
@@ -72,7 +73,8 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_whatever_is_done_it_can_be_drawn(name, maker, tmp_path, monkeypatch):
     """A grid that was stopped anywhere has a chart, or says what is missing."""
-    monkeypatch.setattr(report, "finish", lambda drawn, picture: pyplot.close(drawn))
+    for module in (report, retrieval_report):
+        monkeypatch.setattr(module, "finish", lambda drawn, picture: pyplot.close(drawn))
     runs = [run for run in GRIDS[name](maker) if run.facts["seed"] == 0]
     assert "nothing is done yet" in report.write(name, runs, tmp_path)[0]
     for i, run in enumerate(runs):

@@ -98,6 +98,19 @@ def test_long_documents_come_after_short_ones(maker):
                 assert fully == pytest.approx(0.1 * run.tokens, rel=0.4 if scale.name == "tiny" else 0.01)
 
 
+def test_a_window_has_as_many_blocks_as_moba_and_chooses_none(maker):
+    runs = [run for run in GRIDS["sliding-window"](maker) if run.facts["kind"] != "full"]
+    assert {bool(run.tests) for run in runs} == {True, False}
+    for moba, window in ((a, b) for a in runs for b in runs if a.facts["kind"] == "moba" != b.facts["kind"]):
+        if moba.tests != window.tests or moba.facts["seed"] != window.facts["seed"]:
+            continue
+        of_moba, of_window = moba.config.attention.moba, window.config.attention.moba
+        assert (of_moba.block_size, of_moba.top_k) == (of_window.block_size, of_window.top_k)
+        assert of_window.sink and of_window.min_recent == of_window.top_k - 2 and not of_moba.sink
+        if window.parent is not None:
+            assert window.parent.config.attention == window.config.attention
+
+
 def test_a_name_is_one_config(maker):
     seen = {}
     for make in GRIDS.values():
