@@ -73,31 +73,35 @@ def _check(base: TrainConfig) -> None:
 
 
 def verdict(logs: dict[str, list[dict]]) -> list[str]:
-    """Lines for the terminal: validation losses at the end, and how far from full attention's they are."""
-    lines = ["validation loss at the end, and over full attention's:"]
-    ends = {name: _last(log, "validation_loss") for name, log in logs.items()}
+    """Lines for the terminal: validation losses at the last step that all runs have, and how far from full attention's
+    they are; and what index branches have learned."""
+    validation = {name: {x["step"]: x["validation_loss"] for x in _with(log, "validation_loss")}
+                  for name, log in logs.items()}  # fmt: skip
+    common = set.intersection(*map(set, validation.values())) if validation else set()
+    if not common:
+        return ["no step at which all runs were validated"]
+    lines = [f"validation loss at step {max(common)}, and over full attention's:"]
+    ends = {name: losses[max(common)] for name, losses in validation.items()}
     for name, loss in ends.items():
         over = "" if "full" not in ends or name == "full" else f"  {100 * (loss / ends['full'] - 1):+.2f} %"
         lines.append(f"  {LABELS[name]:22} {loss:.4f}{over}")
     for name, log in logs.items():
-        if (first := next((x["index_loss"] for x in log if "index_loss" in x), None)) is not None:
-            sparse = next((x["step"] for x in log if x.get("attention") == "moba"), None)
-            before = [x["index_loss"] for x in log if "index_loss" in x and (sparse is None or x["step"] < sparse)]
-            lines.append(
-                f"  {LABELS[name]}: divergence {first:.4f} in step 1, {before[-1]:.4f} when it begins to choose"
-            )
+        learned = [x["index_loss"] for x in _with(log, "index_loss") if x["attention"] == "full"]
+        if learned:
+            now = sum(learned[-8:]) / len(learned[-8:])
+            lines.append(f"  {LABELS[name]}: divergence at most {max(learned):.4f}, {now:.4f} when it begins to choose")
     return lines
 
 
-def _last(log: list[dict], name: str) -> float:
-    return next(record[name] for record in reversed(log) if record.get(name) is not None)
+def _with(log: list[dict], name: str) -> list[dict]:
+    return [record for record in log if record.get(name) is not None]
 
 
 def _draw(logs: dict[str, list[dict]], picture: Path) -> None:
     from .charts import figure
 
     drawn, (whole, gap, divergence) = figure((13, 4), [1.0, 1.0, 1.0])
-    points = lambda log, name: [(x["step"], x[name]) for x in log if x.get(name) is not None]
+    points = lambda log, name: [(x["step"], x[name]) for x in _with(log, name)]
     validation = {name: dict(points(log, "validation_loss")) for name, log in logs.items()}
     for name, log in logs.items():
         style = {"color": _COLORS[name], "linestyle": _LINES[name], "label": LABELS[name], "linewidth": 1.3}

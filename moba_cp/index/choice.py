@@ -16,7 +16,7 @@ from .tables import IndexTables
 
 # Elements of a temporary at most, on a GPU and on a CPU.
 SCRATCH_ELEMENTS, CPU_ELEMENTS = 1 << 26, 1 << 20
-MOST_ROWS = 1024
+MOST_ROWS = 4096
 
 
 def elements_at_once(x: Tensor) -> int:

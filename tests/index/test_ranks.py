@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig, full_attention
+from moba_cp import reference as attention_reference
 from moba_cp.cp.layout import LAYOUTS
+from moba_cp.eager import block_masses
 from moba_cp.index import IndexConfig
 from moba_cp.index.branch import IndexBranch, Projected
 from tests.cp.test_moba import divides
@@ -94,3 +96,44 @@ def _split(branch, mixed, angles):
     parts = mixed.unflatten(1, (N_KV, -1))
     turned = branch._turn(parts[..., : (m + 1) * d].unflatten(2, (m + 1, d)), angles.cos(), angles.sin())
     return Projected(turned[:, :, :m], turned[:, :, m], parts[..., (m + 1) * d :] * (m * d) ** -0.5)
+
+
+def test_a_branch_learns_to_choose_what_attention_looks_at():
+    """Better than mean keys, which choose for a group by the sum of their scores, and far better than at first."""
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float32, generator=draw)
+    n, hidden_size, block, top_k = 384, 32, 16, 5
+    # Neighbouring tokens are alike, so that some blocks get more than others.
+    hidden = normal(n, hidden_size) + 1.5 * normal(8, hidden_size)[torch.arange(n // block) * 5 % 8].repeat_interleave(
+        block, 0
+    )
+    hidden /= hidden.square().mean(-1, keepdim=True).sqrt()
+    q, k = (
+        (hidden @ normal(hidden_size, heads * 16) * 1.5 / hidden_size**0.5).unflatten(1, (heads, 16))
+        for heads in (2, 1)
+    )
+    _, lse = full_attention(q, k, k, return_lse=True)
+    moba, config = MoBAConfig(block, top_k), IndexConfig(heads=4, dim=8)
+    branch = IndexBranch(config, moba, CPContext(None, "contiguous", n), "layer 1", 1)
+    tables = branch.tables
+    masses = block_masses(q, k[:, 0], lse, tables.start, block, 16**-0.5)
+    masses *= tables.is_candidate(slice(0, n), slice(0, n // block))
+    late = slice(block * (top_k + 3), n)
+    best = masses[late].topk(top_k - 1).values.sum(1)
+    share = lambda chosen: (masses[late].gather(1, chosen[late, 0].long()).sum(1) / best).mean()
+    angles = torch.arange(n)[:, None] * 1e4 ** (-torch.arange(8) / 8)
+    cos, sin = angles.cos(), angles.sin()
+    weight = (0.02 * normal(config.width(1), hidden_size)).requires_grad_()
+    optimizer, losses, shares = torch.optim.Adam([weight], lr=1e-2), [], []
+    for _ in range(150):
+        projected = branch.empty(hidden)
+        branch.split((hidden @ weight.T).detach(), cos, sin, projected)
+        scored = branch.gather(projected)
+        loss, grads = branch.learn(scored, q, k, lse, 16**-0.5, None)
+        weight.grad = branch.split_backward(grads, cos, sin).T @ hidden / n
+        optimizer.step()
+        losses.append(loss.item())
+        shares.append(share(branch.choose(scored)) if len(losses) in (1, 150) else None)
+    by_means = attention_reference.select_blocks(q.sum(1, keepdim=True), k, block, top_k)
+    assert losses[-1] < 0.25 * losses[0]
+    assert shares[0] < 0.6 and shares[-1] > 0.93 and shares[-1] > share(by_means)
