@@ -133,17 +133,16 @@ def select_gated(
     block_indices = torch.empty(n_rows, n_selections, n_slots, dtype=torch.int32, device=q.device)
     # As in select.py: nothing follows N.
     members = next_power_of_2(together)
-    rows, bn, warps = tuned.select_tile(dim, q.dtype)
-    rows = max(rows, members)
+    bm, bn, bk, warps = tuned.gated_tile(dim, q.dtype, members, block_size)
     with on_device(q):
-        _gated_kernel[(cdiv(n_rows, rows // members), n_selections)](
+        _gated_kernel[(cdiv(n_rows, bm), n_selections)](
             q=q, keys=keys, start=first if start is None else start.contiguous(), first=first.contiguous(),
             current_block=current_block.contiguous(), block_indices=block_indices, n_rows=n_rows,
             n_keys=keys.shape[0], s_qt=q.stride(0), s_qh=q.stride(1), s_kr=keys.stride(0), s_kh=keys.stride(1),
             H=n_selections, G=group, M=together, MP=members, SUM=shared_by_group == "sum",
-            MIN_RECENT=min_recent, SINK=sink, B=block_size, BK=min(64, max(16, next_power_of_2(block_size or 1))),
+            MIN_RECENT=min_recent, SINK=sink, B=block_size, BK=bk,
             D=dim, BD=padded_dim(dim), S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)),
-            BM=rows // members, BN=bn, PRECISION=dot_precision(q.dtype), **launch_options(warps),
+            BM=bm, BN=bn, PRECISION=dot_precision(q.dtype), **launch_options(warps),
         )  # fmt: skip
     return block_indices
 

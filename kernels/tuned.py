@@ -41,6 +41,14 @@ def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64, 32, 4
 
 
+def gated_tile(dim: int, dtype: torch.dtype, members: int, block_size: int) -> tuple[int, int, int, int]:
+    """Rows (of ``members`` heads each, a power of two), blocks, keys and warps of a tile of :mod:`.select_gated`, the
+    same on every GPU."""
+    rows, blocks, warps = select_tile(dim, dtype)
+    keys = _keys(block_size or 16, 32 if dtype == torch.float32 or dim > 128 else 64)
+    return max(1, rows // members), blocks, keys, warps
+
+
 def _keys(block_size: int, most: int) -> int:
     """Keys per tile: the block itself where it is short."""
     return min(most, max(16, next_power_of_2(block_size)))

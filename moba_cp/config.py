@@ -57,8 +57,8 @@ class MoBAConfig:
 
     score: Score = "mean"
     """A block's score: ``mean``, the product of query and mean key, as MoBA has it; ``max``, the highest product of the
-    query and one of the block's keys. That reads every key for every query, which takes about a third of what full
-    attention's forward pass takes, and across ranks all keys come here, a KV head at a time."""
+    query and one of the block's keys. That reads every key for every query, which is half the products that full
+    attention's forward pass has, and across ranks all keys come here, a KV head at a time."""
 
     min_recent: int = 0
     """So many blocks before a query's own are always taken; with ``sink`` at most ``top_k - 1``."""

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,14 @@ def test_shapes_on_the_meta_device_and_compiled_as_one_graph():
     with pytest.raises(ValueError, match="names block 9 for row 30"):
         given[30, 0, 0] = 9
         compiled(*leaves, given)
+
+
+def test_the_page_s_example():
+    names = {}
+    page = (Path(__file__).parents[1] / "docs" / "selections.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    names["out"].sum().backward()
+    assert names["selection"].shape == (1024, 2, 3) and names["q"].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("n_rows", [1, 30], ids=["few rows", "many rows"])

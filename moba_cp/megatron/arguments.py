@@ -33,7 +33,7 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Whether the query heads of a KV head attend to the same blocks, those with the highest "
                        "sum, or maximum, of their scores (default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-score", choices=SCORES, default=_DEFAULT.score,
-                       help="A block's score: by its mean key, or by the best of its keys, which takes about a third "
+                       help="A block's score: by its mean key, or by the best of its keys, which is half the products "
                        "of full attention's forward pass (default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-min-recent", type=int, default=_DEFAULT.min_recent, metavar="N",
                        help="So many blocks before a query's own are always taken, within --moba-top-k "

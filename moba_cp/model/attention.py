@@ -53,7 +53,7 @@ class AttentionConfig:
     ``max``, they share those with the highest sum, or maximum, of their scores."""
 
     score: Score = "mean"
-    """A block's score: ``mean``, by its mean key; ``max``, by the best of its keys, which takes about a third of full
+    """A block's score: ``mean``, by its mean key; ``max``, by the best of its keys, which is half the products of full
     attention's forward pass."""
 
     min_recent: int = 0
