@@ -313,7 +313,7 @@ def _forward_of_heads(
     of_selection = []
     if selection is not None and selection.shape[2]:
         of_selection.append(Part(selection, selection.shape[1] != q.shape[1], selection.dtype))
-    exchange = HeadExchange(team_transport(cp, tables), attention, cp.exchange.keep)
+    exchange = HeadExchange(team_transport(cp, key, tables), attention, cp.exchange.keep)
     out, lse, saved = exchange.forward(q, k, v, where, call.needs_grad, of_selection)
     made = HeadPass(call, exchange, ops)
     comm.count_ring(k, 1, where)

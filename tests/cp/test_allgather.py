@@ -97,6 +97,7 @@ def test_one_copy_from_each_rank(monkeypatch):
 @pytest.mark.parametrize("keep", [False, True], ids=["refetch", "keep"])
 def test_heads_travel_in_stages_of_limited_size(keep, monkeypatch):
     head, expected = 512 * 2 * 16 * 8, run_reference(_aligned())
+    monkeypatch.setattr(gather_stages, "HOST_SECONDS", 0.0)
     for limit, stages in ((1 << 30, 2), (4 * head, 2), (3 * head, 3), (2 * head, 3), (2 * head - 1, 4), (1, 4)):
         monkeypatch.setattr(gather_stages, "STAGE_BYTES", limit)
         results = run_threads(4, _run, True, _aligned(), "zigzag", ExchangeOptions("allgather", keep=keep))
@@ -133,6 +134,21 @@ def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
     assert [cut.stop - cut.start for cut in cuts] == expected
     assert cuts[0].start == 0 and cuts[-1].stop == n_kv
     assert all(a.stop == b.start for a, b in zip(cuts[:-1], cuts[1:]))
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        (1.0, [1, 2, 2, 2, 2, 2, 2, 2, 1]),  # the device is busy for longer than the host
+        (15e-3, [4] * 4),  # twice the bytes at the most, and no short stages that the host is late for
+        (28e-3, [2] * 8),
+        (1e-9, [4] * 4),
+    ],
+)
+def test_short_stages_are_joined_until_the_host_keeps_up(seconds, expected, monkeypatch):
+    monkeypatch.setattr(gather_stages, "STAGE_BYTES", 2000)
+    cuts = gather_stages.heads_of_stages(16, 2, 1000, seconds)
+    assert [cut.stop - cut.start for cut in cuts] == expected
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["collectives", "copies"])
@@ -195,6 +211,7 @@ def _layer(dim: int, dtype: torch.dtype) -> Case:
 def test_layers_that_are_cut_otherwise_have_tables_of_their_own(monkeypatch):
     """As many stages of other heads."""
     monkeypatch.setattr(gather_stages, "STAGE_BYTES", 4 * 16 * 512 * 2 * 8)
+    monkeypatch.setattr(gather_stages, "HOST_SECONDS", 0.0)
     shapes = [(16, torch.float64), (20, torch.float64), (16, torch.float32), (16, torch.float64)]
     cuts = [gather_stages.heads_of_stages(5, 1, 512 * 2 * dim * dtype.itemsize) for dim, dtype in shapes]
     assert len(cuts[0]) == len(cuts[1]) and cuts[0] != cuts[1]

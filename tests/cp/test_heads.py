@@ -1,12 +1,15 @@
 """Tokens exchanged for heads: equal to one rank, alone and with another way between ranks with the same heads."""
 
+import ctypes
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp.cp import copying
 from moba_cp.cp.allgather import costs as gather_costs
 from moba_cp.cp.comm import Communicator
 from moba_cp.cp.heads import choice, copies
@@ -103,6 +106,36 @@ def test_copies_equal_one_rank(size, h, narrowest, monkeypatch):
     monkeypatch.setattr(copies, "NARROWEST_ROW", narrowest)
     for seed in range(2):
         _holds(size, h, LAYOUTS[(size + seed) % 3], 100 * size + seed, _watched_copies)
+
+
+def _copy_2d(there, pitch_there, here, pitch, width, n_rows, kind, stream):
+    """``cudaMemcpy2DAsync`` of host memory."""
+    for i in range(n_rows):
+        ctypes.memmove(there + i * pitch_there, here + i * pitch, width)
+    return 0
+
+
+def _second_call(comm: Communicator, case: Case, layout: str, full: bool, options: ExchangeOptions):
+    """:func:`_watched_copies`, where the context has served other tensors before."""
+    seen = []
+    observer = None if full else lambda layer, selection, n_kv, block_size: seen.append(selection)
+    cp = CPContext(comm.share_memory(), layout, case.q.shape[0], case.cu_seqlens, exchange=options, observer=observer)
+    before = Case(2 * case.q, case.k.flip(0), 3 * case.v, case.dout, case.cu_seqlens, case.block_size, case.top_k)
+    in_context(cp, before, full, deterministic=case.top_k % 2 == 0)
+    results = in_context(cp, case, full, deterministic=case.top_k % 2 == 0)
+    return results, cp.unshard(seen[1]) if seen else None
+
+
+@pytest.mark.parametrize("narrowest", [0, 1 << 30], ids=["in place", "packed"])
+@pytest.mark.parametrize("size, h", [(2, 2), (6, 3)])
+def test_copies_that_were_made_ready(size, h, narrowest, monkeypatch):
+    """As on GPUs: a call's copies are numbers that an earlier call has left."""
+    monkeypatch.setattr(copies, "NARROWEST_ROW", narrowest)
+    monkeypatch.setattr(copies, "can_be_ready", lambda tensor: True)
+    monkeypatch.setattr(copying, "_copy_2d", lambda: _copy_2d)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    for seed in range(2):
+        _holds(size, h, LAYOUTS[(size + seed) % 3], 100 * size + seed, _second_call)
 
 
 @pytest.mark.slow
@@ -315,7 +348,7 @@ def test_auto_predicts_which_way_is_faster():
     options = ExchangeOptions()
     long = choose_team(_layer(4, 524288), options)
     assert long.h == 4
-    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 50")
+    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 51")
     assert long.why.endswith("without")
     for n_tokens in (131072, 262144):
         assert choose_team(_layer(4, n_tokens), options).h == 1, "the host issues copies no faster"
@@ -324,7 +357,7 @@ def test_auto_predicts_which_way_is_faster():
     assert short.h == 1 and "heads stay where they are, about" in short.why
     assert choose_team(_layer(4, 524288, (32, 1)), options).h == 1, "K and V of one head are nothing to gather"
     assert choose_team(_layer(4, 524288, (15, 15)), options).h == 1, "nothing divides"
-    assert choose_team(_layer(8, 524288, (12, 12)), options).h == 4
+    assert choose_team(_layer(8, 524288, (12, 12)), options).h == 1, "eight ranks, and four of them gained nothing"
     assert choose_team(_layer(16, 1 << 20), ExchangeOptions(ranks_per_node=8)).h == 8, "teams lie within nodes"
     assert choose_team(_layer(2, 131072, moba=None), options).h == 2
     # Two KV heads on each rank: what comes back at the end is half of everything.
@@ -342,7 +375,7 @@ def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
     monkeypatch.setattr(choice, "OWN_RATE", 1e20)
     monkeypatch.setattr(choice, "STAGE_SECONDS", 0.0)
-    monkeypatch.setattr(choice, "COPY_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(choice, "HOST_SECONDS", 0.0)
     case = _case(heads=4, n_kv=2, n=2048)
     alone = CPContext(None, "zigzag", 2048)
     expected = [in_context(alone, case, full) for full in (False, True)]

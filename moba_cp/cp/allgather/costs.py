@@ -16,6 +16,8 @@ from ..options import ExchangeOptions
 # one head to visit one block, in seconds per element of D: for the row, and for each of the block's tokens.
 COPY_RATE = 3e11
 VISIT_SECONDS = 3.7e-12, 4.8e-15
+# The time of a backward pass over that of a forward pass.
+BACKWARD = 2.2
 
 
 def forward_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float:
@@ -67,6 +69,10 @@ class GatherCosts:
             return self.options.mode == "allgather"
         computing = forward_seconds(n_rows, self.dim, self.geometry.block_size, top_k)
         return self.by_copies and self.arriving_bytes / COPY_RATE <= computing
+
+    def seconds(self, n_rows: int, top_k: int) -> float:
+        """About what attention of ``n_rows`` local (token, query head) pairs takes, forward and backward."""
+        return (1 + BACKWARD) * forward_seconds(n_rows, self.dim, self.geometry.block_size, top_k)
 
     def instead_of(self, planned_bytes: float) -> bool:
         """Whether ``auto`` all-gathers where plans of all ranks together would move so much, forward and backward."""

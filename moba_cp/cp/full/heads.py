@@ -44,7 +44,7 @@ def _exchange(
         attention = LocalFull(scale, tables.inner, backend, deterministic)
     else:
         attention = _FullOfHeads(scale, tables.inner, backend, deterministic, where)
-    return HeadExchange(team_transport(cp, tables), attention, False)
+    return HeadExchange(team_transport(cp, key, tables), attention, False)
 
 
 class _FullOfHeads:

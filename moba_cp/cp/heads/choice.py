@@ -16,14 +16,11 @@ from . import nodes
 from .costs import HeadCosts
 
 # Of H100s. Attention to shards: tasks are less full, by such a part of the time for each further rank. Copies: the part
-# of their time by which they slow attention down. Backward pass over forward pass. A stage's barriers and launches.
-SHARD_LOSS, COPY_LOSS, BACKWARD, STAGE_SECONDS = 0.045, 0.2, 2.2, 6e-5
+# of their time by which they slow attention down. A stage's barriers and launches, and what a host takes to issue one.
+SHARD_LOSS, COPY_LOSS, STAGE_SECONDS, HOST_SECONDS = 0.045, 0.2, 6e-5, 1.4e-2
 # Bytes per second at which a rank's own rows are copied, which takes from attention: of two H200s, on which MoBA of
 # 524,288 tokens took 98.5 ms by heads, forward and backward, and half of one's time is 85.9.
 OWN_RATE = 1.1e12
-# What a host takes to issue a copy of rows to another GPU's memory, in seconds: of four H200s, on which heads of
-# 131,072 tokens took 32 ms where attention is 11, with 336 copies, and 32,768 tokens took 21 ms with 224.
-COPY_CALL_SECONDS = 8e-5
 LEAST_GAIN = 0.97
 """Of the predicted time: less is within what predictions are off."""
 DENSE_FLOPS, RING_LOSS = 4.5e14, 0.08
@@ -64,7 +61,9 @@ def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
     """h for ``auto``, where copy engines serve within a node: as many ranks of it as can, or 1, whatever takes the
     shorter time by prediction.
 
-    Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better.
+    Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better; and
+    within a node only among all its ranks: with half of them, on four H200s, an all-gather between the halves took half
+    as long again as one of all four.
     """
     most = team_size(options, layer.size)
     h = max(h for h in range(1, most + 1) if layer.size % h == most % h == layer.heads[0] % h == 0)
@@ -74,19 +73,18 @@ def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
     costs = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options)
     stages, rate = len(costs.stages), gather_costs.COPY_RATE
     if (
-        h == 1
+        h < most
+        or h == 1
         or n_rows < 2 * max(512, (layer.moba or (0,))[0])
-        or costs.forward_bytes / rate > compute / (1 + BACKWARD)
+        or costs.forward_bytes / rate > compute / (1 + gather_costs.BACKWARD)
     ):
-        return TeamSize(1, f"{what}: heads stay where they are, too few or too short to be exchanged")
+        return TeamSize(1, f"{what}: heads stay where they are, too few or too short to be exchanged among all")
     without = compute + _shards(layer, 1, layer.size, compute, options)
     # Nothing hides how the first stage comes and the last one returns.
     n_bytes = costs.forward_bytes + costs.backward_bytes
     own = n_bytes / (h - 1) / OWN_RATE
     wire = n_bytes / rate * (COPY_LOSS + 1 / stages) + own + 2 * stages * STAGE_SECONDS
-    with_heads = compute + wire + _shards(layer, h, layer.size // h, compute, options)
-    # Attention does not hide what the host itself takes.
-    with_heads = max(with_heads, costs.n_copies * COPY_CALL_SECONDS)
+    with_heads = max(compute + wire + _shards(layer, h, layer.size // h, compute, options), stages * HOST_SECONDS)
     chosen = with_heads < LEAST_GAIN * without
     said = "tokens are exchanged for heads" if chosen else "heads stay where they are"
     numbers = f"about {1e3 * with_heads:.2f} ms with heads over {h} ranks, {1e3 * without:.2f} without"
@@ -192,7 +190,7 @@ def _seconds(layer: Layer) -> float:
     n_rows = layer.n_local * layer.heads[0]
     if layer.moba is None:
         return 3.5 * 2 * n_rows * layer.size * layer.n_local * layer.dim / DENSE_FLOPS
-    return (1 + BACKWARD) * gather_costs.forward_seconds(n_rows, layer.dim, *layer.moba)
+    return (1 + gather_costs.BACKWARD) * gather_costs.forward_seconds(n_rows, layer.dim, *layer.moba)
 
 
 def _shards(layer: Layer, h: int, others: int, compute: float, options: ExchangeOptions) -> float:

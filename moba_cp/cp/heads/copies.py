@@ -12,7 +12,7 @@ from torch import Tensor
 from ..calls import Where
 from ..comm import Communicator, record_stream
 from ..context import CPContext
-from ..copying import copy_rows
+from ..copying import ReadyCopy, can_be_ready, copy_rows, issue, ready_copy
 from ..symmetric_memory import MissingMemory, PeerMemory
 from .collectives import Collectives, Part, Stage
 from .tables import HeadTables
@@ -31,6 +31,8 @@ class CopyEngines(Collectives):
     def __init__(self, tables: HeadTables, comm: Communicator, memory: PeerMemory):
         super().__init__(tables, comm)
         self._memory = memory
+        self._ready: dict[tuple, list[ReadyCopy]] = {}
+        self._generation = -1
 
     def open_pass(self, parts: Sequence[Part], targets: Sequence[Part], where: Where) -> None:
         """The stages of a pass begin; a collective call.
@@ -68,10 +70,7 @@ class CopyEngines(Collectives):
                 # stream. Past the second all rows are here, and nobody reads results of the stages before any more.
                 _barrier(memory)
                 by_rank = [self._outgoing(part, stage) for part in parts]
-                for place in self._turns():
-                    for rows, there in zip(by_rank, self._slot("heads", stage, place, parts), strict=True):
-                        for first, at, length in tables.runs[tables.place]:
-                            copy_rows(there[at : at + length], rows[first : first + length, place])
+                self._copy("heads", stage, parts, slice(0, len(parts)), by_rank)
                 _barrier(memory)
                 arrived = tuple(self._slot("heads", stage, tables.place, parts))
                 return arrived, comm.record_event(arrived[0])
@@ -97,10 +96,7 @@ class CopyEngines(Collectives):
             def start() -> tuple[tuple[Tensor, ...], torch.cuda.Event | None]:
                 _barrier(memory)
                 arrived = tuple(self._incoming(target, stage) for target in targets[which])
-                for place in self._turns():
-                    for rows, there in zip(arrived, self._slot("results", stage, place, targets)[which], strict=True):
-                        for first, at, length in tables.runs[tables.place]:
-                            copy_rows(rows[first : first + length, place], there[at : at + length])
+                self._copy("results", stage, targets, which, arrived)
                 return arrived, comm.record_event(heads[0])
 
             record_stream(*(target.tokens for target in targets[which]))
@@ -119,6 +115,31 @@ class CopyEngines(Collectives):
     def kept(self, stage: Stage, count: int) -> list[Tensor]:
         """See :meth:`.collectives.Collectives.kept`."""
         return [x.clone() for x in stage.inputs[:count]]
+
+    def _copy(self, name: str, stage: Stage, parts: Sequence[Part], which: slice, rows: Sequence[Tensor]) -> None:
+        """Copy ``rows``, [L, h, n, ...] of each of ``parts[which]``, to "heads" of all ranks of the team, or from their
+        "results"."""
+        memory, tables, outward = self._memory, self.tables, name == "heads"
+
+        def pairs():
+            for place in self._turns():
+                for index, there in enumerate(self._slot(name, stage, place, parts)[which]):
+                    for first, at, length in tables.runs[tables.place]:
+                        yield index, rows[index][first : first + length, place], there[at : at + length]
+
+        if not can_be_ready(rows[0]):
+            for _, mine, there in pairs():
+                copy_rows(*((there, mine) if outward else (mine, there)))
+            return
+        if self._generation != memory.generation:
+            # The buffers have been replaced.
+            self._ready.clear()
+            self._generation = memory.generation
+        of_rows = tuple((x.shape, x.stride(), x.dtype) for x in rows)
+        key = name, memory.slot(name, stage.copied), stage.units.start, stage.units.stop, which.start, of_rows
+        if key not in self._ready:
+            self._ready[key] = [ready_copy(index, rows[index], mine, there) for index, mine, there in pairs()]
+        issue(self._ready[key], rows, outward)
 
     def _turns(self) -> list[int]:
         """Places of the team, each rank's next one first and its own last, so that not all go to the same."""
@@ -175,7 +196,15 @@ def _barrier(memory: PeerMemory) -> None:
     memory.barrier()
 
 
-def team_transport(cp: CPContext, tables: HeadTables) -> Collectives:
-    """What moves the stages of a layer; a collective call."""
-    memory = cp.team_peers(len(tables.team))
-    return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
+def team_transport(cp: CPContext, key: tuple, tables: HeadTables) -> Collectives:
+    """What moves the stages of layers with such tables, kept with the context as they are; a collective call.
+
+    Args:
+        key: by which the context keeps ``tables``.
+    """
+
+    def build() -> Collectives:
+        memory = cp.team_peers(len(tables.team))
+        return Collectives(tables, cp.comm) if memory is None else CopyEngines(tables, cp.comm, memory)
+
+    return cp.cached(Collectives, key, build)
