@@ -29,6 +29,12 @@ class MissingMemory(RuntimeError):
     """Some rank has no memory for copies; raised on all ranks."""
 
 
+def slot_bytes(nbytes: int) -> int:
+    """What a slot for ``nbytes`` takes. Sizes differ with the batch: a step of an eighth now saves many small ones."""
+    step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
+    return -(-nbytes // step) * step
+
+
 class PeerMemory:
     """Buffers that all ranks of a group read, and the stream on which their contents move.
 
@@ -74,9 +80,7 @@ class PeerMemory:
             MissingMemory: on all ranks, if one has no such memory left.
         """
         self._asked[name] = self._stages
-        # Sizes differ with the batch: a step of an eighth now saves many small ones.
-        step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
-        slot = -(-nbytes // step) * step
+        slot = slot_bytes(nbytes)
         if name in self._buffers and self._buffers[name][self.rank].nbytes >= slots * slot:
             return
         if name in self._buffers:
@@ -237,6 +241,11 @@ def peer_memory(comm: Communicator, device: torch.device | None = None) -> PeerM
         with torch.inference_mode(False), torch.no_grad():
             _memories[group] = _mapped(group)
     return _memories[group]
+
+
+def mapped_bytes() -> int:
+    """Memory that this process has given to all its groups; PyTorch's allocator does not count it."""
+    return sum(memory.nbytes for memory in _memories.values() if memory is not None)
 
 
 def _mapped(group: dist.ProcessGroup) -> PeerMemory | None:

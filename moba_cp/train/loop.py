@@ -60,7 +60,8 @@ class Trainer:
         # Shard the module on the meta device, before it has weights: no rank ever holds all of them.
         self._attention = config.attention.at(1, config.run.steps)
         module = build_model(config.model, self._attention, cp_group=mesh.context_group, device="meta")
-        self.memory = memory.choose(config, mesh.size, plan.tokens_per_rank(), mesh.device, mesh.group)
+        fit = mesh.size, plan.tokens_per_rank(), mesh.device, mesh.group, mesh.context_size
+        self.memory = memory.choose(config, *fit)
         module.set_memory(self.memory.layers)
         on_host = config.memory.state == "host"
         self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype), on_host)

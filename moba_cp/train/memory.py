@@ -17,6 +17,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ..cp.buffers import buffer_bytes
+from ..cp.heads.choice import Layer
+from ..cp.options import ExchangeOptions
 from ..index.config import IndexConfig
 from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
@@ -26,6 +29,8 @@ from ..model.loss import MAX_LOGITS
 GIB = 2**30
 # Of the device's memory, for what the allocator cannot use again, and for workspaces of libraries.
 _SLACK = 0.03
+# Of each rank's device, for NCCL's groups, once their ranks have met: 2.1 GiB on four H200s.
+NCCL_BYTES = 2 * GIB
 # Of the host's free memory: the rest is for data, the page cache and everybody else.
 _HOST_SHARE = 0.8
 # Scratch of the attention kernels where queries are smaller (kernels/work.py).
@@ -74,6 +79,10 @@ class StepShape:
     """``optimizer.moments``."""
     state_on: str = "device"
     """``memory.state``."""
+    context: int = 1
+    """Ranks that share a sequence."""
+    exchange: ExchangeOptions = ExchangeOptions()
+    """What moves between these."""
 
     def _row(self, *widths: int) -> int:
         return self.n_tokens * sum(widths) * self.itemsize
@@ -178,7 +187,17 @@ class StepShape:
         # The embedding and the output layer stay gathered; of the layers two at a time are, one with its gradient.
         gathered = self.itemsize * (2 * embeddings + 3 * layers) + 4 * (embeddings + layers)
         here = (self.state_on == "device") * self.n_parameters // self.size
-        return {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": gathered}
+        parts = {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": gathered}
+        return parts | ({"buffers between ranks": self.buffers()} if self.context > 1 else {})
+
+    def buffers(self) -> int:
+        """Bytes in which rows of other ranks stand; layers of one kind after the other use the same."""
+        model, moba = self.model, (self.attention.block_size, self.attention.top_k)
+        assert model.head_dim and model.n_kv_heads
+        kinds = {self._is_moba(number) for number in range(1, model.n_layers + 1)}
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.itemsize]
+        shape = self.context, self.n_tokens, (model.n_heads, model.n_kv_heads), model.head_dim, dtype
+        return max(buffer_bytes(Layer(*shape, moba if kind else None), self.exchange) for kind in kinds)
 
     def gradients(self, n_layers: int) -> int:
         """Bytes of the weights' gradients once the backward passes of the last ``n_layers`` are done."""
@@ -266,15 +285,23 @@ def choose_layers(
     return None
 
 
-def choose(config, size: int, n_tokens: int, device: torch.device, group: dist.ProcessGroup | None) -> MemoryPlan:
-    """The plan of a run on its ranks, all of which choose alike; a collective call. ``n_tokens``: L.
+def choose(
+    config, size: int, n_tokens: int, device: torch.device, group: dist.ProcessGroup | None, context: int = 1
+) -> MemoryPlan:
+    """The plan of a run on its ranks, all of which choose alike; a collective call.
+
+    Args:
+        size: P, of all ranks.
+        n_tokens: L.
+        context: ranks that share a sequence.
 
     Raises:
         ValueError: the step does not fit; the message says what it needs, what there is, and what would make it fit.
     """
     memory, model = config.memory, config.model
     itemsize = getattr(torch, config.run.dtype).itemsize
-    shape = StepShape(model, config.attention, n_tokens, size, itemsize, config.optimizer.moments, memory.state)
+    state = config.optimizer.moments, memory.state
+    shape = StepShape(model, config.attention, n_tokens, size, itemsize, *state, context, config.exchange)
     recompute = model.recompute
     if device.type != "cuda" and memory.device_gib is None:
         # The operating system knows better what a CPU's memory can hold.
@@ -305,7 +332,10 @@ def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: flo
         [("model.recompute: auto and memory.offload: auto", shape)],
         [("memory.state: host", replace(shape, state_on="host"))],
         [
-            (f"{n * shape.size} ranks", replace(shape, size=n * shape.size, n_tokens=-(-shape.n_tokens // n)))
+            (
+                f"{n * shape.size} ranks",
+                replace(shape, size=n * shape.size, context=n * shape.context, n_tokens=-(-shape.n_tokens // n)),
+            )
             for n in (2, 4, 8)
         ],
         [
@@ -324,6 +354,7 @@ def _device_bytes(memory: MemoryConfig, device: torch.device) -> float:
     if device.type != "cuda":
         return (memory.device_gib or 0) * GIB
     free, _ = torch.cuda.mem_get_info(device)
+    free -= NCCL_BYTES * (dist.get_world_size() > 1)
     return min(free, memory.device_gib * GIB) if memory.device_gib is not None else free
 
 

@@ -17,7 +17,7 @@ from ..model.attention import AttentionConfig
 from ..model.config import ModelConfig
 from ..model.layer import LayerMemory
 from .config import TrainConfig
-from .memory import GIB, MemoryPlan, StepShape, choose_layers, plan_layers
+from .memory import GIB, NCCL_BYTES, MemoryPlan, StepShape, choose_layers, plan_layers
 from .mesh import context_size
 from .trace import PEAKS
 
@@ -122,8 +122,9 @@ def forecast(
     model, attention = config.model, config.attention.at(config.run.steps, config.run.steps)
     local = -(-config.data.seq_len // context)
     itemsize = getattr(torch, config.run.dtype).itemsize
-    shape = StepShape(model, attention, local, ranks, itemsize, config.optimizer.moments, config.memory.state)
-    device = (config.memory.device_gib or gpu.gib) * GIB
+    state = config.optimizer.moments, config.memory.state
+    shape = StepShape(model, attention, local, ranks, itemsize, *state, context, config.exchange)
+    device = (config.memory.device_gib or gpu.gib) * GIB - NCCL_BYTES * (ranks > 1)
     host = (config.memory.host_gib or host_gib or gpu.host_gib) * GIB
     if layers is not None:
         plan = plan_layers(shape, layers)

@@ -10,6 +10,7 @@ import torch
 
 from .. import dense
 from ..autograd import full_kernels
+from ..cp.symmetric_memory import mapped_bytes
 from ..ops import backend
 from .config import TrainConfig
 from .mesh import Mesh
@@ -41,12 +42,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def device_memory(device: torch.device) -> dict[str, float]:
-    """GiB that tensors took at most since the last call, and that are held for them; empty on a CPU."""
+    """GiB that tensors took at most since the last call, and that are held for them; both with buffers that other ranks
+    read. Empty on a CPU."""
     if device.type != "cuda":
         return {}
     peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    return {"peak_gib": round(peak / 2**30, 3), "reserved_gib": round(reserved / 2**30, 3)}
+    mapped = mapped_bytes()
+    return {"peak_gib": round((peak + mapped) / 2**30, 3), "reserved_gib": round((reserved + mapped) / 2**30, 3)}
 
 
 def backends(config: TrainConfig, device: torch.device) -> list[str]:

@@ -134,7 +134,7 @@ def test_options_change_no_loss(tmp_path):
     write_text(tmp_path / "text")
     common = [f"data.path={tmp_path / 'text'}", "run.steps=4", "attention.layout=zigzag_per_document"]
     small = load(TrainConfig, DEMO, [*SHRUNKEN, *common])
-    tight = StepShape(small.model, small.attention, 128, 2, 4)
+    tight = StepShape(small.model, small.attention, 128, 2, 4, context=2)
     mixed = plan_layers(tight, [LayerMemory("attention_kept", True), NONE]).device / (1 - memory._SLACK) / GIB
     runs = []
     for name, options in OPTIONS.items():

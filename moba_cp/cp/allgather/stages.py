@@ -21,8 +21,8 @@ from .costs import GatherCosts
 # four GPUs attention takes as long forward, and twice that backward.
 STAGE_BYTES = 256 << 20
 # What a host takes to start a stage, forward and backward: on four H200s 262,144 tokens of 16 KV heads took 32.9 ms in
-# nine stages, and attention alone a quarter of 81.7. Stages for which the device takes less are made larger, up to twice
-# the bytes.
+# nine stages, and attention alone a quarter of 81.7. Stages for which the device takes less are made larger, up to
+# twice the bytes.
 HOST_SECONDS = 3.2e-3
 
 

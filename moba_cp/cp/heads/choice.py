@@ -61,9 +61,9 @@ def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
     """h for ``auto``, where copy engines serve within a node: as many ranks of it as can, or 1, whatever takes the
     shorter time by prediction.
 
-    Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better; and
-    within a node only among all its ranks: with half of them, on four H200s, an all-gather between the halves took half
-    as long again as one of all four.
+    Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better;
+    and within a node only among all its ranks: with half of them, on four H200s, an all-gather between the halves took
+    half as long again as one of all four.
     """
     most = team_size(options, layer.size)
     h = max(h for h in range(1, most + 1) if layer.size % h == most % h == layer.heads[0] % h == 0)

@@ -13,10 +13,9 @@ from ...dtypes import WIDE
 from ..allgather.stages import heads_of_stages
 from ..options import ExchangeOptions
 
-
-# A stage may take so many times what one of an all-gather may: attention to half of a rank's heads at once is faster than
-# to one at a time, and twice as many stages keep the host busy. On four H200s 524,288 tokens of 16 heads took 49.7 ms so,
-# and 52.3 in stages of one head.
+# A stage may take so many times what one of an all-gather may: attention to half of a rank's heads at once is faster
+# than to one at a time, and twice as many stages keep the host busy. On four H200s 524,288 tokens of 16 heads took
+# 49.7 ms so, and 52.3 in stages of one head.
 _LARGER = 4
 
 
@@ -50,6 +49,18 @@ class HeadCosts:
         head_bytes = self.h * self.n_local * (self.unit + 2) * self.dim * self.dtype.itemsize
         return heads_of_stages(self.units, min(self.units, self.options.stages), -(-head_bytes // _LARGER))
 
+    def stage_bytes(self, full: bool) -> tuple[int, int]:
+        """Bytes of a stage's rows of the team, and of its results, of whichever pass has more; of ``full`` attention or
+        of MoBA."""
+        units = max(stage.stop - stage.start for stage in self.stages)
+        query, kv = units * self.unit * self.dim * self.dtype.itemsize, 2 * units * self.dim * self.dtype.itemsize
+        sums, wire = units * self.unit * WIDE[self.dtype].itemsize, self._gradient_dtype.itemsize
+        # Forward has Q, K, V; backward beside them the output's gradient, log-sum-exp and row sums, or the output.
+        there = (0 if self.options.keep and not full else query + kv) + query + sums + (query if full else sums)
+        back = query + 2 * units * self.dim * wire
+        rows = self.h * self.n_local
+        return rows * max(query + kv, there), rows * max(query + sums, back)
+
     @property
     def forward_bytes(self) -> int:
         """Bytes that reach a rank in a forward pass: Q, K, V, and the output with its log-sum-exp."""
@@ -60,11 +71,13 @@ class HeadCosts:
         """In a backward pass: Q, K, V unless they were kept, the output's gradient, log-sum-exp and row sums, and what
         returns."""
         again = 0 if self.options.keep else self._query + self._kv
-        wire = self.dtype
-        if self.h * self.units > self.heads[1]:
-            wire = self.options.wire_dtype(self.dtype)
-        grads = self._query + 2 * self.units * self.dim * wire.itemsize
+        grads = self._query + 2 * self.units * self.dim * self._gradient_dtype.itemsize
         return self._others * (again + self._query + 2 * self._sums + grads)
+
+    @property
+    def _gradient_dtype(self) -> torch.dtype:
+        """Of dK and dV that return: where ranks share KV heads they are sums yet to be completed."""
+        return self.options.wire_dtype(self.dtype) if self.h * self.units > self.heads[1] else self.dtype
 
     @property
     def _others(self) -> int:
