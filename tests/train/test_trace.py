@@ -17,6 +17,10 @@ CUDA = torch.autograd.DeviceType.CUDA
     "kernel, part",
     [
         ("dkdv_kernel", "attention"),
+        ("dkdv_rows_kernel", "attention"),
+        ("_dkdv_kernel", "attention"),
+        ("_row_stats_kernel", "routing"),
+        ("_gated_kernel", "routing"),
         ("_dq_kernel", "attention"),
         ("long_block_kernel", "attention"),
         ("_merge_visits_kernel", "attention"),
