@@ -34,6 +34,7 @@ class Mutant(NamedTuple):
 ATTENTION = "tests/test_attention.py -k golden or random_float64 or ties_and or equal_keys or nan_stays"
 MOBA = "tests/cp/test_moba.py tests/cp/test_exchange.py -k many_ranks_equal_one or every_mode_equals_one_rank"
 FULL = "tests/cp/test_full.py -k test_ranks_equal_one"
+GIVEN = "tests/test_selection.py -k any_gate or passed_over or names_the_first_row"
 CHECKPOINT = "tests/train/test_checkpoint.py"
 MUTANTS = [
     # Masks.
@@ -43,11 +44,33 @@ MUTANTS = [
     ),
     Mutant(
         "the current block is a candidate too", "moba_cp/eager/select.py",
-        "(block < current_block[lo:hi, None])", "(block <= current_block[lo:hi, None])", ATTENTION,
+        "(block >= oldest) & (block < current)", "(block >= oldest) & (block <= current)", ATTENTION,
     ),
     Mutant(
         "blocks of earlier documents are candidates", "moba_cp/eager/select.py",
-        "(block >= first[lo:hi, None]) & (block", "(block >= 0) & (block", ATTENTION,
+        "(block >= oldest) & (block <", "(block >= 0) & (block <", ATTENTION,
+    ),
+    # Other gates, and selections from outside.
+    Mutant(
+        "a given block may be the current one", "moba_cp/eager/select.py",
+        "(block_indices < current_block - first)", "(block_indices <= current_block - first)", GIVEN,
+    ),
+    Mutant(
+        "a block that is named twice counts twice", "moba_cp/eager/select.py",
+        "masked_fill_(again, -1)", "masked_fill_(again & (slot < 0), -1)", GIVEN,
+    ),
+    Mutant(
+        "the sink is not taken", "moba_cp/eager/select.py",
+        "candidate & (block == oldest)", "candidate & (block < oldest)", GIVEN,
+    ),
+    Mutant(
+        "the first check passes what is named twice", "moba_cp/given.py",
+        "| (named >= limit) | again", "| (named >= limit)", GIVEN,
+    ),
+    Mutant(
+        "heads of a group that part choose by themselves", "moba_cp/cp/moba.py",
+        "config.gate.shared and tables.shares_kv", "config.gate.shared and tables.shares_kv and False",
+        "tests/cp/test_selection.py -k spread_over_ranks",
     ),
     # Scales: forward, backward, across ranks.
     Mutant(
@@ -173,7 +196,8 @@ MUTANTS = [
     # Clipping, and steps that are not finite.
     Mutant(
         "gradients are not clipped", "moba_cp/train/optimizer.py",
-        "if clip_norm is not None:\n        nn.utils", "if False:\n        nn.utils", "tests/train/test_optimizer.py",
+        "if clip_norm is not None:\n            nn.utils", "if False:\n            nn.utils",
+        "tests/train/test_optimizer.py",
     ),
     Mutant(
         "a step that is not finite is taken", "moba_cp/train/traffic.py",

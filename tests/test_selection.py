@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moba_cp import CPContext, KVCache, MoBAConfig, moba_attention, reference
+from moba_cp.bench import judge
 from tests.helpers.cases import random_case, relative_error, run
 from tests.helpers.selections import (
     draw_config,
@@ -215,6 +216,17 @@ def test_shapes_on_the_meta_device_and_compiled_as_one_graph():
     with pytest.raises(ValueError, match="names block 9 for row 30"):
         given[30, 0, 0] = 9
         compiled(*leaves, given)
+
+
+def test_what_results_are_judged_by_is_what_is_selected():
+    """`moba-cp verify` and the benchmarks hold a config's attention against its own gate."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(200, h, 8, generator=g, dtype=torch.float64) for h in (4, 2))
+    for sharing in ("none", "sum"):
+        for score in ("mean", "max"):
+            config = MoBAConfig(16, 5, False, sharing, score, 1, True)
+            _, selection = moba_attention(q, k, k, config, return_selection=True)
+            assert torch.equal(judge.select(q, k, config), selection)
 
 
 def test_the_page_s_example():

@@ -26,11 +26,12 @@ BOUND = 2e-2
 def select(q: Tensor, k: Tensor, config: MoBAConfig) -> Tensor:
     """[T, Hq, k - 1] int32, the blocks that one device selects for one document: q [T, Hq, D], k [T, Hkv, D]; [T, Hkv,
     k - 1] where the heads of a group share them."""
-    table = block_table(q.shape[0], config.block_size, None, q.device)
+    table, gate = block_table(q.shape[0], config.block_size, None, q.device), config.gate
+    rows, how = (table.first, table.current_block), (gate.shared_by_group, gate.min_recent, gate.sink)
+    if gate.score == "max":
+        return backend(q).select_by_keys(q, k, table.start, *rows, config.block_size, config.top_k, *how)
     means = backend(k).block_means(k, table.start, table.length, config.block_size)
-    return backend(q).select_blocks(
-        q, means, table.first, table.current_block, config.top_k, shared_by_group=config.shared_by_group
-    )
+    return backend(q).select_blocks(q, means, *rows, config.top_k, *how)
 
 
 def exact_moba(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, selection: Tensor, config: MoBAConfig) -> list[Tensor]:
