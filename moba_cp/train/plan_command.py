@@ -92,10 +92,12 @@ def _lines(made, others: list, reach: int, gpu) -> list[str]:
 
     config, data = made.config, made.config.data
     flops = config.model.flops_per_token(data.seq_len, config.attention.at(config.run.steps, config.run.steps))
-    tokens = data.seq_len * data.sequences_per_step
+    tokens, model = data.seq_len * data.sequences_per_step, config.model
+    of_index = config.attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
+    parameters = model.n_parameters(embeddings=True) + of_index
     mfu = flops * made.tokens_per_second / (gpu.peak * made.ranks)
     said = [
-        f"model: {human(config.model.n_parameters(embeddings=True), 'parameters')}; {made.ranks} x {gpu.name} = "
+        f"model: {human(parameters, 'parameters')}; {made.ranks} x {gpu.name} = "
         f"{made.ranks // made.context} data x {made.context} context",
         f"step: {data.sequences_per_step} x {data.seq_len:,} tokens, {human(flops * tokens, 'FLOP')}",
         *(made.memory.lines() if made.memory is not None else [f"memory: does not fit into {gpu.gib:.0f} GiB"]),
@@ -104,6 +106,8 @@ def _lines(made, others: list, reach: int, gpu) -> list[str]:
         "  " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in made.seconds.items() if seconds),
         f"limited by: {made.limit}",
     ]
+    if of_index:
+        said.append("note: what index branches compute is not in the time: no rate of it has been measured")
     if made.bytes:
         said.append("received by a rank in a step: " + ", ".join(f"{n} {human(x, 'B')}" for n, x in made.bytes.items()))
     said.append(f"longest sequence that fits, shared by all: {reach:,} tokens" if reach else "no length fits")

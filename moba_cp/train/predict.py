@@ -132,7 +132,7 @@ def forecast(
         plan = choose_layers(shape, model.recompute, config.memory.offload, device, host)
     sequences = config.data.sequences_per_step // groups
     seconds = _computing(config, attention, local, context, plan, gpu, sequences) | {
-        "optimizer": _OPTIMIZER * model.n_parameters(embeddings=True) / ranks
+        "optimizer": _OPTIMIZER * shape.n_parameters / ranks
     }
     moved = _moving(model, attention, config, ranks, context, per_node, sequences)
     # Weights and K and V go over the same links.
@@ -234,7 +234,8 @@ def _moving(
     """Bytes that a rank receives in a step."""
     moved = {}
     # Weights are gathered twice in 16 bits and their gradients summed in 32, for each sequence.
-    weights = sequences * 8 * model.n_parameters(embeddings=True) * (ranks - 1) / ranks
+    of_index = attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
+    weights = sequences * 8 * (model.n_parameters(embeddings=True) + of_index) * (ranks - 1) / ranks
     moved[f"weights, {'between nodes' if ranks > per_node else 'within a node'}"] = weights
     # K and V of what a rank can see, twice, and their gradients: three quarters of it in zigzag.
     token = 2 * model.n_kv_heads * model.head_dim * 2
@@ -244,4 +245,8 @@ def _moving(
     share = _EXCHANGED[1] if context > per_node else 1.0
     moved[f"MoBA layers, {where}"] = share * gathered * (model.n_layers - full)
     moved[f"full layers, {where}"] = gathered * full
+    # Attention's keys come once more for what index branches learn from.
+    branches = sum(attention.has_index(layer, model.n_layers) for layer in range(1, model.n_layers + 1))
+    keys = sequences * token / 2 * config.data.seq_len * (context - 1) / context
+    moved[f"index branches, {where}"] = keys * branches
     return {name: n for name, n in moved.items() if n}

@@ -5,6 +5,8 @@ import pytest
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.exported import trained_model
 from moba_cp.train.plan import plan_run
+from moba_cp.train.plan_command import _lines
+from moba_cp.train.predict import GPUS, forecast
 from moba_cp.train.resume import find_checkpoint
 from moba_cp.train.yaml_config import load
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged, train, write_text
@@ -36,7 +38,7 @@ def runs(base):
         (settings(base, "started", INDEX, f"run.start_from={base / 'plain'}"), None),
     ]
     train(2, *two)
-    train(1, (settings(base, "one", INDEX), None))
+    train(1, (settings(base, "one", INDEX, "run.selection_statistics=true"), None))
     return base
 
 
@@ -68,6 +70,16 @@ def test_a_resumed_run_goes_on_with_its_branches(runs):
 def test_a_run_may_begin_with_weights_that_had_none(runs):
     assert logged(runs / "started")[1] < logged(runs / "plain")[1]
     assert len(logged(runs / "started", "index_loss")) == 10
+
+
+def test_statistics_and_the_plan_know_branches(runs, capsys):
+    (of_layers,) = list(logged(runs / "one", "selection").values())[-1:]
+    assert set(of_layers) == {"layer 1"} and of_layers["layer 1"]["age"] >= 1
+    config = load(TrainConfig, DEMO, SHRUNKEN + settings(runs, "x", INDEX))
+    made = forecast(config, 2, GPUS["h100"])
+    # Two KV heads of 8 in 16 bits, half of 256 tokens, in the one layer with a branch.
+    assert made.bytes["index branches, within a node"] == 2 * 2 * 8 * 2 * 256 / 2
+    assert "what index branches compute is not in the time" in "".join(_lines(made, [], 0, GPUS["h100"]))
 
 
 def test_what_does_not_fit_is_refused(runs):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moba_cp.index import IndexConfig
 from moba_cp.model import AttentionConfig, ModelConfig
 from moba_cp.model.layer import LayerMemory
 from moba_cp.train import memory
@@ -36,6 +37,20 @@ def shape(n_tokens, **changes):
 def test_predictions_meet_what_an_h100_took(n_tokens, layers, measured):
     """``peak_gib`` of the trainer's log, one H100 80GB, bfloat16."""
     assert plan_layers(shape(n_tokens), layers).device / GIB == pytest.approx(measured, rel=0.05)
+
+
+def test_index_branches_take_their_share():
+    n, index = 131072, IndexConfig(heads=4, dim=64)
+    plain, branch = shape(n), shape(n, attention=replace(MOBA, index=index, full_layers="last 2"))
+    parameters = 12 * 14 * (4 * 64 + 64 + 4) * 1792
+    assert branch.n_parameters - plain.n_parameters == parameters
+    assert branch.state()["moments"] - plain.state()["moments"] == 8 * parameters
+    # The gradient of the branch's weights and, of a layer that is computed again, the choice.
+    gradient, choice = 14 * (4 * 64 + 64 + 4) * 1792 * 2, n * 14 * 7 * 4
+    assert branch.kept(1, "full") - plain.kept(1, "full") == gradient + choice
+    assert branch.kept(1, "attention_kept") - plain.kept(1, "attention_kept") == gradient
+    assert branch.kept(14, "full") == plain.kept(14, "full")
+    assert plan_layers(branch, [FULL] * 14).device > plan_layers(plain, [FULL] * 14).device
 
 
 def test_scratch_is_that_of_the_kernels():
