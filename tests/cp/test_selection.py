@@ -81,7 +81,8 @@ def _holds(size: int, way: str, seed: int) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_way_equals_one_rank(size, way):
-    for seed in range(2):
+    # Plain PyTorch takes long to attend for rows that travel.
+    for seed in range(1 if way == "query" else 2):
         _holds(size, way, 100 * size + 10 * WAYS.index(way) + seed)
 
 

@@ -120,6 +120,28 @@ def test_selection_compiles_without_spilling(compiled, dim, top_k):
     assert not compiled, "more than registers hold, float32 and other head dims are the other kernel's"
 
 
+@pytest.mark.parametrize(
+    "dim, heads, dtype", [(128, (16, 1), torch.bfloat16), (256, (6, 2), torch.float32)], ids=["bf16", "fp32"]
+)
+def test_other_gates_compile_within_shared_memory(compiled, monkeypatch, dim, heads, dtype):
+    def compile_only(self, grid):
+        return lambda *args, **options: compiled.update(
+            {len(compiled): self.run(*args, grid=grid, warmup=True, **options)}
+        )
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    q, means, k = (torch.zeros(n, h, dim, dtype=dtype) for n, h in ((100, heads[0]), (9, heads[1]), (900, heads[1])))
+    first, own = torch.zeros(2, 100, dtype=torch.int32)
+    start = torch.zeros(9, dtype=torch.int64)
+    kernels.select_blocks(q, means, first, own, 16, "max", 1, True)
+    kernels.select_by_keys(q, k, start, first, own, 96, 16, "sum", 1, True)
+    kernels.given_blocks(torch.zeros(100, heads[1], 15, dtype=torch.int32), first, own)
+    assert len(compiled) == 3
+    for kernel in compiled.values():
+        # What every GPU has that the kernels run on.
+        assert kernel.metadata.shared <= 99 << 10 and ".local" not in kernel.asm["ptx"]
+
+
 @pytest.mark.parametrize("dim, block_size, top_k", [(64, 512, 8), (128, 4096, 12), (256, 64, 64)])
 def test_kernels_for_few_rows_compile_without_spilling(compiled, monkeypatch, dim, block_size, top_k):
     def compile_only(self, grid):
