@@ -79,7 +79,9 @@ def test_answers_are_the_same(how, steps):
         seen = []
         answers.append(answer(model, prompt, 40, 20, cuda_graph=graph, on_token=seen.append, **how))
         assert seen == answers[-1].tolist()
-    assert torch.equal(*answers) and len(steps) == len(answers[0]) - 1 > 3
+    assert torch.equal(*answers) and len(answers[0]) > 4
+    # transformers 4.57 takes the last token of a prompt in pieces by itself.
+    assert len(steps) - len(answers[0]) in (-1, 0)
 
 
 @torch.no_grad()

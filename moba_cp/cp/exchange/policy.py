@@ -86,9 +86,9 @@ def busiest(offered: Tensor, tables: PolicyTables) -> Tensor:
     by_node = by_node.new_zeros(n, offered.shape[1], n, 2).index_add_(2, tables.node_of, by_node)
     # asks[x] are of what node x asks for, asked[x] of what others ask it for: their arrivals are its departures.
     asks, asked = by_node.sum(2), by_node.sum(0).transpose(0, 1)
-    moved = torch.einsum("npk,kad->npad", asks, tables.directions)
-    moved = moved + torch.einsum("npk,kad->npad", asked, tables.directions.flip(2))
-    return moved.amax(3).amax(0).sum(1)
+    # [nodes, policies, 2, 2, 2], to be summed over tokens and rows.
+    moved = asks[..., None, None] * tables.directions + asked[..., None, None] * tables.directions.flip(2)
+    return moved.sum(2).amax(3).amax(0).sum(1)
 
 
 def factor_of(offered: Tensor, tables: PolicyTables) -> Tensor:
