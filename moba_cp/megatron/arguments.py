@@ -4,9 +4,11 @@ args = parse_and_validate_args(extra_args_provider=add_moba_args)
 """
 
 import argparse
+from typing import get_args
 
 from ..config import SCORES, SHARINGS
 from ..cp.options import MODES, ExchangeOptions
+from ..index.config import IndexConfig, Score
 from ..model.attention import AttentionConfig
 
 _DEFAULT = AttentionConfig()
@@ -27,6 +29,18 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--moba-full-layers", nargs="+", default=["none"], metavar="LAYER",
                        help="Layers with full attention: 'none', 'all', 'last N', or layer numbers counted from 1 "
                        "through the whole model (default: none).")  # fmt: skip
+    group.add_argument("--moba-index-heads", type=int, default=None, metavar="N",
+                       help="Let a trained index branch choose blocks for each KV head's group, with so many queries "
+                       "(default: no index branch).")  # fmt: skip
+    group.add_argument("--moba-index-dim", type=int, default=IndexConfig.dim, metavar="D",
+                       help="Width of its queries and keys, a divisor of the head dim "
+                       "(default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-index-score", choices=get_args(Score), default=IndexConfig.score,
+                       help="A block's score: of its mean key, or the highest of its keys "
+                       "(default: %(default)s).")  # fmt: skip
+    group.add_argument("--moba-index-warm-up", action="store_true",
+                       help="Attend fully in all layers while index branches learn; go on from the checkpoint without "
+                       "this flag.")  # fmt: skip
     group.add_argument("--moba-deterministic", action="store_true",
                        help="Bit-identical results from run to run, at some cost in the backward pass.")  # fmt: skip
     group.add_argument("--moba-shared-by-group", choices=SHARINGS, default=_DEFAULT.shared_by_group,
@@ -90,8 +104,17 @@ def attention_from_args(args: argparse.Namespace) -> AttentionConfig:
         score=args.moba_score,
         min_recent=args.moba_min_recent,
         sink=args.moba_sink,
-        **kinds,
+        index=_index(args),
+        **(kinds | ({"default": "full"} if args.moba_index_warm_up else {})),
     )
+
+
+def _index(args: argparse.Namespace) -> IndexConfig | None:
+    if args.moba_index_heads is not None:
+        return IndexConfig(args.moba_index_heads, args.moba_index_dim, args.moba_index_score)
+    if args.moba_index_warm_up:
+        raise ValueError("--moba-index-warm-up without an index branch; add --moba-index-heads, such as 4")
+    return None
 
 
 def _full_layers(words: list[str]) -> str | list[int]:

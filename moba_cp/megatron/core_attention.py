@@ -12,16 +12,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import full_attention, moba_attention
 from ..cp.context import CPContext
 from ..cp.options import ExchangeOptions
 from ..index.branch import IndexBranch
-from ..index.config import IndexConfig
 from ..model.attention import AttentionConfig
 from ..passes import AttentionPasses
 from .batch import MoBAPackedSeqParams, batch_context, check_group, group_size
+from .index import IndexInput, IndexWeights, attend_by_index
 
 __all__ = ["MoBACoreAttention", "MoBAPackedSeqParams"]
 
@@ -73,7 +73,9 @@ class MoBACoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.exchange = exchange or ExchangeOptions()
-        self.index = None
+        self.index: IndexWeights | None = None
+        self.index_input: IndexInput | None = None
+        """What the index branch reads in the next forward pass; set by a layer of Megatron's own schedule."""
         if attention.has_index(layer_number, config.num_layers):
             attention.index.check_head_dim(config.kv_channels)
             self.index = IndexWeights(attention.index, config)
@@ -126,9 +128,11 @@ class MoBACoreAttention(MegatronModule):
         Returns:
             [L, b, h * D]; [L, h * D] if thd.
         """
-        self._refuse_index()
         self._refuse_call(query, key, attention_mask, attn_mask_type, attention_bias)
         context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device, self.exchange)
+        if self.index is not None:
+            given, self.index_input = self.index_input, None
+            return attend_by_index(self.index, given, self.passes(context), self.branch(context), query, key, value)
         if query.dim() == 3:
             return self._attend(query, key, value, context).flatten(1)
         sequences = zip(query.unbind(1), key.unbind(1), value.unbind(1))
@@ -153,14 +157,6 @@ class MoBACoreAttention(MegatronModule):
             return full_attention(q, k, v, softmax_scale=self.softmax_scale, deterministic=deterministic, **where)
         return moba_attention(q, k, v, self.moba, softmax_scale=self.softmax_scale, **where)
 
-    def _refuse_index(self) -> None:
-        if self.index is not None:
-            raise ValueError(
-                f"attention.index in {self._name}: its index branch reads the layer's input, which is not known here: "
-                "a module of the layer was replaced or has a hook, the layer runs under autocast, or it is not one of "
-                "moba_cp.megatron.build_model's; leave that out, or attention.index"
-            )
-
     def _refuse_call(self, query, key, attention_mask, attn_mask_type, attention_bias) -> None:
         if attention_mask is not None:
             raise ValueError(
@@ -175,30 +171,6 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError(
                 f"{query.shape[0]} queries but {key.shape[0]} keys: decoding with a key/value cache is not served"
             )
-
-
-class IndexWeights(nn.Module):
-    """The parameters of a layer's index branch.
-
-    Args:
-        options: of the branch.
-        config: of the model, not split by tensor parallelism.
-    """
-
-    def __init__(self, options: IndexConfig, config: TransformerConfig):
-        super().__init__()
-        if config.tensor_model_parallel_size > 1:
-            raise ValueError(
-                f"attention.index with tensor_model_parallel_size={config.tensor_model_parallel_size}: index branches "
-                "are not split over tensor-parallel ranks; use 1, or leave attention.index out"
-            )
-        self.options = options
-        shape = options.width(config.num_query_groups), config.hidden_size
-        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-        """[width, H]: of each KV head its queries, its key and the queries' weights."""
-
-    def extra_repr(self) -> str:
-        return f"heads={self.options.heads}, dim={self.options.dim}, score={self.options.score}"
 
 
 _KERNELS = "the kernels are MoBA's own"

@@ -24,6 +24,7 @@ from ..model.attention import AttentionConfig
 from .arguments import options_of_trainer
 from .batch import group_size
 from .core_attention import MoBACoreAttention
+from .index import watch_input
 from .norm import TorchNorm
 
 
@@ -68,6 +69,7 @@ class MoBATransformerLayer(TransformerLayer):
             vp_stage=vp_stage,
             **kwargs,
         )
+        watch_input(self.self_attention)
 
 
 def layer_submodules(
@@ -106,6 +108,13 @@ def _refuse(config: TransformerConfig, attention: AttentionConfig, whole_block: 
         raise ValueError(
             f"transformer_impl={config.transformer_impl!r} is not for training; use 'local' or 'transformer_engine'"
         )
+    if attention.index is not None:
+        for name, refused, rule in (
+            ("transformer_impl", "transformer_engine", "TransformerEngine norms a layer's input inside its projection"),
+            ("fp16", True, "the loss of index branches is not scaled"),
+        ):
+            if getattr(config, name) == refused:
+                raise ValueError(f"{name}={refused!r} with an index branch: {rule}; use another, or no index branch")
     if isinstance(config.cp_comm_type, (list, tuple)):
         raise ValueError(
             f"cp_comm_type={config.cp_comm_type!r}: the exchange is MoBA's own in every layer; leave it at 'p2p'"

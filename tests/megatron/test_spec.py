@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import nn
 
 from moba_cp.cp.options import ExchangeOptions
+from moba_cp.index import IndexConfig
 from moba_cp.megatron import AttentionConfig, MoBACoreAttention, add_moba_args, core_attention_spec, layer, layer_spec
 from moba_cp.megatron.arguments import attention_from_args
 from moba_cp.megatron.layer import MoBATransformerLayer
@@ -78,6 +79,14 @@ def build(spec, of=None):
         (["--moba-full-layers", "1,4"], AttentionConfig(full_layers=(1, 4))),
         (["--moba-full-layers", "all"], AttentionConfig(default="full")),
         (["--moba-deterministic"], AttentionConfig(deterministic=True)),
+        (
+            ["--moba-index-heads", "2", "--moba-index-dim", "32", "--moba-index-score", "max"],
+            AttentionConfig(index=IndexConfig(2, 32, "max")),
+        ),
+        (
+            ["--moba-index-heads", "4", "--moba-index-warm-up", "--moba-full-layers", "last", "1"],
+            AttentionConfig(default="full", full_layers="last 1", index=IndexConfig()),
+        ),
         (
             ["--moba-shared-by-group", "max", "--moba-score", "max", "--moba-min-recent", "1", "--moba-sink"],
             AttentionConfig(shared_by_group="max", score="max", min_recent=1, sink=True),
