@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..blocks import block_table
 from ..cp.context import CPContext
+from ..cp.layout import positions_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def index_tables(context: CPContext, block_size: int) -> IndexTables:
     def build() -> IndexTables:
         with torch.inference_mode(False):
             table = block_table(context.seq_len, block_size, context.cu_seqlens, torch.device("cpu"))
-            positions = context.positions.cpu()
+            # Not those on the device, for which the host would wait.
+            positions = torch.from_numpy(positions_of(context.segments[context.rank]))
             first, current = (x[positions].long() for x in (table.first, table.current_block))
             # Behind them the table has entries that stand for no block.
             n = int((table.length > 0).sum())

@@ -10,7 +10,8 @@ from moba_cp.index import IndexConfig
 from moba_cp.index import reference as index_reference
 from moba_cp.index.branch import IndexBranch
 from moba_cp.index.config import INDEX_WEIGHT
-from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
+from moba_cp.megatron import AttentionConfig, ModelConfig, build_model, load_hf, save_hf
+from moba_cp.megatron.hf_config import hf_config_of
 from moba_cp.model import layer as layer_module
 from moba_cp.model.layer import LayerMemory
 from moba_cp.model.schedule import Phase
@@ -207,3 +208,16 @@ def test_which_layers_have_a_branch():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         IndexConfig(**options)
+
+
+def test_models_of_hugging_face_have_no_branches(tmp_path):
+    """Loaded into a model that has, they leave them as they are; written from one, the branches are refused."""
+    config = hf_config_of(MODEL, T, "float64")
+    save_hf(build(replace(SPARSE, index=None)), tmp_path, config)
+    model = build_model(MODEL, SPARSE, dtype=torch.float64, seed=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    load_hf(model, tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name.endswith(INDEX_WEIGHT) or parameter.dim() < 2), name
+    with pytest.raises(ValueError, match="index.weight has no counterpart"):
+        save_hf(model, tmp_path / "out", config)

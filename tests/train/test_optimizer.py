@@ -68,6 +68,21 @@ def test_clipping_scales_all_gradients_by_one_factor(clip_norm, factor):
     assert module.bias.grad[0].item() == pytest.approx(4 * factor, rel=1e-5)
 
 
+def test_index_branches_are_clipped_by_a_norm_of_their_own():
+    module = nn.ModuleDict({"rest": nn.Linear(2, 1, bias=False), "index": nn.Linear(2, 1, bias=False)})
+    model = nn.ModuleDict({"layer": module})
+    grads = lambda: [module["rest"].weight.grad[0, 0].item(), module["index"].weight.grad[0, 0].item()]
+    for of_index in (0.5, 30.0):
+        module["rest"].weight.grad, module["index"].weight.grad = (
+            torch.tensor([[4.0, 0.0]]),
+            torch.tensor([[of_index, 0]]),
+        )
+        assert clip_gradients(model, 2.0) == pytest.approx(4.0)
+        assert grads() == [pytest.approx(2.0, rel=1e-5), pytest.approx(min(of_index, 2.0), rel=1e-5)]
+    module["index"].weight.grad.fill_(torch.inf)
+    assert not clip_gradients(model, 2.0).isfinite()
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
