@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moba_cp import eager, ops
+from moba_cp import CPContext, MoBAConfig, eager, moba_attention, ops
 from moba_cp.cp import comm
 from moba_cp.cp.options import ExchangeOptions
 from tests.cp.test_moba import NAMES, across_ranks
 from tests.helpers.cases import Case, run_reference
 from tests.helpers.distributed import FilePeerMemory, run_ranks
 from tests.helpers.gathering import GatheringFrom
+from tests.helpers.selections import first_blocks, numbers_in_documents, reference_results, reference_selection
 
 SIZE = 4
 
@@ -85,3 +86,46 @@ def test_equals_one_rank(monkeypatch, tmp_path):
             for name, result, expected in zip(NAMES, results, exact[batch], strict=True):
                 error = (torch.tensor(result, dtype=torch.float64) - expected).abs().max()
                 assert error <= 2e-5 * expected.abs().max(), f"{batch.__name__} {layout} {options} {name}: {error}"
+
+
+GATES = [
+    (ExchangeOptions("kv", ranks_per_node=2), dict(shared_by_group="max", sink=True)),
+    (ExchangeOptions("query"), dict(shared_by_group="sum", min_recent=1)),
+    (ExchangeOptions("heads"), dict(shared_by_group="max", score="max")),
+]
+
+
+def _with_gates(rank):
+    """For each gate [out, dq, dk, dv] and the selection, and whether that gives the same bits when it is given back."""
+    torch.empty, results, case = (lambda *a, real=torch.empty, **k: _poisoned(real(*a, **k))), [], _straddling()
+    for options, gate in GATES:
+        cp = CPContext(dist.group.WORLD, "zigzag", 168, case.cu_seqlens, exchange=options)
+        config, found, selection = MoBAConfig(16, 4, True, **gate), [], None
+        for _ in range(2):
+            leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
+            how = {} if selection is None else {"block_indices": selection, "check_indices": True}
+            out, selection = moba_attention(*leaves, config, cp=cp, return_selection=True, **how)
+            out.backward(cp.shard(case.dout))
+            found.append([out.detach(), *(x.grad for x in leaves)])
+        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append(([cp.unshard(x).tolist() for x in found[0]], cp.unshard(selection).tolist(), same))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_other_gates_equal_one_rank(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = _straddling()
+    for report in run_ranks(SIZE, _with_gates, timeout=250):
+        for (options, gate), (results, numbers, same) in zip(GATES, report, strict=True):
+            label, numbers = f"{options} {gate}", torch.tensor(numbers)
+            assert same, label
+            assert torch.equal(
+                numbers, numbers_in_documents(case, reference_selection(case, MoBAConfig(16, 4, **gate)))
+            )
+            chosen = torch.where(numbers < 0, -1, numbers + first_blocks(case)[0][:, None, None])
+            exact = reference_results(case.to(torch.float64), chosen)
+            for name, result, expected in zip(NAMES, results, exact, strict=False):
+                error = (torch.tensor(result, dtype=torch.float64) - expected).abs().max()
+                assert error <= 2e-5 * expected.abs().max(), f"{label} {name}: {error}"

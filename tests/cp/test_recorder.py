@@ -56,6 +56,20 @@ def test_layers_may_have_any_names(tmp_path, names, middle, asked):
             assert RecordedGate(tmp_path / "gate.pt", number).layer == name
 
 
+def test_a_shared_selection_is_recorded_and_drawn(tmp_path):
+    q, k = torch.randn(128, 4, 8), torch.randn(128, 2, 8)
+    recorder = SelectionRecorder()
+    cp = CPContext(None, "zigzag", 128, observer=recorder)
+    moba_attention(q, k, k, MoBAConfig(16, 3, shared_by_group="max", sink=True), cp=cp)
+    recorder.save(tmp_path / "gate.pt", cp)
+    assert (tmp_path / "gate.png").stat().st_size > 0
+    (selection,) = torch.load(tmp_path / "gate.pt")["layers"].values()
+    assert selection.shape == (128, 2, 2)
+    counts = heat_map(selection, 8)
+    # Each of the 112 tokens behind it, of each group, took the first block.
+    assert counts[:, 0].sum() == 2 * 112
+
+
 def test_heat_map_counts_choices(tmp_path):
     chosen = torch.tensor([[[-1, -1]], [[0, -1]], [[0, 1]], [[1, 2]]], dtype=torch.int32)
     assert heat_map(chosen, 4, chunks=2).tolist() == [[1, 0, 0, 0], [1, 2, 1, 0]]
