@@ -9,7 +9,7 @@ from typing import get_args
 from ..config import SCORES, SHARINGS
 from ..cp.options import MODES, ExchangeOptions
 from ..index.config import IndexConfig, Score
-from ..model.attention import AttentionConfig
+from ..model.attention import KEY_CONV_WIDTHS, AttentionConfig
 
 _DEFAULT = AttentionConfig()
 
@@ -54,6 +54,9 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "(default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-sink", action="store_true",
                        help="The document's first block is always taken, within --moba-top-k.")  # fmt: skip
+    group.add_argument("--moba-key-conv", type=int, choices=KEY_CONV_WIDTHS, default=_DEFAULT.key_conv,
+                       help="Width of a causal convolution over keys, trained with the model; 0 for none "
+                       "(default: %(default)s).")  # fmt: skip
     group.add_argument("--moba-exchange", choices=MODES, default=ExchangeOptions.mode,
                        help="What moves between context-parallel ranks: selected blocks (kv), query rows (query), per "
                        "block whichever is fewer bytes, or all where a node's copy engines bring it behind attention "
@@ -105,6 +108,7 @@ def attention_from_args(args: argparse.Namespace) -> AttentionConfig:
         min_recent=args.moba_min_recent,
         sink=args.moba_sink,
         index=_index(args),
+        key_conv=args.moba_key_conv,
         **(kinds | ({"default": "full"} if args.moba_index_warm_up else {})),
     )
 

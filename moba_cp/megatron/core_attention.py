@@ -12,10 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import full_attention, moba_attention
 from ..cp.context import CPContext
+from ..cp.key_conv import convolve_keys
 from ..cp.options import ExchangeOptions
 from ..index.branch import IndexBranch
 from ..model.attention import AttentionConfig
@@ -79,6 +80,9 @@ class MoBACoreAttention(MegatronModule):
         if attention.has_index(layer_number, config.num_layers):
             attention.index.check_head_dim(config.kv_channels)
             self.index = IndexWeights(attention.index, config)
+        self.key_conv = None
+        if attention.has_key_conv(layer_number, config.num_layers):
+            self.key_conv = KeyConvWeights(attention.key_conv, config)
         self.set_attention(attention)
 
     def set_attention(self, attention: AttentionConfig) -> None:
@@ -130,6 +134,8 @@ class MoBACoreAttention(MegatronModule):
         """
         self._refuse_call(query, key, attention_mask, attn_mask_type, attention_bias)
         context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device, self.exchange)
+        if self.key_conv is not None:
+            key = self._convolved(key, self.key_conv.weight, context)
         if self.index is not None:
             given, self.index_input = self.index_input, None
             return attend_by_index(self.index, given, self.passes(context), self.branch(context), query, key, value)
@@ -147,6 +153,12 @@ class MoBACoreAttention(MegatronModule):
         check_group(context, self.group)
         scale = self.config.kv_channels**-0.5 if self.softmax_scale is None else self.softmax_scale
         return AttentionPasses(self.kind, self.moba, scale, context, self._name)
+
+    def _convolved(self, key: Tensor, weight: Tensor, context: CPContext) -> Tensor:
+        context.comm.layer = self._name
+        if key.dim() == 3:
+            return convolve_keys(key, weight, context)
+        return torch.stack([convolve_keys(k, weight, context) for k in key.unbind(1)], dim=1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
         context.comm.layer = self._name
@@ -171,6 +183,29 @@ class MoBACoreAttention(MegatronModule):
             raise ValueError(
                 f"{query.shape[0]} queries but {key.shape[0]} keys: decoding with a key/value cache is not served"
             )
+
+
+class KeyConvWeights(nn.Module):
+    """The parameters of a layer's convolution over keys; all zeros, it changes nothing.
+
+    Args:
+        width: of the convolution.
+        config: of the model, not split by tensor parallelism.
+    """
+
+    def __init__(self, width: int, config: TransformerConfig):
+        super().__init__()
+        if config.tensor_model_parallel_size > 1:
+            raise ValueError(
+                f"attention.key_conv with tensor_model_parallel_size={config.tensor_model_parallel_size}: convolutions "
+                "over keys are not split over tensor-parallel ranks; use 1, or leave attention.key_conv out"
+            )
+        shape = config.num_query_groups * config.kv_channels // 2, width
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=config.params_dtype))
+        """[g D / 2, width]: one for both channels that the rotary embedding turns together; each key's own first."""
+
+    def extra_repr(self) -> str:
+        return f"width={self.weight.shape[1]}"
 
 
 _KERNELS = "the kernels are MoBA's own"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..index.config import INDEX_WEIGHT
+from ..model.attention import KEY_CONV_WEIGHT
 from .batch import group_size
 from .hf_check import check_same_model
 from .hf_config import describe, read_config
@@ -67,8 +68,8 @@ def load_hf(model: nn.Module, path: str | Path, same_rotary: bool = True) -> Non
     check_same_model(model, hf, f"{path}/config.json", same_rotary)
     used = set()
     for name, parameter in model.named_parameters():
-        if name.endswith(INDEX_WEIGHT):
-            # No such model has index branches: they stay as they are, and learn.
+        if name.endswith((INDEX_WEIGHT, KEY_CONV_WEIGHT)):
+            # No such model has index branches or convolutions over keys: they stay as they are, and learn.
             continue
         names = _names(model, name)
         if names == [_OUTPUT] and hf.tie_embeddings:

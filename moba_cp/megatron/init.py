@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..model.attention import KEY_CONV_WEIGHT
+
 # Projections back into the residual stream, in Megatron's names.
 _TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -16,7 +18,7 @@ def init_weights(model: nn.Module, seed: int, std: float, n_layers: int) -> None
     """Fill the parameters of a model of Megatron's names, sharded by FSDP2 or not.
 
     Each parameter is drawn on the CPU in float32 from a generator of its own, seeded by ``seed`` and the parameter's
-    name: matrices from a normal distribution, norms are ones, biases zeros.
+    name: matrices from a normal distribution, norms are ones, biases and convolutions over keys zeros.
 
     Args:
         seed: of the whole model.
@@ -25,7 +27,9 @@ def init_weights(model: nn.Module, seed: int, std: float, n_layers: int) -> None
     """
     for name, parameter in model.named_parameters():
         full = torch.empty(parameter.shape, dtype=torch.float32)
-        if parameter.dim() < 2:
+        if name.endswith(KEY_CONV_WEIGHT):
+            full.zero_()
+        elif parameter.dim() < 2:
             full.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = std / math.sqrt(2 * n_layers) if name.endswith(_TO_RESIDUAL) else std

@@ -111,6 +111,7 @@ class ContextTransformerLayer(TransformerLayer):
             ffn_norm=self.pre_mlp_layernorm.weight,
             fc1=mlp.linear_fc1.weight,
             fc2=mlp.linear_fc2.weight,
+            key_conv=None if core.key_conv is None else core.key_conv.weight,
             scorer=None if core.index is None else core.index.weight,
         )
         if hidden.shape[1] == 1:

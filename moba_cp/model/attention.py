@@ -11,6 +11,10 @@ from ..cp.layout import LAYOUTS, Layout
 from ..index.config import IndexConfig
 from .schedule import KINDS, Kind, Phase, check_schedule, phase_at
 
+KEY_CONV_WEIGHT = ".key_conv.weight"
+"""How the name of a convolution's parameter ends."""
+KEY_CONV_WIDTHS = 0, 3, 5
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -62,6 +66,11 @@ class AttentionConfig:
     sink: bool = False
     """The document's first block is always taken, within ``top_k``."""
 
+    key_conv: int = 0
+    """Width of a causal convolution over each layer's keys, 3 or 5, within documents, after the rotary embedding and
+    before blocks are chosen: each key gets a trained part of those just before it. 0 for none; layers that
+    ``full_layers`` names have none."""
+
     def __post_init__(self):
         if self.default not in KINDS:
             raise ValueError(f"default={self.default!r} is not a kind of attention; use one of {', '.join(KINDS)}")
@@ -76,6 +85,8 @@ class AttentionConfig:
         if self.schedule and self.default != "moba":
             raise ValueError(f"default={self.default!r} beside a schedule, which says the kind; leave default out")
         _ = self.moba
+        if isinstance(self.key_conv, bool) or self.key_conv not in KEY_CONV_WIDTHS:
+            raise ValueError(f"key_conv={self.key_conv!r} is not 0, 3 or 5; 0 is for no convolution over keys")
         if self.index is not None and self.top_k == 1:
             raise ValueError("top_k=1 leaves an index branch no block to choose; use top_k=2 or more, or no index")
         for name in ("shared_by_group", "score"):
@@ -135,9 +146,19 @@ class AttentionConfig:
 
     def has_index(self, layer_number: int, n_layers: int) -> bool:
         """Whether a layer, counted from 1, has an index branch: it is or can become a MoBA layer."""
-        if self.index is None:
-            return False
+        return self.index is not None and self._may_be_moba(layer_number, n_layers)
+
+    def has_key_conv(self, layer_number: int, n_layers: int) -> bool:
+        """Whether a layer, counted from 1, has a convolution over its keys: it is or can become a MoBA layer."""
+        return self.key_conv > 0 and self._may_be_moba(layer_number, n_layers)
+
+    def _may_be_moba(self, layer_number: int, n_layers: int) -> bool:
         return layer_number not in replace(self, default="moba", schedule=()).full_layer_numbers(n_layers)
+
+    def key_conv_parameters(self, n_layers: int, n_kv: int, head_dim: int) -> int:
+        """Number of parameters of all convolutions over keys."""
+        n = sum(self.has_key_conv(layer, n_layers) for layer in range(1, n_layers + 1))
+        return n * self.key_conv * n_kv * head_dim // 2
 
     def index_parameters(self, n_layers: int, n_kv: int, hidden_size: int) -> int:
         """Number of parameters of all index branches."""

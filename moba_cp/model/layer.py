@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cp import key_conv
 from ..dtypes import WIDE
 from ..index.branch import IndexBranch, Projected, Scored
 from ..ops import tokenwise_backend
@@ -48,6 +49,8 @@ class LayerWeights(NamedTuple):
     """[2 F, H]: the gate first."""
     fc2: Tensor
     """[H, F]."""
+    key_conv: Tensor | None = None
+    """[g D / 2, w], of the convolution over keys, in a layer that has one."""
     scorer: Tensor | None = None
     """[width, H], of the index branch, in a layer that has one."""
 
@@ -100,6 +103,22 @@ class LayerRun:
     def _mixed(self, normed: Tensor, w: LayerWeights) -> Tensor:
         mixed = normed @ w.qkv.T if w.qkv_bias is None else torch.addmm(w.qkv_bias, normed, w.qkv.T)
         return mixed.view(normed.shape[0], self.n_kv, -1, 2 * self.cos.shape[1])
+
+    def convolve(self, k: Tensor, w: LayerWeights) -> Tensor:
+        """Keys as attention takes them; a collective call in a layer with a convolution over keys."""
+        if w.key_conv is None:
+            return k
+        return key_conv.forward(k, w.key_conv, self.attention.context, self.attention.layer)
+
+    def convolve_backward(self, dk: Tensor, k: Tensor | None, w: LayerWeights, sums: "_Sums") -> Tensor:
+        """The gradient of :meth:`convolve`'s ``k``, which is not needed in a layer that has none; a collective call
+        likewise."""
+        if w.key_conv is None:
+            return dk
+        assert k is not None
+        dk, dweight = key_conv.backward(dk, k, w.key_conv, self.attention.context, self.attention.layer)
+        sums.add("key_conv", dweight)
+        return dk
 
     def score(self, hidden: Tensor, w: LayerWeights, index: IndexBranch) -> Scored:
         """What the index branch makes of the layer's input [L, H]; a collective call."""
@@ -223,7 +242,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, run: LayerRun, *weights: Any):
         w, rows, out = LayerWeights(*weights), hidden.view(-1, hidden.shape[-1]), torch.empty_like(hidden)
         index, learns = run.index, ctx.needs_input_grad[-1]
-        q, k, v = run.project(rows, w)
+        q, turned, v = run.project(rows, w)
+        k = run.convolve(turned, w)
         scored = chosen = None
         if index is not None:
             scored = run.score(rows, w, index)
@@ -237,9 +257,10 @@ class _Layer(torch.autograd.Function):
             del grads
         del scored
         keep_all = run.memory.recompute == "none"
-        qkv: list[Tensor | None] = [q, k, v] if keep_all else [None] * 3
+        before = None if w.key_conv is None else turned
+        qkv: list[Tensor | None] = [q, k, v, before] if keep_all else [None] * 4
         # What is not kept goes before the feed-forward network needs memory.
-        del q, k, v
+        del q, k, v, turned, before
         kept = kept if keep_all else kept.without_index()
         mid, gate_up = run.finish(rows, attended.flatten(1), w, out.view_as(rows), keep_all)
         if run.memory.recompute == "full":
@@ -258,10 +279,11 @@ class _Layer(torch.autograd.Function):
     @without_autocast
     def backward(ctx, dout: Tensor, dloss: Tensor | None):
         run, w = ctx.run, LayerWeights(*ctx.saved_tensors)
-        rows, dindex, chosen, attended, q, k, v, mid, gate_up, *kept = ctx.parked.take()
+        rows, dindex, chosen, attended, q, k, v, turned, mid, gate_up, *kept = ctx.parked.take()
         kept, sums = Kept(kept, ctx.made), _Sums(w, ctx.needs_input_grad[2:])
         if run.memory.recompute == "full":
-            q, k, v = run.project(rows, w)
+            q, turned, v = run.project(rows, w)
+            k = run.convolve(turned, w)
             attended, kept = run.attention.forward(q, k, v, True, chosen)
         # What follows attention comes first: where it was not kept, q, k and v need not exist by then.
         dhidden, dattended = run.finish_backward(
@@ -269,9 +291,11 @@ class _Layer(torch.autograd.Function):
         )
         del mid, gate_up
         if q is None:
-            q, k, v = run.project(rows, w)
+            q, turned, v = run.project(rows, w)
+            k = run.convolve(turned, w)
         dq, dk, dv = run.attention.backward(kept, q, k, v, attended, dattended.view_as(attended))
         del q, k, v, attended, dattended, kept
+        dk = run.convolve_backward(dk, turned, w, sums)
         run.project_backward(rows, w, dq, dk, dv, dhidden, sums)
         if dindex is not None and dloss is not None:
             sums.add("scorer", dindex * dloss)
@@ -295,6 +319,7 @@ def layer_forward(hidden: Tensor, run: LayerRun, weights: LayerWeights) -> tuple
         chosen = None
         if index is not None and run.attention.kind == "moba":
             chosen = index.choose(run.score(rows, weights, index))
-        attended, _ = run.attention.forward(*run.project(rows, weights), False, chosen)
+        q, k, v = run.project(rows, weights)
+        attended, _ = run.attention.forward(q, run.convolve(k, weights), v, False, chosen)
         run.finish(rows, attended.flatten(1), weights, out.view_as(rows), False)
     return out, None

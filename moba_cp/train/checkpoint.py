@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..index.config import INDEX_WEIGHT
+from ..model.attention import KEY_CONV_WEIGHT
 from . import manifest, storage
 from .agreement import all_values, from_first
 from .background import Background
@@ -127,11 +128,13 @@ def load(
 
 
 def load_weights(path: Path, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Read weights alone in place; collective over all ranks, of any number. Index branches that the checkpoint's model
-    did not have stay as they are."""
+    """Read weights alone in place; collective over all ranks, of any number. Index branches and
+    convolutions over keys that the checkpoint's model did not have stay as they are."""
     state = {"model": get_model_state_dict(module)}
-    if read_meta(path).config.get("attention", {}).get("index") is None:
-        state["model"] = {name: x for name, x in state["model"].items() if not name.endswith(INDEX_WEIGHT)}
+    saved = read_meta(path).config.get("attention", {})
+    for name, ending in (("index", INDEX_WEIGHT), ("key_conv", KEY_CONV_WEIGHT)):
+        if not saved.get(name):
+            state["model"] = {name: x for name, x in state["model"].items() if not name.endswith(ending)}
     storage.read(state, path, group)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
 

@@ -37,6 +37,11 @@ def main(arguments: argparse.Namespace) -> int:
     model, meta, config, tokenizer = trained.model, trained.meta, trained.config, trained.tokenizer
     folder, dtype = Path(arguments.to), getattr(torch, arguments.dtype)
     if arguments.format == "megatron":
+        if config.attention.key_conv:
+            raise ValueError(
+                f"attention.key_conv={config.attention.key_conv}: Megatron-LM's own models have no convolution over "
+                "keys, and without it the model is another one; it cannot be exported"
+            )
         megatron_lm.save(model, trained.read, folder, meta, config, dtype)
         if config.attention.index is not None:
             print("note: index branches are left out; the model attends fully, or by mean keys with MoBA's flags")

@@ -45,6 +45,11 @@ class TrainedModel:
                 "attention.index: the model's MoBA layers attend to what their index branches choose, which "
                 "transformers does not know; export --format megatron writes it without them, for full attention"
             )
+        if self.config.attention.key_conv:
+            raise ValueError(
+                f"attention.key_conv={self.config.attention.key_conv}: no model of transformers has a convolution over "
+                "its keys, and without it the model is another one; it cannot be exported, nor generate"
+            )
         ids = self.tokenizer.special_ids() if self.tokenizer is not None else {}
         hf = hf_config_of(self.config.model, self.config.data.seq_len, dtype, **ids)
         # What transformers does not know, it keeps; moba_cp.hf reads it.

@@ -109,7 +109,8 @@ class StepShape:
         small = self.n_tokens * self.model.n_heads * 4 + selection + of_index
         if recompute == "attention_kept":
             return self._row(hidden, queries) + small
-        return self._row(hidden, 2 * queries, keys) + self._ffn() + small + self._index(layer_number)
+        before = keys // 2 * self.attention.has_key_conv(layer_number, self.model.n_layers)
+        return self._row(hidden, 2 * queries, keys, before) + self._ffn() + small + self._index(layer_number)
 
     def _index_branch(self, layer_number: int) -> IndexConfig | None:
         return self.attention.index if self.attention.has_index(layer_number, self.model.n_layers) else None
@@ -126,10 +127,11 @@ class StepShape:
 
     @property
     def n_parameters(self) -> int:
-        """Of the model and its index branches, embeddings included."""
+        """Of the model, its index branches and its convolutions over keys, embeddings included."""
         model = self.model
         of_index = self.attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
-        return model.n_parameters(embeddings=True) + of_index
+        of_keys = self.attention.key_conv_parameters(model.n_layers, model.n_kv_heads, model.head_dim)
+        return model.n_parameters(embeddings=True) + of_index + of_keys
 
     def _is_moba(self, layer_number: int) -> bool:
         return self.attention.kind(layer_number, self.model.n_layers) == "moba"
@@ -153,7 +155,8 @@ class StepShape:
         """Bytes that exist at the most while one layer computes, beside what is kept of it."""
         queries, keys = self._heads
         hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
-        attention = self._row(queries, keys) + max(_FORWARD_SCRATCH, self._row(queries))
+        before = keys // 2 if self.attention.key_conv else 0
+        attention = self._row(queries, keys, before) + max(_FORWARD_SCRATCH, self._row(queries))
         learning = self._row(queries, keys) + self._row(queries) + self._index_pass
         return self._row(hidden) + max(attention, learning, self._slice(3 * ffn, 2 * hidden))
 
@@ -161,7 +164,7 @@ class StepShape:
         """Bytes that exist at the most while one layer's backward pass computes, beside what was kept of it."""
         queries, keys = self._heads
         hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
-        qkv, redo = self._row(queries, keys), recompute != "none"
+        qkv, redo = self._row(queries, keys, keys // 2 if self.attention.key_conv else 0), recompute != "none"
         # What comes from behind, the gradient that goes on, and that of attention's output.
         grads = self._row(2 * hidden, queries)
         in_ffn = self._slice((4 + 2 * redo) * ffn, 3 * hidden)

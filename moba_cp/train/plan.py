@@ -86,13 +86,15 @@ class RunPlan:
         model, data, attention = config.model, config.data, config.attention
         full = sorted(attention.full_layer_numbers(model.n_layers))
         of_index = attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
-        parameters = model.n_parameters(embeddings=True) + of_index
+        of_keys = attention.key_conv_parameters(model.n_layers, model.n_kv_heads, model.head_dim)
+        parameters = model.n_parameters(embeddings=True) + of_index + of_keys
         tokens = config.run.steps * self.tokens_per_step
         flops = self.flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)
         return [
             f"model: {human(parameters, 'parameters')}, {model.n_layers} layers, full attention in {full or 'none'}"
-            + (f", {human(of_index, 'parameters')} of them in index branches" if of_index else ""),
+            + (f", {human(of_index, 'parameters')} of them in index branches" if of_index else "")
+            + (f", {human(of_keys, 'parameters')} of them in convolutions over keys" if of_keys else ""),
             *self._schedule(),
             *self._data_lines(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "

@@ -174,10 +174,26 @@ def _optimizer_of(meta: CheckpointMeta) -> OptimizerConfig | None:
     return OptimizerConfig(**{f.name: section[f.name] for f in fields(OptimizerConfig) if f.name in section})
 
 
+def _same_key_conv(path: Path, there: dict, here: dict, may_be_new: bool) -> None:
+    """Raise ValueError unless the layers that have a convolution over keys have it in both, or have a new one."""
+    width, of_checkpoint = here["key_conv"], there.get("key_conv", 0)
+    if may_be_new and not of_checkpoint:
+        return
+    # Which layers have one depends on full_layers too.
+    names = ("key_conv", "full_layers") if width else ("key_conv",)
+    if different := [name for name in names if there.get(name, 0) != here[name]]:
+        raise ValueError(
+            f"{path}: attention.{different[0]} is {there.get(different[0], 0)} there and {here[different[0]]} here, "
+            "which decides the weights of convolutions over keys; leave it as it is there"
+            + ("" if may_be_new or of_checkpoint else ", or begin a run with run.start_from")
+        )
+
+
 def _same_model(path: Path, plan: RunPlan, index_may_be_new: bool = False) -> CheckpointMeta:
     meta = checkpoint.read_meta(path)
     checkpoint.check_same_model(path, meta, to_dict(plan.config.model))
     there, here = (x.get("attention", {}) for x in (meta.config, to_dict(plan.config)))
+    _same_key_conv(path, there, here, index_may_be_new)
     if index_may_be_new and (there.get("index") is None or here["index"] is None):
         return meta
     # Which layers have one depends on full_layers too.

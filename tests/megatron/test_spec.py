@@ -78,6 +78,7 @@ def build(spec, of=None):
         (["--moba-full-layers", "1", "4"], AttentionConfig(full_layers=(1, 4))),
         (["--moba-full-layers", "1,4"], AttentionConfig(full_layers=(1, 4))),
         (["--moba-full-layers", "all"], AttentionConfig(default="full")),
+        (["--moba-key-conv", "5"], AttentionConfig(key_conv=5)),
         (["--moba-deterministic"], AttentionConfig(deterministic=True)),
         (
             ["--moba-index-heads", "2", "--moba-index-dim", "32", "--moba-index-score", "max"],
