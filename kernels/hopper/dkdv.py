@@ -162,7 +162,7 @@ def _step(
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         if not FIRST:
-            store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
+            store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D, "")
         dq_row = next_row
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])  # [BN, D], [BN, D], [BN, BM], [BN, BM]
@@ -215,7 +215,7 @@ def _consume(
         i += 1
     if DQ:
         b_dq = warpgroup_mma_wait(0, deps=[_issue_dq(i - 1, half, k_s, ds_s, ds_full, D)])  # [64, 64]
-        store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
+        store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D, "")
     b_dk = b_dk * scale
     if i_sum >= 0:
         if DIRECT:

@@ -188,7 +188,7 @@ def _consume(
         i_kv += 1
 
         mbarrier.arrive(q_empty.index(buf), count=1)
-        store_rows(part, out_rows(table + room, o_r, end, SHARE), b_dq, D)
+        store_rows(part, out_rows(table + room, o_r, end, SHARE), b_dq, D, "")
         i += 1
 
 

@@ -210,7 +210,7 @@ def _consume(
         gl.store(part_lse + out_row, (b_shift + gl.log2(b_sum)) * LN2, mask=out_row >= 0)
         b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)  # [BM]
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
-        store_rows(part, out_row, b_o, D)
+        store_rows(part, out_row, b_o, D, "")
         i += 1
 
 

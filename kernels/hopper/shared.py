@@ -95,7 +95,7 @@ def out_rows(table, o_r, end, SHARE: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(out, out_row, x, D: gl.constexpr, CACHE: gl.constexpr = ""):
+def store_rows(out, out_row, x, D: gl.constexpr, CACHE: gl.constexpr):
     """Writes an accumulator x [64, 64 or D], rounded, to rows ``out_row`` [64] of out [., D], none where -1; ``CACHE``
     says how caches are to treat them."""
     QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)
