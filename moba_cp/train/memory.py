@@ -35,6 +35,8 @@ NCCL_BYTES = 2 * GIB
 _HOST_SHARE = 0.8
 # Scratch of the attention kernels where queries are smaller (kernels/work.py).
 _FORWARD_SCRATCH, _BACKWARD_SCRATCH = 5 << 28, 3 << 28
+# Of an index branch: a few tensors of as many float64 as index/choice.py allows for.
+_INDEX_SCRATCH = 3 << 30
 _MOMENT_BYTES = {"float32": 8, "bfloat16": 4}
 
 
@@ -123,7 +125,11 @@ class StepShape:
         if index is None:
             return 0
         of_scorer = self.n_tokens * model.n_kv_heads * (index.heads + 1) * index.dim
-        return of_scorer * (self.itemsize + 8) + 2 * self.size * self.n_tokens * model.head_dim * self.itemsize + GIB
+        return (
+            of_scorer * (self.itemsize + 8)
+            + 2 * self.size * self.n_tokens * model.head_dim * self.itemsize
+            + _INDEX_SCRATCH
+        )
 
     @property
     def n_parameters(self) -> int:
