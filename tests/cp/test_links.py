@@ -128,18 +128,29 @@ def test_directions_add_up_to_the_costs(seed):
     assert sum(map(sum, directions.token)) == costs.kv_token and sum(map(sum, directions.row)) == costs.row
 
 
-def _both(group, case, per_node: int):
+def test_full_layers_share_the_links_between_nodes():
+    options = ExchangeOptions(ranks_per_node=8)
+    layer = lambda n_tokens: Layer(16, n_tokens // 16, (32, 8), 128, torch.bfloat16, None)
+    slow, fast = Links(3e11, 1e9, 2e-5, 5e-5), Links(3e11, 5e10, 2e-5, 5e-5)
+    found = choose_across_nodes(layer(131072), options, slow, True, True)
+    assert found.h == 8 and found.why.startswith("full attention of 131072 tokens on 16 ranks, 300 GB/s within nodes")
+    assert choose_across_nodes(layer(131072), options, fast, True, True).h == 1, "attention hides a ring"
+    assert choose_across_nodes(layer(8 << 20), options, slow, True, True).h == 1, "of the longest too, a slow one"
+
+
+def _both(group, case, per_node: int, full: bool):
     """Results of ``auto``, and what moved."""
     cp = CPContext(group, "zigzag", case.q.shape[0], exchange=ExchangeOptions(ranks_per_node=per_node))
-    return in_context(cp, case), cp.counters.summary()
+    return in_context(cp, case, full), cp.counters.summary()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["moba", "full"])
 @pytest.mark.parametrize("per_node", [1, 2])
-def test_auto_on_several_nodes_equals_one_rank(per_node):
-    case = _case(heads=4, n_kv=2, n=1024)
-    expected = in_context(CPContext(None, "zigzag", 1024), case)
-    for results, counted in run_threads(4, _both, case, per_node):
-        assert (counted.get("sent_to_heads_bytes", 0) > 0) == (per_node == 2)
+def test_auto_on_several_nodes_equals_one_rank(per_node, full):
+    case = _case(heads=4, n_kv=4 if full else 2, n=1024)
+    expected = in_context(CPContext(None, "zigzag", 1024), case, full)
+    for results, counted in run_threads(4, _both, case, per_node, full):
+        assert (counted.get("sent_to_heads_bytes", 0) > 0) == (per_node == 2 or full)
         for name, actual, want in zip(NAMES, results, expected, strict=True):
             assert relative_error(actual, want) < 1e-9, name
 

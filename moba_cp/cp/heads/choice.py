@@ -104,12 +104,16 @@ def choose_across_nodes(
         links = links._replace(near_rate=max(links.near_rate, gather_costs.COPY_RATE))
     compute, hidden = (_seconds(layer) if on_gpu else 0.0), (0.5 if on_gpu else 0.0)
     shape = layer.size, layer.n_local, layer.heads, layer.dim, layer.dtype
-    found = nodes.predictions(*shape, options, links, compute, hidden)
-    best = nodes.choose(found, options.ranks_per_node or 1)
+    if layer.moba is None:
+        kind, found = "full attention", nodes.full_predictions(*shape, options, links, compute, hidden)
+        best = nodes.first_of(found)
+    else:
+        kind, found = "MoBA", nodes.predictions(*shape, options, links, compute, hidden)
+        best = nodes.choose(found, options.ranks_per_node or 1)
     times = ", ".join(f"{1e3 * one.seconds:.3g} ms with {one.h}" for one in found)
     rates = f"{links.near_rate / 1e9:.3g} GB/s within nodes, {links.far_rate / 1e9:.3g} between"
     said = f"exchanged for heads by {best.h} ranks" if best.h > 1 else "not exchanged for heads"
-    what = f"MoBA of {layer.size * layer.n_local} tokens on {layer.size} ranks, {rates}"
+    what = f"{kind} of {layer.size * layer.n_local} tokens on {layer.size} ranks, {rates}"
     return TeamSize(best.h, f"{what}: tokens are {said} ({times})")
 
 
@@ -123,7 +127,8 @@ def head_ranks(
         q: [L, Hq, D].
         k: [L, Hkv, D].
         moba: block size and top-k; None for full attention.
-        forced: the layer itself asks for it, among all ranks where the context's options name no number.
+        forced: the layer itself asks for it: where the context's options name no number among all ranks, but on several
+            nodes as ``auto`` does, if it does at all.
 
     Raises:
         ValueError: the number does not divide the ranks, or the heads.
@@ -131,9 +136,10 @@ def head_ranks(
     options, size, n_heads = cp.exchange, cp.size, q.shape[1]
     if size == 1:
         return TeamSize(1, "one rank")
-    if options.mode == "auto" and options.head_ranks is None and not forced:
-        if moba is None:
-            # By heads it was never timed, and the ring was.
+    across = team_size(options, size) < size
+    if options.mode == "auto" and options.head_ranks is None and (across or not forced):
+        if moba is None and not across:
+            # Four GPUs took as long by heads as by a ring.
             return TeamSize(1, "full attention")
         layer, most = (
             Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba),
@@ -151,7 +157,8 @@ def head_ranks(
             _said.add(chosen.why)
             _news.append(chosen.why)
             log.info(chosen.why)
-        return chosen
+        if chosen.h > 1 or not forced:
+            return chosen
     everywhere = options.mode == "heads" or (forced and options.head_ranks in (None, 1))
     if options.mode == "heads" and options.head_ranks not in (None, size):
         raise ValueError(

@@ -82,10 +82,48 @@ def predictions(
     return found
 
 
+def full_predictions(
+    size: int,
+    n_local: int,
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    options: ExchangeOptions,
+    links: Links,
+    compute: float,
+    hidden: float,
+) -> list[Predicted]:
+    """:func:`predictions` of full attention, of which a ring brings all K and V between ranks with the same heads.
+
+    The rank whose neighbour in the ring is on another node gets over far links what others get over near ones. With
+    teams of a node all ranks share in that.
+    """
+    per_node = options.ranks_per_node or 1
+    token = 2 * dim * (2 * dtype.itemsize + options.wire_dtype(dtype).itemsize)
+    found = []
+    for h in range(1, size + 1):
+        if heads[0] % h or not (per_node % h == 0 or h == size):
+            continue
+        costs = HeadCosts(h, n_local, heads, dim, dtype, options)
+        near = costs.forward_bytes + costs.backward_bytes if h > 1 else 0
+        far = (size // h - 1) * h * n_local * (costs.units if h > 1 else heads[1]) * token
+        if h == size:
+            far = near * (size - per_node) / (size - 1)
+            near -= far
+        seconds = max(compute, far / links.far_rate) + (1 - hidden) * near / links.near_rate
+        found.append(Predicted(h, near, far, seconds))
+    return found
+
+
 def choose(found: list[Predicted], per_node: int) -> Predicted:
     """The fastest; of those about as fast the one with the largest teams within nodes: fewer ranks ask one another for
     blocks, and none passes on to its neighbours what came from other nodes."""
-    best, *others = sorted(found, key=lambda one: (one.h > per_node, -one.h))
+    return first_of(sorted(found, key=lambda one: (one.h > per_node, -one.h)))
+
+
+def first_of(found: list[Predicted]) -> Predicted:
+    """The first, or whichever after it is clearly faster."""
+    best, *others = found
     for one in others:
         if one.seconds < LEAST_GAIN * best.seconds:
             best = one
