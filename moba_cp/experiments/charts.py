@@ -13,12 +13,15 @@ LABELS = {
     "switch": "MoBA, then full",
     "hybrid": "MoBA, last layer full",
     "window": "window and sink",
+    "conv3": "MoBA, keys convolved by 3",
+    "conv5": "MoBA, keys convolved by 5",
 }
 PAPER = "0.55"
 """Grey: what the paper published."""
-_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green", "window": "tab:orange"}
-_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-.", "window": ":"}
-_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^", "window": "D"}
+_COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green", "window": "tab:orange",
+           "conv3": "tab:orange", "conv5": "tab:green"}  # fmt: skip
+_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-.", "window": ":", "conv3": ":", "conv5": "-."}
+_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^", "window": "D", "conv3": "D", "conv5": "^"}
 
 
 def label_of(kind: str) -> str:

@@ -14,6 +14,7 @@ NAMES = (
     "layerwise-hybrid",
     "retrieval",
     "sliding-window",
+    "key-conv",
     "block-size",
 )
 SCALES = ("tiny", "small", "paper")

@@ -14,7 +14,7 @@ from . import paper
 from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
 from .grid import summary_of
-from .retrieval_report import retrieval_page, window_page
+from .retrieval_report import key_conv_page, retrieval_page, window_page
 from .rows import Rows, TooFew, at_range, loss_of, means, of
 from .runs import Run
 
@@ -346,5 +346,6 @@ _EXPERIMENTS: dict[str, Callable[[Rows, Path, Path], Iterable[str]]] = {
     "training-hybrid": _training_hybrid,
     "retrieval": retrieval_page,
     "sliding-window": window_page,
+    "key-conv": key_conv_page,
     "block-size": _block_size,
 }

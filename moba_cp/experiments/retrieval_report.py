@@ -57,10 +57,20 @@ def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 def window_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     """Chart and table of MoBA beside a sliding window with a sink."""
+    return _on_both_tasks(rows, ("full", "moba", "window"), picture)
+
+
+def key_conv_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    """Chart and table of MoBA with and without a convolution over keys."""
+    return _on_both_tasks(rows, ("full", "moba", "conv3", "conv5"), picture)
+
+
+def _on_both_tasks(rows: Rows, every: tuple[str, ...], picture: Path) -> list[str]:
+    """The loss of long text by position, and the keys found again by length, of every kind that has both."""
     trained, asked = [row for row in rows if "retrieval" not in row], [row for row in rows if "retrieval" in row]
-    kinds = [kind for kind in ("full", "moba", "window") if of(trained, kind=kind) and of(asked, kind=kind)]
-    if not {"moba", "window"} <= set(kinds):
-        raise TooFew("MoBA or the window is missing, trained on text or asked for keys")
+    kinds = [kind for kind in every if of(trained, kind=kind) and of(asked, kind=kind)]
+    if "moba" not in kinds or kinds[-1] in ("full", "moba"):
+        raise TooFew("MoBA or what it is compared with is missing, trained on text or asked for keys")
     n = len(trained[0]["by_position"])
     ends = [position["to"] + 1 for position in trained[0]["by_position"]]
     lengths = list(asked[0]["retrieval"]["pass-key"])
@@ -77,8 +87,8 @@ def window_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
         losses = [statistics.fmean(map(loss_of, its)), by_position[0], by_position[-1]]
         cells = [label_of(kind), *(f"{x:.4f}" for x in losses), *(f"{100 * x:.0f} %" for x in right)]
         said.append(f"| {' | '.join(cells)} |")
-    window = of(trained, kind="window")[0]["facts"]
-    name = f"{window['top_k']} blocks of {window['block_size']:,} in {trained[0]['length']:,}"
+    facts = of(trained, kind="moba")[0]["facts"]
+    name = f"{facts['top_k']} blocks of {facts['block_size']:,} in {trained[0]['length']:,}"
     text.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title=name)
     found.set(xscale="log", ylim=(0, 1.05), xlabel="length (tokens); the last was not trained on")
     found.set(ylabel="right answers", title="pass-key, mean over depths")

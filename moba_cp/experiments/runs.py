@@ -18,6 +18,8 @@ from .scales import Scale, Size, corpus_prefix
 RANGES = 16
 SWITCHED = 0.1
 """Share of the tokens that a run that switches trains with full attention, at its end."""
+# Kinds that choose or see blocks otherwise: the width of their convolution over keys.
+_LIKE_MOBA = {"window": 0, "conv3": 3, "conv5": 5}
 RESULTS = "tests.json"
 """In a run's folder: of the tests that it is put to when it is trained."""
 
@@ -71,8 +73,8 @@ class Maker:
     def run(
         self, size: Size, length: int, kind: str, seed: int, block_size: int | None = None, top_k: int | None = None
     ) -> Run:
-        """Training of ``kind`` ``moba``, ``full``, ``switch`` from one to the other, or ``window``: as many blocks as
-        MoBA, but the document's first and the last ones alone.
+        """Training of ``kind`` ``moba``, ``full``, ``switch`` from one to the other, ``window``: as many blocks as
+        MoBA, but the document's first and the last ones alone, or ``conv3`` and ``conv5``: MoBA with convolved keys.
 
         Documents of the longer length may come after training on those of the shorter one, see :class:`.scales.Scale`:
         that begins with MoBA's model of the scale's own blocks, or full attention's for all other blocks.
@@ -83,7 +85,8 @@ class Maker:
         parent, share, lr, name = None, 1.0, size.lr, f"{length}-{size.name}-{size.tokens / 1e6:.3g}M"
         if length == scale.long and scale.extension is not None:
             share, lr = scale.extension, size.lr / 2
-            before = kind if kind == "window" else "moba" if own_blocks and kind != "full" else "full"
+            own = kind if kind in _LIKE_MOBA else "moba"
+            before = own if own_blocks and kind != "full" else "full"
             parent = self.run(size, scale.length, before, seed)
             name += f"+{share * size.tokens / 1e6:.3g}M"
         switched = SWITCHED if parent is None else SWITCHED * (1 + share) / share
@@ -129,8 +132,8 @@ class Maker:
         if kind == "full":
             return replace(base, default="full", full_layers="none", schedule=())
         schedule = (Phase("moba", switch_at), Phase("full")) if kind == "switch" else ()
-        window = {"sink": True, "min_recent": top_k - 2} if kind == "window" else {}
-        return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule, **window)
+        special = {"sink": True, "min_recent": top_k - 2} if kind == "window" else {"key_conv": _LIKE_MOBA.get(kind, 0)}
+        return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule, **special)
 
     def _config(
         self, size: Size, length: int, seed: int, steps: int, lr: float, splits: tuple[str, str]
@@ -214,11 +217,20 @@ def retrieval(make: Maker) -> Iterator[Run]:
 
 
 def sliding_window(make: Maker) -> Iterator[Run]:
-    """MoBA, and a window of as many blocks with a sink, on long text and where keys are to be found again."""
+    """MoBA, and a window of as many blocks with a sink."""
+    yield from _on_both_tasks(make, ("full", "moba", "window"))
+
+
+def key_conv(make: Maker) -> Iterator[Run]:
+    """MoBA with and without a convolution over keys."""
+    yield from _on_both_tasks(make, ("full", "moba", "conv3", "conv5"))
+
+
+def _on_both_tasks(make: Maker, kinds: tuple[str, ...]) -> Iterator[Run]:
+    """On long text, and where keys are to be found again."""
     for seed in range(make.scale.seeds):
-        for kind in ("full", "moba", "window"):
-            yield make.run(make.scale.granularity_size, make.scale.long, kind, seed)
-        yield from (make.retrieving(kind, seed) for kind in ("full", "moba", "window"))
+        yield from (make.run(make.scale.granularity_size, make.scale.long, kind, seed) for kind in kinds)
+        yield from (make.retrieving(kind, seed) for kind in kinds)
 
 
 def retrieval_folder(folder: Path) -> Path:
@@ -234,6 +246,7 @@ GRIDS = {
     "layerwise-hybrid": layerwise_hybrid,
     "retrieval": retrieval,
     "sliding-window": sliding_window,
+    "key-conv": key_conv,
     "block-size": block_size,
 }
 """The experiments, those first whose runs the others share and which take longest."""

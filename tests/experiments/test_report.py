@@ -64,6 +64,7 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
         "layerwise-hybrid": ["| 0 of 12 |", "| 10 of 12 |"],
         "retrieval": ["| full attention | 75 % | 75 % |", "| MoBA | 25 % |"],
         "sliding-window": ["| window and sink | ", "| first range | last range | pass-key, 1,024 |", "| 25 % | 25 % |"],
+        "key-conv": ["| MoBA, keys convolved by 3 | ", "| MoBA, keys convolved by 5 | "],
         "block-size": ["| 4,096 | 1 |", "| 64 | 64 |", "64.0 %"],
     }[name]
     for words in expected:

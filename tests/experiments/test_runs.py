@@ -1,5 +1,6 @@
 """What the experiments train, at every scale."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_a_window_has_as_many_blocks_as_moba_and_chooses_none(maker):
         assert of_window.sink and of_window.min_recent == of_window.top_k - 2 and not of_moba.sink
         if window.parent is not None:
             assert window.parent.config.attention == window.config.attention
+
+
+def test_convolved_keys_are_all_that_differs(maker):
+    for run in GRIDS["key-conv"](maker):
+        attention, kind = run.config.attention, run.facts["kind"]
+        assert attention.key_conv == {"conv3": 3, "conv5": 5}.get(kind, 0)
+        if kind.startswith("conv"):
+            alike = next(x for x in GRIDS["key-conv"](maker) if x.name == run.name.replace(kind, "moba"))
+            assert replace(attention, key_conv=0) == alike.config.attention and run.config.data == alike.config.data
+            assert run.parent is None or run.parent.config.attention == attention
 
 
 def test_a_name_is_one_config(maker):
