@@ -4,9 +4,9 @@ that are always taken.
 Legend: N query rows, Hq query heads, Hkv key/value heads, D head dim, n blocks, B block size, S = top_k - 1; M heads
 that choose together, 1 or Hq // Hkv, and MP the power of two from M on.
 
-A program has all M heads of a few rows in one tile, so that one matrix product scores them and a reduction within the
-tile joins their scores. By keys, the maximum over a block's keys is taken chunk by chunk: scores are stored nowhere.
-The best blocks are kept as in :mod:`.select`.
+Where heads choose together, or by keys, one kernel scores and another chooses, some rows after the other, so that
+scores take bounded memory. A tile of scores has all M heads of a few rows: one matrix product, and a reduction within
+the tile that joins them. Otherwise one kernel does both, as in :mod:`.select`.
 """
 
 import torch
@@ -27,6 +27,9 @@ from .common import (
 )
 from .sort_keys import ALWAYS, EMPTY, keep_best, nothing_kept, ordered, score_of, store_best
 
+# Of scores at a time.
+SCORE_BYTES = 1 << 28
+
 
 @triton.jit
 def _joined(sort_key, m_member, SUM: tl.constexpr, BM: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr):
@@ -41,21 +44,74 @@ def _joined(sort_key, m_member, SUM: tl.constexpr, BM: tl.constexpr, MP: tl.cons
     return tl.max(tl.reshape(sort_key, [BM, MP, BN]), 1)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_keys"])
-def _gated_kernel(
-    q, keys, start, first, current_block, block_indices,
-    n_rows, n_keys, s_qt, s_qh, s_kr, s_kh,
+@triton.jit(do_not_specialize=["n_rows", "n_keys", "n_blocks"])
+def _score_kernel(
+    q, keys, start, first, current_block, sort_keys,
+    n_rows, n_keys, n_blocks, s_qt, s_qh, s_kr, s_kh,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SUM: tl.constexpr,
-    MIN_RECENT: tl.constexpr, SINK: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """B = 0: keys [n, Hkv, D] are means; otherwise [R, Hkv, D], with block j at rows start[j] to start[j] + B."""
+    """Keys [N, H, n] of the scores of candidates. B = 0: keys [n, Hkv, D] are means; otherwise [R, Hkv, D], with block
+    j at rows start[j] to start[j] + B."""
     # Late rows have the most candidates: they start first, so that the last programs to run are short.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1)
+    begin_n = tl.program_id(2) * BN
     o_m = i_m * BM + tl.arange(0, BM)  # [BM]
-    o_r = tl.arange(0, BM * MP)  # [BM * MP]
+    m_m = o_m < n_rows  # [BM]
+    oldest = tl.min(tl.load(first + o_m, mask=m_m, other=2147483647), 0)
+    newest = tl.max(tl.load(current_block + o_m, mask=m_m, other=-1), 0) - 1
+    if (begin_n <= newest) & (begin_n + BN > oldest):
+        o_r = tl.arange(0, BM * MP)  # [BM * MP]
+        o_n = tl.arange(0, BN)  # [BN]
+        o_d = tl.arange(0, BD)  # [BD]
+        o_t = i_m * BM + o_r // MP  # [BM * MP]
+        m_member = o_r % MP < M  # [BM * MP]
+        o_h = i_h * M + o_r % MP  # [BM * MP]
+        p_q = q + o_t.to(tl.int64)[:, None] * s_qt + o_h.to(tl.int64)[:, None] * s_qh + o_d[None, :]  # [BM * MP, BD]
+        m_q = ((o_t < n_rows) & m_member)[:, None] & (o_d < D)[None, :]  # [BM * MP, BD]
+        b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM * MP, BD]
+        p_keys = keys + (i_h * M // G).to(tl.int64) * s_kh + o_d[:, None]  # [BD, 1]
+        if B == 0:
+            o_b = begin_n + o_n  # [BN]
+            m_tile = (o_b < n_blocks)[None, :] & (o_d < D)[:, None]  # [BD, BN]
+            b_keys = tl.load(p_keys + o_b.to(tl.int64)[None, :] * s_kr, mask=m_tile, other=0.0)  # [BD, BN]
+            sort_key = ordered(tl.dot(b_q, b_keys, input_precision=PRECISION))  # [BM * MP, BN]
+        else:
+            sort_key = tl.full([BM * MP, BN], EMPTY, tl.int32)  # [BM * MP, BN]
+            CHUNKS: tl.constexpr = (B + BK - 1) // BK
+            for i in range(0, BN * CHUNKS):
+                column = i // CHUNKS
+                begin = tl.load(start + tl.minimum(begin_n + column, n_blocks - 1))
+                o_k = i % CHUNKS * BK + tl.arange(0, BK)  # [BK]
+                # A block that is nobody's candidate may be shorter than B, and the storage end there.
+                m_tile = ((o_k < B) & (begin + o_k < n_keys))[None, :] & (o_d < D)[:, None]  # [BD, BK]
+                b_keys = tl.load(p_keys + (begin + o_k)[None, :] * s_kr, mask=m_tile, other=0.0)  # [BD, BK]
+                of_keys = tl.dot(b_q, b_keys, input_precision=PRECISION)  # [BM * MP, BK]
+                if B % BK != 0:
+                    of_keys = tl.where((o_k < B)[None, :], of_keys, float("nan"))
+                # A maximum takes no notice of NaN, where it has anything else.
+                best = tl.maximum(sort_key, ordered(tl.max(of_keys, 1))[:, None])  # [BM * MP, BN]
+                sort_key = tl.where(o_n[None, :] == column, best, sort_key)
+        sort_key = _joined(sort_key, m_member, SUM, BM, MP, BN)  # [BM, BN]
+        p_out = sort_keys + (o_m.to(tl.int64) * H + i_h)[:, None] * n_blocks + (begin_n + o_n)[None, :]  # [BM, BN]
+        tl.store(p_out, sort_key, mask=m_m[:, None] & (begin_n + o_n < n_blocks)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+def _choose_kernel(
+    q, means, sort_keys, first, current_block, block_indices,
+    n_rows, n_blocks, s_qt, s_qh, s_mb, s_mh,
+    H: tl.constexpr, G: tl.constexpr, SCORED: tl.constexpr, MIN_RECENT: tl.constexpr, SINK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The best blocks by sort_keys [N, H, n] if they are SCORED, otherwise by scores of q and means, of each of H heads
+    for itself."""
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)  # [BM]
     o_n = tl.arange(0, BN)  # [BN]
     o_d = tl.arange(0, BD)  # [BD]
     m_m = o_m < n_rows  # [BM]
@@ -63,42 +119,23 @@ def _gated_kernel(
     b_current = tl.load(current_block + o_m, mask=m_m, other=-1)  # [BM]
     oldest = tl.maximum(tl.min(b_first, 0), 0)
     newest = tl.max(b_current, 0) - 1
-
-    o_t = i_m * BM + o_r // MP  # [BM * MP]
-    m_member = o_r % MP < M  # [BM * MP]
-    o_h = i_h * M + o_r % MP  # [BM * MP]
-    p_q = q + o_t.to(tl.int64)[:, None] * s_qt + o_h.to(tl.int64)[:, None] * s_qh + o_d[None, :]  # [BM * MP, BD]
-    m_q = ((o_t < n_rows) & m_member)[:, None] & (o_d < D)[None, :]  # [BM * MP, BD]
-    b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM * MP, BD]
-    p_keys = keys + (i_h * M // G).to(tl.int64) * s_kh + o_d[:, None]  # [BD, 1]
+    if not SCORED:
+        p_q = q + o_m.to(tl.int64)[:, None] * s_qt + i_h.to(tl.int64) * s_qh + o_d[None, :]  # [BM, BD]
+        b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    p_means = means + (i_h // G).to(tl.int64) * s_mh + o_d[:, None]  # [BD, 1]
+    p_scored = sort_keys + (o_m.to(tl.int64) * H + i_h)[:, None] * n_blocks  # [BM, 1]
 
     kept = nothing_kept(S, SLOTS, BM)  # [BM, SLOTS]
     worst = tl.min(kept, 1)  # [BM]
     for behind in range(0, newest - oldest + 1, BN):
         o_b = newest - behind - o_n  # [BN]
-        if B == 0:
-            p_tile = p_keys + o_b.to(tl.int64)[None, :] * s_kr  # [BD, BN]
-            b_keys = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)  # [BD, BN]
-            of_heads = ordered(tl.dot(b_q, b_keys, input_precision=PRECISION))  # [BM * MP, BN]
-            sort_key = _joined(of_heads, m_member, SUM, BM, MP, BN)  # [BM, BN]
-        else:
-            sort_key = tl.full([BM, BN], EMPTY, tl.int32)  # [BM, BN]
-            for column in range(0, tl.minimum(BN, newest - behind - oldest + 1)):
-                begin = tl.load(start + newest - behind - column)
-                best = tl.full([BM * MP, BK], EMPTY, tl.int32)  # [BM * MP, BK]
-                for i_k in range(0, B, BK):
-                    o_k = i_k + tl.arange(0, BK)  # [BK]
-                    p_tile = p_keys + (begin + o_k)[None, :] * s_kr  # [BD, BK]
-                    m_k = o_k < B  # [BK]
-                    # A block that is nobody's candidate may be shorter than B, and the storage end there.
-                    m_tile = (m_k & (begin + o_k < n_keys))[None, :] & (o_d < D)[:, None]  # [BD, BK]
-                    b_keys = tl.load(p_tile, mask=m_tile, other=0.0)  # [BD, BK]
-                    of_keys = ordered(tl.dot(b_q, b_keys, input_precision=PRECISION))  # [BM * MP, BK]
-                    best = tl.maximum(best, tl.where(m_k[None, :], of_keys, EMPTY))
-                of_heads = tl.max(best, 1)[:, None]  # [BM * MP, 1]
-                of_block = _joined(of_heads, m_member, SUM, BM, MP, 1)  # [BM, 1]
-                sort_key = tl.where(o_n[None, :] == column, of_block, sort_key)
         candidate = (o_b[None, :] >= b_first[:, None]) & (o_b[None, :] < b_current[:, None])  # [BM, BN]
+        if SCORED:
+            sort_key = tl.load(p_scored + o_b[None, :], mask=candidate, other=EMPTY)  # [BM, BN]
+        else:
+            p_tile = p_means + o_b.to(tl.int64)[None, :] * s_mb  # [BD, BN]
+            b_mean = tl.load(p_tile, mask=(o_b >= oldest)[None, :] & (o_d < D)[:, None], other=0.0)  # [BD, BN]
+            sort_key = ordered(tl.dot(b_q, b_mean, input_precision=PRECISION))  # [BM, BN]
         if MIN_RECENT > 0:
             sort_key = tl.where(o_b[None, :] >= b_current[:, None] - MIN_RECENT, ALWAYS, sort_key)
         if SINK:
@@ -131,19 +168,35 @@ def select_gated(
         return torch.full((n_rows, n_selections, n_slots), -1, dtype=torch.int32, device=q.device)
     q, keys = check_unit_stride(q), check_unit_stride(keys)
     block_indices = torch.empty(n_rows, n_selections, n_slots, dtype=torch.int32, device=q.device)
-    # As in select.py: nothing follows N.
+    first, current_block = first.contiguous(), current_block.contiguous()
+    start = first if start is None else start.contiguous()
+    n_blocks = start.numel() if block_size else keys.shape[0]
+    # As in select.py: no tile follows N.
     members = next_power_of_2(together)
-    bm, bn, bk, warps = tuned.gated_tile(dim, q.dtype, members, block_size)
+    score_tile, (bm, bn, warps) = tuned.score_tile(q.dtype, members, block_size, dim), tuned.select_tile(dim, q.dtype)
+    scored = together > 1 or block_size > 0
+    step = max(1, SCORE_BYTES // (4 * n_selections * n_blocks)) if scored else n_rows
+    rows = min(step, n_rows) if scored else 0
+    sort_keys = torch.empty(rows, n_selections, n_blocks, dtype=torch.int32, device=q.device)
     with on_device(q):
-        _gated_kernel[(cdiv(n_rows, bm), n_selections)](
-            q=q, keys=keys, start=first if start is None else start.contiguous(), first=first.contiguous(),
-            current_block=current_block.contiguous(), block_indices=block_indices, n_rows=n_rows,
-            n_keys=keys.shape[0], s_qt=q.stride(0), s_qh=q.stride(1), s_kr=keys.stride(0), s_kh=keys.stride(1),
-            H=n_selections, G=group, M=together, MP=members, SUM=shared_by_group == "sum",
-            MIN_RECENT=min_recent, SINK=sink, B=block_size, BK=bk,
-            D=dim, BD=padded_dim(dim), S=n_slots, SLOTS=max(2, next_power_of_2(n_slots)),
-            BM=bm, BN=bn, PRECISION=dot_precision(q.dtype), **launch_options(warps),
-        )  # fmt: skip
+        for lo in range(0, n_rows, step):
+            some = slice(lo, min(lo + step, n_rows))
+            n_some, of_rows = some.stop - lo, dict(first=first[some], current_block=current_block[some])
+            shared = dict(
+                q=q[some], n_rows=n_some, n_blocks=n_blocks, s_qt=q.stride(0), s_qh=q.stride(1), H=n_selections,
+                G=group, D=dim, BD=padded_dim(dim), PRECISION=dot_precision(q.dtype), sort_keys=sort_keys, **of_rows,
+            )  # fmt: skip
+            if scored:
+                _score_kernel[(cdiv(n_some, score_tile.bm), n_selections, cdiv(n_blocks, score_tile.bn))](
+                    keys=keys, start=start, n_keys=keys.shape[0], s_kr=keys.stride(0), s_kh=keys.stride(1),
+                    M=together, MP=members, SUM=shared_by_group == "sum", B=block_size, BK=score_tile.bk,
+                    BM=score_tile.bm, BN=score_tile.bn, **shared, **launch_options(score_tile.warps),
+                )  # fmt: skip
+            _choose_kernel[(cdiv(n_some, bm), n_selections)](
+                means=keys, block_indices=block_indices[some], s_mb=keys.stride(0), s_mh=keys.stride(1),
+                SCORED=scored, MIN_RECENT=min_recent, SINK=sink, S=n_slots,
+                SLOTS=max(2, next_power_of_2(n_slots)), BM=bm, BN=bn, **shared, **launch_options(warps),
+            )  # fmt: skip
     return block_indices
 
 

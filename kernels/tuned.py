@@ -41,12 +41,24 @@ def select_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64, 32, 4
 
 
-def gated_tile(dim: int, dtype: torch.dtype, members: int, block_size: int) -> tuple[int, int, int, int]:
-    """Rows (of ``members`` heads each, a power of two), blocks, keys and warps of a tile of :mod:`.select_gated`, the
-    same on every GPU."""
-    rows, blocks, warps = select_tile(dim, dtype)
-    keys = _keys(block_size or 16, 32 if dtype == torch.float32 or dim > 128 else 64)
-    return max(1, rows // members), blocks, keys, warps
+class ScoreTile(NamedTuple):
+    """Launch shape of the scores of :mod:`.select_gated`."""
+
+    bm: int
+    """Rows, with all their heads that choose together."""
+    bn: int
+    """Blocks."""
+    bk: int
+    """Keys at a time, where a block is scored by its keys."""
+    warps: int
+
+
+def score_tile(dtype: torch.dtype, members: int, block_size: int, dim: int) -> ScoreTile:
+    """For ``members`` heads that choose together, a power of two; by means if ``block_size`` is 0. The same on every
+    GPU."""
+    narrow = dtype == torch.float32 or dim > 128
+    rows, keys = 32 if dtype == torch.float32 else 64 if narrow else 128, _keys(block_size or 16, 32 if narrow else 128)
+    return ScoreTile(max(1, rows // members), 8 if block_size else 32 if narrow else 128, keys, 4 if narrow else 8)
 
 
 def _keys(block_size: int, most: int) -> int:

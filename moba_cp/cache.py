@@ -125,7 +125,9 @@ class KVCache:
         k, v, means = (x.flatten(0, 1) for x in (self._k, self._v, self._means))
         ops, pages = backend(rows), local_pages(k, v, table)
         blocks, seen = (table.first, table.current_block, config.top_k), (table.current_block, table.visible)
-        gate, few = config.gate, q.shape[1] <= FEW_ROWS
+        few = q.shape[1] <= FEW_ROWS
+        # Field by field: torch.compile knows no properties of a config that it holds constant.
+        gate = Gate(config.shared_by_group, config.score, config.min_recent, config.sink)
         if gate.score == "max":
             how = gate.shared_by_group, gate.min_recent, gate.sink
             asked = table.start, table.first, table.current_block, table.block_size, config.top_k

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moba_cp import eager, kernels
+from moba_cp.kernels import select_gated
 from tests.helpers.kernel_inputs import DEVICE, Problem, poisoned, strided
 
 # Sharing, blocks that are always taken, and query and KV heads: groups of one, three, eight and four.
@@ -29,7 +30,9 @@ def _by_keys(p: Problem, gate):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_random(case):
+def test_random(case, monkeypatch):
+    """With scores of a few rows at a time."""
+    monkeypatch.setattr(select_gated, "SCORE_BYTES", 4 * 7 * 40)
     *gate, heads = case
     p = Problem([70, 0, 20], heads, 24, 16, 5, seed=heads[0])
     for select in (_by_means, _by_keys):
