@@ -36,7 +36,8 @@ def _block_masses_kernel(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_b = tl.program_id(0), tl.program_id(1)
+    # Blocks along the first dimension of the grid, which may be large.
+    i_b, i_m = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)  # [BM]
     o_n = tl.arange(0, BN)  # [BN]
     o_d = tl.arange(0, BD)  # [BD]
@@ -93,7 +94,7 @@ def block_masses(q: Tensor, k: Tensor, lse: Tensor, start: Tensor, block_size: i
         return masses
     bm, bn = 64, min(64, next_power_of_2(block_size))
     with on_device(q):
-        _block_masses_kernel[(cdiv(n_rows, bm), n)](
+        _block_masses_kernel[(n, cdiv(n_rows, bm))](
             q=q, k=k, lse=lse, start=start, masses=masses,
             n_rows=n_rows, n_keys=k.shape[0], s_qt=q.stride(0), s_qh=q.stride(1), s_kt=k.stride(0),
             s_lt=lse.stride(0), s_lh=lse.stride(1), s_mt=masses.stride(0), scale=scale,
