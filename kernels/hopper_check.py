@@ -16,7 +16,13 @@ from .select import select_blocks
 
 # D, B and the dtype of gradients: one case for each entry of the table at the end of :mod:`.tuned`. Gradients are
 # rounded in their place, or added to float32 sums, which are two kernels.
-BLOCKS = ((128, torch.bfloat16), (256, torch.float32), (256, torch.bfloat16), (1152, torch.bfloat16))
+BLOCKS = (
+    (64, torch.bfloat16),
+    (128, torch.bfloat16),
+    (256, torch.float32),
+    (256, torch.bfloat16),
+    (1152, torch.bfloat16),
+)
 CASES = [(dim, *block) for dim in (64, 128) for block in BLOCKS]
 # Of results, relative to the largest: several roundings of bfloat16, far below what a wrong kernel would do.
 TOLERANCE = 2**-5

@@ -64,8 +64,7 @@ class Tasks(NamedTuple):
     0.
 
     List ``l`` has the entries from ``list_start[l] // R + l`` on. That leaves room for its tasks, needs no sum over
-    lists, and bounds the number of entries without a value from the device. Entries of a KV head may then be put in
-    another order."""
+    lists, and bounds the number of entries without a value from the device."""
     rows: int
     """R."""
 
@@ -186,8 +185,8 @@ def _scatter_kernel(
     do_not_specialize_on_alignment=SLICED,
 )
 def _task_kernel(
-    list_start, visits, page_row, page_head, length, table, order, first_list, n_lists, n_blocks, n_entries, task_rows,
-    steps, head_visits, s_row, s_head, s_head_n, ORDERED: tl.constexpr, BLOCK: tl.constexpr,
+    list_start, page_row, page_head, length, table, first_list, n_lists, n_blocks, n_entries, task_rows, steps,
+    s_row, s_head, s_head_n, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first_entry = tl.load(list_start + first_list) // task_rows + first_list
     o_p = first_entry + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -214,10 +213,6 @@ def _task_kernel(
     tl.store(p_table + 5, tl.load(page_head + i_h * s_head + i_b * s_head_n), mask=m_p)
     tl.store(p_table + 6, tl.where(end - start > task_rows, start, -1), mask=m_p)
     tl.store(p_table + 7, 0, mask=m_p)
-    if ORDERED:
-        # Empty entries come last in their head's, so that each head keeps its entries.
-        b_visit = tl.load(visits + begin, mask=m_p & is_task, other=head_visits)  # [BLOCK]
-        tl.store(order + o_p, i_h.to(tl.int64) * (head_visits + 1) + b_visit, mask=m_p)
 
 
 @triton.jit
@@ -285,34 +280,28 @@ def build_routing(
     return index
 
 
-def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None, by_row: bool = False) -> Tasks:
+def cut_tasks(index: Routing, task_rows: int, pages, kv_heads: slice | None = None) -> Tasks:
     """Tasks of up to ``task_rows`` visits from the lists of an index.
 
     Args:
         pages: a :class:`moba_cp.blocks.Pages` of fewer than 2^31 rows, with ``row`` of unit stride and ``length``
             contiguous. Lists of blocks that are not in this storage have no tasks.
         kv_heads: make tasks for the lists of these KV heads alone, and read no others; all if it is None.
-        by_row: the tasks of all lists of a KV head follow one another by their first row of Q, so that tasks which run
-            at the same time read some of the same rows; otherwise they follow one another list by list. Not for some
-            KV heads alone.
     """
     n_kv, n_blocks = pages.row.shape
-    assert not by_row or kv_heads is None or kv_heads == slice(0, n_kv)
     kv_heads = slice(0, n_kv) if kv_heads is None else kv_heads
     n_heads = kv_heads.stop - kv_heads.start
     n_entries = index.n_visits // task_rows + n_kv * n_blocks
     check_limit("the number of rows of a storage of K and V", pages.k.shape[0], "use more ranks")
     tasks = Tasks(torch.empty(n_entries, RECORD.value, dtype=torch.int32, device=index.flat.device), task_rows)
-    order = torch.empty(n_entries if by_row else 0, dtype=torch.int64, device=index.flat.device)
     first, some = kv_heads.start * n_blocks, n_heads * n_blocks
     # One more than a slice of these heads may read, wherever in a task its lists begin.
     programs = min(n_entries, tasks.count(index.n_visits // n_kv * n_heads, some) + 1)
     with on_device(index.flat):
         _task_kernel[(cdiv(programs, 256),)](
-            list_start=index.list_start, visits=index.flat, page_row=pages.row, page_head=pages.head,
-            length=pages.length, table=tasks.table, order=order, first_list=first, n_lists=some, n_blocks=n_blocks,
-            n_entries=n_entries, task_rows=task_rows, steps=(some - 1).bit_length(),
-            head_visits=index.n_visits // n_kv, s_row=pages.row.stride(0), s_head=pages.head.stride(0),
-            s_head_n=pages.head.stride(1), ORDERED=by_row, BLOCK=256, **launch_options(4),
+            list_start=index.list_start, page_row=pages.row, page_head=pages.head, length=pages.length,
+            table=tasks.table, first_list=first, n_lists=some, n_blocks=n_blocks, n_entries=n_entries,
+            task_rows=task_rows, steps=(some - 1).bit_length(), s_row=pages.row.stride(0),
+            s_head=pages.head.stride(0), s_head_n=pages.head.stride(1), BLOCK=256, **launch_options(4),
         )  # fmt: skip
-    return tasks._replace(table=tasks.table[order.argsort()]) if by_row else tasks
+    return tasks

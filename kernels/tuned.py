@@ -134,6 +134,11 @@ def specialized_tile(name: str, dim: int, block_size: int) -> Tile | None:
 # portable kernel and of this one on an H100, for D = 64 and the gradients of B = 4096 on an H200. Where two kernels
 # replace one with atomics, that one and the two together took 7.85 and 6.37 at D = 128, 5.02 and 4.17 at D = 64.
 SPECIALIZED = {
+    # These three on an H200, whole passes without selection. Of 64 (4) heads with one selection for a group, k = 16:
+    # B = 64, 65,536 tokens: 18.6, 16.4; B = 128, 131,072 tokens: 47.4, 36.7. Of 16 heads, B = 128, k = 8: 6.82, 5.75.
+    ("forward", 128, "half"): Tile(64, 64, 1024, 4, 4, 72),
+    ("forward", 128, "short"): Tile(64, 128, 1024, 4, 4, 72),
+    ("dkdv", 128, "half"): Tile(64, 64, 4096, 4, 4, 40),  # 64 (4) heads as above, backward with dQ: 43.4, 29.2
     ("forward", 128, "long"): Tile(64, 128, 1024, 4, 2, 56),  # 4 heads, B = 512, k = 8: 3.19, 2.21
     ("forward", 128, "longer"): Tile(64, 128, 512, 4, 2, 56),  # 1 head, B = 4096, k = 12: 5.49, 4.08
     ("dkdv", 128, "short"): Tile(64, 128, 4096, 4, 3, 40),  # 4 heads, B = 128, k = 8, dQ too: 2.02, 1.79

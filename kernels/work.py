@@ -81,11 +81,10 @@ def forward_work(call: Call, task_heads: slice | None) -> Work:
     scratch = call.scratch_bytes or max(FORWARD_SCRATCH, q.nbytes)
     shape = q.shape[0], q.shape[1] // pages.row.shape[0], call.kv_heads, n_slots
     row_slices, kv_step = _slices(*shape, _row_bytes(q, n_slots), 0, scratch)
-    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, hopper.serves(q, pages, call.scale))
+    specialized = hopper.serves(q, pages, call.scale, share=call.share)
+    tile = tuned.forward_tile(q.shape[2], pages.block_size, q.dtype, q.device, specialized)
     visits, routings = _index(call, row_slices)
-    all_heads = task_heads is None or task_heads == slice(0, pages.row.shape[0])
-    by_row = all_heads and call.share > 1 and pages.block_size <= tile.bn
-    tasks = [cut_tasks(routing, task_visits(tile, call.share), pages, task_heads, by_row) for routing in routings]
+    tasks = [cut_tasks(routing, task_visits(tile, call.share), pages, task_heads) for routing in routings]
     return Work(tile, row_slices, kv_step, visits, routings, tasks)
 
 
@@ -95,7 +94,7 @@ def backward_work(
     """Work of a backward; ``local``: it has a ``local_dtype``."""
     q, pages = call.q, call.pages
     kind = q.shape[2], pages.block_size, q.dtype, q.device
-    specialized = hopper.serves(q, pages, call.scale, dout)
+    specialized = hopper.serves(q, pages, call.scale, dout, call.share)
     tile = tuned.dkdv_tile(*kind, specialized and not deterministic)
     dq_tile = tuned.dq_tile(*kind, specialized)
     by_atomics = tuned.dq_by_atomics(*kind, specialized) and not deterministic

@@ -138,14 +138,15 @@ def _examine(device: torch.device) -> Verdict:
     return Verdict(True, f"kernels for Hopper where they are faster, else portable ones ({name}, checked at first use)")
 
 
-def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None) -> bool:
+def serves(q: Tensor, pages, scale: float, dout: Tensor | None = None, share: int = 1) -> bool:
     """Whether a call can run here: 16-bit inputs, D of 64 or 128, whole tiles of 64 or 128 keys, rows that TMA can
-    fetch.
+    fetch; blocks of one tile, where ``share`` heads have one selection.
 
     A backward's call gives ``dout`` [N, Hq, D] too, and is of bfloat16, in which partial dQ are.
     """
     return (
         runs_on(q.device)
+        and (share == 1 or pages.block_size <= 128)
         and q.dtype in ELEMENTS
         and q.shape[2] in HEAD_DIMS
         and (pages.block_size == 64 or pages.block_size % 128 == 0)
@@ -197,12 +198,14 @@ def _kv_args(part, tile: Tile) -> dict:
 
 def launch_forward(part, tile: Tile, tasks, parts: Tensor, parts_lse: Tensor, scale_log2: float) -> None:
     """Partial outputs and log-sum-exps of the visits of a slice (``part``, of :mod:`..launches`)."""
-    kernel = short_block_kernel if part.block_size <= tile.bn else long_block_kernel
+    is_short = part.block_size <= tile.bn
+    kernel = short_block_kernel if is_short else long_block_kernel
     kernel[part.grid(tasks)](
         q=part.q, **_kv_args(part, tile), part=parts, part_lse=parts_lse,
         visits=part.routing.visits, tasks=tasks.table, list_start=part.list_start, visible=part.visible,
         scale_log2=scale_log2, **part.task_args(tasks), n_blocks=part.n_blocks, n_heads=part.n_heads,
-        **part.q_strides, **part.kv_strides, TASK_ROWS=tasks.rows, **part.visit_constants, D=part.dim,
+        **part.q_strides, **part.kv_strides, TASK_ROWS=tasks.rows, G=part.group,
+        **({"SHARE": part.share} if is_short else {}), S=part.n_selected, SLOTS=part.n_slots, D=part.dim,
         BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.producer_registers, **launch_options(tile.warps),
     )  # fmt: skip
 
@@ -228,6 +231,6 @@ def launch_dq(part, tile: Tile, tasks, dout: Tensor, part_dq: Tensor, table, sta
     dq_kernel[part.grid(tasks)](
         q=part.q, dout=dout, **_kv_args(part, tile), part=part_dq, table=table, stats=stats,
         tasks=tasks.table, list_start=part.list_start, scale=part.scale, room=part.n_visits,
-        **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, SHARE=part.share, D=part.dim,
+        **part.task_args(tasks), **part.kv_strides, TASK_ROWS=tasks.rows, D=part.dim,
         BM=tile.bm, BN=tile.bn, STAGES=tile.stages, REGISTERS=tile.producer_registers, **launch_options(tile.warps),
     )  # fmt: skip

@@ -137,11 +137,7 @@ def _step(
         b_p = gl.where(o_n[:, None] < limit[None, :], b_p, 0.0)
     p = gl.convert_layout(b_p.to(q_s.dtype), PROBS)  # [BN, BM]
     b_dv = warpgroup_mma(p, do_s.index(stage), b_dv, is_async=True)  # [BN, D]
-    if DQ:
-        # Exchanging dS between the consumers needs the registers.
-        dp, b_dv, p = warpgroup_mma_wait(0, deps=[dp, b_dv, p])  # [BN, BM], [BN, D], [BN, BM]
-    else:
-        dp = warpgroup_mma_wait(1, deps=[dp])
+    dp = warpgroup_mma_wait(1, deps=[dp])  # [BN, BM]
     b_delta = delta_s.index(stage).load(COLUMNS)  # [BM]
     b_ds = (b_p * (dp - b_delta[None, :])).to(q_s.dtype)  # [BN, BM]
     ds = gl.convert_layout(b_ds, PROBS)  # [BN, BM]
@@ -162,7 +158,7 @@ def _step(
         barrier()
         mbarrier.arrive(ds_full.index(i % 2), count=1)
         if not FIRST:
-            store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D, "")
+            store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
         dq_row = next_row
     else:
         b_dk, b_dv, p, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dv, p, ds])  # [BN, D], [BN, D], [BN, BM], [BN, BM]
@@ -215,7 +211,7 @@ def _consume(
         i += 1
     if DQ:
         b_dq = warpgroup_mma_wait(0, deps=[_issue_dq(i - 1, half, k_s, ds_s, ds_full, D)])  # [64, 64]
-        store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D, "")
+        store_rows(part + (half * 64 if D == 128 else 0), dq_row, b_dq, D)
     b_dk = b_dk * scale
     if i_sum >= 0:
         if DIRECT:

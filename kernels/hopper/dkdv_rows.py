@@ -63,7 +63,7 @@ def _step(
     out_row = out_row_s.index(stage).load(gl.SliceLayout(1, MMA_D))  # [BM]
     b_dk, b_dq, ds = warpgroup_mma_wait(0, deps=[b_dk, b_dq, ds])  # [KEYS, D], [BM, D], [KEYS, BM]
     mbarrier.arrive(q_empty.index(stage), count=1)
-    store_rows(part, out_row, b_dq, D, "")
+    store_rows(part, out_row, b_dq, D)
     return b_dk, b_dv
 
 

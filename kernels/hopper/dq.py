@@ -24,9 +24,7 @@ from .shared import (
     copy_rows,
     in_each_warp,
     load_blocks,
-    out_rows,
     publish,
-    q_rows,
     read_task,
     store_rows,
     tiles_of_keys,
@@ -35,23 +33,23 @@ from .shared import (
 
 
 @gluon.jit
-def _limits(table, room, r, end, n_keys, BM: gl.constexpr, SHARE: gl.constexpr):
+def _limits(table, room, r, end, n_keys, BM: gl.constexpr):
     """Number of keys that each row of a tile sees, in every warp."""
-    o_r = r + gl.arange(0, 2 * BM, layout=in_each_warp(2 * BM))  # [2 * BM]
-    return gl.minimum(gl.load(table + 2 * room + o_r // SHARE, mask=o_r < end, other=0), n_keys)
+    o_v = r + gl.arange(0, 2 * BM, layout=in_each_warp(2 * BM))  # [2 * BM]
+    return gl.minimum(gl.load(table + 2 * room + o_v, mask=o_v < end, other=0), n_keys)
 
 
 @gluon.jit
 def _gather_rows(
     q, dout, table, room, r, end, n_keys, buf, q_s, do_s, row_s,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, SHARE: gl.constexpr,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Starts the copies of a tile's rows of Q and dout. Returns how many tiles of keys they see."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    o_r = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
-    row_s.store(q_rows(table, o_r, end, SHARE))
-    n_tiles, _ = tiles_of_keys(_limits(table, room, r, end, n_keys, BM, SHARE), BN)
+    o_v = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
+    row_s.store(gl.load(table + o_v, mask=o_v < end, other=0))
+    n_tiles, _ = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
     barrier()
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))  # [D]
     for half in gl.static_range(2):
@@ -67,10 +65,10 @@ def _gather_rows(
 def _produce(
     q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, k_column, v_column, s_kr, s_vr,
     q_s, do_s, k_s, v_s, row_s, q_full, q_empty, kv_full, kv_empty,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer."""
-    n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, D, BM, BN, SHARE)
+    n_tiles = _gather_rows(q, dout, table, room, begin, end, n_keys, 0, q_s, do_s, row_s, D, BM, BN)
     i = 0
     i_kv = 0
     for r in range(begin, end, 2 * BM):
@@ -94,7 +92,7 @@ def _produce(
             if ahead & (j == gl.minimum(1, n_tiles - 1)):
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
-                    q, dout, table, room, r + 2 * BM, end, n_keys, buf, q_s, do_s, row_s, D, BM, BN, SHARE,
+                    q, dout, table, room, r + 2 * BM, end, n_keys, buf, q_s, do_s, row_s, D, BM, BN,
                 )  # fmt: skip
         if ahead:
             publish(q_full.index(buf))
@@ -133,7 +131,7 @@ def _step(
 def _consume(
     half: gl.constexpr, part, table, stats, room, begin, end, n_keys, scale_log2, q_s, do_s, k_s, v_s,
     q_full, q_empty, kv_full, kv_empty,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer: half ``half`` of the rows of each tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -143,13 +141,10 @@ def _consume(
     i_kv = 0
     for r in range(begin, end, 2 * BM):
         buf = i % 2
-        o_r = r + half * BM + gl.arange(0, BM, layout=ROWS)  # [BM]
-        limit = gl.load(table + 2 * room + o_r // SHARE, mask=o_r < end, other=0)  # [BM]
-        o_stats = o_r  # [BM]
-        if SHARE > 1:
-            o_stats = q_rows(table, o_r, end, SHARE)
-        b_lse, b_delta = unpack(gl.load(stats + o_stats, mask=o_r < end, other=0))  # [BM], [BM]
-        n_tiles, whole = tiles_of_keys(_limits(table, room, r, end, n_keys, BM, SHARE), BN)
+        o_v = r + half * BM + gl.arange(0, BM, layout=ROWS)  # [BM]
+        limit = gl.load(table + 2 * room + o_v, mask=o_v < end, other=0)  # [BM]
+        b_lse, b_delta = unpack(gl.load(stats + o_v, mask=o_v < end, other=0))  # [BM], [BM]
+        n_tiles, whole = tiles_of_keys(_limits(table, room, r, end, n_keys, BM), BN)
         mbarrier.wait(q_full.index(buf), i // 2 % 2)
         n_whole = gl.minimum(whole, n_tiles - 1)
         limit = gl.minimum(limit, n_keys)
@@ -188,7 +183,7 @@ def _consume(
         i_kv += 1
 
         mbarrier.arrive(q_empty.index(buf), count=1)
-        store_rows(part, out_rows(table + room, o_r, end, SHARE), b_dq, D, "")
+        store_rows(part, gl.load(table + room + o_v, mask=o_v < end, other=-1), b_dq, D)
         i += 1
 
 
@@ -196,8 +191,8 @@ def _consume(
 def dq_kernel(
     q, dout, k_desc, v_desc, k, v, part, table, stats, tasks, list_start,
     scale, room, n_entries, first_list, n_lists, s_kr, s_kh, s_vr, s_vh,
-    TASK_ROWS: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    TASK_ROWS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..backward._dq_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
@@ -228,23 +223,22 @@ def dq_kernel(
     # Exit only here: barrier setup overlaps with the task-record loads issued above.
     if i_list < 0:
         return
-    begin = (begin - first) * SHARE
-    end = (end - first) * SHARE
+    begin -= first
+    end -= first
     scale_log2 = scale * LOG2E
     gl.warp_specialize(
         [
             (_consume, (
                 gl.constexpr(0), part, table, stats, room, begin, end, n_keys, scale_log2,
-                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES, SHARE,
+                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
             )),
             (_consume, (
                 gl.constexpr(1), part, table, stats, room, begin, end, n_keys, scale_log2,
-                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES, SHARE,
+                q_s, do_s, k_s, v_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
             )),
             (_produce, (
                 q, dout, k_desc, v_desc, k, v, table, room, begin, end, n_keys, first_key, page * s_kh, page * s_vh,
                 s_kr, s_vr, q_s, do_s, k_s, v_s, row_s, q_full, q_empty, kv_full, kv_empty, D, BM, BN, STAGES,
-                SHARE,
             )),
         ],
         [4, 4],

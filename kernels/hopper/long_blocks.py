@@ -33,8 +33,7 @@ from .shared import barrier, copy_rows, in_each_warp, load_block, publish, read_
 @gluon.jit
 def _gather_rows(
     q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r, end, buf, q_s, offset_s, out_row_s, limit_s,
-    G: gl.constexpr, SHARE: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr,
+    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Starts the copies of a tile's rows of Q, and stores where their output goes and their limits. Returns how many
     tiles of keys they see."""
@@ -42,21 +41,18 @@ def _gather_rows(
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_r = r + gl.arange(0, 2 * BM, layout=FLAT)  # [2 * BM]
     m_r = o_r < end  # [2 * BM]
-    visit = gl.load(visits + o_r // SHARE, mask=m_r, other=0)  # [2 * BM]
+    visit = gl.load(visits + o_r, mask=m_r, other=0)  # [2 * BM]
     row = visit // SLOTS  # [2 * BM]
     slot = visit - row * SLOTS  # [2 * BM]
-    t = row // (G // SHARE)  # [2 * BM]
-    # Heads that share a selection are numbered together.
-    shared = i_h * (G // SHARE) + row % (G // SHARE)  # [2 * BM]
-    head = shared * SHARE + o_r % SHARE  # [2 * BM]
+    t = row // G  # [2 * BM]
+    head = i_h * G + row % G  # [2 * BM]
     limit = gl.where(m_r, n_keys, 0)  # [2 * BM]
     if SLOTS > S:
         m_current = m_r & (slot == S)  # [2 * BM]
         seen = gl.minimum(gl.load(visible + t, mask=m_current, other=0), n_keys)  # [2 * BM]
         limit = gl.where(m_current, seen, limit)
     offset_s.store(t.to(gl.int64) * s_qt + head.to(gl.int64) * s_qh)
-    out_row = ((t * (n_heads // SHARE) + shared) * SLOTS + slot) * SHARE + o_r % SHARE  # [2 * BM]
-    out_row_s.index(buf).store(gl.where(m_r, out_row, -1))
+    out_row_s.index(buf).store(gl.where(m_r, (t * n_heads + head) * SLOTS + slot, -1))
     limit_s.index(buf).store(limit)
     barrier()
     n_tiles, _ = tiles_of_keys(limit_s.index(buf).load(in_each_warp(2 * BM)), BN)
@@ -73,14 +69,14 @@ def _gather_rows(
 def _produce(
     q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key, k_column, v_column,
     s_qt, s_qh, s_kr, s_vr, q_s, k_s, v_s, offset_s, out_row_s, limit_s, barriers,
-    G: gl.constexpr, SHARE: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr,
+    G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n_tiles = _gather_rows(
         q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, begin, end, 0, q_s, offset_s, out_row_s, limit_s,
-        G, SHARE, S, SLOTS, D, BM, BN,
+        G, S, SLOTS, D, BM, BN,
     )  # fmt: skip
     i = 0
     i_kv = 0
@@ -109,7 +105,7 @@ def _produce(
                 mbarrier.wait(q_empty.index(buf), (i + 1) // 2 % 2 ^ 1)
                 next_tiles = _gather_rows(
                     q, visits, visible, i_h, n_keys, n_heads, s_qt, s_qh, r + 2 * BM, end, buf,
-                    q_s, offset_s, out_row_s, limit_s, G, SHARE, S, SLOTS, D, BM, BN,
+                    q_s, offset_s, out_row_s, limit_s, G, S, SLOTS, D, BM, BN,
                 )  # fmt: skip
         if ahead:
             publish(q_full.index(buf))
@@ -210,7 +206,7 @@ def _consume(
         gl.store(part_lse + out_row, (b_shift + gl.log2(b_sum)) * LN2, mask=out_row >= 0)
         b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)  # [BM]
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
-        store_rows(part, out_row, b_o, D, "")
+        store_rows(part, out_row, b_o, D)
         i += 1
 
 
@@ -221,8 +217,8 @@ def _consume(
 def long_block_kernel(
     q, k_desc, v_desc, k, v, part, part_lse, visits, tasks, list_start, visible,
     scale_log2, n_entries, first_list, n_lists, n_blocks, n_heads, s_qt, s_qh, s_kr, s_kh, s_vr, s_vh,
-    TASK_ROWS: gl.constexpr, G: gl.constexpr, SHARE: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr,
-    D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    TASK_ROWS: gl.constexpr, G: gl.constexpr, S: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of :func:`..forward._long_block_kernel`; ``k_desc``, ``v_desc`` fetch boxes of BN rows."""
     i_list, begin, end, n_keys, first_key, page, _ = read_task(
@@ -257,7 +253,6 @@ def long_block_kernel(
     if i_list < 0:
         return
     i_h = i_list // n_blocks
-    begin, end = begin * SHARE, end * SHARE
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
@@ -272,7 +267,7 @@ def long_block_kernel(
             (_produce, (
                 q, k_desc, v_desc, k, v, visits, visible, i_h, begin, end, n_keys, n_heads, first_key,
                 page * s_kh, page * s_vh, s_qt, s_qh, s_kr, s_vr,
-                q_s, k_s, v_s, offset_s, out_row_s, limit_s, barriers, G, SHARE, S, SLOTS, D, BM, BN, STAGES,
+                q_s, k_s, v_s, offset_s, out_row_s, limit_s, barriers, G, S, SLOTS, D, BM, BN, STAGES,
             )),
         ],
         [4, 4],

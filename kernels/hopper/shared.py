@@ -95,15 +95,13 @@ def out_rows(table, o_r, end, SHARE: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(out, out_row, x, D: gl.constexpr, CACHE: gl.constexpr):
-    """Writes an accumulator x [64, 64 or D], rounded, to rows ``out_row`` [64] of out [., D], none where -1; ``CACHE``
-    says how caches are to treat them."""
+def store_rows(out, out_row, x, D: gl.constexpr):
+    """Writes an accumulator x [64, 64 or D], rounded, to rows ``out_row`` [64] of out [., D], none where -1."""
     QUADS: gl.constexpr = side_by_side(x.shape[1], out.dtype.element_ty)
     x = exchange(x, out.dtype.element_ty)
     out_row = gl.convert_layout(out_row, gl.SliceLayout(1, QUADS), assert_trivial=True)
     o_d = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, QUADS))  # [columns of x]
-    p_out = out + out_row.to(gl.int64)[:, None] * D + o_d[None, :]  # [64, columns of x]
-    gl.store(p_out, x, mask=(out_row >= 0)[:, None], cache_modifier=CACHE)
+    gl.store(out + out_row.to(gl.int64)[:, None] * D + o_d[None, :], x, mask=(out_row >= 0)[:, None])
 
 
 @gluon.jit

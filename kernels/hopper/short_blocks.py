@@ -6,8 +6,8 @@ one list, one tile after the other.
 
 The work is bound by memory: a row is read, and a partial output of its size written, for 4 * B * D operations. The
 producer warpgroup therefore keeps STAGES tiles of gathered rows in flight, and the two consumers, each with BM of a
-tile's rows, go their own pace. Partial outputs are read once, much later, so they are stored as what the L2 cache is to
-drop first: queries, which several blocks want at about the same time, stay there longer.
+tile's rows, go their own pace. Tasks in the order of their first rows, so that those which run together read the same
+queries, and storing partial outputs as what the L2 cache drops first, changed nothing.
 
 Barriers: ``kv_full`` K and V have arrived; ``q_full``, one for each buffer, rows, where their output goes and their
 limits have arrived; ``q_empty`` both consumers have read them.
@@ -123,7 +123,7 @@ def _consume(
         b_norm = 1.0 / gl.where(b_sum == 0.0, 1.0, b_sum)  # [BM]
         b_o, p = warpgroup_mma_wait(0, deps=[b_o, p])  # [BM, D], [BM, BN]
         b_o = b_o * gl.convert_layout(b_norm, gl.SliceLayout(1, MMA_O))[:, None]
-        store_rows(part, out_row, b_o, D, ".cs")
+        store_rows(part, out_row, b_o, D)
         i += 1
 
 

@@ -10,6 +10,9 @@ Any other report is a failure, except *captures*: Triton passes captured values 
 2026.3 does not. Such a report names no line of a body. It is excused if the correct control is reported for the same in
 the same run.
 
+Blocks of 64 keys are not among the calls: their gradients' consumers hand sums over behind a barrier of the warpgroup,
+with one arrival for all its threads, which racecheck does not follow; memcheck was clean.
+
 Racecheck does not follow stmatrix, TMA or wgmma, and so does not check what passes through them. Of mbarriers it knows
 which threads arrive and wait, but not what is ordered by earlier barriers, nor that reads have finished: in the control
 all threads arrive, and no buffer is used twice.
@@ -37,13 +40,12 @@ from moba_cp.kernels.hopper.shared import barrier
 # of a KV head select together.
 CALLS = {
     "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "dkdv", "dq"}),
-    "short": ((2, 2), 128, 128, 3, 600, False, {"select", "dkdv"}),
+    "short": ((2, 2), 128, 128, 3, 600, False, {"select", "forward", "dkdv"}),
     "deterministic": ((2, 2), 128, 256, 2, 600, True, {"select", "forward", "dq"}),
     "longer": ((1, 1), 128, 1152, 2, 2404, False, {"select", "forward", "dkdv", "dq"}),
     "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "dkdv"}),
     "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "dkdv"}),
-    "shared": ((32, 2), 128, 128, 3, 600, False, {"dkdv"}),
-    "shared long": ((8, 1), 128, 256, 2, 600, False, {"forward", "dkdv", "dq"}),
+    "shared": ((32, 2), 128, 128, 3, 600, False, {"forward", "dkdv"}),
 }
 PLACES, SIZE = gl.constexpr(4), gl.constexpr(128)
 # Whether the control tells before it has stored.

@@ -137,22 +137,6 @@ def test_tasks_of_some_heads_serve_these_and_parts_of_them(heads, part):
     assert found == [[i - first, *rest] for i, *rest, _ in expected if i != 9]
 
 
-@pytest.mark.parametrize("head", range(4))
-def test_tasks_in_the_order_of_their_first_rows(head):
-    """4 heads of 3 blocks, of which one is elsewhere; programs of a head find its tasks as before, in another order."""
-    starts = [0, *torch.tensor(SIZES).cumsum(0).tolist()]
-    n_visits = 4 * max(sum(SIZES[3 * h : 3 * h + 3]) for h in range(4))
-    visits = torch.randperm(n_visits // 4, generator=torch.Generator().manual_seed(head)).repeat(4).tolist()
-    index = routing.Routing(torch.tensor(visits + starts, dtype=torch.int32, device=DEVICE), n_visits)
-    pages = _pages(4, 3)
-    pages.row[3, 0] = -1
-    with poisoned():
-        tasks = routing.cut_tasks(index, 32, pages, by_row=True)
-    expected = _expected(starts, pages, range(3 * head, 3 * head + 3))
-    expected = [[i - 3 * head, *rest] for i, *rest, _ in expected if i != 9]
-    assert _read(tasks, index, 3 * head, 3 * head + 3, n_visits // 4) == sorted(expected, key=lambda x: visits[x[1]])
-
-
 def test_as_many_visits_as_places_can_be_numbered():
     """The last task of the longest index ends where its list does, although a whole task would end past 2^31."""
     task_rows = 8192
