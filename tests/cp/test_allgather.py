@@ -385,7 +385,7 @@ def _ways(comm, options: ExchangeOptions, shared: bool):
         (ExchangeOptions(), 3e11, (False, False)),
         (ExchangeOptions(), 1e20, (True, True)),
         (ExchangeOptions(ranks_per_node=4), 1e20, (True, True)),
-        (ExchangeOptions(ranks_per_node=2), 1e20, (False, False)),
+        (ExchangeOptions(ranks_per_node=2, head_ranks=1), 1e20, (False, False)),
         (ExchangeOptions(copy_engines=False), 1e20, (False, False)),
         (ExchangeOptions(mode="kv"), 1e20, (False, False)),
         (ExchangeOptions(mode="allgather", ranks_per_node=2), 3e11, (True, False)),
