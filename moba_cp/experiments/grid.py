@@ -1,8 +1,8 @@
 """Runs a grid of training runs: several side by side, those that are done skipped, none begun that cannot end in time.
 
 Each run is ``moba-cp train`` on a config of its own. When it is done its folder gets ``summary.json``, with what charts
-need, and its checkpoints go, unless another run begins with its weights. Runs are trained one after another in
-processes that stay, since starting PyTorch takes longer than the smallest runs.
+need, and its checkpoints go, unless another run begins with its weights or it finds keys again. Runs are trained one
+after another in processes that stay, since starting PyTorch takes longer than the smallest runs.
 """
 
 import contextlib
@@ -219,9 +219,9 @@ class Grid:
         # The first steps of a process compile, so take the median.
         self._measured += run.config.run.steps * found["step_seconds"]
         self._estimated += run.config.run.steps * _step_seconds(run)
-        # Some runs need the weights of others.
+        # Some runs need the weights of others, and what finds keys again answers in `moba-cp generate`.
         for x in (run, run.parent):
-            if x is not None and all(map(self.done, self._children[x.name])):
+            if x is not None and _RETRIEVAL not in x.tests and all(map(self.done, self._children[x.name])):
                 shutil.rmtree(Path(x.config.run.directory) / CHECKPOINTS, ignore_errors=True)
         for name in run.tests:
             if name not in found:

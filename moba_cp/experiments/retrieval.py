@@ -92,11 +92,12 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
             # From one to as many pairs as there are keys, evenly by ratio: the few are found first.
             pairs = (2 ** generator.uniform(0, np.log2(len(KEYS)) + 1e-9, number)).astype(int).clip(1, length // 8)
             documents += [make_document(generator, length, n, n) for n in pairs]
-        _write(folder / split, documents)
+        write_documents(folder / split, documents)
     note.write_text(json.dumps(described))
 
 
-def _write(prefix: Path, documents: list[Document]) -> None:
+def write_documents(prefix: Path, documents: list[Document]) -> None:
+    """Write ``prefix.bin``, ``.idx`` and ``.json``, and the mask of what is asked, which alone has labels."""
     lengths = np.array([len(document.tokens) for document in documents], np.int32)
     np.concatenate([document.tokens for document in documents]).tofile(prefix.with_name(prefix.name + ".bin"))
     mask = np.zeros(int(lengths.sum()), np.uint8)
