@@ -28,6 +28,7 @@ class Links(NamedTuple):
     near_seconds: float
     """That the smallest message takes."""
     far_seconds: float
+    """Likewise, between nodes."""
 
 
 ASSUMED = Links(1.5e11, 2.5e10, 2e-5, 5e-5)

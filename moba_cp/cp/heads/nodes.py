@@ -77,7 +77,8 @@ def predictions(
             far = exchanged * (size - per_node) / (size - 1)
             near, near_hops = exchanged - far, 0
         seconds = max(compute, far / links.far_rate) + (1 - hidden) * near / links.near_rate
-        seconds += MESSAGES * options.stages * (links.far_seconds + near_hops * links.near_seconds)
+        # Messages between nodes follow one another as often in every case, and so decide nothing.
+        seconds += MESSAGES * options.stages * near_hops * links.near_seconds
         found.append(Predicted(h, near, far, seconds))
     return found
 
