@@ -83,7 +83,11 @@ def verdict(logs: dict[str, list[dict]]) -> list[str]:
     lines = [f"validation loss at step {max(common)}, and over full attention's:"]
     ends = {name: losses[max(common)] for name, losses in validation.items()}
     for name, loss in ends.items():
-        over = "" if "full" not in ends or name == "full" else f"  {100 * (loss / ends['full'] - 1):+.2f} %"
+        over = ""
+        if "full" in ends and name != "full":
+            gaps = [100 * (validation[name][step] / validation["full"][step] - 1) for step in sorted(common) if step]
+            # How much the last one means shows in the others.
+            over = f"  {gaps[-1]:+.2f} % (between {min(gaps):+.2f} and {max(gaps):+.2f} along the run)"
         lines.append(f"  {LABELS[name]:22} {loss:.4f}{over}")
     for name, log in logs.items():
         learned = [x["index_loss"] for x in _with(log, "index_loss") if x["attention"] == "full"]

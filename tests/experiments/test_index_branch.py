@@ -48,12 +48,21 @@ def test_it_runs_from_end_to_end(tmp_path, capsys):
 
 def test_what_is_said_of_the_logs():
     record = lambda step, kind, **more: {"step": step, "loss": 3.0, "attention": kind, **more}
-    full = [record(1, "full"), record(2, "full", validation_loss=2.0), record(3, "full", validation_loss=1.0)]
-    mean = [record(1, "full", index_loss=1.5), record(2, "moba", index_loss=0.25, validation_loss=2.01)]
+    full = [
+        record(1, "full", validation_loss=4.0),
+        record(2, "full", validation_loss=2.0),
+        record(3, "full", validation_loss=1.0),
+    ]
+    mean = [
+        record(1, "full", index_loss=1.5, validation_loss=3.8),
+        record(2, "moba", index_loss=0.25, validation_loss=2.01),
+    ]
     lines = index_branch.verdict({"full": full, "mean": mean})
-    assert "at step 2" in lines[0] and "index branch, mean     2.0100  +0.50 %" in lines[2]
+    assert (
+        "at step 2" in lines[0] and "index branch, mean     2.0100  +0.50 % (between -5.00 and +0.50 along" in lines[2]
+    )
     assert "at most 1.5000, 1.5000 when it begins to choose" in lines[3]
-    assert index_branch.verdict({"full": full[:1], "mean": mean}) == ["no step at which all runs were validated"]
+    assert index_branch.verdict({"full": full[2:], "mean": mean}) == ["no step at which all runs were validated"]
 
 
 def test_a_config_without_branches_or_warm_up_is_refused(tmp_path):
