@@ -137,8 +137,8 @@ def test_a_host_loses_its_power_and_comes_back(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBA_CP_PYTHON", sys.executable)
     write_text(tmp_path / "text")
     timeout = 5 * TIME_SCALE
-    # One host decides otherwise than two who exchanges heads, and sums in another order.
-    settings = ["run.steps=10", "run.checkpoint_every=2", f"data.path={tmp_path / 'text'}", "exchange.head_ranks=1"]
+    # Two hosts decide otherwise than one whether heads, blocks or rows move, and so sum in another order.
+    settings = ["run.steps=10", "run.checkpoint_every=2", f"data.path={tmp_path / 'text'}", "exchange.mode=kv"]
     whole = [*settings, f"run.directory={tmp_path / 'whole'}"]
     settings = [*SHRUNKEN, *settings, f"run.directory={tmp_path / 'run'}", f"run.timeout_seconds={timeout}"]
     line = [*MULTINODE, "--nodes=2", f"--head={hosts.ADDRESSES[0]}", "--ranks=1", "--restarts=1", str(DEMO)]
