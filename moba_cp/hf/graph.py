@@ -50,6 +50,12 @@ def decoding_graph(model, cache: MoBACache) -> Iterator[None]:
         decoder.close()
 
 
+_KNOWN = {
+    "attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
+"""Arguments of a pass that a graph's step does justice to."""
+
+
 class _Decoder:
     """The passes of one token."""
 
@@ -62,15 +68,16 @@ class _Decoder:
         self._able = all(layer.decoding == "full" or layer.moba.gate.score == "mean" for layer in options)
         self._step: Step | None = None
         self._ids: Tensor | None = None
+        self._positions: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        self._storage: list[int] = []
+        self._storage: list[tuple[int, torch.Size]] = []
 
     def forward(self, input_ids: Tensor | None = None, **kwargs):
         """In the place of the model's own."""
         if not self._serves(input_ids, kwargs):
             return self.plain(input_ids=input_ids, **kwargs)
-        logits = self._next(input_ids, kwargs.get("attention_mask"))
+        logits = self._next(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         if logits is None:
             return self.plain(input_ids=input_ids, **kwargs)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
@@ -87,28 +94,36 @@ class _Decoder:
             return False
         if kwargs.get("past_key_values") is not self._cache or torch.is_grad_enabled():
             return False
-        if any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions")) or "labels" in kwargs:
+        # What a graph knows nothing of is the model's own affair.
+        if any(value not in (None, False) for name, value in kwargs.items() if name not in _KNOWN):
+            return False
+        if not kwargs.get("use_cache", True) or not kwargs.get("return_dict", True):
             return False
         self._tokens = [layer.tokens for layer in self._cache.layers]
         length = self._tokens[0].length
         # A pass over a single key is a prompt's.
         return length > 1 and all(length < tokens.storage[0].shape[1] for tokens in self._tokens)
 
-    def _next(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def _next(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """The logits [b, 1, vocabulary] of a token; None if it cannot be captured."""
         length, device = self._tokens[0].length, input_ids.device
-        storage = [x.data_ptr() for tokens in self._tokens for x in tokens.storage]
+        storage = [(x.data_ptr(), x.shape) for tokens in self._tokens for x in tokens.storage]
         if self._step is None or storage != self._storage or self._ids.shape != input_ids.shape:
             if attention_mask is not None and not attention_mask.all():
                 self._able = False
                 return None
             with torch.inference_mode(False):
                 self._step, self._ids = Step(device), input_ids.clone()
+                self._positions = torch.empty_like(self._ids)
             self._graph, self._storage = None, storage
             for tokens in self._tokens:
                 tokens.average()
         self._ids.copy_(input_ids)
         self._step.position.fill_(length)
+        if position_ids is None:
+            self._positions.fill_(length)
+        else:
+            self._positions.copy_(position_ids)
         if device.type != "cuda":
             logits = self._run()
         else:
@@ -126,8 +141,7 @@ class _Decoder:
         for tokens in self._tokens:
             tokens.step = step
         try:
-            position = step.position[None].expand(*self._ids.shape)
-            how = dict(position_ids=position, past_key_values=self._cache, use_cache=True, return_dict=True)
+            how = dict(position_ids=self._positions, past_key_values=self._cache, use_cache=True, return_dict=True)
             return self.plain(input_ids=self._ids, **how).logits
         finally:
             for tokens in self._tokens:
