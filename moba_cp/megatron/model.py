@@ -175,7 +175,10 @@ def build_model(
     """
     attention.full_layer_numbers(model.n_layers)
     with torch.device("meta"):
-        built = MoBAGPTModel(model, attention, _transformer_config(model, group_size(cp_group), dtype), cp_group)
+        config = _transformer_config(model, group_size(cp_group), dtype)
+        # Megatron's embedding then sums gradients in a fixed order.
+        config.deterministic_mode = attention.deterministic
+        built = MoBAGPTModel(model, attention, config, cp_group)
     # Megatron makes its norms in float32, whatever params_dtype.
     built.to(dtype)
     if torch.device(device).type != "meta":

@@ -18,12 +18,13 @@ MAX_LOGITS = 2**29
 
 
 def fused(function):
-    """Decorator: on a GPU ``function`` is compiled; elsewhere, and while something else is traced, it runs as it is."""
+    """Decorator: on a GPU ``function`` is compiled; elsewhere, while something else is traced, and where runs are to be
+    bit-identical, it runs as it is: the compiler times kernels that sum in other orders, and takes the fastest."""
     compiled = []
 
     @functools.wraps(function)
     def call(*args):
-        if not args[0].is_cuda or torch.compiler.is_compiling():
+        if not args[0].is_cuda or torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
             return function(*args)
         if not compiled:
             # Made here: the compiler takes seconds to import.

@@ -40,7 +40,9 @@ class RunConfig:
 
     deterministic: bool = False
     """Bit-identical runs, resumed ones too, on the same number of ranks and the same devices: attention.deterministic,
-    and PyTorch's own operators where they have such a variant. Slower on GPUs; CPUs need nothing."""
+    links that are assumed and not measured (exchange.measure_links), and PyTorch's own operators where they have such
+    a variant. Slower on GPUs; CPUs need nothing. On two GPUs runs were seen that differ all the same
+    (docs/reliability.md)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of each rank where there is one (NCCL), else the CPU (gloo)."""
@@ -137,3 +139,6 @@ class TrainConfig:
     def __post_init__(self):
         if self.run.deterministic and not self.attention.deterministic:
             object.__setattr__(self, "attention", replace(self.attention, deterministic=True))
+        if self.run.deterministic and self.exchange.measure_links:
+            # What is measured may differ from start to start, and with it the order of sums.
+            object.__setattr__(self, "exchange", replace(self.exchange, measure_links=False))
