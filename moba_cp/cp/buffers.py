@@ -8,8 +8,9 @@ from .allgather import copies as gather_copies
 from .allgather.costs import BACKWARD, forward_seconds
 from .allgather.stages import heads_of_stages
 from .heads import copies as head_copies
-from .heads.choice import Layer, choose_team
+from .heads.choice import Layer, choose_across_nodes, choose_team, team_size
 from .heads.costs import HeadCosts
+from .links import ASSUMED
 from .options import ExchangeOptions
 from .symmetric_memory import slot_bytes
 
@@ -21,6 +22,9 @@ def buffer_bytes(layer: Layer, options: ExchangeOptions) -> int:
         return 0
     if options.head_ranks is not None or options.mode == "heads":
         h = options.head_ranks or layer.size
+    elif options.mode == "auto" and team_size(options, layer.size) < layer.size:
+        # Links are measured once the ranks have met; of what they decide sizes differ little.
+        h = choose_across_nodes(layer, options, ASSUMED, True, True).h
     else:
         h = choose_team(layer, options).h if options.mode == "auto" and layer.moba is not None else 1
     size, n_local, heads = layer.size, layer.n_local, layer.heads

@@ -178,7 +178,13 @@ class CPContext:
             return None
         if self.device.type != "cuda" and self.comm.memory is None:
             return None
-        return peer_memory(self.cached(Communicator, h, lambda: self.comm.consecutive(h)), self.device)
+        memory = peer_memory(self.cached(Communicator, h, lambda: self.comm.consecutive(h)), self.device)
+
+        def all_have() -> bool:
+            return bool(self.comm.gather_on_host(torch.tensor([memory is not None], dtype=torch.int32)).all())
+
+        # All teams or none: what moves, and among how many ranks, is the same for all.
+        return memory if self.cached(bool, h, all_have) else None
 
     @cached_property
     def gathered_positions(self) -> Tensor:

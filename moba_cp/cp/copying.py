@@ -74,7 +74,9 @@ def issue(copies: Sequence[ReadyCopy], tensors: Sequence[Tensor], from_tensors: 
 
 def _check(error: int, n_rows: int, width: int) -> None:
     if error:
-        raise RuntimeError(f"CUDA error {error} in a copy of {n_rows} rows of {width} bytes")
+        raise RuntimeError(
+            f"CUDA error {error} in a copy of {n_rows} rows of {width} bytes; exchange copy_engines=False does without"
+        )
 
 
 @lru_cache

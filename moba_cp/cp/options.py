@@ -36,8 +36,8 @@ class ExchangeOptions:
     head_ranks: int | None = None
     """h: exchange tokens for heads among every h consecutive ranks of the group, and let ``mode`` serve between ranks
     with the same heads. It divides the ranks and the query heads. 1: never. None: all ranks with mode ``heads``; with
-    ``auto`` as many as take the shortest time by prediction: of a node where copy engines serve; on several nodes those
-    of a node or all; none with others."""
+    ``auto``, by predicted time, on one node with copy engines all ranks or none, on several nodes none, some or all of
+    a node, or all; none with others."""
 
     stages: int = 2
     """Parts in which remote work is done. While one part is computed the next one travels; buffers hold two parts, or

@@ -55,12 +55,15 @@ class PolicyTables:
     node_of: Tensor
     """[P] int64."""
     n_nodes: int
+    factors: Tensor
+    """[policies] float64, :data:`FACTORS` on the device."""
 
     @classmethod
     def of(cls, directions: Directions, size: int, per_node: int, device: torch.device) -> "PolicyTables":
         """``per_node``: ranks of a node."""
         node_of = torch.arange(size, device=device) // per_node
-        return cls(torch.tensor(directions, dtype=torch.float64).to(device), node_of, -(-size // per_node))
+        numbers, factors = (torch.tensor(x, dtype=torch.float64).to(device) for x in (directions, FACTORS))
+        return cls(numbers, node_of, -(-size // per_node), factors)
 
 
 def offers(weighed: Weighed, rows: Tensor, prices: Prices) -> Tensor:
@@ -95,7 +98,8 @@ def factor_of(offered: Tensor, tables: PolicyTables) -> Tensor:
     """[] float64, the factor of the policy that all ranks take: one of :data:`FACTORS`."""
     bytes_ = busiest(offered, tables)
     bytes_[0] *= LEAST_GAIN
-    return bytes_.new_tensor(FACTORS)[bytes_.argmin()]
+    # The host waits for nothing.
+    return tables.factors.gather(0, bytes_.argmin(0, keepdim=True))[0]
 
 
 def under(prices: Prices, factor: Tensor) -> Prices:

@@ -4,6 +4,7 @@ Host arithmetic, of training and of the benchmarks. Legend as in :mod:`.costs`.
 """
 
 import logging
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -58,8 +59,8 @@ def team_size(options: ExchangeOptions, size: int) -> int:
 
 
 def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
-    """h for ``auto``, where copy engines serve within a node: as many ranks of it as can, or 1, whatever takes the
-    shorter time by prediction.
+    """h for ``auto``, where copy engines serve within a node: all its ranks, or 1, whatever takes the shorter time by
+    prediction.
 
     Tokens are only exchanged for heads where that hides behind a forward pass, so that no plan could be much better;
     and within a node only among all its ranks: with half of them, on four H200s, an all-gather between the halves took
@@ -153,8 +154,9 @@ def head_ranks(
             chosen = choose_team(layer, options)
         else:
             return TeamSize(1, "no memory that ranks read of one another")
-        if cp.rank == 0 and chosen.why not in _said:
-            _said.add(chosen.why)
+        key = size, layer.heads, moba, chosen.h
+        if cp.rank == 0 and key not in _said:
+            _said.add(key)
             _news.append(chosen.why)
             log.info(chosen.why)
         if chosen.h > 1 or not forced:
@@ -181,13 +183,14 @@ def _fitting(n_heads: int, size: int) -> str:
     return f"use exchange head_ranks={fits[-1]} with mode='auto'" if fits else "use exchange mode='auto'"
 
 
-_said: set[str] = set()
-_news: list[str] = []
+_said: set[tuple] = set()
+"""Ranks, heads, kind of layer and h: sequences of other lengths are not told of again."""
+_news: deque[str] = deque(maxlen=64)
 
 
 def news() -> list[str]:
     """What rank 0 has logged since this was called before."""
-    lines = _news.copy()
+    lines = list(_news)
     _news.clear()
     return lines
 
