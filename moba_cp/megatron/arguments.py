@@ -63,8 +63,9 @@ def add_moba_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        "(auto), or all (allgather), or tokens for heads (heads); default: %(default)s.")  # fmt: skip
     group.add_argument("--moba-head-ranks", type=int, default=None, metavar="N",
                        help="Exchange tokens for heads among every N consecutive context-parallel ranks; "
-                       "--moba-exchange says what moves between the others (default: all with heads; with auto as many "
-                       "of a node as take the least time; else none).")  # fmt: skip
+                       "--moba-exchange says what moves between the others (default: all with heads; with auto, by "
+                       "predicted time, on one node all or none, on several none, some or all of a node, or all; else "
+                       "none).")  # fmt: skip
     group.add_argument("--moba-ranks-per-node", type=int, default=None, metavar="N",
                        help="Context-parallel ranks that share a node, so that a block several of them need crosses "
                        "the network once (default: by LOCAL_WORLD_SIZE, where a launcher has set it; 1: every rank for "

@@ -23,7 +23,7 @@ from ..cp.calls import ExchangeError
 _SECONDS_BETWEEN_BEATS = 1.0
 # A rank that said nothing for so many beats hangs, is stopped or has gone.
 _MISSED_BEATS = 3
-_STORE_SECONDS = 5.0
+_STORE_SECONDS, _TRIES = 5.0, 3
 _TRANSPORT = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "imed out", "store")
 """Words in the errors of collectives, which have no class of their own everywhere."""
 # NCCL has had the time to write its flight recorder.
@@ -159,10 +159,15 @@ class Heartbeat:
         while time.monotonic() - since < self.timeout + _GRACE_S:
             if self._over.wait(_SECONDS_BETWEEN_BEATS) or self._place != (step, phase, since):
                 return
-        now = self._heard()
-        gone = [rank for rank in before if rank != self.rank and now.get(rank, before[rank]) == before[rank]]
-        if self._place == (step, phase, since) and (gone or not now):
-            told = "; ".join(_describe("silent", rank, before[rank]) for rank in gone[:4])
+        # One answer that the store is late with is none.
+        for _ in range(_TRIES):
+            now = self._heard()
+            if now or self._over.wait(_STORE_SECONDS):
+                break
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        gone = [rank for rank in others if now and now.get(rank) == before.get(rank)]
+        if self._place == (step, phase, since) and not self._over.is_set() and (gone or not now):
+            told = "; ".join(_describe("silent", rank, before.get(rank)) for rank in gone[:4])
             why = told or "the store where the ranks met is gone"
             print(f"rank {self.rank} ends: {why}, and the timeout is over", file=sys.stderr, flush=True)
             os._exit(RANK_GONE)

@@ -309,8 +309,12 @@ def choose(
     """
     memory, model = config.memory, config.model
     itemsize = getattr(torch, config.run.dtype).itemsize
-    state = config.optimizer.moments, memory.state
-    shape = StepShape(model, config.attention, n_tokens, size, itemsize, *state, context, config.exchange)
+    state, exchange = (config.optimizer.moments, memory.state), config.exchange
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if exchange.ranks_per_node is None and 0 < local < context and context % local == 0:
+        # As the launcher says, and contexts will have it.
+        exchange = replace(exchange, ranks_per_node=local)
+    shape = StepShape(model, config.attention, n_tokens, size, itemsize, *state, context, exchange)
     recompute = model.recompute
     if device.type != "cuda" and memory.device_gib is None:
         # The operating system knows better what a CPU's memory can hold.

@@ -122,8 +122,10 @@ def forecast(
     model, attention = config.model, config.attention.at(config.run.steps, config.run.steps)
     local = -(-config.data.seq_len // context)
     itemsize = getattr(torch, config.run.dtype).itemsize
-    state = config.optimizer.moments, config.memory.state
-    shape = StepShape(model, attention, local, ranks, itemsize, *state, context, config.exchange)
+    state, exchange = (config.optimizer.moments, config.memory.state), config.exchange
+    if exchange.ranks_per_node is None and context > per_node:
+        exchange = replace(exchange, ranks_per_node=per_node)
+    shape = StepShape(model, attention, local, ranks, itemsize, *state, context, exchange)
     device = (config.memory.device_gib or gpu.gib) * GIB - NCCL_BYTES * (ranks > 1)
     host = (config.memory.host_gib or host_gib or gpu.host_gib) * GIB
     if layers is not None:

@@ -43,7 +43,9 @@ class StepTotals:
         sums = [loss_sum, labels.double(), norm.double().to(loss_sum.device), index_sum]
         mine = torch.cat([torch.stack(sums), counted])
         dist.all_gather(list(every.unbind()), mine, group=group)
-        self.nonfinite = (~every[:, [0, 2, 3]].sum().isfinite()).float()
+        # Column by column: a list as an index is a tensor that the host waits for.
+        total = every[:, 0].sum() + every[:, 2].sum() + every[:, 3].sum()
+        self.nonfinite = (~total.isfinite()).float()
         """[] float32 on the device: 1 where the loss or the gradient of some rank is not finite, else 0; equal on all
         ranks."""
         self._host = HostCopy(every)

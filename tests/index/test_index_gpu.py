@@ -7,7 +7,7 @@ from moba_cp import CPContext, MoBAConfig, full_attention
 from moba_cp.index import IndexConfig
 from moba_cp.index.branch import IndexBranch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 N_KV, GROUP, DIM, T = 2, 4, 64, 3000
 BOUNDS = torch.tensor([0, 1000, 1037, T], dtype=torch.int32)
 MOBA = MoBAConfig(block_size=64, top_k=8)

@@ -49,7 +49,7 @@ def test_while_it_warms_up_the_model_learns_as_without(runs):
     assert "index_loss" not in (runs / "plain" / "log.jsonl").read_text()
 
 
-def test_the_branch_learns_in_both_phases(runs):
+def test_the_log_has_the_branches_loss_in_both_phases(runs):
     losses = logged(runs / "two", "index_loss")
     assert set(losses) == set(range(1, 11)) and all(0 < x < 10 for x in losses.values())
 
@@ -100,5 +100,5 @@ def test_what_does_not_fit_is_refused(runs):
 def test_the_summary_counts_the_branches_parameters(runs):
     plans = [plan_run(load(TrainConfig, DEMO, SHRUNKEN + settings(runs, "x", *more)), 1) for more in ((), (INDEX,))]
     # One MoBA layer beside a full one: two KV heads with two queries of 8, a key of 8 and two weights each.
-    assert "2 k parameters of them" in plans[1].summary()[0] or "1.66 k" in plans[1].summary()[0]
+    assert "1.66 k" in plans[1].summary()[0]
     assert "index" not in plans[0].summary()[0]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +22,8 @@ CUDA = torch.autograd.DeviceType.CUDA
         ("dkdv_rows_kernel", "attention"),
         ("_dkdv_kernel", "attention"),
         ("_row_stats_kernel", "routing"),
-        ("_gated_kernel", "routing"),
+        ("_score_kernel", "routing"),
+        ("_block_masses_kernel", "routing"),
         ("_dq_kernel", "attention"),
         ("long_block_kernel", "attention"),
         ("_merge_visits_kernel", "attention"),
@@ -39,6 +42,15 @@ CUDA = torch.autograd.DeviceType.CUDA
 )
 def test_parts_of_kernels(kernel, part):
     assert trace.part_of(kernel) == part
+
+
+def test_all_kernels_have_a_part():
+    """Those of token-wise work alone are element by element; a step decodes nothing."""
+    root = Path(trace.__file__).parents[2] / "kernels"
+    for file in sorted(set(root.rglob("*.py")) - {root / "decoding.py"}):
+        names = re.findall(r"jit[^\n]*\n(?:@[^\n]*\n)*def (\w+_kernel)\(", file.read_text())
+        for name in names:
+            assert (trace.part_of(name) == "element by element") == (file.name == "tokenwise.py"), (file.name, name)
 
 
 def test_waiting_is_when_nothing_runs():
