@@ -1,6 +1,7 @@
 """What a MoBA layer is told: block size, top-k, how blocks are chosen, and nothing about devices or ranks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 BLOCK_SIZE_MULTIPLE = 16
@@ -97,7 +98,7 @@ class MoBAConfig:
                 f"{others}; use such a number, or another top_k up to {MAX_TOP_K}"
             )
 
-    @property
+    @cached_property
     def gate(self) -> Gate:
         """How blocks are chosen."""
         return Gate(self.shared_by_group, self.score, self.min_recent, self.sink)

@@ -12,11 +12,10 @@ Legend: L local tokens, X extra rows (assembled straddling blocks), n blocks, Hq
 D head dim, S = k - 1 selected blocks per row.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
+from ..blocks import Pages
 from ..config import MoBAConfig
 from ..given import numbers_in_documents
 from ..ops import backend
@@ -35,7 +34,7 @@ from .heads.local import LocalMoBA
 from .heads.strategy import HeadExchange, Saved
 from .heads.tables import HeadTables, build_head_tables
 from .options import GATHERING_MODES
-from .owned import OwnedTables, owned_pages, owned_tables
+from .records import HeadPass, OwnedTables, Pass
 from .selecting import refuse_faults, select_by_keys
 from .straddle import assemble, assemble_backward
 from .ways import OutputGradient, Queries, Seen, Way
@@ -126,38 +125,6 @@ def choose(q: Tensor, k: Tensor, config: MoBAConfig, cp: CPContext, ops, call: C
             return AllGather(transport, ops, call)
     tables = cp.cached(ExchangeTables, layer, lambda: build_exchange_tables(cp, config.block_size, n_slots, k))
     return Exchange(tables, options, transport, ops, cp, call, q.shape[1])
-
-
-class Pass(NamedTuple):
-    """A forward pass: what its backward pass needs beside tensors. It holds no tensors of the call itself."""
-
-    scale: float
-    deterministic: bool
-    call: Call
-    comm: Communicator
-    geometry: BlockGeometry
-    tables: OwnedTables
-    way: Way
-    ops: Any
-
-    @property
-    def indices(self) -> list[int]:
-        """Which of the tensors that depend on the selection are routing indices."""
-        return [1]
-
-
-class HeadPass(NamedTuple):
-    """Like :class:`Pass`, where tokens were exchanged for heads."""
-
-    call: Call
-    exchange: HeadExchange
-    ops: Any
-
-    @property
-    def indices(self) -> list[int]:
-        """See :attr:`Pass.indices`: of each stage the second."""
-        n_saved = self.exchange.n_saved
-        return [sum(n_saved[:number]) + 1 for number in range(len(n_saved))]
 
 
 def forward_pass(
@@ -402,3 +369,20 @@ def gather_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops, c
     call.arrive(HostCopy(arrived[:, means.nbytes :]))
     every = arrived[:, : means.nbytes].view(k.dtype).unflatten(1, means.shape)
     return every[geometry.owner, geometry.local_index]
+
+
+def owned_tables(cp: CPContext, geometry: BlockGeometry, n_kv: int) -> OwnedTables:
+    """Built at the first call and kept with the context."""
+
+    def build() -> OwnedTables:
+        mine, most = geometry.owned[cp.rank], max(ids.numel() for ids in geometry.owned)
+        head = torch.arange(n_kv, device=geometry.row.device, dtype=torch.int32)[:, None]
+        table = geometry.row.expand(n_kv, -1), head.expand(-1, geometry.n_blocks)
+        return OwnedTables(geometry.row[mine], geometry.length[mine], most, *table)
+
+    return cp.cached(OwnedTables, (geometry.block_size, n_kv), build)
+
+
+def owned_pages(k: Tensor, v: Tensor, tables: OwnedTables, geometry: BlockGeometry) -> Pages:
+    """Pages of the blocks this rank owns; k, v [L + X, Hkv, D]."""
+    return Pages(k, v, tables.page_row, tables.page_head, geometry.length, geometry.block_size)

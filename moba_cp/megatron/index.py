@@ -15,6 +15,7 @@ from ..attention import full_attention, moba_attention
 from ..index.branch import IndexBranch
 from ..index.config import IndexConfig
 from ..passes import AttentionPasses
+from ..transforms import once_differentiable, without_autocast
 
 
 class IndexWeights(nn.Module):
@@ -154,10 +155,13 @@ class _Beside(torch.autograd.Function):
     """A tensor as it is; with its gradient another tensor gets one that is known already."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dx: Tensor) -> tuple[Tensor, Tensor, None]:
         return dx, ctx.saved_tensors[0], None

@@ -83,7 +83,7 @@ def forward_pass(
     way = METHODS[choose_method(q, k, cp) if method == "auto" else method]
     where = Where.forward(cp.comm.layer)
     if not cp.comm.calls.count:
-        agree(cp.comm, signature(cp, q, k, kind="full", block_size=None, top_k=None))
+        agree(cp.comm, signature(cp, q, k, kind="full", block_size=None, top_k=None, gate=None))
     enter_call(cp.comm, where, "full", cp.digest, q.shape[1], k.shape[1:])
     out, lse = way.forward(*(x.contiguous() for x in (q, k, v)), scale, cp, backend, deterministic, where)
     cp.comm.count_ring(k, 1, where)
