@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..transforms import once_differentiable, without_autocast
 from .timing import Candidate
 
 TILE = 128
@@ -129,6 +130,7 @@ class _CudnnTiles(torch.autograd.Function):
     """cuDNN's block-sparse attention of q, k, v [1, H, T, D] with lists of tiles."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, index, count):
         from cudnn.block_sparse_attention import BSA
 
@@ -137,6 +139,8 @@ class _CudnnTiles(torch.autograd.Function):
         return made["o_tensor"]
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dout):
         from cudnn.block_sparse_attention import BSA
 
