@@ -126,6 +126,14 @@ class ModelConfig:
             total += self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return total
 
+    def n_parameters_with(self, attention: AttentionConfig) -> int:
+        """Like :meth:`n_parameters`, with embeddings and with what MoBA layers have of their own: index branches and
+        convolutions over keys."""
+        assert self.n_kv_heads and self.head_dim
+        of_index = attention.index_parameters(self.n_layers, self.n_kv_heads, self.hidden_size)
+        of_keys = attention.key_conv_parameters(self.n_layers, self.n_kv_heads, self.head_dim)
+        return self.n_parameters(embeddings=True) + of_index + of_keys
+
     def flops_per_token(self, seq_len: int, attention: AttentionConfig) -> float:
         """FLOPs that training on one token takes, forward and backward, averaged over documents of ``seq_len``.
 

@@ -134,10 +134,7 @@ class StepShape:
     @property
     def n_parameters(self) -> int:
         """Of the model, its index branches and its convolutions over keys, embeddings included."""
-        model = self.model
-        of_index = self.attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
-        of_keys = self.attention.key_conv_parameters(model.n_layers, model.n_kv_heads, model.head_dim)
-        return model.n_parameters(embeddings=True) + of_index + of_keys
+        return self.model.n_parameters_with(self.attention)
 
     def _is_moba(self, layer_number: int) -> bool:
         return self.attention.kind(layer_number, self.model.n_layers) == "moba"

@@ -87,7 +87,7 @@ class RunPlan:
         full = sorted(attention.full_layer_numbers(model.n_layers))
         of_index = attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
         of_keys = attention.key_conv_parameters(model.n_layers, model.n_kv_heads, model.head_dim)
-        parameters = model.n_parameters(embeddings=True) + of_index + of_keys
+        parameters = model.n_parameters_with(attention)
         tokens = config.run.steps * self.tokens_per_step
         flops = self.flops_per_token() * self.tokens_per_step
         state = human(parameters * _BYTES_PER_PARAMETER / self.size, "B", 1024)

@@ -92,9 +92,8 @@ def _lines(made, others: list, reach: int, gpu) -> list[str]:
 
     config, data = made.config, made.config.data
     flops = config.model.flops_per_token(data.seq_len, config.attention.at(config.run.steps, config.run.steps))
-    tokens, model = data.seq_len * data.sequences_per_step, config.model
-    of_index = config.attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
-    parameters = model.n_parameters(embeddings=True) + of_index
+    tokens = data.seq_len * data.sequences_per_step
+    parameters = config.model.n_parameters_with(config.attention)
     mfu = flops * made.tokens_per_second / (gpu.peak * made.ranks)
     said = [
         f"model: {human(parameters, 'parameters')}; {made.ranks} x {gpu.name} = "
@@ -106,7 +105,7 @@ def _lines(made, others: list, reach: int, gpu) -> list[str]:
         "  " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in made.seconds.items() if seconds),
         f"limited by: {made.limit}",
     ]
-    if of_index:
+    if config.attention.index is not None:
         said.append("note: what index branches compute is not in the time: no rate of it has been measured")
     if made.bytes:
         said.append("received by a rank in a step: " + ", ".join(f"{n} {human(x, 'B')}" for n, x in made.bytes.items()))

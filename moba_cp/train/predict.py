@@ -236,8 +236,7 @@ def _moving(
     """Bytes that a rank receives in a step."""
     moved = {}
     # Weights are gathered twice in 16 bits and their gradients summed in 32, for each sequence.
-    of_index = attention.index_parameters(model.n_layers, model.n_kv_heads, model.hidden_size)
-    weights = sequences * 8 * (model.n_parameters(embeddings=True) + of_index) * (ranks - 1) / ranks
+    weights = sequences * 8 * model.n_parameters_with(attention) * (ranks - 1) / ranks
     moved[f"weights, {'between nodes' if ranks > per_node else 'within a node'}"] = weights
     # K and V of what a rank can see, twice, and their gradients: three quarters of it in zigzag.
     token = 2 * model.n_kv_heads * model.head_dim * 2
