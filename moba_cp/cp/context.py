@@ -20,7 +20,7 @@ from .geometry import BlockGeometry, build_geometry
 from .layout import Layout, Segments, check_layout, positions_of, rank_segments
 from .options import ExchangeOptions, Mode
 from .sharing import check_length, unshard
-from .symmetric_memory import PeerMemory, peer_memory
+from .symmetric_memory import PeerMemory, peer_memory, team_memory
 
 T = TypeVar("T")
 
@@ -178,13 +178,7 @@ class CPContext:
             return None
         if self.device.type != "cuda" and self.comm.memory is None:
             return None
-        memory = peer_memory(self.cached(Communicator, h, lambda: self.comm.consecutive(h)), self.device)
-
-        def all_have() -> bool:
-            return bool(self.comm.gather_on_host(torch.tensor([memory is not None], dtype=torch.int32)).all())
-
-        # All teams or none: what moves, and among how many ranks, is the same for all.
-        return memory if self.cached(bool, h, all_have) else None
+        return team_memory(self.cached(Communicator, h, lambda: self.comm.consecutive(h)), self.comm, self.device)
 
     @cached_property
     def gathered_positions(self) -> Tensor:

@@ -243,6 +243,21 @@ def peer_memory(comm: Communicator, device: torch.device | None = None) -> PeerM
     return _memories[group]
 
 
+_in_all_teams: "weakref.WeakKeyDictionary[dist.ProcessGroup, bool]" = weakref.WeakKeyDictionary()
+
+
+def team_memory(team: Communicator, whole: Communicator, device: torch.device) -> PeerMemory | None:
+    """:func:`peer_memory` of one of the teams that make up ``whole``; None unless all of them have it: what moves, and
+    among how many ranks, is the same for all. A collective call of ``whole``; what the first one finds is kept."""
+    memory = peer_memory(team, device)
+    if team.group is None:
+        return memory
+    if team.group not in _in_all_teams:
+        mine = torch.tensor([memory is not None], dtype=torch.int32)
+        _in_all_teams[team.group] = bool(whole.gather_on_host(mine).all())
+    return memory if _in_all_teams[team.group] else None
+
+
 def mapped_bytes() -> int:
     """Memory that this process has given to all its groups; PyTorch's allocator does not count it."""
     return sum(memory.nbytes for memory in _memories.values() if memory is not None)
