@@ -5,7 +5,7 @@ does not count. Where NCCL brings them, tensors of about these sizes stand as lo
 """
 
 from .allgather import copies as gather_copies
-from .allgather.costs import BACKWARD, forward_seconds
+from .allgather.costs import pass_seconds
 from .allgather.stages import heads_of_stages
 from .heads import copies as head_copies
 from .heads.choice import Layer, choose_across_nodes, choose_team, team_size
@@ -37,7 +37,7 @@ def buffer_bytes(layer: Layer, options: ExchangeOptions) -> int:
     if layer.moba is None or size == 1:
         return total
     token = 2 * layer.dim * layer.dtype.itemsize
-    seconds = (1 + BACKWARD) * forward_seconds(n_local * heads[0], layer.dim, *layer.moba)
+    seconds = pass_seconds(n_local * heads[0], layer.dim, *layer.moba)
     stages = heads_of_stages(heads[1], options.stages, size * n_local * token, seconds)
     rows = size * n_local * max(stage.stop - stage.start for stage in stages)
     gradient = 2 * layer.dim * options.wire_dtype(layer.dtype).itemsize

@@ -15,15 +15,10 @@ _ANY_DIRECTION = 4
 def copy_rows(target: Tensor, source: Tensor) -> None:
     """Copy ``source`` to ``target`` on the current stream; both [n, ...] of one shape and dtype, and each of their rows
     without gaps."""
-    if target.is_contiguous() and source.is_contiguous() or not source.is_cuda or (copy := _copy_2d()) is None:
+    if target.is_contiguous() and source.is_contiguous() or not can_be_ready(source):
         target.copy_(source, non_blocking=True)
-        return
-    size, width = source.element_size(), source[0].nbytes
-    error = copy(
-        target.data_ptr(), target.stride(0) * size, source.data_ptr(), source.stride(0) * size, width, len(source),
-        _ANY_DIRECTION, torch.cuda.current_stream().cuda_stream,
-    )  # fmt: skip
-    _check(error, len(source), width)
+    else:
+        issue([ready_copy(0, source, source, target)], [source], True)
 
 
 class ReadyCopy(NamedTuple):
@@ -69,14 +64,11 @@ def issue(copies: Sequence[ReadyCopy], tensors: Sequence[Tensor], from_tensors: 
             error = copy(there, pitch_there, here, pitch, width, n_rows, _ANY_DIRECTION, stream)
         else:
             error = copy(here, pitch, there, pitch_there, width, n_rows, _ANY_DIRECTION, stream)
-        _check(error, n_rows, width)
-
-
-def _check(error: int, n_rows: int, width: int) -> None:
-    if error:
-        raise RuntimeError(
-            f"CUDA error {error} in a copy of {n_rows} rows of {width} bytes; exchange copy_engines=False does without"
-        )
+        if error:
+            raise RuntimeError(
+                f"CUDA error {error} in a copy of {n_rows} rows of {width} bytes; exchange copy_engines=False does "
+                "without"
+            )
 
 
 @lru_cache

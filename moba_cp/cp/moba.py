@@ -359,16 +359,22 @@ def gather_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops, c
 
     The same message says which ``call`` this rank makes.
     """
-    means = ops.block_means(k, tables.row, tables.length, geometry.block_size)
+    means = owned_means(k, tables, geometry, ops)
     if comm.size == 1:
         return means[geometry.local_index]
-    if means.shape[0] < tables.most:
-        means = torch.cat([means, means.new_zeros(tables.most - means.shape[0], *means.shape[1:])])
     message = torch.cat([means.view(-1).view(torch.uint8), call.tag(k.device)])
     arrived = comm.all_gather_async(message, "means", call.where, uncounted=TAG_BYTES)()
     call.arrive(HostCopy(arrived[:, means.nbytes :]))
     every = arrived[:, : means.nbytes].view(k.dtype).unflatten(1, means.shape)
     return every[geometry.owner, geometry.local_index]
+
+
+def owned_means(k: Tensor, tables: OwnedTables, geometry: BlockGeometry, ops) -> Tensor:
+    """Mean keys of the blocks that this rank owns, and zeros up to the most of any rank; k [L + X, Hkv, D]."""
+    means = ops.block_means(k, tables.row, tables.length, geometry.block_size)
+    if means.shape[0] < tables.most:
+        means = torch.cat([means, means.new_zeros(tables.most - means.shape[0], *means.shape[1:])])
+    return means
 
 
 def owned_tables(cp: CPContext, geometry: BlockGeometry, n_kv: int) -> OwnedTables:

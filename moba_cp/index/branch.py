@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import MoBAConfig
 from ..cp.calls import Where
 from ..cp.context import CPContext
-from ..cp.moba import owned_tables
+from ..cp.moba import owned_means, owned_tables
 from ..cp.straddle import assemble
 from ..dtypes import WIDE
 from ..ops import backend
@@ -118,10 +118,7 @@ class IndexBranch:
             half = self.config.dim // 2
             halves = (part.contiguous() for part in (keys[..., :half], keys[..., half:]))
             keys = torch.cat(assemble(*halves, geometry, comm, where), -1)
-        owned = owned_tables(context, geometry, self.n_kv)
-        means = ops.block_means(keys, owned.row, owned.length, geometry.block_size)
-        if means.shape[0] < owned.most:
-            means = torch.cat([means, means.new_zeros(owned.most - means.shape[0], *means.shape[1:])])
+        means = owned_means(keys, owned_tables(context, geometry, self.n_kv), geometry, ops)
         every = comm.all_gather(means, "index_means", where)
         return Scored(projected.queries, every[geometry.owner, geometry.local_index], projected.weights)
 

@@ -26,6 +26,11 @@ def forward_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float
     return n_rows * top_k * dim * (per_row + per_token * block_size)
 
 
+def pass_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float:
+    """Like :func:`forward_seconds`, forward and backward."""
+    return (1 + BACKWARD) * forward_seconds(n_rows, dim, block_size, top_k)
+
+
 @dataclass(frozen=True)
 class GatherCosts:
     """What an all-gather moves, and whether a plan would be better; the same on all ranks."""
@@ -69,10 +74,6 @@ class GatherCosts:
             return self.options.mode == "allgather"
         computing = forward_seconds(n_rows, self.dim, self.geometry.block_size, top_k)
         return self.by_copies and self.arriving_bytes / COPY_RATE <= computing
-
-    def seconds(self, n_rows: int, top_k: int) -> float:
-        """About what attention of ``n_rows`` local (token, query head) pairs takes, forward and backward."""
-        return (1 + BACKWARD) * forward_seconds(n_rows, self.dim, self.geometry.block_size, top_k)
 
     def instead_of(self, planned_bytes: float) -> bool:
         """Whether ``auto`` all-gathers where plans of all ranks together would move so much, forward and backward."""

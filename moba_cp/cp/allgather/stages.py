@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..geometry import BlockGeometry
 from ..options import ExchangeOptions
-from .costs import GatherCosts
+from .costs import GatherCosts, pass_seconds
 
 # K and V of the whole sequence in a stage: copies take most of a millisecond, and memory of a few such stages stays. On
 # four GPUs attention takes as long forward, and twice that backward.
@@ -188,10 +188,11 @@ def build_gather_tables(
     """
     _, n_kv, dim = shape
     costs = GatherCosts(geometry, n_kv, dim, dtype, options, by_copies)
+    seconds = pass_seconds(n_rows, dim, geometry.block_size, top_k)
     head_bytes = len(geometry.owned) * geometry.most_rows * 2 * dim * dtype.itemsize
     return GatherTables(
         geometry=geometry,
-        heads=heads_of_stages(n_kv, options.stages, head_bytes, costs.seconds(n_rows, top_k)),
+        heads=heads_of_stages(n_kv, options.stages, head_bytes, seconds),
         dim=dim,
         dtype=dtype,
         wire=options.wire_dtype(dtype),

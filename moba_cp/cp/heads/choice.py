@@ -137,17 +137,15 @@ def head_ranks(
     options, size, n_heads = cp.exchange, cp.size, q.shape[1]
     if size == 1:
         return TeamSize(1, "one rank")
-    across = team_size(options, size) < size
+    most = team_size(options, size)
+    across = most < size
     if options.mode == "auto" and options.head_ranks is None and (across or not forced):
         if moba is None and not across:
             # Four GPUs took as long by heads as by a ring.
             return TeamSize(1, "full attention")
-        layer, most = (
-            Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba),
-            team_size(options, size),
-        )
+        layer = Layer(size, q.shape[0], (n_heads, k.shape[1]), q.shape[2], q.dtype, moba)
         by_copies = cp.team_peers(most) is not None
-        if most < size:
+        if across:
             links = links_of(cp.comm, most, cp.device, options.measure_links)
             chosen = choose_across_nodes(layer, options, links, by_copies, q.is_cuda)
         elif by_copies:
@@ -200,7 +198,7 @@ def _seconds(layer: Layer) -> float:
     n_rows = layer.n_local * layer.heads[0]
     if layer.moba is None:
         return 3.5 * 2 * n_rows * layer.size * layer.n_local * layer.dim / DENSE_FLOPS
-    return (1 + gather_costs.BACKWARD) * gather_costs.forward_seconds(n_rows, layer.dim, *layer.moba)
+    return gather_costs.pass_seconds(n_rows, layer.dim, *layer.moba)
 
 
 def _shards(layer: Layer, h: int, others: int, compute: float, options: ExchangeOptions) -> float:
