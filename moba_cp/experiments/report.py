@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..train.log import LOG, read_log
 from . import paper
 from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
@@ -17,6 +16,7 @@ from .grid import summary_of
 from .retrieval_report import key_conv_page, retrieval_page, window_page
 from .rows import Rows, TooFew, at_range, loss_of, means, of
 from .runs import Run
+from .training_report import draw_training, training_losses
 
 _KINDS = ("full", "moba")
 
@@ -134,7 +134,18 @@ def _scaling_law(rows: Rows, folder: Path, picture: Path) -> list[str]:
         "| model | parameters | PFLOP/s-days | MoBA's loss over full attention's |",
         "|---|---|---|---|",
         *sizes,
+        *_training_lines(rows, folder, picture),
     ]
+
+
+def _training_lines(rows: Rows, folder: Path, picture: Path) -> list[str]:
+    beside = picture.with_name(f"{picture.stem}-training.png")
+    table = draw_training(rows, folder, beside)
+    head = [
+        "",
+        "MoBA's loss over full attention's on the same batches while they were trained, and by position at the end:",
+    ]
+    return [*head, "", f"![training]({beside.name})", "", *table] if table else []
 
 
 def _range_name(row: dict, index: int) -> str:
@@ -267,8 +278,7 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
     losses = {}
     for kind in kinds:
         for row in of(rows, kind=kind, seed=seed):
-            records = read_log(folder / "runs" / row["name"] / LOG)
-            losses[kind] = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
+            losses[kind] = dict(zip(*(x.tolist() for x in training_losses(row, folder))))
     lines = []
     if all(losses.get(kind) for kind in ("full", "moba", "switch")):
         steps = max(losses["switch"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
-from moba_cp.experiments import grid, report, retrieval_report
+from moba_cp.experiments import grid, report, retrieval_report, training_report
 from moba_cp.experiments.mass import TOP_K, block_sizes
 from moba_cp.experiments.runs import GRIDS, RANGES, Maker
 from moba_cp.experiments.scales import scale_called
@@ -57,7 +57,13 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == len(runs) + 1
     page = (tmp_path / f"{name}.md").read_text()
     expected = {
-        "scaling-law": ["MoBA's fitted line lies +1.0", "| full attention | 2.00", "2.625 * C^-0.063"],
+        "scaling-law": [
+            "MoBA's fitted line lies +1.0",
+            "| full attention | 2.00",
+            "2.625 * C^-0.063",
+            "| at a quarter of the steps |",
+            " | +1.0 %" * 6 + " |",
+        ],
         "position-loss": ["| 0 to 2,048 |", "30,720 to 32,768", "1.546 * C^-0.108"],
         "granularity": ["| 2/8 | 4,096 |", "| 32/128 | 256 |"],
         "training-hybrid": ["at most +0.4995 nats above"],
@@ -74,7 +80,7 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_whatever_is_done_it_can_be_drawn(name, maker, tmp_path, monkeypatch):
     """A grid that was stopped anywhere has a chart, or says what is missing."""
-    for module in (report, retrieval_report):
+    for module in (report, retrieval_report, training_report):
         monkeypatch.setattr(module, "finish", lambda drawn, picture: pyplot.close(drawn))
     runs = [run for run in GRIDS[name](maker) if run.facts["seed"] == 0]
     assert "nothing is done yet" in report.write(name, runs, tmp_path)[0]
