@@ -20,13 +20,11 @@ from .work import (
     Call,
     backward_work,
     cached_work,
-    count_sums,
     cut,
     forward_work,
     index_size,
     kernel_share,
     selecting_together,
-    task_visits,
 )
 
 
@@ -171,15 +169,8 @@ def attend_backward(
     grads = Gradients(dout, lse, delta, dq, dk, dv, add_dq=out is not None and not overwrite_dq)
     head_slices = cut(kv_heads, work.kv_step)
     for some_heads in head_slices:
-        heads = some_heads.stop - some_heads.start
-        if work.direct:
-            row_visits = block_indices.shape[1] * heads // pages.row.shape[0] * n_slots
-            n_sums = count_sums(n_rows, row_visits, pages, heads, task_visits(work.tile, call.share))
-            shape = 2, n_sums * pages.block_size, dim
-            sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
-            grads = replace(grads, sum_k=sum_k, sum_v=sum_v)
-        elif local_dtype is not None:
-            shape = 2, pages.k.shape[0], heads, dim
+        if local_dtype is not None and not work.direct:
+            shape = 2, pages.k.shape[0], some_heads.stop - some_heads.start, dim
             sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
             grads = replace(grads, dk=sum_k, dv=sum_v, first_head=some_heads.start)
         for i in range(len(work.rows)):

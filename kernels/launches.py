@@ -4,7 +4,7 @@ Legend: N query rows, Hq query heads, D head dim, B block size, R storage rows; 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .forward import _long_block_kernel, _short_block_kernel
 from .merge import merge_visits, scale_rows, sum_visits
 from .routing import Tasks
 from .tuned import Tile
-from .work import Call, Work, part_dtype
+from .work import Call, Work, count_sums, part_dtype, task_visits
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Gradients:
     """Like ``dk``."""
     add_dq: bool
     """Whether dq is added to what ``dq`` holds."""
+    first_head: int = 0
     sum_k: Tensor | None = None
-    """[n_sums * B, D] float32, sums of lists of several tasks, if lists of one task store their final gradients."""
+    """[n_sums * B, D] float32, sums of lists of several tasks of a slice, if lists of one task store their final
+    gradients."""
     sum_v: Tensor | None = None
     """Like ``sum_k``."""
-    first_head: int = 0
 
 
 class Slice:
@@ -123,11 +124,15 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
     q, k, v = part.q, part.k, part.v
     key_tiles = cdiv(part.block_size, tile.bn)
     dout, lse, delta, dq = (x[part.rows, part.heads] for x in (grads.dout, grads.lse, grads.delta, grads.dq))
-    if mode == DQ_ATOMIC.value:
-        part_dq = torch.zeros(part.n_kv, part.n_rows, part.group, part.dim, dtype=torch.float32, device=q.device)
-    else:
-        shape = part.n_kv, part.n_rows, part.group // part.share, part.n_slots, part.share, part.dim
-        part_dq = torch.empty(shape, dtype=part_dtype(q.dtype), device=q.device)
+    # A kernel that computes no dQ gets something else in its place; what that needs takes the place of the sums.
+    part_dq = q if mode == DQ_NONE.value else _parts_of_dq(part)
+    if work.direct:
+        row_visits = part.n_heads // part.share * part.n_slots
+        n_sums = count_sums(part.n_rows, row_visits, part.n_lists, task_visits(tile, part.share))
+        shape = 2, n_sums * part.block_size, part.dim
+        sum_k, sum_v = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        grads = replace(grads, sum_k=sum_k, sum_v=sum_v)
+        del sum_k, sum_v
     table = torch.empty(3, part.n_visits, dtype=torch.int32, device=q.device)
     s_token = q.stride(0) // part.dim
     n_stats = part.n_visits if part.share == 1 else part.n_rows * s_token
@@ -176,6 +181,8 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
         if dkdv_done is not None:
             dkdv_done()
         if mode == DQ_NONE.value:
+            grads = replace(grads, sum_k=None, sum_v=None)
+            part_dq = _parts_of_dq(part)
             _launch_dq(part, work.dq_tile, work.dq_tasks[part.i_rows], dout, part_dq, table, stats)
     if mode == DQ_ATOMIC.value:
         scale_rows(part_dq, dq, part.scale, grads.add_dq)
@@ -183,6 +190,15 @@ def launch_backward(part: Slice, grads: Gradients, deterministic: bool, dkdv_don
         sum_visits(
             part_dq, dq, part.block_indices, part.current_block, part.visible, part.page_row, part.scale, grads.add_dq
         )
+
+
+def _parts_of_dq(part: Slice) -> Tensor:
+    """Memory for dQ of a slice: sums of its rows where atomics add to them, else a part for each visit."""
+    shape, device = (part.n_kv, part.n_rows, part.group, part.dim), part.q.device
+    if part.work.mode == DQ_ATOMIC.value:
+        return torch.zeros(shape, dtype=torch.float32, device=device)
+    shape = part.n_kv, part.n_rows, part.group // part.share, part.n_slots, part.share, part.dim
+    return torch.empty(shape, dtype=part_dtype(part.q.dtype), device=device)
 
 
 def _launch_dq(part: Slice, tile: Tile, tasks: Tasks, dout: Tensor, part_dq: Tensor, table, stats) -> None:

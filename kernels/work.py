@@ -17,9 +17,13 @@ from .routing import Routing, Tasks, build_routing, cut_tasks
 from .tuned import Tile
 
 # At 131,072 tokens of 16 heads, D = 128, these keep forward and backward, gradients included, within 3 GiB. Where q is
-# larger, scratch may be as large as q: rows of a head that are cut need an index, and tasks, for each slice.
+# larger, scratch may be as large as q.
 FORWARD_SCRATCH = 5 << 28
 BACKWARD_SCRATCH = 3 << 28
+# A KV head whose rows are cut needs an index for each slice, has half-filled tasks, and adds to dK and dV in memory. So
+# it may take more before that: an eighth above the scratch (with eight KV heads and top-8 its partial results are as
+# large as q, and tables come on top), or this, which serves a query head's 1,048,576 rows.
+WHOLE_HEAD = 9 << 28
 # Indices of visits are int32, and a task or a tile may reach past the last visit before it is masked. The backward's
 # table has three numbers for each visit.
 MAX_VISITS = 2**31 - 2**16
@@ -148,10 +152,15 @@ def task_visits(tile: Tile, share: int) -> int:
     return tile.task_rows // share
 
 
-def count_sums(n_rows: int, row_visits: int, pages, n_heads: int, most_visits: int) -> int:
-    """How many lists of ``n_heads`` KV heads can be longer than a task of ``most_visits``, at ``row_visits`` per
-    row of Q."""
-    return min(n_heads * pages.row.shape[1], n_rows * row_visits // most_visits)
+def whole_head_bytes(scratch_bytes: int) -> int:
+    """What a KV head may take before its rows are cut. A scratch below the kernels' own was asked for, and is kept."""
+    most = scratch_bytes + scratch_bytes // 8
+    return most if scratch_bytes < BACKWARD_SCRATCH else max(most, WHOLE_HEAD)
+
+
+def count_sums(n_rows: int, row_visits: int, n_lists: int, most_visits: int) -> int:
+    """How many of ``n_lists`` lists can be longer than a task of ``most_visits``, at ``row_visits`` per row of Q."""
+    return min(n_lists, n_rows * row_visits // most_visits)
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -196,8 +205,8 @@ def _slices(
     """Slices of rows, and KV heads at a time, each of ``group`` query heads, for scratch of ``row_bytes`` per row and
     query head, and ``head_bytes`` per KV head; ``at_once`` bounds the visits of some rows of some heads.
 
-    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much, or where an
-    index would outgrow 32 bits.
+    Heads are cut first, because fewer rows make shorter lists; rows only where one KV head is too much by itself, or
+    where an index would outgrow 32 bits.
     """
     n_kv = kv_heads.stop - kv_heads.start
     row_step, kv_step = _steps(n_rows, group, n_kv, n_slots, row_bytes, head_bytes, scratch_bytes, at_once)
@@ -215,7 +224,10 @@ def _steps(
     at_once: int = MAX_VISITS,
 ) -> tuple[int, int]:
     """Most rows, and KV heads, at a time; arguments as of :func:`_slices`."""
-    bound = scratch_bytes // (n_rows * row_bytes * group + head_bytes), at_once // (n_rows * group * n_slots)
+    head = n_rows * row_bytes * group + head_bytes
+    if head <= whole_head_bytes(scratch_bytes):
+        scratch_bytes = max(scratch_bytes, head)
+    bound = scratch_bytes // head, at_once // (n_rows * group * n_slots)
     kv_step = max(1, min(n_kv, *bound))
     row_step = min(
         max(scratch_bytes - kv_step * head_bytes, scratch_bytes // 4) // (row_bytes * group * kv_step),
@@ -238,8 +250,13 @@ def _backward_slices(
     row_bytes = dim * 4 if mode == DQ_ATOMIC.value else n_slots * dim * part_dtype(q.dtype).itemsize
     shape = n_rows, group, call.kv_heads, n_slots, row_bytes + cdiv(n_slots * VISIT_BYTES, call.share)
     if local or overwrite_dkv:
-        n_sums = count_sums(n_rows, group // call.share * n_slots, pages, 1, task_visits(dkdv_tile, call.share))
-        row_slices, kv_step = _slices(*shape, 8 * dim * n_sums * pages.block_size, scratch, MAX_TABLE_VISITS)
+        row_visits, n_blocks = group // call.share * n_slots, pages.row.shape[1]
+        n_sums = count_sums(n_rows, row_visits, n_blocks, task_visits(dkdv_tile, call.share))
+        sums = 8 * dim * n_sums * pages.block_size
+        if mode == DQ_NONE.value:
+            # Parts of dQ take the place of the sums.
+            sums = max(0, sums - n_rows * group * row_bytes)
+        row_slices, kv_step = _slices(*shape, sums, scratch, MAX_TABLE_VISITS)
         if len(row_slices) == 1:
             return row_slices, kv_step, True
     head_bytes = 8 * dim * pages.k.shape[0] if local else 0

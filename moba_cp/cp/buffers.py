@@ -15,18 +15,24 @@ from .options import ExchangeOptions
 from .symmetric_memory import slot_bytes
 
 
+def planned_team(layer: Layer, options: ExchangeOptions) -> int:
+    """Ranks that will exchange tokens for heads, 1 for none."""
+    if layer.size == 1:
+        return 1
+    if options.head_ranks is not None or options.mode == "heads":
+        return options.head_ranks or layer.size
+    if options.mode == "auto" and team_size(options, layer.size) < layer.size:
+        # Links are measured once the ranks have met; of what they decide sizes differ little.
+        return choose_across_nodes(layer, options, ASSUMED, True, True).h
+    return choose_team(layer, options).h if options.mode == "auto" and layer.moba is not None else 1
+
+
 def buffer_bytes(layer: Layer, options: ExchangeOptions) -> int:
     """Bytes of a rank's buffers for a layer, forward and backward, by the way that serves it where nothing is planned:
     what selected blocks take that are exchanged instead is known only with the selection."""
     if layer.size == 1:
         return 0
-    if options.head_ranks is not None or options.mode == "heads":
-        h = options.head_ranks or layer.size
-    elif options.mode == "auto" and team_size(options, layer.size) < layer.size:
-        # Links are measured once the ranks have met; of what they decide sizes differ little.
-        h = choose_across_nodes(layer, options, ASSUMED, True, True).h
-    else:
-        h = choose_team(layer, options).h if options.mode == "auto" and layer.moba is not None else 1
+    h = planned_team(layer, options)
     size, n_local, heads = layer.size, layer.n_local, layer.heads
     total = 0
     if h > 1:

@@ -30,8 +30,9 @@ class MissingMemory(RuntimeError):
 
 
 def slot_bytes(nbytes: int) -> int:
-    """What a slot for ``nbytes`` takes. Sizes differ with the batch: a step of an eighth now saves many small ones."""
-    step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 4))
+    """What a slot for ``nbytes`` takes. Sizes differ with the batch: up to a thirty-second more now saves many small
+    steps."""
+    step = max(_ROUND, 1 << max(0, nbytes.bit_length() - 6))
     return -(-nbytes // step) * step
 
 

@@ -17,8 +17,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..cp.buffers import buffer_bytes
+from ..cp.buffers import buffer_bytes, planned_team
 from ..cp.heads.choice import Layer
+from ..cp.heads.costs import HeadCosts
 from ..cp.options import ExchangeOptions
 from ..index.config import IndexConfig
 from ..model.attention import AttentionConfig
@@ -33,8 +34,10 @@ _SLACK = 0.03
 NCCL_BYTES = 2 * GIB
 # Of the host's free memory: the rest is for data, the page cache and everybody else.
 _HOST_SHARE = 0.8
-# Scratch of the attention kernels where queries are smaller (kernels/work.py).
-_FORWARD_SCRATCH, _BACKWARD_SCRATCH = 5 << 28, 3 << 28
+# Scratch of the attention kernels where queries are smaller; what one KV head may take before its rows are cut; what a
+# row takes for each block that it visits, besides a row of D elements (kernels/work.py).
+_FORWARD_SCRATCH, _BACKWARD_SCRATCH, _WHOLE_HEAD = 5 << 28, 3 << 28, 9 << 28
+_FORWARD_VISIT, _BACKWARD_VISIT = 4, 20
 # Of an index branch: a few tensors of as many float64 as index/choice.py allows for.
 _INDEX_SCRATCH = 3 << 30
 _MOMENT_BYTES = {"float32": 8, "bfloat16": 4}
@@ -159,7 +162,7 @@ class StepShape:
         queries, keys = self._heads
         hidden, ffn = self.model.hidden_size, self.model.ffn_hidden_size
         before = keys // 2 if self.attention.key_conv else 0
-        attention = self._row(queries, keys, before) + max(_FORWARD_SCRATCH, self._row(queries))
+        attention = self._row(queries, keys, before) + self._scratch(_FORWARD_SCRATCH, _FORWARD_VISIT)
         learning = self._row(queries, keys) + self._row(queries) + self._index_pass
         return self._row(hidden) + max(attention, learning, self._slice(3 * ffn, 2 * hidden))
 
@@ -174,9 +177,19 @@ class StepShape:
         if recompute == "full":
             in_ffn += qkv + self._row(queries)
         index = redo * self._index(layer_number)
-        in_attention = (1 + redo) * qkv + index + max(_BACKWARD_SCRATCH, self._row(queries))
+        in_attention = (1 + redo) * qkv + index + self._scratch(_BACKWARD_SCRATCH, _BACKWARD_VISIT)
         in_attention += self._row(queries) if recompute == "full" else -self._ffn() if not redo else 0
         return grads + max(in_ffn, in_attention)
+
+    def _scratch(self, least: int, visit_bytes: int) -> int:
+        """Of the attention kernels: as large as queries, or enough for one KV head's rows, of all ranks where these
+        exchange tokens for heads."""
+        scratch = max(least, self._row(self._heads[0]))
+        layer = self._layer(True)
+        costs = HeadCosts(planned_team(layer, self.exchange), *layer[1:-1], self.exchange)
+        visits = costs.h * self.n_tokens * costs.unit * self.attention.top_k
+        head = visits * (layer.dim * self.itemsize + visit_bytes)
+        return max(scratch, head) if head <= max(scratch + scratch // 8, _WHOLE_HEAD) else scratch
 
     def loss(self) -> int:
         """Bytes that exist at the most in the loss: hidden states, their norm and its gradient, slices of logits."""
@@ -198,12 +211,16 @@ class StepShape:
 
     def buffers(self) -> int:
         """Bytes in which rows of other ranks stand; layers of one kind after the other use the same."""
+        kinds = {self._is_moba(number) for number in range(1, self.model.n_layers + 1)}
+        return max(buffer_bytes(self._layer(kind), self.exchange) for kind in kinds)
+
+    def _layer(self, is_moba: bool) -> Layer:
+        """What ranks that share a sequence know of a layer."""
         model, moba = self.model, (self.attention.block_size, self.attention.top_k)
         assert model.head_dim and model.n_kv_heads
-        kinds = {self._is_moba(number) for number in range(1, model.n_layers + 1)}
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.itemsize]
-        shape = self.context, self.n_tokens, (model.n_heads, model.n_kv_heads), model.head_dim, dtype
-        return max(buffer_bytes(Layer(*shape, moba if kind else None), self.exchange) for kind in kinds)
+        heads = model.n_heads, model.n_kv_heads
+        return Layer(self.context, self.n_tokens, heads, model.head_dim, dtype, moba if is_moba else None)
 
     def gradients(self, n_layers: int) -> int:
         """Bytes of the weights' gradients once the backward passes of the last ``n_layers`` are done."""

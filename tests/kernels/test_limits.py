@@ -29,6 +29,38 @@ def test_tables_of_visits_stay_within_31_bits(n_kv, group, has_sums):
     assert row_slices[-1].stop == n_rows and 3 * rows * kv_step * group * n_slots < 2**31
 
 
+@pytest.mark.parametrize(
+    "n_rows, group, n_kv, whole",
+    [
+        (1 << 20, 1, 4, True),  # a rank's 4 of 16 heads of 1,048,576 tokens
+        (1 << 20, 1, 1, True),
+        (1 << 18, 4, 8, True),
+        (1 << 21, 4, 8, True),
+        (1 << 21, 1, 1, False),
+        (1 << 19, 16, 2, False),
+    ],
+)
+def test_rows_of_a_kv_head_are_cut_only_where_it_is_much(n_rows, group, n_kv, whole):
+    """D = 128, blocks of 512, top-8; nothing is allocated."""
+    meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+    q, k = meta(n_rows, n_kv * group, 128), meta(n_rows, n_kv, 128)
+    row = meta(n_kv, n_rows // 512, dtype=torch.int64)
+    pages = Pages(k, k, row, row.int(), row[0].int(), 512)
+    chosen = meta(n_rows, n_kv * group, 7, dtype=torch.int32)
+    call = work.Call(q, pages, chosen, chosen[:, 0, 0], chosen[:, 0, 0], 1.0, slice(0, n_kv), None, None)
+    assert (work.index_size(q, n_kv, n_rows // 512, 8) > 0) == whole
+    tile = tuned.SPECIALIZED["dkdv", 128, "long"]
+    for local in (True, False):
+        row_slices, kv_step, direct = work._backward_slices(call, work.DQ_NONE.value, tile, local, True)
+        assert (len(row_slices) == 1) == direct == whole
+        # Parts of dQ and the tables of a slice.
+        taken = (row_slices[0].stop - row_slices[0].start) * kv_step * group * 8 * (256 + work.VISIT_BYTES)
+        assert taken <= work.whole_head_bytes(max(work.BACKWARD_SCRATCH, q.nbytes))
+    # Scratch that was asked for is kept.
+    few = work._backward_slices(call._replace(scratch_bytes=1 << 26), work.DQ_NONE.value, tile, True, True)[0]
+    assert max(some.stop - some.start for some in few) * kv_step * group * 8 * 276 <= 9 << 23
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="bytes of a request is 2147483648, .* up to 2147483647; use larger blocks"):
         common.check_limit("the number of bytes of a request", 2**31, "use larger blocks")

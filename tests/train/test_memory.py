@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moba_cp.cp.options import ExchangeOptions
 from moba_cp.index import IndexConfig
 from moba_cp.model import AttentionConfig, ModelConfig
 from moba_cp.model.layer import LayerMemory
@@ -57,6 +58,32 @@ def test_scratch_is_that_of_the_kernels():
     """The trainer does not import them to say so."""
     work = pytest.importorskip("moba_cp.kernels.work")
     assert (memory._FORWARD_SCRATCH, memory._BACKWARD_SCRATCH) == (work.FORWARD_SCRATCH, work.BACKWARD_SCRATCH)
+    assert (memory._WHOLE_HEAD, memory._BACKWARD_VISIT) == (work.WHOLE_HEAD, work.VISIT_BYTES)
+
+
+@pytest.mark.parametrize(
+    "n_tokens, heads, ranks, options",
+    [
+        (262144, (32, 8), 1, "auto"),
+        (1048576, (16, 16), 4, "heads"),
+        (1048576, (16, 16), 4, "allgather"),
+        (262144, (32, 2), 1, "auto"),
+        (2097152, (16, 16), 4, "heads"),
+        (4194304, (16, 8), 4, "auto"),
+    ],
+)
+def test_kernels_take_no_more_scratch_than_is_planned(n_tokens, heads, ranks, options):
+    """A KV head whose rows are not cut may take more than queries."""
+    work = pytest.importorskip("moba_cp.kernels.work")
+    (n_heads, n_kv), dim, slots = heads, 128, MOBA.top_k
+    model = replace(MODEL, n_heads=n_heads, n_kv_heads=n_kv, head_dim=dim, hidden_size=n_heads * dim)
+    planned = shape(n_tokens // ranks, model=model, context=ranks, exchange=ExchangeOptions(options))
+    n_rows, n_here = (n_tokens, n_kv // ranks) if options == "heads" else (n_tokens // ranks, n_kv)
+    group, rows = n_heads // n_kv, planned.n_tokens * n_heads * dim * 2
+    for least, visit in ((work.FORWARD_SCRATCH, memory._FORWARD_VISIT), (work.BACKWARD_SCRATCH, work.VISIT_BYTES)):
+        row_bytes = slots * (2 * dim + visit)
+        row_step, kv_step = work._steps(n_rows, group, n_here, slots, row_bytes, 0, max(least, rows))
+        assert min(row_step, n_rows) * kv_step * group * row_bytes <= planned._scratch(least, visit)
 
 
 def test_the_plan_that_redoes_least_is_taken():
