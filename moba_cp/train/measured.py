@@ -36,6 +36,8 @@ class Comparison:
     attention: str
     kind: str
     """``MoBA``, ``full attention`` or ``hybrid``."""
+    recompute: str
+    """``model.recompute`` of the run."""
     layers: str
     """What they kept for backward."""
     steps: int
@@ -96,6 +98,7 @@ def compare(folder: Path, per_node: int = 8, host_gib: float | None = None) -> C
         made.config.data.sequences_per_step,
         f"{full} of {config.model.n_layers} full, blocks of {attention.block_size}, top-{attention.top_k}",
         "MoBA" if not full else "full attention" if full == config.model.n_layers else "hybrid",
+        config.model.recompute,
         made.memory.kept if made.memory is not None else "does not fit",
         len(records),
         statistics.median(record["seconds"] for record in records),
@@ -146,30 +149,33 @@ def figures(rows: list[Comparison]) -> list[dict]:
 
 
 def draw(rows: list[Comparison], picture: Path) -> None:
-    """Draw seconds and memory of a step against its tokens, as measured, one line per model, attention and number of
-    devices; full attention also beyond what was measured, as ``a T + b T^2`` through its two longest rows."""
+    """Draw seconds and memory of a step against its tokens, as measured, one line per model, attention, recomputation
+    and number of devices; full attention also up to the model's longest row, as ``a T + b T^2`` through its own two
+    longest."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines: dict[tuple, list[Comparison]] = {}
-    for row in sorted(rows, key=lambda row: row.seq_len * row.sequences):
-        lines.setdefault((row.parameters, row.kind, row.ranks, row.device, row.attention), []).append(row)
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    longest = max(row.seq_len for row in rows)
+    for row in sorted(rows, key=lambda row: (row.parameters, row.ranks, row.seq_len * row.sequences)):
+        key = row.parameters, row.kind, row.ranks, row.device, row.attention, row.recompute
+        lines.setdefault(key, []).append(row)
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     for i, line in enumerate(lines.values()):
         first = line[0]
         gpus = f"{first.ranks} x {first.device.removeprefix('NVIDIA ')}"
         style = {
             "color": f"C{i}",
             "marker": "osD^v*"[i % 6],
-            "label": f"{human(first.parameters, '')}: {first.kind}, {gpus}",
+            "label": f"{human(first.parameters, '')}: {first.kind}, {gpus}"
+            + (f", recompute: {first.recompute}" if first.recompute != "auto" else ""),
         }
         time.plot([row.seq_len * row.sequences for row in line], [row.seconds for row in line], **style)
         known = [(row.seq_len * row.sequences, row.gib) for row in line if row.gib]
         if known:
             memory.plot(*zip(*known), **style)
+        longest = max(row.seq_len for row in rows if row.parameters == first.parameters)
         if first.kind != "MoBA" and len(line) > 1 and line[-1].seq_len < longest:
             (t1, s1), (t2, s2) = ((row.seq_len, row.seconds) for row in line[-2:])
             b = (s2 / t2 - s1 / t1) / (t2 - t1)
@@ -184,5 +190,5 @@ def draw(rows: list[Comparison], picture: Path) -> None:
         panel.set_xticks(ticks, [f"{n // 1024}K" if n < 2**20 else f"{n / 2**20:g}M" for n in ticks])
         panel.set_xlabel("tokens a step")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save_picture(figure, picture, 110)

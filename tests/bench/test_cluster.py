@@ -253,8 +253,9 @@ def test_the_chart_compares_with_the_fastest_on_one_rank():
     assert curves["torch alltoall"] == {n: pytest.approx(80.0) for n in (1024, 2048, 4096)}
     assert curves["full"][1024] == pytest.approx(12.5), "cuDNN is faster on one rank"
     assert chart.panels([row for row in rows if row.ranks > 1]) == []
-    two = chart.panels([row for row in rows if row.ranks < 4])
-    assert [panel.x_label for panel in two] == ["tokens", "tokens"], "two points make no curve against ranks"
+    for left_out in (4, 2):
+        two = chart.panels([row for row in rows if row.ranks != left_out])
+        assert [panel.x_label for panel in two] == ["tokens", "tokens"], "two points make no curve against ranks"
     pytest.importorskip("matplotlib")
     for axis, panel in zip(figure([by_tokens, by_ranks, shares], "").axes, (by_tokens, by_ranks, shares), strict=True):
         for line, curve in zip(axis.lines, panel.curves, strict=True):

@@ -10,9 +10,11 @@ STYLES = {
     "moba kv": {"color": "tab:cyan", "marker": "s"},
     "moba query": {"color": "tab:purple", "marker": "^"},
     "moba allgather": {"color": "tab:green", "marker": "v"},
+    "moba heads": {"color": "tab:brown", "marker": "h"},
     "moba auto-nccl": {"color": "navy", "marker": "D"},
     "moba allgather-nccl": {"color": "tab:olive", "marker": "<"},
     FULL: {"color": "tab:orange", "marker": "P"},
+    f"{FULL} heads": {"color": "goldenrod", "marker": "p"},
     f"{TORCH} cudnn": {"color": "tab:red", "marker": "X"},
     "torch allgather": {"color": "tab:red", "marker": "X"},
     "torch alltoall": {"color": "tab:pink", "marker": "*"},
@@ -34,8 +36,9 @@ def efficiency(rows: list[Row], row: Row) -> float | None:
 
 
 def panels(rows: list[Row]) -> list[Panel]:
-    """ms of each way against T on one rank and on the most ranks, ms against P at the longest T that one rank served,
-    and efficiency against T; forward and backward. Empty if nothing was measured both on one rank and on more."""
+    """ms of each way against T on one rank and on the most ranks, ms against P at the longest T that one rank served
+    (if there are more than two P), and efficiency against T; forward and backward. Empty if nothing was measured both
+    on one rank and on more."""
     rows = [row for row in rows if row.part == "attention" and row.both]
     several = [row for row in rows if row.ranks > 1 and one_rank(rows, row)]
     if not several:
@@ -63,4 +66,4 @@ def panels(rows: list[Row]) -> list[Panel]:
         Panel("ranks", "ms, forward + backward", by_ranks, "the longest sequence that one rank was measured with"),
         Panel("tokens", "efficiency, %", shares, f"{most} ranks against the fastest on one rank", log_y=False),
     ]
-    return out if most > 2 else [out[0], out[2]]
+    return out if len({row.ranks for row in rows}) > 2 else [out[0], out[2]]
