@@ -117,10 +117,13 @@ class Counted:
         options = self.options
         if options.mode != "auto" or size == 1 or not options.may_copy(size):
             return False
+        return choose_team(self.head_layer(size), options).h == size
+
+    def head_layer(self, size: int) -> HeadLayer:
+        """What ``auto`` depends on there, on ``size`` ranks."""
         moba = self.shape.moba.block_size, self.shape.moba.top_k
         heads = self.shape.heads, self.shape.kv_heads
-        layer = HeadLayer(size, self.tokens // size, heads, self.shape.dim, self.dtype, moba)
-        return choose_team(layer, options).h == size
+        return HeadLayer(size, self.tokens // size, heads, self.shape.dim, self.dtype, moba)
 
     def head_costs(self, size: int) -> HeadCosts:
         """What exchanging tokens for heads moves among ``size`` ranks."""

@@ -43,7 +43,7 @@ def buffer_bytes(layer: Layer, options: ExchangeOptions) -> int:
     if layer.moba is None or size == 1:
         return total
     token = 2 * layer.dim * layer.dtype.itemsize
-    seconds = pass_seconds(n_local * heads[0], layer.dim, *layer.moba)
+    seconds = pass_seconds(n_local * heads[0], layer.dim, *layer.moba, size * n_local)
     stages = heads_of_stages(heads[1], options.stages, size * n_local * token, seconds)
     rows = size * n_local * max(stage.stop - stage.start for stage in stages)
     gradient = 2 * layer.dim * options.wire_dtype(layer.dtype).itemsize

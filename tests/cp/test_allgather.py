@@ -140,8 +140,8 @@ def test_heads_of_stages(n_kv, stages, limit, expected, monkeypatch):
     "seconds, expected",
     [
         (1.0, [1, 2, 2, 2, 2, 2, 2, 2, 1]),  # the device is busy for longer than the host
-        (15e-3, [4] * 4),  # twice the bytes at the most, and no short stages that the host is late for
-        (28e-3, [2] * 8),
+        (14e-3, [4] * 4),  # twice the bytes at the most, and no short stages that the host is late for
+        (26e-3, [2] * 8),
         (1e-9, [4] * 4),
     ],
 )

@@ -344,15 +344,13 @@ def _layer(size: int, n_tokens: int, heads=(16, 16), moba=(512, 8)) -> Layer:
 
 
 def test_auto_predicts_which_way_is_faster():
-    """What was measured: shards cost four GPUs a quarter with 16 KV heads, and little where there are few."""
+    """Figures of four GPUs are in test_predictions.py."""
     options = ExchangeOptions()
     long = choose_team(_layer(4, 524288), options)
     assert long.h == 4
-    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 51")
+    assert long.why.startswith("MoBA of 524288 tokens on 4 ranks: tokens are exchanged for heads, about 46")
     assert long.why.endswith("without")
-    for n_tokens in (131072, 262144):
-        assert choose_team(_layer(4, n_tokens), options).h == 1, "the host issues copies no faster"
-    assert choose_team(_layer(4, 1 << 20), options).h == 4
+    assert choose_team(_layer(4, 65536), options).h == 1, "the host issues copies no faster"
     short = choose_team(_layer(4, 8192), options)
     assert short.h == 1 and "heads stay where they are, about" in short.why
     assert choose_team(_layer(4, 524288, (32, 1)), options).h == 1, "K and V of one head are nothing to gather"
@@ -373,6 +371,7 @@ def _auto(comm: Communicator, case: Case, shared: bool, options: ExchangeOptions
 def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     """As if copies and stages took no time, and where ranks read one another's memory."""
     monkeypatch.setattr(gather_costs, "COPY_RATE", 1e20)
+    monkeypatch.setattr(choice, "ROWS_RATE", 1e20)
     monkeypatch.setattr(choice, "OWN_RATE", 1e20)
     monkeypatch.setattr(choice, "STAGE_SECONDS", 0.0)
     monkeypatch.setattr(choice, "HOST_SECONDS", 0.0)

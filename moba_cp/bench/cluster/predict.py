@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from ...cp.geometry import BlockGeometry
+from ...cp.heads.choice import seconds_with, seconds_without
 from ...cp.options import ExchangeOptions
 from .. import exchange
 from ..rows import Row
@@ -33,5 +35,23 @@ def predictions(layer: Layer, modes: list[str]) -> dict[str, Row]:
         everybody = layer.ranks.gathered(asked, layer.size)
         for one in everybody:
             one.fetch = one.fetch.to(geometry.owner.device)
-        rows[f"{MOBA} {name}"] = exchange.predict(counted, everybody, geometry)
+        row = exchange.predict(counted, everybody, geometry)
+        seconds = seconds_by_copies(counted, geometry)
+        rows[f"{MOBA} {name}"] = row if seconds is None else replace(row, predicted_ms=1e3 * seconds)
     return rows
+
+
+def seconds_by_copies(counted: exchange.Counted, geometry: BlockGeometry) -> float | None:
+    """What ``auto`` takes a pass to be where copy engines bring everything, or rows of heads; None where they do not.
+
+    Args:
+        geometry: of any rank.
+    """
+    options, size, shape = counted.options, len(geometry.owned), counted.shape
+    if not options.may_copy(size):
+        return None
+    layer = counted.head_layer(size)
+    if options.mode == "heads" or counted.exchanges_heads(size):
+        return seconds_with(layer, size, options)
+    at_once = counted.gather_costs(geometry).at_once(layer.n_local * shape.heads, shape.moba.top_k)
+    return seconds_without(layer, options) if at_once else None

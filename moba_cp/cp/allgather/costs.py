@@ -16,19 +16,24 @@ from ..options import ExchangeOptions
 # one head to visit one block, in seconds per element of D: for the row, and for each of the block's tokens.
 COPY_RATE = 3e11
 VISIT_SECONDS = 3.7e-12, 4.8e-15
-# The time of a backward pass over that of a forward pass.
-BACKWARD = 2.2
+# The time of a backward pass over that of a forward pass. This and the next one fit the figures of H200s that are in
+# tests/cp/test_predictions.py.
+BACKWARD = 1.94
+# For each block of the sequence, in seconds per row and element of D: what selecting takes, and what rows that lie
+# farther apart take longer to fetch.
+SELECT_SECONDS = 9.6e-15
 
 
 def forward_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float:
-    """About what a forward pass of ``n_rows`` (token, query head) pairs takes."""
+    """About what a forward pass of ``n_rows`` (token, query head) pairs takes, but for the selection."""
     per_row, per_token = VISIT_SECONDS
     return n_rows * top_k * dim * (per_row + per_token * block_size)
 
 
-def pass_seconds(n_rows: int, dim: int, block_size: int, top_k: int) -> float:
-    """Like :func:`forward_seconds`, forward and backward."""
-    return (1 + BACKWARD) * forward_seconds(n_rows, dim, block_size, top_k)
+def pass_seconds(n_rows: int, dim: int, block_size: int, top_k: int, n_tokens: int) -> float:
+    """What a forward and a backward pass take, the selection included; ``n_tokens``: of the whole sequence."""
+    selecting = n_rows * dim * n_tokens / block_size * SELECT_SECONDS
+    return (1 + BACKWARD) * forward_seconds(n_rows, dim, block_size, top_k) + selecting
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ from .costs import GatherCosts, pass_seconds
 # four GPUs attention takes as long forward, and twice that backward.
 STAGE_BYTES = 256 << 20
 # What a host takes to start a stage, forward and backward: on four H200s 262,144 tokens of 16 KV heads took 32.9 ms in
-# nine stages, and attention alone a quarter of 81.7. Stages for which the device takes less are made larger, up to
-# twice the bytes.
-HOST_SECONDS = 3.2e-3
+# nine stages, and attention alone a quarter of 81.7; 131,072 tokens took 13.5 to 14.2 ms in four. Stages for which the
+# device takes less are made larger, up to twice the bytes.
+HOST_SECONDS = 3e-3
 
 
-def heads_of_stages(n_kv: int, stages: int, head_bytes: int, seconds: float = math.inf) -> list[slice]:
+def heads_of_stages(
+    n_kv: int, stages: int, head_bytes: int, seconds: float = math.inf, long: float = 1.0
+) -> list[slice]:
     """KV heads of each stage: in ``stages`` stages, or in more where K and V of one would take over STAGE_BYTES.
 
     Long stages have a half before and a half behind: nothing hides how the first one's K and V come in backward, nor
@@ -35,11 +37,12 @@ def heads_of_stages(n_kv: int, stages: int, head_bytes: int, seconds: float = ma
     Args:
         head_bytes: of K and V of the whole sequence, one head.
         seconds: that the device takes for all heads, forward and backward.
+        long: two stages are long from this part of STAGE_BYTES on.
     """
     busy = math.ceil(n_kv * HOST_SECONDS / seconds)
     most = max(STAGE_BYTES // head_bytes, min(busy, 2 * STAGE_BYTES // head_bytes))
     most = max(1, min(n_kv // stages, most))
-    edge = most // 2 if most < n_kv and 2 * most * head_bytes > STAGE_BYTES else 0
+    edge = most // 2 if most < n_kv and 2 * most * head_bytes > long * STAGE_BYTES else 0
     if (-(-(n_kv - 2 * edge) // most) + 2) * HOST_SECONDS > seconds:
         edge = 0
     middle = n_kv - 2 * edge
@@ -186,9 +189,9 @@ def build_gather_tables(
         shape: (L, Hkv, D) of k.
         n_rows: local (token, query head) pairs.
     """
-    _, n_kv, dim = shape
+    n_local, n_kv, dim = shape
     costs = GatherCosts(geometry, n_kv, dim, dtype, options, by_copies)
-    seconds = pass_seconds(n_rows, dim, geometry.block_size, top_k)
+    seconds = pass_seconds(n_rows, dim, geometry.block_size, top_k, len(geometry.owned) * n_local)
     head_bytes = len(geometry.owned) * geometry.most_rows * 2 * dim * dtype.itemsize
     return GatherTables(
         geometry=geometry,

@@ -10,18 +10,21 @@ from typing import NamedTuple
 import torch
 
 from ..allgather import costs as gather_costs
+from ..allgather import stages as gather_stages
 from ..context import CPContext
 from ..links import Links, links_of
 from ..options import ExchangeOptions
 from . import nodes
 from .costs import HeadCosts
 
-# Of H100s. Attention to shards: tasks are less full, by such a part of the time for each further rank. Copies: the part
-# of their time by which they slow attention down. A stage's barriers and launches, and what a host takes to issue one.
-SHARD_LOSS, COPY_LOSS, STAGE_SECONDS, HOST_SECONDS = 0.045, 0.2, 6e-5, 1.4e-2
-# Bytes per second at which a rank's own rows are copied, which takes from attention: of two H200s, on which MoBA of
-# 524,288 tokens took 98.5 ms by heads, forward and backward, and half of one's time is 85.9.
-OWN_RATE = 1.1e12
+# Fitted to figures of H200s, see tests/cp/test_predictions.py. Attention to shards: tasks are less full, by such a part
+# of the time for each further rank, and less where heads share K and V. Copies: the part of their time by which they
+# slow attention down, of K and V with packing and sums, and of rows.
+SHARD_LOSS, COPY_LOSS, ROWS_LOSS = 0.045, 0.125, 0.065
+# Bytes per second of rows that nothing hides, and of a rank's own rows, which are copied too and take from attention.
+ROWS_RATE, OWN_RATE = 3.5e11, 1.1e12
+# By heads, a stage's barriers and launches, and what a host takes to issue one, forward and backward.
+STAGE_SECONDS, HOST_SECONDS = 6e-5, 6.6e-3
 LEAST_GAIN = 0.97
 """Of the predicted time: less is within what predictions are off."""
 DENSE_FLOPS, RING_LOSS = 4.5e14, 0.08
@@ -68,24 +71,18 @@ def choose_team(layer: Layer, options: ExchangeOptions) -> TeamSize:
     """
     most = team_size(options, layer.size)
     h = max(h for h in range(1, most + 1) if layer.size % h == most % h == layer.heads[0] % h == 0)
-    compute, n_rows = _seconds(layer), layer.n_local * h
+    compute, n_rows = pass_seconds(layer), layer.n_local * h
     kind = "full attention" if layer.moba is None else "MoBA"
     what = f"{kind} of {layer.size * layer.n_local} tokens on {layer.size} ranks"
     costs = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options)
-    stages, rate = len(costs.stages), gather_costs.COPY_RATE
     if (
         h < most
         or h == 1
         or n_rows < 2 * max(512, (layer.moba or (0,))[0])
-        or costs.forward_bytes / rate > compute / (1 + gather_costs.BACKWARD)
+        or costs.forward_bytes / gather_costs.COPY_RATE > compute / (1 + gather_costs.BACKWARD)
     ):
         return TeamSize(1, f"{what}: heads stay where they are, too few or too short to be exchanged among all")
-    without = compute + _shards(layer, 1, layer.size, compute, options)
-    # Nothing hides how the first stage comes and the last one returns.
-    n_bytes = costs.forward_bytes + costs.backward_bytes
-    own = n_bytes / (h - 1) / OWN_RATE
-    wire = n_bytes / rate * (COPY_LOSS + 1 / stages) + own + 2 * stages * STAGE_SECONDS
-    with_heads = max(compute + wire + _shards(layer, h, layer.size // h, compute, options), stages * HOST_SECONDS)
+    without, with_heads = seconds_without(layer, options), seconds_with(layer, h, options)
     chosen = with_heads < LEAST_GAIN * without
     said = "tokens are exchanged for heads" if chosen else "heads stay where they are"
     numbers = f"about {1e3 * with_heads:.2f} ms with heads over {h} ranks, {1e3 * without:.2f} without"
@@ -103,7 +100,7 @@ def choose_across_nodes(
     """
     if by_copies:
         links = links._replace(near_rate=max(links.near_rate, gather_costs.COPY_RATE))
-    compute, hidden = (_seconds(layer) if on_gpu else 0.0), (0.5 if on_gpu else 0.0)
+    compute, hidden = (pass_seconds(layer) if on_gpu else 0.0), (0.5 if on_gpu else 0.0)
     shape = layer.size, layer.n_local, layer.heads, layer.dim, layer.dtype
     if layer.moba is None:
         kind, found = "full attention", nodes.full_predictions(*shape, options, links, compute, hidden)
@@ -193,22 +190,45 @@ def news() -> list[str]:
     return lines
 
 
-def _seconds(layer: Layer) -> float:
+def seconds_without(layer: Layer, options: ExchangeOptions) -> float:
+    """Forward and backward pass of a layer whose K and V come to all ranks by copy engines, or around a ring."""
+    return _between(layer, 1, options)
+
+
+def seconds_with(layer: Layer, h: int, options: ExchangeOptions) -> float:
+    """Forward and backward pass where every ``h`` ranks exchange tokens for heads, and the others all K and V."""
+    costs = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options)
+    n_bytes, stages = costs.forward_bytes + costs.backward_bytes, len(costs.stages)
+    moving = costs.exposed_bytes / ROWS_RATE + ROWS_LOSS * n_bytes / gather_costs.COPY_RATE
+    own = n_bytes / (h - 1) / OWN_RATE
+    seconds = _between(layer, h, options) + moving + own + 2 * stages * STAGE_SECONDS
+    return max(seconds, stages * HOST_SECONDS)
+
+
+def pass_seconds(layer: Layer) -> float:
     """Forward and backward pass of one rank's part of the work, as one device would do it."""
-    n_rows = layer.n_local * layer.heads[0]
+    n_rows, n_tokens = layer.n_local * layer.heads[0], layer.size * layer.n_local
     if layer.moba is None:
-        return 3.5 * 2 * n_rows * layer.size * layer.n_local * layer.dim / DENSE_FLOPS
-    return gather_costs.pass_seconds(n_rows, layer.dim, *layer.moba)
+        return 3.5 * 2 * n_rows * n_tokens * layer.dim / DENSE_FLOPS
+    return gather_costs.pass_seconds(n_rows, layer.dim, *layer.moba, n_tokens)
 
 
-def _shards(layer: Layer, h: int, others: int, compute: float, options: ExchangeOptions) -> float:
-    """What attention loses among ``others`` ranks with the same heads, if all K and V come."""
+def _between(layer: Layer, h: int, options: ExchangeOptions) -> float:
+    """What attention takes among the ranks with the same heads, of every ``h`` ranks one, if all K and V come."""
+    compute, others = pass_seconds(layer), layer.size // h
     if others == 1:
-        return 0.0
+        return compute
     if layer.moba is None:
-        return RING_LOSS * compute
-    # K and V twice, and their gradients once.
-    units = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options).units
-    token = units * 2 * layer.dim * (2 * layer.dtype.itemsize + options.wire_dtype(layer.dtype).itemsize)
-    wire = (others - 1) * h * layer.n_local * token / gather_costs.COPY_RATE
-    return SHARD_LOSS * (others - 1) * compute + COPY_LOSS * wire
+        return (1 + RING_LOSS) * compute
+    costs = HeadCosts(h, layer.n_local, layer.heads, layer.dim, layer.dtype, options)
+    # Of K and V of a token and head, and of their gradients.
+    coming, leaving = (2 * layer.dim * x.itemsize for x in (layer.dtype, options.wire_dtype(layer.dtype)))
+    stages = gather_stages.heads_of_stages(costs.units, options.stages, layer.size * layer.n_local * coming, compute)
+    # Nothing hides how K and V of the first stage come in a backward pass, and gradients of the last one leave.
+    first, last = (stage.stop - stage.start for stage in (stages[0], stages[-1]))
+    again = 0 if options.keep else coming
+    seconds = nodes.SEEN * (others - 1) * h * layer.n_local / gather_costs.COPY_RATE
+    exposed = seconds * (first * again + last * leaving)
+    copies = seconds * costs.units * (coming + again + leaving)
+    shards = SHARD_LOSS * (others - 1) / costs.unit * compute
+    return max(compute + shards + exposed + COPY_LOSS * copies, len(stages) * gather_stages.HOST_SECONDS)
