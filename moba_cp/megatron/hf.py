@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..index.config import INDEX_WEIGHT
 from ..model.attention import KEY_CONV_WEIGHT
@@ -22,7 +22,6 @@ from .batch import group_size
 from .hf_check import check_same_model
 from .hf_config import describe, read_config
 from .hf_files import CONFIG, INDEX, WEIGHTS, CheckpointFiles, Export, is_inverse_frequency
-from .init import distribute_like
 
 # Megatron's name of a layer's parameter: the checkpoint's names of what it consists of.
 _LAYER = {
@@ -81,7 +80,7 @@ def load_hf(model: nn.Module, path: str | Path, same_rotary: bool = True) -> Non
                 f"{names[0]} is {whole.dtype} in the checkpoint, which {name} of {parameter.dtype} cannot hold "
                 f"exactly; build the model in {whole.dtype} or float32 and convert it afterwards"
             )
-        parameter.copy_(distribute_like(_part(model, name, parameter, whole), parameter))
+        parameter.copy_(_distribute_like(_part(model, name, parameter, whole), parameter))
     if group_size(model.pg_collection.pp) == 1:
         left = {n for n in files.names() - used if not is_inverse_frequency(n)}
         if hf.tie_embeddings:
@@ -263,3 +262,12 @@ def _shards(model, dtype: torch.dtype | None, shard_bytes: int) -> list[list[tup
         shards[-1].append((name, parameter))
         size += n_bytes
     return shards
+
+
+def _distribute_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """``full`` as ``parameter`` is sharded; every rank has all of it."""
+    if not isinstance(parameter, DTensor):
+        return full
+    # Every rank has the same tensor, so each cuts its own shard and nothing is sent.
+    full = full.to(parameter.device, parameter.dtype)
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
