@@ -6,6 +6,7 @@ the team's [R, n, ...] with this rank's n heads of a stage.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ class Part:
     """Of KV heads; otherwise of query heads."""
     wire: torch.dtype
     """Of *heads*."""
+
+    @cached_property
+    def kind(self) -> tuple:
+        """What *heads* of a stage depend on."""
+        return self.is_kv, self.wire, self.tokens.shape[2:]
+
+    @cached_property
+    def head_bytes(self) -> int:
+        """Of one of the *heads* in a row."""
+        return self.tokens.shape[2:].numel() * self.wire.itemsize
 
 
 class Collectives:
@@ -119,8 +130,11 @@ class Collectives:
 
     def _shape(self, part: Part, stage: Stage) -> tuple[int, ...]:
         """Of *heads*."""
-        n_heads = stage.count * (1 if part.is_kv else self.tables.unit)
-        return self.tables.n_rows, n_heads, *part.tokens.shape[2:]
+        return self.tables.n_rows, self._n_heads(part, stage), *part.tokens.shape[2:]
+
+    def _n_heads(self, part: Part, stage: Stage) -> int:
+        """n."""
+        return stage.count * (1 if part.is_kv else self.tables.unit)
 
     def _packed(self, part: Part, stage: Stage) -> Tensor:
         """[h * L, n, ...], the heads of the team's first rank first."""

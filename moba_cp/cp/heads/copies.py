@@ -31,7 +31,10 @@ class CopyEngines(Collectives):
     def __init__(self, tables: HeadTables, comm: Communicator, memory: PeerMemory):
         super().__init__(tables, comm)
         self._memory = memory
+        # Views and numbers are made once for each slot: a pass asks for them hundreds of times, and short sequences
+        # wait for the host.
         self._ready: dict[tuple, list[ReadyCopy]] = {}
+        self._slots: dict[tuple, list[Tensor]] = {}
         self._generation = -1
 
     def open_pass(self, parts: Sequence[Part], targets: Sequence[Part], where: Where) -> None:
@@ -131,10 +134,7 @@ class CopyEngines(Collectives):
             for _, mine, there in pairs():
                 copy_rows(*((there, mine) if outward else (mine, there)))
             return
-        if self._generation != memory.generation:
-            # The buffers have been replaced.
-            self._ready.clear()
-            self._generation = memory.generation
+        self._look_for_new_buffers()
         of_rows = tuple((x.shape, x.stride(), x.dtype) for x in rows)
         key = name, memory.slot(name, stage.copied), stage.units.start, stage.units.stop, which.start, of_rows
         if key not in self._ready:
@@ -161,33 +161,46 @@ class CopyEngines(Collectives):
 
     def _in_place(self, part: Part, stage: Stage) -> bool:
         """Whether a stage's heads of *tokens* are copied from or to where they are."""
-        width = torch.Size(self._shape(part, stage)[1:]).numel() * part.wire.itemsize
-        moves_as_it_is = part.wire == part.tokens.dtype and not (part.is_kv and self.tables.shares_kv)
-        return moves_as_it_is and part.tokens[:1].is_contiguous() and width >= NARROWEST_ROW
+        if part.wire != part.tokens.dtype or (part.is_kv and self.tables.shares_kv):
+            return False
+        return self._row_bytes(part, stage) >= NARROWEST_ROW and part.tokens[:1].is_contiguous()
 
     def _slot(self, name: str, stage: Stage, place: int, parts: Sequence[Part]) -> list[Tensor]:
         """*Heads* of all ``parts`` in a stage's slot of a rank's buffer."""
-        ends = self._places(parts, stage)
-        slot = self._memory.at(name, stage.copied, place, (ends[-1],), torch.uint8)
-        found = []
-        for begin, part in zip(ends, parts, strict=False):
-            shape = self._shape(part, stage)
-            n_bytes = torch.Size(shape).numel() * part.wire.itemsize
-            found.append(slot[begin : begin + n_bytes].view(part.wire).view(shape))
-        return found
+        self._look_for_new_buffers()
+        units, kinds = stage.units, tuple(part.kind for part in parts)
+        key = name, self._memory.slot(name, stage.copied), place, units.start, units.stop, kinds
+        if key not in self._slots:
+            ends, found = self._places(parts, stage), []
+            slot = self._memory.at(name, stage.copied, place, (ends[-1],), torch.uint8)
+            for begin, part in zip(ends, parts, strict=False):
+                n_bytes = self.tables.n_rows * self._row_bytes(part, stage)
+                found.append(slot[begin : begin + n_bytes].view(part.wire).view(self._shape(part, stage)))
+            self._slots[key] = found
+        return self._slots[key]
+
+    def _look_for_new_buffers(self) -> None:
+        """Forget what was made for buffers that have been replaced."""
+        if self._generation != self._memory.generation:
+            self._ready.clear(), self._slots.clear()
+            self._generation = self._memory.generation
 
     def _places(self, parts: Sequence[Part], stage: Stage) -> list[int]:
         """Bytes at which the *heads* of ``parts`` begin in a slot, and its end."""
         places = [0]
         for part in parts:
-            n_bytes = torch.Size(self._shape(part, stage)).numel() * part.wire.itemsize
+            n_bytes = self.tables.n_rows * self._row_bytes(part, stage)
             places.append(places[-1] + -(-n_bytes // _ALIGNED) * _ALIGNED)
         return places
+
+    def _row_bytes(self, part: Part, stage: Stage) -> int:
+        """Of a row of a stage's *heads*."""
+        return self._n_heads(part, stage) * part.head_bytes
 
     def _moved(self, parts: Sequence[Part], stage: Stage) -> int:
         """Bytes of a stage that come from other ranks."""
         h = len(self.tables.team)
-        total = sum(torch.Size(self._shape(part, stage)).numel() * part.wire.itemsize for part in parts)
+        total = self.tables.n_rows * sum(self._row_bytes(part, stage) for part in parts)
         return total // h * (h - 1)
 
 
