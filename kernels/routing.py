@@ -28,6 +28,9 @@ from .common import SLICED, cdiv, check_limit, launch_options, on_device
 # Entries of the table of counts, tiles x lists: 32 MiB.
 COUNT_ENTRIES = 1 << 23
 MIN_TILE_ROWS = 64
+# Where there are more tiles than the first number, a program sums up so many of them at a time: it waits for each step,
+# and with few heads there are few programs to fill the GPU meanwhile.
+MANY_TILES, TILES_AT_ONCE = 512, 256
 # Lists that the last program to finish sums up at a time.
 SIZES_AT_ONCE = 4096
 
@@ -269,9 +272,10 @@ def build_routing(
         _count_kernel[(n_tiles, n_kv)](
             **inputs, counts=counts, list_start=list_start, **numbers, **constants, STEP=128, **launch_options(4)
         )
+        many = n_tiles > MANY_TILES
         _running_sum_kernel[(cdiv(n_blocks, 32), n_kv)](
             counts=counts, list_start=list_start, n_tiles=n_tiles, n_blocks=n_blocks,
-            BT=64, BB=32, SIZES=SIZES_AT_ONCE, **launch_options(4),
+            BT=TILES_AT_ONCE if many else 64, BB=32, SIZES=SIZES_AT_ONCE, **launch_options(8 if many else 4),
         )  # fmt: skip
         _scatter_kernel[(n_tiles, n_kv)](
             **inputs, counts=counts, list_start=list_start, visits=visits, **numbers, **constants, STEP=64,

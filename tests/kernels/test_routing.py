@@ -30,10 +30,18 @@ def expected_lists(chosen, own, visible, page_row):
 
 
 @pytest.mark.parametrize("with_own", [True, False], ids=["own", "chosen"])
-@pytest.mark.parametrize("count_entries, sizes", [(1 << 23, 4096), (1, 16)], ids=["small tiles", "one tile, long sums"])
-def test_lists_are_sorted_and_complete(monkeypatch, with_own, count_entries, sizes):
+@pytest.mark.parametrize(
+    "count_entries, sizes, tile_rows",
+    [(1 << 23, 4096, 64), (1, 16, 64), (1 << 23, 4096, 4)],
+    ids=["small tiles", "one tile, long sums", "many tiles"],
+)
+def test_lists_are_sorted_and_complete(monkeypatch, with_own, count_entries, sizes, tile_rows):
     monkeypatch.setattr(routing, "COUNT_ENTRIES", count_entries)
     monkeypatch.setattr(routing, "SIZES_AT_ONCE", sizes)
+    monkeypatch.setattr(routing, "MIN_TILE_ROWS", tile_rows)
+    # Of 80 tiles at most 32 at a time.
+    monkeypatch.setattr(routing, "MANY_TILES", 40)
+    monkeypatch.setattr(routing, "TILES_AT_ONCE", 32)
     p = Problem([130, 0, 190], (4, 2), 16, 16, 4)
     own, visible = (p.own, p.visible.clone()) if with_own else (None, None)
     if with_own:
