@@ -68,7 +68,8 @@ def test_forecasts_on_four_are_near_what_was_measured(name, overrides, seconds, 
     layers += [LayerMemory("none")] * (made.model.n_layers - sum(kept))
     predicted = forecast(made, 4, GPUS["h200"], 4, None, layers)
     assert predicted.step_seconds == pytest.approx(seconds, rel=0.15)
-    assert predicted.memory.device / 2**30 == pytest.approx(gib, rel=0.05)
+    # A forecast below what is taken lets a run start that runs out of memory.
+    assert gib <= predicted.memory.device / 2**30 <= 1.06 * gib
 
 
 # Attention of one layer, forward and backward, blocks of 512, top-8, D = 128, on H200s (docs/bench_cluster.md):
