@@ -10,7 +10,7 @@ For the exchange between ranks :mod:`.exchange.choices` counts what rows selecte
 what moves, :mod:`.exchange.requests` writes and reads the requests, and :mod:`.pages` and :mod:`.rows` copy blocks and
 rows. :mod:`.kv_shards` packs K and V for the all-gather.
 
-:mod:`.masses` adds up what attention gives blocks, from which index branches learn.
+:mod:`.index_choice` chooses blocks for an index branch, and :mod:`.index_gradients` is what it learns from.
 
 :mod:`.decoding` selects and attends for few rows with many keys behind them, as a model that generates has them.
 
@@ -31,8 +31,9 @@ from .exchange.decision import pick_cheapest, weigh_blocks
 from .exchange.requests import list_pairs, relay_request, sum_up, write_request
 from .given import given_blocks
 from .hopper import serving
+from .index_choice import index_select
+from .index_gradients import index_loss
 from .kv_shards import pack_kv_shard, sum_partial_grads
-from .masses import block_masses, selected_masses
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
 from .pages import add_pages, copy_pages
@@ -45,10 +46,10 @@ from .work import index_size
 hopper.check_with(hopper_check.compare)
 
 __all__ = [
-    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_masses", "block_means", "copy_pages",
-    "count_choices", "count_rows", "gather_rows", "given_blocks", "index_size", "list_pairs", "list_rows", "merge_rows",
-    "pack_kv_shard", "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index", "row_ids",
-    "row_sums", "select_blocks", "select_by_keys", "select_few", "selected_masses", "serving", "split_rotate",
+    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
+    "count_rows", "gather_rows", "given_blocks", "index_loss", "index_select", "index_size", "list_pairs", "list_rows",
+    "merge_rows", "pack_kv_shard", "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index",
+    "row_ids", "row_sums", "select_blocks", "select_by_keys", "select_few", "serving", "split_rotate",
     "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu", "swiglu_backward", "weigh_blocks",
     "write_request",
 ]  # fmt: skip

@@ -61,6 +61,36 @@ def score_tile(dtype: torch.dtype, members: int, block_size: int, dim: int) -> S
     return ScoreTile(max(1, rows // members), 8 if block_size else 32 if narrow else 128, keys, 4 if narrow else 8)
 
 
+class IndexTile(NamedTuple):
+    """Launch shape of a kernel of an index branch; not timed yet."""
+
+    bm: int
+    """Rows."""
+    bn: int
+    """Blocks."""
+    bk: int
+    """Keys at a time, where a block is scored by its keys."""
+    warps: int
+
+
+def index_tile(dim: int, block_size: int) -> IndexTile:
+    """Of the exact scores of :mod:`.index_choice`, in float64; by means if ``block_size`` is 0."""
+    rows = 64 if dim <= 64 else 32
+    return IndexTile(rows, 8 if block_size else 32, _keys(block_size or 16, 32), 4)
+
+
+def index_rows_tile(dim: int, n_queries: int, block_size: int, dtype: torch.dtype) -> IndexTile:
+    """Of the scores and gradients of :mod:`.index_gradients`, whose rows have ``n_queries`` each, a power of two."""
+    rows, keys = (32, 32) if dtype == torch.float32 or dim > 128 else (64, 64)
+    return IndexTile(max(1, rows // n_queries), keys, _keys(block_size or 16, keys), 4)
+
+
+def masses_tile(dim: int, block_size: int, dtype: torch.dtype) -> IndexTile:
+    """Of what attention gives blocks, in :mod:`.index_gradients`."""
+    narrow = dtype == torch.float32 or dim > 128
+    return IndexTile(32 if narrow else 128, 8, _keys(block_size, 32 if narrow else 64), 4 if narrow else 8)
+
+
 def _keys(block_size: int, most: int) -> int:
     """Keys per tile: the block itself where it is short."""
     return min(most, max(16, next_power_of_2(block_size)))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks import BlockTable
 from ..config import MoBAConfig
 from ..cp.calls import Where
 from ..cp.context import CPContext
@@ -20,10 +21,8 @@ from ..cp.moba import owned_means, owned_tables
 from ..cp.straddle import assemble
 from ..dtypes import WIDE
 from ..ops import backend
-from .choice import Keys, select_blocks
 from .config import IndexConfig
-from .loss import Attended, index_loss
-from .tables import IndexTables, index_tables
+from .tables import index_tables
 
 
 class Projected(NamedTuple):
@@ -62,7 +61,7 @@ class IndexBranch:
     """g."""
 
     @property
-    def tables(self) -> IndexTables:
+    def tables(self) -> BlockTable:
         """Where blocks lie."""
         return index_tables(self.context, self.moba.block_size)
 
@@ -103,14 +102,14 @@ class IndexBranch:
     def gather(self, projected: Projected) -> Scored:
         """``projected`` with the mean keys of all blocks, or with all keys; a collective call."""
         keys, context, comm = projected.keys, self.context, self.context.comm
-        if self.config.score == "max":
+        if not self._by_mean:
             whole = self._whole(keys, "index_keys")
             return Scored(
                 projected.queries, torch.cat([whole, whole.new_zeros(1, *whole.shape[1:])]), projected.weights
             )
         ops, tables = backend(keys), self.tables
         if context.size == 1:
-            means = ops.block_means(keys, tables.start, tables.length.int(), self.moba.block_size)
+            means = ops.block_means(keys, tables.start, tables.length, self.moba.block_size)
             return Scored(projected.queries, means, projected.weights)
         # As the means of attention's own keys: each is computed in one place, by the owner of the block.
         geometry, where = context.geometry(self.moba.block_size), Where.forward(self.layer)
@@ -124,12 +123,9 @@ class IndexBranch:
 
     def choose(self, scored: Scored) -> Tensor:
         """[L, g, S] int32, the blocks with the highest scores, counted within the row's document; -1 for none."""
-        how = self.moba.top_k, self.moba.min_recent, self.moba.sink
-        of_heads = [
-            select_blocks(scored.queries[:, head], scored.weights[:, head], self._keys(scored, head), *how)
-            for head in range(self.n_kv)
-        ]
-        return torch.stack(of_heads, 1)
+        config = self.moba
+        how = self._by_mean, config.top_k, config.min_recent, config.sink
+        return backend(scored.queries).index_select(scored.queries, scored.weights, scored.keys, self.tables, *how)
 
     def learn(
         self,
@@ -150,30 +146,27 @@ class IndexBranch:
             [] wide, the divergence of this rank's rows, summed over them, the mean over KV heads; and its gradients by
             what was projected.
         """
-        group = q.shape[1] // self.n_kv
-        total, dweights = scored.weights.new_zeros(()), torch.zeros_like(scored.weights)
-        dqueries = scored.weights.new_zeros(scored.queries.shape)
-        dkeys = scored.weights.new_zeros(scored.keys.shape)
-        for head in range(self.n_kv):
-            heads = slice(head * group, (head + 1) * group)
-            # A head at a time: all keys of all heads may be more than there is room for.
-            attended = Attended(q[:, heads], self._whole(k[:, head], "index_attended"), lse[:, heads], scale)
-            found, dqueries[:, head], dweights[:, head] = index_loss(
-                attended,
-                scored.queries[:, head],
-                scored.weights[:, head],
-                self._keys(scored, head),
-                None if chosen is None else chosen[:, head],
-                dkeys[:, head],
+        group, ops = q.shape[1] // self.n_kv, backend(q)
+        # A head at a time across ranks: all keys of all heads may be more than there is room for.
+        parts = [slice(0, self.n_kv)] if self.context.size == 1 else [slice(i, i + 1) for i in range(self.n_kv)]
+        found = []
+        for part in parts:
+            heads = slice(part.start * group, part.stop * group)
+            of_scorer = scored.queries[:, part], scored.weights[:, part], scored.keys[:, part]
+            attended = q[:, heads], self._whole(k[:, part], "index_attended"), lse[:, heads], scale
+            found.append(
+                ops.index_loss(
+                    *attended, *of_scorer, self.tables, self._by_mean, None if chosen is None else chosen[:, part]
+                )
             )
-            total += found
-        total /= self.n_kv
-        for grad in (dqueries, dkeys, dweights):
-            grad /= self.n_kv
+        totals, *grads = zip(*found)
+        total = torch.stack(totals).sum() / self.n_kv
+        dqueries, dweights, dkeys = (torch.cat(of_parts, 1).div_(self.n_kv) for of_parts in grads)
         return total, Projected(dqueries, self._own_gradients(dkeys), dweights)
 
-    def _keys(self, scored: Scored, head: int) -> Keys:
-        return Keys(scored.keys[:, head], self.tables, self.config.score == "mean")
+    @property
+    def _by_mean(self) -> bool:
+        return self.config.score == "mean"
 
     def _whole(self, x: Tensor, kind: str) -> Tensor:
         """[T, ...] of every rank's [L, ...]."""
@@ -188,10 +181,10 @@ class IndexBranch:
     def _own_gradients(self, dkeys: Tensor) -> Tensor:
         """The gradients of local keys [L, g, d], of what each rank's rows give what stands for blocks [K, g, d]."""
         context, where, tables = self.context, Where.forward(self.layer), self.tables
-        if self.config.score == "mean":
+        if self._by_mean:
             if context.size > 1:
                 dkeys = context.comm.all_gather(dkeys, "index_gradients", where).sum(0)
-            return dkeys[tables.current] / tables.length[tables.current, None, None]
+            return dkeys[tables.current_block] / tables.length[tables.current_block, None, None]
         dkeys = dkeys[:-1]
         if context.size == 1:
             return dkeys

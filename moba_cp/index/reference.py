@@ -1,4 +1,4 @@
-"""The index branch written plainly: the specification that :mod:`.choice` and :mod:`.loss` are compared with.
+"""The index branch written plainly: the specification that both backends are compared with.
 
 Loops over documents, rows and blocks, in any floating dtype, differentiable by autograd.
 

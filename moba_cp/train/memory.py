@@ -38,7 +38,7 @@ _HOST_SHARE = 0.8
 # row takes for each block that it visits, besides a row of D elements (kernels/work.py).
 _FORWARD_SCRATCH, _BACKWARD_SCRATCH, _WHOLE_HEAD = 5 << 28, 3 << 28, 9 << 28
 _FORWARD_VISIT, _BACKWARD_VISIT = 4, 20
-# Of an index branch: a few tensors of as many float64 as index/choice.py allows for.
+# Of an index branch: a few tensors of as many float64 as eager/index_choice.py allows for; the kernels take less.
 _INDEX_SCRATCH = 3 << 30
 _MOMENT_BYTES = {"float32": 8, "bfloat16": 4}
 

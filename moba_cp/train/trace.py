@@ -24,8 +24,9 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200":
 _ELEMENTWISE = "element by element"
 _PARTS = {
     _ELEMENTWISE: r"^triton_(poi|red|per)_",
+    "index branch": r"^_index_",
     "routing": r"select_kernel|_score_kernel|_choose_kernel|_given_kernel|_means_kernel|_count_kernel|_running_sum"
-    r"|_scatter_kernel|_task_kernel|_visit_table|_row_stats|_masses_kernel",
+    r"|_scatter_kernel|_task_kernel|_visit_table|_row_stats",
     "exchange": r"nccl|Memcpy PtoP|_pack_kernel|_gather_rows|_request|_list|_pick|_relay|_moved|_far|_partial|_row_ids"
     r"|_weigh_kernel|_sum_kernel|_sum_up_kernel|_add_kernel|_copy_kernel|^_rows_kernel",
     "attention": r"_block_kernel|dkdv_|dq_kernel|_visits_kernel|_finish_kernel|_merge|_row_sums|_scale_rows|flash|cudnn"

@@ -6,7 +6,8 @@ import torch
 from moba_cp import CPContext, MoBAConfig, full_attention
 from moba_cp import reference as attention_reference
 from moba_cp.cp.layout import LAYOUTS
-from moba_cp.eager import block_masses
+from moba_cp.eager.index_choice import is_candidate
+from moba_cp.eager.masses import block_masses
 from moba_cp.index import IndexConfig
 from moba_cp.index.branch import IndexBranch, Projected
 from tests.cp.test_moba import divides
@@ -117,7 +118,7 @@ def test_a_branch_learns_to_choose_what_attention_looks_at():
     branch = IndexBranch(config, moba, CPContext(None, "contiguous", n), "layer 1", 1)
     tables = branch.tables
     masses = block_masses(q, k[:, 0], lse, tables.start, block, 16**-0.5)
-    masses *= tables.is_candidate(slice(0, n), slice(0, n // block))
+    masses *= is_candidate(tables, slice(0, n), slice(0, n // block))
     late = slice(block * (top_k + 3), n)
     best = masses[late].topk(top_k - 1).values.sum(1)
     share = lambda chosen: (masses[late].gather(1, chosen[late, 0].long()).sum(1) / best).mean()

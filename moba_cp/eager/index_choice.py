@@ -1,7 +1,8 @@
-"""The scorer's scores of blocks, the blocks with the highest, and the scores' gradients; of one KV head.
+"""An index branch's scores of blocks, the blocks with the highest, and the scores' gradients.
 
-Legend: R rows, m queries of the scorer for the KV head, d their width, n blocks, W keys that a block is represented by
-(1, its mean, or all B), K keys in all, S selected blocks of a row. Wide means float32, or float64 for float64 inputs.
+Legend: L rows, R of a slice, g KV heads, m queries of the scorer for each, d their width, n blocks, W keys that a block
+is represented by (1, its mean, or all B), K keys in all, S selected blocks of a row. Wide means float32, or float64 for
+float64 inputs.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..blocks import BlockTable
 from ..dtypes import WIDE
-from ..eager.select import _ordered_bits, _scores
-from .tables import IndexTables
+from .select import _ordered_bits, _scores
 
 # Elements of a temporary at most, on a GPU and on a CPU.
 SCRATCH_ELEMENTS, CPU_ELEMENTS = 1 << 26, 1 << 20
@@ -24,11 +25,21 @@ def elements_at_once(x: Tensor) -> int:
     return SCRATCH_ELEMENTS if x.is_cuda else CPU_ELEMENTS
 
 
-def row_slices(tables: IndexTables, x: Tensor) -> Iterator[slice]:
-    """The rows of ``x`` [L, ...], so many at a time that something for each of their blocks is not large."""
-    step = max(1, min(MOST_ROWS, elements_at_once(x) // (4 * max(1, tables.n_blocks))))
+def row_slices(table: BlockTable, x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The rows of ``x`` [L, ...] that have candidates, so many at a time that something for each of their blocks is not
+    large; and the blocks among which are the candidates of all of them."""
+    step = max(1, min(MOST_ROWS, elements_at_once(x) // (4 * max(1, table.n_blocks))))
     for lo in range(0, x.shape[0], step):
-        yield slice(lo, min(lo + step, x.shape[0]))
+        rows = slice(lo, min(lo + step, x.shape[0]))
+        since, until = int(table.first[rows].min()), int(table.current_block[rows].max())
+        if since < until:
+            yield rows, slice(since, until)
+
+
+def is_candidate(table: BlockTable, rows: slice, blocks: slice) -> Tensor:
+    """[rows, blocks] bool."""
+    block = torch.arange(blocks.start, blocks.stop, device=table.first.device)
+    return (block >= table.first[rows, None]) & (block < table.current_block[rows, None])
 
 
 @dataclass(frozen=True)
@@ -37,13 +48,13 @@ class Keys:
 
     rows: Tensor
     """[K, d]: mean keys of all blocks; or all keys and behind them a row of zeros."""
-    tables: IndexTables
+    table: BlockTable
     by_mean: bool
 
     @property
     def width(self) -> int:
         """W."""
-        return 1 if self.by_mean else self.tables.block_size
+        return 1 if self.by_mean else self.table.block_size
 
     def tiles(self, blocks: slice, n_queries: int) -> Iterator[slice]:
         """``blocks``, so many at a time that scores of their keys by ``n_queries`` queries are not large."""
@@ -53,13 +64,17 @@ class Keys:
 
     def at(self, blocks: slice) -> Tensor | slice:
         """Which rows represent the blocks, W of each in order."""
-        return blocks if self.by_mean else self.tables.key_rows(blocks, self.rows.shape[0] - 1).flatten()
+        if self.by_mean:
+            return blocks
+        offset, table = torch.arange(self.width, device=self.rows.device), self.table
+        rows = table.start[blocks, None] + offset
+        return torch.where(offset < table.length[blocks, None], rows, self.rows.shape[0] - 1).flatten()
 
     def largest(self, scores: Tensor, blocks: slice) -> tuple[Tensor, Tensor]:
         """A block's score [R, n] of those of its keys [R, n * W], and which key's that is [R, n]."""
         scores = scores.unflatten(1, (-1, self.width))
         if not self.by_mean:
-            short = torch.arange(self.width, device=scores.device) >= self.tables.length[blocks, None]
+            short = torch.arange(self.width, device=scores.device) >= self.table.length[blocks, None]
             scores = scores.masked_fill(short, -torch.inf)
         return scores.max(-1)
 
@@ -101,39 +116,51 @@ def block_scores_backward(
     return dqueries, dweights
 
 
-def select_blocks(
-    queries: Tensor, weights: Tensor, keys: Keys, top_k: int, min_recent: int = 0, sink: bool = False
+def index_select(
+    queries: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    table: BlockTable,
+    by_mean: bool,
+    top_k: int,
+    min_recent: int,
+    sink: bool,
 ) -> Tensor:
-    """[L, top_k - 1] int32, the candidates with the highest scores, best first, counted within the row's document; -1
-    where there are fewer.
+    """[L, g, top_k - 1] int32, the candidates with the highest scores, best first, counted within the row's document;
+    -1 where there are fewer.
 
     Equal scores: the more recent block. NaN ranks below every number. What is always taken comes first.
 
     Args:
-        queries: [L, m, d]; weights: [L, m] wide.
+        queries: [L, g, m, d]; weights: [L, g, m] wide.
+        keys: [K, g, d], mean keys of all blocks; or, unless ``by_mean``, all keys and behind them a row of zeros.
+        table: of blocks of which none is empty, and of these rows.
         min_recent: so many of the newest candidates are always taken.
         sink: the oldest candidate is always taken.
     """
-    tables = keys.tables
+    how = table, top_k, min_recent, sink
+    of_heads = [
+        _select(queries[:, head], weights[:, head], Keys(keys[:, head], table, by_mean), *how)
+        for head in range(queries.shape[1])
+    ]
+    return torch.stack(of_heads, 1)
+
+
+def _select(
+    queries: Tensor, weights: Tensor, keys: Keys, table: BlockTable, top_k: int, min_recent: int, sink: bool
+) -> Tensor:
+    """[L, S], of one KV head."""
     chosen = torch.full((queries.shape[0], top_k - 1), -1, dtype=torch.int32, device=queries.device)
     never, always = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
-    for rows in row_slices(tables, queries):
-        blocks = tables.candidates_of(rows)
-        n = blocks.stop - blocks.start
-        n_take = min(top_k - 1, n)
-        if not n_take:
-            continue
+    for rows, blocks in row_slices(table, queries):
+        n_take = min(top_k - 1, blocks.stop - blocks.start)
         scores = block_scores(queries[rows], weights[rows], keys, blocks, True)
         block = torch.arange(blocks.start, blocks.stop, device=queries.device)
-        first, current, candidate = (
-            tables.first[rows, None],
-            tables.current[rows, None],
-            tables.is_candidate(rows, blocks),
-        )
-        taken = block >= current - min_recent
+        first, taken = table.first[rows, None], block >= table.current_block[rows, None] - min_recent
         if sink:
             taken |= block == first
-        sort_key = torch.where(candidate, torch.where(taken, always, _ordered_bits(scores.double())), never).flip(1)
+        sort_key = torch.where(taken, always, _ordered_bits(scores.double()))
+        sort_key = torch.where(is_candidate(table, rows, blocks), sort_key, never).flip(1)
         sort_key, order = sort_key.sort(dim=1, descending=True, stable=True)
         best = blocks.stop - 1 - order[:, :n_take] - first
         chosen[rows, :n_take] = torch.where(sort_key[:, :n_take] == never, -1, best).int()
