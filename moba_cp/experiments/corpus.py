@@ -2,8 +2,9 @@
 
 A package's files, one behind another in the order of their paths, each under a line that names it, are one text, in
 which names defined in one file are used in others thousands of bytes later. It is cut into documents of exactly the
-length that a run trains on; what is left at the end is dropped. Bytes are the tokens. Folders, not files, are held out
-for validation, and others for fine-tuning, by the hash of their path.
+length that a run trains on; what is left at the end is dropped. Tokens are bytes, or those of a tokenizer that is made
+for the text (:mod:`.tokens`). Folders, not files, are held out for validation, and others for fine-tuning, by the hash
+of their path.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.encode import ByteEncoder
 from ..data.indexed import MASK, write_index
+from .tokens import Bytes, Pieces, token_mask, train_tokenizer
 
 TRAINING, TUNING, VALIDATION = "training", "tuning", "validation"
 TUNING_VALIDATION = "tuning_validation"
@@ -45,19 +46,21 @@ def build_corpora(
     pattern: str = "*.py",
     most: int | None = None,
     held_out: int | None = None,
+    vocabulary: int | None = None,
 ) -> dict:
     """Write ``folder/LENGTH/SPLIT`` (.bin and .idx) for each length and split, unless they are there.
 
     Args:
         folder: where they go.
-        lengths: bytes of a document; the text of the shorter ones is that of the longest one.
+        lengths: tokens of a document; the text of the shorter ones is that of the longest one.
         roots: folders whose subfolders are packages.
         pattern: which files.
         most: bytes of text to take; None for all.
         held_out: of the longest length, documents of each validation, spread evenly; None for all.
+        vocabulary: tokens of a tokenizer that is trained on the training split; None for bytes.
 
     Returns:
-        what ``corpus.json`` in the folder says: for each split bytes, documents by length, and a hash of the text; the
+        what ``corpus.json`` in the folder says: for each split tokens, bytes, documents by length, and a hash; the
         packages with most text; the bytes of a package's text in the median and at the most.
 
     Raises:
@@ -65,17 +68,17 @@ def build_corpora(
     """
     lengths = sorted(lengths)
     asked = {"lengths": lengths, "roots": [str(root) for root in roots], "pattern": pattern, "most": most}
-    asked |= {"held_out": held_out}
+    asked |= {"held_out": held_out, "vocabulary": vocabulary}
     description = folder / DESCRIPTION
     if description.is_file() and (known := json.loads(description.read_text()))["asked"] == asked:
         return known
     folder.mkdir(parents=True, exist_ok=True)
     splits = (TRAINING, TUNING, VALIDATION, TUNING_VALIDATION)
-    made = {split: bytearray() for split in splits}
+    packages: dict[str, list[list[bytes]]] = {split: [] for split in splits}
     sizes: dict[str, int] = {}
     taken = 0
     for package, files in groupby(_files(roots, pattern), key=lambda file: file[0]):
-        texts = {split: [] for split in splits}
+        texts: dict[str, list[bytes]] = {split: [] for split in splits}
         for _, name, content in files:
             texts[_split_of(name)].append(b"# file: %s\n%s\n" % (name.encode("utf-8", "replace"), content))
         if most is not None and taken >= most:
@@ -83,22 +86,24 @@ def build_corpora(
         sizes[package] = sum(len(text) for part in texts.values() for text in part)
         taken += sizes[package]
         for split, parts in texts.items():
-            text = b"".join(parts)
-            made[split] += text[: len(text) // lengths[-1] * lengths[-1]]
+            packages[split].append(parts)
+    if vocabulary is None:
+        tokenizer: Bytes | Pieces = Bytes()
+    else:
+        train_tokenizer(folder, [file for parts in packages[TRAINING] for file in parts], vocabulary)
+        tokenizer = Pieces(folder)
     facts = {"asked": asked, "splits": {}}
-    for split, text in made.items():
+    for split, its in packages.items():
+        encoded = [tokenizer.encode(parts) for parts in its if parts]
+        tokens = np.concatenate([one[: len(one) // lengths[-1] * lengths[-1]] for one in encoded] or [np.empty(0)])
         if split.endswith(VALIDATION) and held_out is not None:
-            text = _spread(text, lengths[-1], held_out)
-        if not text:
+            tokens = _spread(tokens, lengths[-1], held_out)
+        if not len(tokens):
             raise ValueError(
                 f"the sources of {', '.join(asked['roots'])}: {split} has less than one document of {lengths[-1]} "
-                "bytes; name folders with more text (--data)"
+                f"{tokenizer.unit}; name folders with more text (--data)"
             )
-        tokens = np.frombuffer(bytes(text), np.uint8)
-        for length in lengths:
-            _write(folder / str(length) / split, tokens, length, split.startswith(TUNING))
-        digest = hashlib.sha256(text).hexdigest()[:16]
-        facts["splits"][split] = {"bytes": len(text), "documents": {n: len(text) // n for n in lengths}, "hash": digest}
+        facts["splits"][split] = _write_split(folder, split, lengths, tokens, tokenizer)
     by_size = sorted(sizes.items(), key=lambda item: -item[1])
     facts |= {
         "packages": len(sizes),
@@ -111,24 +116,27 @@ def build_corpora(
     return json.loads(description.read_text())
 
 
-def _spread(text: bytearray, length: int, most: int) -> bytearray:
-    """``most`` of the documents of ``length`` bytes, evenly spread, if there are more; else all."""
-    n = len(text) // length
-    kept = [i * n // most for i in range(most)] if n > most else range(n)
-    return bytearray(b"".join(text[i * length : (i + 1) * length] for i in kept))
+def _spread(tokens: np.ndarray, length: int, most: int) -> np.ndarray:
+    """``most`` of the documents of ``length`` tokens, evenly spread, if there are more; else all."""
+    documents = tokens.reshape(-1, length)
+    n = len(documents)
+    return documents[[i * n // most for i in range(most)]].ravel() if n > most else tokens
 
 
 def corpus_lines(facts: dict) -> list[str]:
     """What :func:`build_corpora` says, for people."""
-    splits = facts["splits"]
+    splits, unit = facts["splits"], "bytes" if facts["asked"]["vocabulary"] is None else "tokens"
     lines = [
         f"text: {sum(x['bytes'] for x in splits.values()) / 1e6:.1f} MB of {facts['packages']} packages, the largest "
         + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in list(facts["largest"].items())[:5])
         + f" MB; a package has {facts['package_bytes']['median'] / 1e3:.0f} kB in the median"
     ]
     for name, split in splits.items():
-        documents = ", ".join(f"{count} of {int(length):,} bytes" for length, count in split["documents"].items())
-        lines.append(f"{name}: {split['bytes'] / 1e6:.1f} MB, documents: {documents}; hash {split['hash']}")
+        documents = ", ".join(f"{count} of {int(length):,} {unit}" for length, count in split["documents"].items())
+        wide = f" of {split['bytes'] / split['tokens']:.3f} bytes" if unit == "tokens" else ""
+        lines.append(
+            f"{name}: {split['tokens'] / 1e6:.1f} M {unit}{wide}, documents: {documents}; hash {split['hash']}"
+        )
     return lines
 
 
@@ -177,25 +185,42 @@ def _split_of(name: str) -> str:
     return TRAINING
 
 
-def _write(prefix: Path, tokens: np.ndarray, length: int, masked: bool) -> None:
+def _write_split(folder: Path, split: str, lengths: list[int], tokens: np.ndarray, tokenizer: Bytes | Pieces) -> dict:
+    """Write a split for each length; returns its facts."""
+    widths = tokenizer.widths(tokens)
+    text_bytes = int(widths.sum())
+    mask = None
+    if split.startswith(TUNING):
+        mask = token_mask(widths, docstring_mask(tokenizer.text(tokens)))
+    described = {
+        "tokens": tokenizer.describe(),
+        "n_tokens": len(tokens),
+        "text_bytes": text_bytes,
+        "bytes_per_token": text_bytes / len(tokens),
+        "mask": mask is not None,
+        "inputs": ["Python sources"],
+    }
+    for length in lengths:
+        _write(folder / str(length) / split, tokens, length, mask, described)
+    return {
+        "bytes": text_bytes,
+        "tokens": len(tokens),
+        "documents": {n: len(tokens) // n for n in lengths},
+        "hash": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+    }
+
+
+def _write(prefix: Path, tokens: np.ndarray, length: int, mask: np.ndarray | None, described: dict) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     lengths = np.full(len(tokens) // length, length, np.int32)
     tokens.tofile(prefix.with_name(prefix.name + ".bin"))
-    if masked:
-        mask = prefix.with_name(prefix.name + MASK)
-        docstring_mask(tokens.tobytes()).tofile(mask.with_name(mask.name + ".bin"))
-        write_index(mask, lengths, np.dtype(np.uint8))
-    described = {
-        "tokens": ByteEncoder().describe(),
-        "documents": len(lengths),
-        "n_tokens": len(tokens),
-        "text_bytes": len(tokens),
-        "bytes_per_token": 1.0,
-        "mask": masked,
-        "inputs": ["Python sources"],
-    }
-    prefix.with_name(prefix.name + ".json").write_text(json.dumps(described) + "\n", encoding="utf-8")
-    write_index(prefix, lengths, np.dtype(np.uint8))
+    if mask is not None:
+        beside = prefix.with_name(prefix.name + MASK)
+        mask.tofile(beside.with_name(beside.name + ".bin"))
+        write_index(beside, lengths, np.dtype(np.uint8))
+    text = json.dumps(described | {"documents": len(lengths)}) + "\n"
+    prefix.with_name(prefix.name + ".json").write_text(text, encoding="utf-8")
+    write_index(prefix, lengths, tokens.dtype)
 
 
 def docstring_mask(text: bytes) -> np.ndarray:

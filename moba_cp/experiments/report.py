@@ -16,6 +16,7 @@ from .grid import summary_of
 from .retrieval_report import key_conv_page, retrieval_page, window_page
 from .rows import Rows, TooFew, at_range, loss_of, means, of
 from .runs import Run
+from .tokens import width_lines
 from .training_report import draw_training, training_losses
 
 _KINDS = ("full", "moba")
@@ -42,6 +43,7 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
         "",
         f"![{name}]({name}.png)",
         "",
+        *width_lines(rows),
     ]
     (folder / f"{name}.md").write_text("\n".join([*head, *said]) + "\n", encoding="utf-8")
     return [f"{name}: {len(rows)} of {len(runs)} runs; {folder / name}.md, .csv, .png", *said]
@@ -50,14 +52,16 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
 def _table(file: Path, rows: Rows) -> None:
     facts = list(dict.fromkeys(key for row in rows for key in row["facts"]))
     plain = ("name", "length", "parameters", "tokens", "pflops_days", "validation_loss", "training_loss", "seconds")
+    per_byte = "validation loss per byte"
     ends = sorted({position["to"] + 1 for row in rows for position in row["by_position"]})
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow([*plain, *facts, *(f"loss up to {end}" for end in ends)])
+        writer.writerow([*plain, per_byte, *facts, *(f"loss up to {end}" for end in ends)])
         for row in rows:
             losses = {position["to"] + 1: position["loss"] for position in row["by_position"]}
             writer.writerow(
                 [row[key] for key in plain]
+                + [row["validation_loss"] / row.get("bytes_per_token", 1.0)]
                 + [row["facts"].get(key) for key in facts]
                 + [losses.get(end) for end in ends]
             )

@@ -1,9 +1,12 @@
 """Retrieval from a long document: generators that need no download, and how often a model answers right.
 
 Tokens are printable bytes in three classes: noise, keys and values. A document is noise in which pairs, a key and its
-value behind it, stand at random; at its end keys are asked, each followed by its value, which alone has a label. The
-more a model finds again, and the farther back, the better it uses its context. Tests ask for one key alone in the
-document (``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
+value behind it, stand at random; keys are asked, each followed by its value, which alone has a label. In every second
+document that models train on they are asked at its end, as in tests. In the others a key is asked wherever it comes
+again, up to once for two tokens: with a label for every hundredth token alone, models learn nothing within a thousand
+steps. The more a model finds again, and the farther back, the better it uses its context. Tests ask for one key alone
+in the document (``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative
+recall).
 """
 
 import json
@@ -71,6 +74,21 @@ def make_document(
     return Document(tokens, room + 1 + 2 * np.arange(asked))
 
 
+def make_recall(generator: np.random.Generator, length: int, pairs: int, filled: float) -> Document:
+    """A document of ``length`` tokens: a share ``filled`` is pairs of at most ``pairs`` keys, each of which is asked
+    whenever it comes again, and the rest is noise."""
+    noise, keys, values = (np.frombuffer(some, np.uint8) for some in (NOISE, KEYS, VALUES))
+    tokens = generator.choice(noise, length)
+    keys, values = generator.permutation(keys)[:pairs], generator.choice(values, pairs)
+    units = length // 2
+    places = np.sort(generator.permutation(units)[: max(2, int(filled * units))])
+    which = generator.integers(pairs, size=len(places))
+    tokens[2 * places], tokens[2 * places + 1] = keys[which], values[which]
+    again = np.ones(len(places), bool)
+    again[np.unique(which, return_index=True)[1]] = False
+    return Document(tokens, 2 * places[again] + 1)
+
+
 def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_out: int) -> None:
     """Write ``folder/training`` and ``folder/validation`` (.bin, .idx and masks), unless they are there.
 
@@ -80,7 +98,7 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
         held_out: validation documents of each length.
     """
     described = {"lengths": list(lengths), "tokens": tokens, "held_out": held_out}
-    described |= {"alphabet": (NOISE + KEYS + VALUES).decode()}
+    described |= {"alphabet": (NOISE + KEYS + VALUES).decode(), "asked": "at the end, or throughout"}
     note = folder / "made.json"
     if note.is_file() and json.loads(note.read_text()) == described:
         return
@@ -91,7 +109,13 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
         for length, number in zip(lengths, numbers):
             # From one to as many pairs as there are keys, evenly by ratio: the few are found first.
             pairs = (2 ** generator.uniform(0, np.log2(len(KEYS)) + 1e-9, number)).astype(int).clip(1, length // 8)
-            documents += [make_document(generator, length, n, n) for n in pairs]
+            for i, n in enumerate(pairs):
+                throughout = split == TRAINING and i % 2 == 0
+                documents.append(
+                    make_recall(generator, length, n, generator.uniform(0.1, 1.0))
+                    if throughout
+                    else make_document(generator, length, n, n)
+                )
         write_documents(folder / split, documents)
     note.write_text(json.dumps(described))
 

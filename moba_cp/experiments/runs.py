@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..model.attention import AttentionConfig
+from ..model.config import ModelConfig
 from ..model.schedule import Phase
 from ..train.config import TrainConfig
 from .corpus import TRAINING, TUNING, TUNING_VALIDATION, VALIDATION
@@ -37,8 +38,10 @@ class Run:
     parent: "Run | None" = None
     """The run whose weights it begins with."""
     tests: dict = field(default_factory=dict)
-    """What it is put to when it is trained: ``retrieval`` from documents of these lengths (its text is made for that),
-    ``mass`` of the softmax in documents of this length."""
+    """What it is put to when it is trained: ``retrieval`` from documents of these lengths, ``mass`` of the softmax in
+    documents of this length."""
+    finds_keys: bool = False
+    """Its documents are made for retrieval, not of the text."""
 
     @property
     def n_parameters(self) -> int:
@@ -77,18 +80,22 @@ class Maker:
         MoBA, but the document's first and the last ones alone, or ``conv3`` and ``conv5``: MoBA with convolved keys.
 
         Documents of the longer length may come after training on those of the shorter one, see :class:`.scales.Scale`:
-        that begins with MoBA's model of the scale's own blocks, or full attention's for all other blocks.
+        that begins with MoBA's model of the same blocks, if they are the scale's own or those of the switch, or with
+        full attention's for all other blocks. That of the shorter one may begin with what all kinds share.
         """
         scale = self.scale
         block_size, top_k = block_size or scale.block_size, top_k or scale.top_k
-        own_blocks = (block_size, top_k) == (scale.block_size, scale.top_k)
+        own_blocks = block_size in (scale.block_size, scale.switch_block_size) and top_k == scale.top_k
         parent, share, lr, name = None, 1.0, size.lr, f"{length}-{size.name}-{size.tokens / 1e6:.3g}M"
         if length == scale.long and scale.extension is not None:
             share, lr = scale.extension, size.lr / 2
             own = kind if kind in _LIKE_MOBA else "moba"
             before = own if own_blocks and kind != "full" else "full"
-            parent = self.run(size, scale.length, before, seed)
+            parent = self.run(size, scale.length, before, seed, block_size if before != "full" else None)
             name += f"+{share * size.tokens / 1e6:.3g}M"
+        elif length == scale.length and scale.shared_length is not None:
+            share, lr = 1 - scale.shared_share, size.lr / 2
+            parent = self._shared(size, scale.shared_length, seed)
         switched = SWITCHED if parent is None else SWITCHED * (1 + share) / share
         config = replace(
             self._config(size, length, seed, size.steps_at(length, share), lr, (TRAINING, VALIDATION)),
@@ -99,6 +106,14 @@ class Maker:
         made = self._named(f"{name}-{kind}{blocks}-s{seed}", config, length, facts, parent)
         weighed = kind == "full" and size == scale.granularity_size and length == scale.long
         return replace(made, tests={"mass": length} if weighed else {})
+
+    def _shared(self, size: Size, length: int, seed: int) -> Run:
+        """Training on documents of at most ``top_k`` blocks, the same for MoBA and full attention."""
+        share = self.scale.shared_share
+        config = self._config(size, length, seed, size.steps_at(length, share), size.lr, (TRAINING, VALIDATION))
+        config = replace(config, attention=self._attention("full", 0, 0))
+        facts = {"size": size.name, "kind": "shared", "seed": seed}
+        return self._named(f"{length}-{size.name}-{share * size.tokens / 1e6:.3g}M-s{seed}", config, length, facts)
 
     def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
         """``parent`` fine-tuned with so many last layers full, on data of which only a part has labels."""
@@ -112,20 +127,34 @@ class Maker:
         return self._named(f"{parent.name}-tuned{full_layers}", config, parent.length, facts, parent)
 
     def retrieving(self, kind: str, seed: int) -> Run:
-        """Training to find keys again: ``kind`` as in :meth:`run`, or ``hybrid`` whose last layer is full."""
+        """Training to find keys again, in short documents first where the scale says so: ``kind`` as in :meth:`run`, or
+        ``hybrid`` whose last layer is full."""
+        scale, run = self.scale, None
+        rest = 1 - sum(share for _, share in scale.retrieval_stages)
+        for lengths, share in (*scale.retrieval_stages, (scale.retrieval_lengths, rest)):
+            run = self._retrieving(kind, seed, lengths, share, run)
+        assert run is not None
+        # One length more than it is trained on.
+        return replace(run, tests={"retrieval": (*lengths, 2 * lengths[-1])})
+
+    def _retrieving(self, kind: str, seed: int, lengths: tuple[int, ...], share: float, parent: Run | None) -> Run:
         scale, size = self.scale, self.scale.retrieval_size
-        lengths = scale.retrieval_lengths
         attention = self._attention("moba" if kind == "hybrid" else kind, scale.retrieval_block_size, scale.top_k)
         if kind == "hybrid":
             attention = replace(attention, full_layers="last 1")
-        config = self._config(size, lengths[-1], seed, size.steps, size.lr, (TRAINING, VALIDATION))
-        paths = [str(retrieval_folder(self.folder) / split) for split in (TRAINING, VALIDATION)]
+        steps, lr = size.steps_at(1, share), size.lr if parent is None else size.lr / 2
+        config = self._config(size, lengths[-1], seed, steps, lr, (TRAINING, VALIDATION))
+        paths = [str(retrieval_folder(self.folder, lengths) / split) for split in (TRAINING, VALIDATION)]
         data = replace(config.data, path=paths[0], validation_path=paths[1], packing="best_fit")
-        config = replace(config, attention=attention, data=data)
+        # Keys are bytes, so that a prompt can be typed.
+        model = replace(config.model, vocab_size=ModelConfig.vocab_size)
+        config = replace(config, model=model, attention=attention, data=data)
         facts = {"size": size.name, "kind": kind, "seed": seed}
-        made = self._named(f"retrieval-{size.name}-{size.tokens / 1e6:.3g}M-{kind}-s{seed}", config, lengths[-1], facts)
-        # One length more than it is trained on.
-        return replace(made, tests={"retrieval": (*lengths, 2 * lengths[-1])})
+        trained = self.scale.retrieval_lengths == lengths
+        name = "retrieval" if trained else f"retrieval{lengths[-1]}"
+        tokens = f"{size.tokens / 1e6:.3g}M" if trained else f"{share * size.tokens / 1e6:.3g}M"
+        made = self._named(f"{name}-{size.name}-{tokens}-{kind}-s{seed}", config, lengths[-1], facts, parent)
+        return replace(made, finds_keys=True)
 
     def _attention(self, kind: str, block_size: int, top_k: int, switch_at: float = 0.0) -> AttentionConfig:
         base = self.base.attention
@@ -233,9 +262,9 @@ def _on_both_tasks(make: Maker, kinds: tuple[str, ...]) -> Iterator[Run]:
         yield from (make.retrieving(kind, seed) for kind in kinds)
 
 
-def retrieval_folder(folder: Path) -> Path:
-    """Where the documents to retrieve from are."""
-    return folder / "corpus" / "retrieval"
+def retrieval_folder(folder: Path, lengths: tuple[int, ...]) -> Path:
+    """Where the documents of these lengths to retrieve from are."""
+    return folder / "corpus" / "retrieval" / "-".join(map(str, lengths))
 
 
 GRIDS = {

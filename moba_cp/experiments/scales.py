@@ -80,6 +80,16 @@ class Scale:
     extension: float | None = None
     """Runs at ``long`` begin with the weights of those at ``length`` and train on so many more tokens, as a share of
     theirs; None: they train at ``long`` from the beginning."""
+    vocabulary: int | None = None
+    """Tokens of the vocabulary that is made of the text; None: bytes."""
+    shared_length: int | None = None
+    """MoBA and full attention of one size and seed begin with the weights of one run on documents of so many tokens, at
+    most ``top_k`` blocks, which both attend to whole; None: each begins anew."""
+    shared_share: float = 0.0
+    """Share of a size's tokens that this run trains on."""
+    retrieval_stages: tuple[tuple[tuple[int, ...], float], ...] = ()
+    """Lengths of documents to find keys in, and the share of the tokens that are trained on at these, for what comes
+    before ``retrieval_lengths``, which have the rest."""
 
     @cached_property
     def base(self) -> TrainConfig:
@@ -87,23 +97,17 @@ class Scale:
         return load(TrainConfig, f"experiments/{self.name}")
 
 
-def _small_size(n: int, tokens_per_step: int, per_parameter: float = 16.0, width: int = 0) -> Size:
-    """``n`` layers with as many heads of 64, as the paper has as many layers as heads, or of another ``width``.
-
-    The learning rate falls with the width; trained on ``per_parameter`` bytes for each parameter.
-    """
-    hidden = width or 64 * n
-    size = Size(n, hidden // 64, hidden, 0, tokens_per_step, round(0.4 / hidden, 6))
-    tokens = round(per_parameter * size.n_parameters / tokens_per_step) * tokens_per_step
-    return Size(n, hidden // 64, hidden, tokens, tokens_per_step, size.lr)
+def _small_size(n: int, hidden: int, tokens_per_step: int, steps: int) -> Size:
+    """``n`` layers of width ``hidden`` with heads of 64; the learning rate falls with the width."""
+    return Size(n, hidden // 64, hidden, steps * tokens_per_step, tokens_per_step, round(0.4 / hidden, 6))
 
 
 def _small() -> Scale:
     k = 1024
-    # Small steps: models that have made fewer than a thousand have hardly learned to look at the bytes before.
+    # What a step of these costs is the host's time, more than the tokens': the number of steps is what is short.
     sizes = (
-        _small_size(2, 8 * k), _small_size(3, 8 * k, width=128), _small_size(3, 16 * k), _small_size(4, 32 * k),
-        _small_size(6, 64 * k, width=320),
+        _small_size(2, 128, 16 * k, 1600), _small_size(3, 128, 16 * k, 1800), _small_size(3, 192, 32 * k, 1600),
+        _small_size(4, 256, 32 * k, 2000), _small_size(6, 320, 64 * k, 1500),
     )  # fmt: skip
     return Scale(
         name="small",
@@ -115,17 +119,23 @@ def _small() -> Scale:
         granularity_size=sizes[3],
         granularity=((2, 8), (4, 16), (8, 32), (16, 64), (32, 128)),
         switch_size=sizes[3],
-        switch_block_size=512,
-        deep_size=_small_size(12, 64 * k, 6.0, width=256),
+        # As many of the keys as in the paper.
+        switch_block_size=2048,
+        deep_size=_small_size(12, 256, 64 * k, 1000),
         last_layers=(1, 3, 5, 10),
-        tuning_share=0.2,
+        tuning_share=0.15,
         seeds=3,
-        retrieval_size=_small_size(4, 32 * k, 10.0),
+        retrieval_size=_small_size(4, 256, 16 * k, 3000),
         retrieval_lengths=(1 * k, 2 * k, 4 * k, 8 * k),
         retrieval_block_size=128,
         own_data=False,
         held_out=96,
         extension=0.3,
+        vocabulary=4096,
+        # Two blocks: MoBA and full attention are one function.
+        shared_length=1 * k,
+        shared_share=0.6,
+        retrieval_stages=(((128, 256, 512), 0.5),),
     )
 
 

@@ -45,9 +45,10 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
     failed = []
     if not arguments.redraw:
         corpus = None if scale.own_data or names == ("retrieval",) else _corpus(scale, folder, arguments)
-        if any(run.tests.get("retrieval") for run in runs):
+        if any(run.finds_keys for run in runs):
             tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
-            build_retrieval(retrieval_folder(folder), scale.retrieval_lengths, tokens, _RETRIEVAL_HELD_OUT)
+            for lengths in (scale.retrieval_lengths, *(lengths for lengths, _ in scale.retrieval_stages)):
+                build_retrieval(retrieval_folder(folder, lengths), lengths, tokens, _RETRIEVAL_HELD_OUT)
         if arguments.write_configs:
             print(*_written(runs, folder, corpus), sep="\n")
             return 0
@@ -61,9 +62,24 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
 
 
 def in_order(grids: dict[str, list[Run]]) -> list[Run]:
-    """The runs of all experiments and those that they begin with, each once: the first seed's before the others'."""
+    """The runs of all experiments and those that they begin with, each once.
+
+    All of the first seed come before the others', by what has to come one after another, the longest first. Then
+    the cheap ones of several seeds come before one more seed of those that take long.
+    """
     once = {each.name: each for runs in grids.values() for run in runs for each in run.lineage}
-    return sorted(once.values(), key=lambda run: run.facts["seed"])
+    before = {run.name: sum(map(estimate, run.lineage)) for run in once.values()}
+    until = dict(before)
+    for run in once.values():
+        for each in run.lineage:
+            until[each.name] = max(until[each.name], before[run.name])
+    remaining = {run.name: until[run.name] - before[run.name] + estimate(run) for run in once.values()}
+
+    def place(run: Run) -> tuple[float, float]:
+        seed = run.facts["seed"]
+        return (0, -remaining[run.name]) if seed == 0 else (seed * before[run.name], 0)
+
+    return sorted(once.values(), key=place)
 
 
 def cost(runs: list[Run], gpus: int) -> list[str]:
@@ -100,8 +116,10 @@ def _written(runs: list[Run], folder: Path, corpus: str | None) -> list[str]:
 def _corpus(scale: Scale, folder: Path, arguments: argparse.Namespace) -> str:
     """Build the text; returns its hash."""
     roots = installed_sources() if arguments.data is None else tuple(map(Path, arguments.data))
-    lengths = [scale.length, scale.long]
-    facts = build_corpora(folder / "corpus", lengths, roots, arguments.pattern, scale.text_bytes, scale.held_out)
+    lengths = [length for length in (scale.shared_length, scale.length, scale.long) if length is not None]
+    facts = build_corpora(
+        folder / "corpus", lengths, roots, arguments.pattern, scale.text_bytes, scale.held_out, scale.vocabulary
+    )
     print(*corpus_lines(facts), sep="\n", flush=True)
     return facts["splits"]["training"]["hash"]
 

@@ -6,6 +6,7 @@ import pytest
 from moba_cp.data.config import DataConfig
 from moba_cp.data.corpus import open_corpora
 from moba_cp.experiments.corpus import build_corpora, corpus_lines, docstring_mask
+from moba_cp.experiments.tokens import Pieces, bytes_per_token
 
 SPLITS = ("training", "tuning", "validation", "tuning_validation")
 
@@ -42,6 +43,26 @@ def test_documents_have_one_length_and_folders_are_on_one_side(packages, tmp_pat
                     on.setdefault((package, i), set()).add(split)
     assert all(len(splits) == 1 for splits in on.values()) and {s for x in on.values() for s in x} == set(SPLITS)
     assert "documents: " in corpus_lines(facts)[1]
+
+
+def test_tokens_are_the_bytes_of_the_text(packages, tmp_path):
+    """A vocabulary made of the text: the same folders in each split, whole documents, masks that fit the tokens."""
+    facts = build_corpora(tmp_path / "corpus", [64, 128], [packages], vocabulary=400)
+    tokenizer = Pieces(tmp_path / "corpus")
+    for split in SPLITS:
+        prefix = tmp_path / "corpus" / "64" / split
+        parts = open_corpora(DataConfig(path=str(prefix), seq_len=128, validation_share=0.0)).parts
+        assert set(parts[0].training.lengths) == {64} and parts[0].vocab_size == 400
+        tokens = np.fromfile(f"{prefix}.bin", np.uint16)
+        text = tokenizer.text(tokens)
+        assert text.decode().startswith("# file: first/part")
+        assert len(text) == tokenizer.widths(tokens).sum() == facts["splits"][split]["bytes"] > 1.5 * len(tokens)
+        assert bytes_per_token(prefix) == len(text) / len(tokens)
+    tokens, masked = (np.fromfile(tmp_path / f"corpus/64/tuning{name}.bin", dtype)
+                      for name, dtype in (("", np.uint16), ("_mask", np.uint8)))  # fmt: skip
+    labelled, docstrings = np.repeat(masked, tokenizer.widths(tokens)), docstring_mask(tokenizer.text(tokens))
+    assert labelled[docstrings == 1].all() and docstrings.sum() <= labelled.sum() < 1.5 * docstrings.sum()
+    assert "tokens of " in corpus_lines(facts)[1]
 
 
 def test_copies_come_once_and_what_is_no_text_not_at_all(packages, tmp_path):

@@ -7,7 +7,7 @@ from moba_cp.data.config import DataConfig
 from moba_cp.data.corpus import open_corpora
 from moba_cp.data.packing import Packer
 from moba_cp.experiments import retrieval
-from moba_cp.experiments.retrieval import KEYS, VALUES, build_retrieval, make_document
+from moba_cp.experiments.retrieval import KEYS, VALUES, build_retrieval, make_document, make_recall
 from moba_cp.model.loss import IGNORED_LABEL
 
 
@@ -23,6 +23,22 @@ def test_a_document_holds_what_it_asks(pairs, asked):
         assert set(values.values()) <= set(VALUES)
         assert len(document.answers) == asked
         assert [values[tokens[at - 1]] for at in document.answers] == list(tokens[document.answers])
+
+
+@pytest.mark.parametrize(("pairs", "filled"), [(1, 0.1), (8, 0.5), (52, 1.0)])
+def test_a_key_is_asked_whenever_it_comes_again(pairs, filled):
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        document = make_recall(generator, 256, pairs, filled)
+        places = np.flatnonzero(np.isin(document.tokens, list(KEYS)))
+        assert len(places) == int(filled * 128) and not (places % 2).any()
+        values: dict = {}
+        for place in places:
+            key, value = document.tokens[place : place + 2]
+            assert values.setdefault(key, value) == value and value in VALUES
+        assert len(values) <= pairs and len(document.answers) == len(places) - len(values)
+        firsts = {int(np.flatnonzero(document.tokens == key)[0]) for key in values}
+        assert not firsts & set(document.answers - 1) and set(document.answers - 1) | firsts == set(places)
 
 
 def test_the_asked_key_stands_at_its_depth():

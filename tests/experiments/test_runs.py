@@ -85,10 +85,12 @@ def test_long_documents_come_after_short_ones(maker):
                 assert run.parent is None
                 continue
             before, facts = run.parent, run.facts
-            assert run.lineage == (before, run) and before.length == scale.length < run.length == scale.long
+            assert run.lineage[-2:] == (before, run) and before.length == scale.length < run.length == scale.long
             assert run.config.run.start_from == before.config.run.directory
-            own = (facts["block_size"], facts["top_k"]) == (scale.block_size, scale.top_k)
+            own = facts["block_size"] in (scale.block_size, scale.switch_block_size) and facts["top_k"] == scale.top_k
             assert before.facts["kind"] == ("moba" if own and facts["kind"] != "full" else "full")
+            if own and before.facts["kind"] == "moba":
+                assert before.config.attention.moba == run.config.attention.moba
             if name == "granularity" and not own:
                 assert facts["block_size"] * facts["top_k"] >= scale.length
             assert run.tokens == pytest.approx((1 + scale.extension) * before.tokens, rel=0.15)
@@ -97,6 +99,41 @@ def test_long_documents_come_after_short_ones(maker):
                 steps, until = run.config.run.steps, run.config.attention.schedule[0].until
                 fully = (steps - int(until * steps + 0.5)) * (run.tokens - before.tokens) / steps
                 assert fully == pytest.approx(0.1 * run.tokens, rel=0.4 if scale.name == "tiny" else 0.01)
+
+
+def test_what_attends_alike_is_trained_once(maker):
+    """Before documents of ``length`` come those of at most ``top_k`` blocks, by one run for MoBA and full attention."""
+    scale, firsts = maker.scale, {}
+    for name in ("scaling-law", "sliding-window", "key-conv", "training-hybrid"):
+        for run in (run for run in GRIDS[name](maker) if not run.finds_keys):
+            first = run.lineage[0]
+            if scale.shared_length is None:
+                assert first.length in (scale.length, scale.long) and first.facts["kind"] != "shared"
+                continue
+            assert (first.facts["kind"], first.length, first.parent) == ("shared", scale.shared_length, None)
+            assert first.length <= scale.block_size * scale.top_k and scale.length % first.length == 0
+            of_size = firsts.setdefault((run.facts["size"], run.facts["seed"]), first)
+            assert first.config == of_size.config
+            second = run.lineage[1]
+            assert first.tokens == pytest.approx(scale.shared_share * second.tokens, rel=0.01)
+            assert second.config.run.start_from == first.config.run.directory
+
+
+def test_keys_are_found_in_short_documents_first(maker):
+    for run in GRIDS["retrieval"](maker):
+        lengths = [stage for stage, _ in maker.scale.retrieval_stages] + [maker.scale.retrieval_lengths]
+        assert [each.length for each in run.lineage] == [stage[-1] for stage in lengths]
+        assert run.tokens == pytest.approx(maker.scale.retrieval_size.tokens, rel=0.01)
+        for each in run.lineage:
+            assert each.finds_keys and each.config.attention == run.config.attention
+            assert each.config.model.vocab_size == 256 and bool(each.tests) == (each is run)
+
+
+def test_the_vocabulary_is_that_of_the_text():
+    for name in SCALES:
+        scale = scale_called(name)
+        if not scale.own_data:
+            assert scale.base.model.vocab_size == (scale.vocabulary or 256)
 
 
 def test_a_window_has_as_many_blocks_as_moba_and_chooses_none(maker):
@@ -129,7 +166,11 @@ def test_a_name_is_one_config(maker):
             known = seen.setdefault(run.name, run)
             assert grid.identity(run.config) == grid.identity(known.config)
     runs = in_order({name: list(make(maker)) for name, make in GRIDS.items()})
-    assert len(runs) == len(seen) and [run.facts["seed"] for run in runs] == sorted(run.facts["seed"] for run in runs)
+    assert {run.name for run in runs} == set(seen)
+    seeds = [run.facts["seed"] for run in runs]
+    assert 0 not in seeds[seeds.count(0) :], "every chart has its first seed before any has its second"
+    for i, run in enumerate(runs):
+        assert run.parent is None or run.parent.name in {each.name for each in runs[:i]}
 
 
 def test_cost_says_what_is_to_do(maker):
