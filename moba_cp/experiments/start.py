@@ -20,8 +20,8 @@ from .scales import Scale, scale_called
 
 # Tokens of documents to retrieve from; a longer training goes through them several times.
 _RETRIEVAL_TOKENS = 2**26
-# Documents of each length to validate on.
-_RETRIEVAL_HELD_OUT = 16
+# Documents of each length to validate on: the shortest together are several sequences of a step.
+_RETRIEVAL_HELD_OUT = 64
 
 
 def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, started: float) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moba_cp.experiments import grid, grid_command
+from moba_cp.experiments import grid, grid_command, start
 from moba_cp.experiments.grid import DAY, flops
 from moba_cp.experiments.runs import GRIDS, Maker
 from moba_cp.experiments.scales import SCALES, scale_called
@@ -124,7 +124,8 @@ def test_keys_are_found_in_short_documents_first(maker):
         lengths = [stage for stage, _ in maker.scale.retrieval_stages] + [maker.scale.retrieval_lengths]
         assert [each.length for each in run.lineage] == [stage[-1] for stage in lengths]
         assert run.tokens == pytest.approx(maker.scale.retrieval_size.tokens, rel=0.01)
-        for each in run.lineage:
+        for each, stage in zip(run.lineage, lengths):
+            assert sum(stage) * start._RETRIEVAL_HELD_OUT >= each.config.data.seq_len or maker.scale.own_data
             assert each.finds_keys and each.config.attention == run.config.attention
             assert each.config.model.vocab_size == 256 and bool(each.tests) == (each is run)
 
