@@ -22,6 +22,7 @@ from moba_cp.cp.options import ExchangeOptions
 from tests.helpers import distributed
 from tests.helpers.cases import Case
 from tests.helpers.distributed import ThreadPeerMemory, run_threads
+from tests.helpers.streams import access_of, join, unordered
 
 COMPUTING, COPYING = "computing", "copying"
 ALL = {
@@ -57,9 +58,7 @@ class Streams:
         return dict(self.clocks[self.here.stream])
 
     def wait(self, event: dict | None) -> None:
-        clock = self.clocks[self.here.stream]
-        for stream, tick in (event or {}).items():
-            clock[stream] = max(clock.get(stream, 0), tick)
+        join(self.clocks[self.here.stream], event or {})
 
     @contextlib.contextmanager
     def entered(self, after: dict):
@@ -74,12 +73,9 @@ class Streams:
             return
         clock = self.clocks[self.here.stream]
         clock[self.here.stream] += 1
-        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-        begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-        for other_begin, other_end, other_writes, stream, tick, other in seen:
-            if begin < other_end and other_begin < end and (writes or other_writes) and clock.get(stream, 0) < tick:
-                self.races.add((other, what))
-        seen.append((begin, end, writes, self.here.stream, clock[self.here.stream], what))
+        now = access_of(x, writes, self.here.stream, clock[self.here.stream], what)
+        self.races |= {(other.what, what) for other in unordered(now, seen, clock)}
+        seen.append(now)
 
 
 class WatchedMemory(ThreadPeerMemory):

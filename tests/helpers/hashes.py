@@ -54,8 +54,7 @@ def watch(folder: str) -> None:
     watched(full, "forward_pass", "full attention")
     for backend in (eager, kernels):
         for name in _OF_ATTENTION:
-            if hasattr(backend, name):
-                watched(backend, name, name)
+            watched(backend, name, name)
     started = comm.Communicator._started
 
     def start(self, work, x, out, what):

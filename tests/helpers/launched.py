@@ -8,6 +8,9 @@ from tests.helpers.distributed import TIME_SCALE, environment_of, store_of
 from tests.helpers.nursery import nursery, started
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged
 
+# The shrunken demo on GPUs, to the bit, with heads of 32, which kernels take.
+ON_GPUS = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true")
+
 
 class Launched:
     """``moba-cp train`` on ``n`` ranks; ``with`` kills what is left of them.

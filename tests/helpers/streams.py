@@ -11,7 +11,8 @@ with it by then is a race too.
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -23,14 +24,47 @@ from moba_cp.cp import comm
 from tests.helpers.distributed import ThreadCommunicator
 
 COMPUTING, PACKING, SENDING = "computing", "packing", "sending"
-Clock = dict[str, int]
+Clock = dict[Hashable, int]
+"""How much of each stream's work is known to be done."""
 # Allocates without writing, or only looks.
 _NO_ACCESS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.set_")
 
 
-def _join(clock: Clock, other: Clock) -> None:
+def join(clock: Clock, other: Clock) -> None:
+    """Let ``clock`` know what ``other`` knows."""
     for stream, tick in other.items():
         clock[stream] = max(clock.get(stream, 0), tick)
+
+
+class Access(NamedTuple):
+    """Of bytes of a storage, by what, on which stream and when."""
+
+    begin: int
+    end: int
+    writes: bool
+    stream: Hashable
+    tick: int
+    what: str
+
+
+def access_of(x: torch.Tensor, writes: bool, stream: Hashable, tick: int, what: str) -> Access:
+    """``what`` reads or writes ``x``, which is not empty."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    begin = x.storage_offset() * x.element_size()
+    return Access(begin, begin + (last + 1) * x.element_size(), writes, stream, tick, what)
+
+
+def unordered(now: Access, seen: Iterable[Access], clock: Clock) -> list[Access]:
+    """Those of ``seen`` that touch the same bytes as ``now``, one of both a write, and of which ``clock`` does not
+    know."""
+    return [
+        other
+        for other in seen
+        if now.begin < other.end
+        and other.begin < now.end
+        and (now.writes or other.writes)
+        and clock.get(other.stream, 0) < other.tick
+    ]
 
 
 class _Memory:
@@ -38,9 +72,9 @@ class _Memory:
 
     def __init__(self, storage: torch.UntypedStorage, stream: str, what: str):
         self.weak, self.stream, self.what = StorageWeakRef(storage), stream, what
-        self.accesses: dict[tuple[int, int, bool, str], tuple[int, str]] = {}
-        """First and last byte, whether it is a write, stream: tick and operator of the last such access."""
-        self.last: dict[str, tuple[int, str]] = {}
+        self.accesses: dict[tuple, Access] = {}
+        """The last one of each kind on the same bytes, by a stream."""
+        self.last: dict[str, Access] = {}
         self.recorded: set[str] = set()
         self.freed: Clock | None = None
 
@@ -87,7 +121,7 @@ class Streams(TorchDispatchMode):
             self.shared += 1
             memory.freed = {}
             for stream in memory.recorded:
-                _join(memory.freed, self.clocks[stream])
+                join(memory.freed, self.clocks[stream])
             self.given_back.append(memory)
 
     def allocate(self, x: torch.Tensor, what: str) -> None:
@@ -96,16 +130,17 @@ class Streams(TorchDispatchMode):
         for memory in [m for m in self.given_back if m.stream == self.current]:
             self.given_back.remove(memory)
             known = dict(self.clocks[self.current])
-            _join(known, memory.freed)
-            for stream, (tick, user) in memory.last.items():
-                if stream != self.current and known.get(stream, 0) < tick:
-                    self.races.add((f"{user} ({stream})", f"memory of {memory.what} ({memory.stream}) given out again"))
+            join(known, memory.freed)
+            for stream, user in memory.last.items():
+                if stream != self.current and known.get(stream, 0) < user.tick:
+                    again = f"memory of {memory.what} ({memory.stream}) given out again"
+                    self.races.add((f"{user.what} ({stream})", again))
         storage = x.untyped_storage()
         self.memories[storage.data_ptr()] = _Memory(storage, self.current, what)
 
     def tick(self) -> None:
         clock = self.clocks[self.current]
-        _join(clock, self.host)
+        join(clock, self.host)
         clock[self.current] = clock.get(self.current, 0) + 1
 
     def access(self, x: torch.Tensor, what: str, writes: bool) -> None:
@@ -118,15 +153,10 @@ class Streams(TorchDispatchMode):
         if memory is None or memory.weak.expired():
             # Made before anybody looked.
             memory = self.memories[storage.data_ptr()] = _Memory(storage, COMPUTING, "an input")
-        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-        begin = x.storage_offset() * x.element_size()
-        end = begin + (last + 1) * x.element_size()
-        for (other_begin, other_end, other_writes, stream), (tick, other) in memory.accesses.items():
-            overlaps = begin < other_end and other_begin < end
-            if overlaps and (writes or other_writes) and clock.get(stream, 0) < tick:
-                self.races.add((f"{other} ({stream})", f"{what} ({self.current})"))
-        now = clock[self.current]
-        memory.accesses[begin, end, writes, self.current] = memory.last[self.current] = now, what
+        now = access_of(x, writes, self.current, clock[self.current], what)
+        for other in unordered(now, memory.accesses.values(), clock):
+            self.races.add((f"{other.what} ({other.stream})", f"{what} ({self.current})"))
+        memory.accesses[now[:4]] = memory.last[self.current] = now
         if len(memory.last) > 1:
             self.several[storage.data_ptr()] = memory
 
@@ -134,7 +164,7 @@ class Streams(TorchDispatchMode):
     def on(self, stream: str, after: Clock | None = None) -> Iterator[None]:
         """Work is issued to ``stream`` meanwhile."""
         before, self.current = self.current, stream
-        _join(self.clocks[stream], after or {})
+        join(self.clocks[stream], after or {})
         try:
             yield
         finally:
@@ -204,7 +234,7 @@ class _Work:
 
     def wait(self) -> None:
         watch = streams()
-        _join(watch.clocks[watch.current], self._done)
+        join(watch.clocks[watch.current], self._done)
 
 
 def _record_stream(*tensors) -> None:
@@ -218,7 +248,7 @@ def _record_stream(*tensors) -> None:
 
 def _wait_for(event: Clock | None) -> None:
     watch = streams()
-    _join(watch.clocks[watch.current], event or {})
+    join(watch.clocks[watch.current], event or {})
 
 
 class _HostCopy:
@@ -226,8 +256,7 @@ class _HostCopy:
 
     def __init__(self, x):
         watch = streams()
-        with contextlib.suppress(ValueError):
-            watch.access(x, "copy to the host", False)
+        watch.access(x, "copy to the host", False)
         # On a GPU it is a copy.
         self._host, self._event = x.clone(), watch.event()
 
@@ -235,7 +264,7 @@ class _HostCopy:
         return False
 
     def get(self):
-        _join(streams().host, self._event)
+        join(streams().host, self._event)
         return self._host
 
 

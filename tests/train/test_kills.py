@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moba_cp.train import checkpoint
 from tests.helpers.distributed import TIME_SCALE
-from tests.helpers.launched import Launched
+from tests.helpers.launched import ON_GPUS, Launched
 from tests.helpers.train_runs import logged, write_text
 
 STEPS = 6
@@ -360,7 +360,6 @@ def test_kills_on_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     write_text(tmp_path / "text")
-    # Heads of 32. A step takes a quarter of a second, and two thirds with five runs at once.
-    shape = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true", "run.steps=24")
-    more = ("run.checkpoint_every=3", "run.validate_every=12", "run.timeout_seconds=20")
-    _kills_at_once(tmp_path, (*SETTINGS, *shape, *more), range(200, 205), fork=False)
+    # A step takes a quarter of a second, and two thirds with five runs at once.
+    more = ("run.steps=24", "run.checkpoint_every=3", "run.validate_every=12", "run.timeout_seconds=20")
+    _kills_at_once(tmp_path, (*SETTINGS, *ON_GPUS, *more), range(200, 205), fork=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.hashes import differences
-from tests.helpers.launched import Launched
+from tests.helpers.launched import ON_GPUS, Launched
 from tests.helpers.train_runs import logged, write_text
 
 SETTINGS = ("run.deterministic=true", "run.validate_every=12", "run.timeout_seconds=60")
@@ -62,10 +62,10 @@ def test_pairs_of_gpus(tmp_path):
     """Twelve runs of 60 steps, six at a time on two GPUs. Of twelve such runs one was seen to part from the others."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    shape = ("model.hidden_size=128", "run.device=cuda", "run.steps=60", "run.checkpoint_every=3")
+    settings = (*ON_GPUS, "run.steps=60", "run.checkpoint_every=3")
     found = []
     for wave in range(2):
         place = tmp_path / str(wave)
         place.mkdir()
-        found.append(_runs(place, 6, False, *shape))
+        found.append(_runs(place, 6, False, *settings))
     assert differences([*found[0], *found[1]]) == []
