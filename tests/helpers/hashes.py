@@ -14,6 +14,7 @@ import torch
 from moba_cp import eager, kernels
 from moba_cp.cp import comm, moba
 from moba_cp.cp.full import attention as full
+from moba_cp.kernels import attention, launches, work
 from moba_cp.model.layer import LayerRun
 from moba_cp.train.loop import Trainer
 
@@ -55,6 +56,20 @@ def watch(folder: str) -> None:
     for backend in (eager, kernels):
         for name in _OF_ATTENTION:
             watched(backend, name, name)
+    build, merge = work.build_routing, launches.merge_visits
+
+    def build_routing(*tables):
+        index = build(*tables)
+        used = torch.arange(index.n_visits, device=index.flat.device) < index.list_start[-1]
+        note("index of visits", [index.list_start, torch.where(used, index.visits, -1)])
+        return index
+
+    def merge_visits(part, part_lse, *out, **options):
+        note("partial results", [part_lse, torch.where(part_lse[..., None] > -torch.inf, part, 0)])
+        return merge(part, part_lse, *out, **options)
+
+    work.build_routing = attention.build_routing = build_routing
+    launches.merge_visits = merge_visits
     started = comm.Communicator._started
 
     def start(self, work, x, out, what):
@@ -75,7 +90,8 @@ def watch(folder: str) -> None:
     def step(self):
         parts.clear()
         record = train_step(self)
-        found = [[name, [int(x) for x in values]] for name, values in parts]
+        sums = iter(torch.stack([x.to(self.mesh.device) for _, values in parts for x in values]).tolist())
+        found = [[name, [next(sums) for _ in values]] for name, values in parts]
         with open(Path(folder) / os.environ["RANK"], "a", encoding="utf-8") as file:
             file.write(json.dumps([record["step"], record["loss"], record["gradient_norm"], found]) + "\n")
         return record
