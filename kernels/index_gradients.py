@@ -92,12 +92,13 @@ def _index_rows_kernel(
     p_row = (o_m.to(tl.int64) * H + i_h)[:, None] * n_blocks  # [BM, 1]
     keys += i_h.to(tl.int64) * s_kh
 
-    # Of a row's scores the maximum, the sum of their exponentials below it, and the sum of masses.
+    # Of a row's scores the maximum, and the sum of their exponentials below it; and the sum of masses.
     b_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
     b_sum = tl.zeros([BM], dtype=tl.float32)  # [BM]
-    b_total = tl.zeros([BM], dtype=tl.float32)  # [BM]
     # By keys a block at a time, of which one column is stored.
     COLUMNS: tl.constexpr = BN if KEYS == 0 else 1
+    # Added up by columns: Triton 3.6 and 3.7 fail to compile a sum in a loop whose result is read twice.
+    b_masses = tl.zeros([BM, COLUMNS], dtype=tl.float32)  # [BM, COLUMNS]
     TILE: tl.constexpr = BN if KEYS == 0 else BK
     W: tl.constexpr = KEYS if KEYS > 0 else 1
     o_n = tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -126,7 +127,7 @@ def _index_rows_kernel(
             score = highest[:, None]  # [BM, 1]
             tl.store(best + p_row + i_b + o_n[None, :], at[:, None], mask=m_n)
         tl.store(scores + p_row + i_b + o_n[None, :], score, mask=m_n)
-        b_total += tl.sum(tl.load(masses + p_row + i_b + o_n[None, :], mask=m_n, other=0.0), 1)
+        b_masses += tl.load(masses + p_row + i_b + o_n[None, :], mask=m_n, other=0.0)
         score = tl.where(m_n, score, float("-inf"))
         higher = tl.maximum(b_max, tl.max(score, 1))  # [BM]
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # [BM]
@@ -135,6 +136,7 @@ def _index_rows_kernel(
     # What was stored by some threads is read by others.
     tl.debug_barrier()
 
+    b_total = tl.sum(b_masses, 1)  # [BM]
     nothing = b_total == 0.0  # [BM]
     b_lse = tl.where(nothing, 0.0, b_max + tl.log(b_sum))  # [BM]
     b_share = 1.0 / tl.where(nothing, 1.0, b_total)  # [BM]
