@@ -78,7 +78,7 @@ def weigh(config: TrainConfig, length: int) -> dict:
 
     def look(core, args, kwargs) -> None:
         nonlocal seen
-        query, key = (x.squeeze(1) for x in args[:2])
+        query, key = args[0].squeeze(1), core.convolved(args[1], batch.context).squeeze(1)
         for first in range(0, query.shape[0], length)[:_DOCUMENTS]:
             one = slice(first, first + length)
             for size in sizes:

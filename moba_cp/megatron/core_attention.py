@@ -81,7 +81,7 @@ class MoBACoreAttention(MegatronModule):
             attention.index.check_head_dim(config.kv_channels)
             self.index = IndexWeights(attention.index, config)
         self.key_conv = None
-        if attention.has_key_conv(layer_number, config.num_layers):
+        if attention.key_conv:
             self.key_conv = KeyConvWeights(attention.key_conv, config)
         self.set_attention(attention)
 
@@ -134,8 +134,7 @@ class MoBACoreAttention(MegatronModule):
         """
         self._refuse_call(query, key, attention_mask, attn_mask_type, attention_bias)
         context = batch_context(packed_seq_params, query.shape[0], self.group, self.layout, query.device, self.exchange)
-        if self.key_conv is not None:
-            key = self._convolved(key, self.key_conv.weight, context)
+        key = self.convolved(key, context)
         if self.index is not None:
             given, self.index_input = self.index_input, None
             return attend_by_index(self.index, given, self.passes(context), self.branch(context), query, key, value)
@@ -154,8 +153,15 @@ class MoBACoreAttention(MegatronModule):
         scale = self.config.kv_channels**-0.5 if self.softmax_scale is None else self.softmax_scale
         return AttentionPasses(self.kind, self.moba, scale, context, self._name)
 
-    def _convolved(self, key: Tensor, weight: Tensor, context: CPContext) -> Tensor:
-        context.comm.layer = self._name
+    def convolved(self, key: Tensor, context: CPContext) -> Tensor:
+        """The keys that queries see: convolved where this layer has a convolution.
+
+        Args:
+            key: [L, b, g, D] or [L, g, D], turned by the rotary embedding.
+        """
+        if self.key_conv is None:
+            return key
+        weight, context.comm.layer = self.key_conv.weight, self._name
         if key.dim() == 3:
             return convolve_keys(key, weight, context)
         return torch.stack([convolve_keys(k, weight, context) for k in key.unbind(1)], dim=1)

@@ -68,8 +68,8 @@ class AttentionConfig:
 
     key_conv: int = 0
     """Width of a causal convolution over each layer's keys, 3 or 5, within documents, after the rotary embedding and
-    before blocks are chosen: each key gets a trained part of those just before it. 0 for none; layers that
-    ``full_layers`` names have none."""
+    before blocks are chosen: each key gets a trained part of those just before it. Layers with full attention have it
+    too. 0 for none."""
 
     def __post_init__(self):
         if self.default not in KINDS:
@@ -146,19 +146,13 @@ class AttentionConfig:
 
     def has_index(self, layer_number: int, n_layers: int) -> bool:
         """Whether a layer, counted from 1, has an index branch: it is or can become a MoBA layer."""
-        return self.index is not None and self._may_be_moba(layer_number, n_layers)
-
-    def has_key_conv(self, layer_number: int, n_layers: int) -> bool:
-        """Whether a layer, counted from 1, has a convolution over its keys: it is or can become a MoBA layer."""
-        return self.key_conv > 0 and self._may_be_moba(layer_number, n_layers)
-
-    def _may_be_moba(self, layer_number: int, n_layers: int) -> bool:
+        if self.index is None:
+            return False
         return layer_number not in replace(self, default="moba", schedule=()).full_layer_numbers(n_layers)
 
     def key_conv_parameters(self, n_layers: int, n_kv: int, head_dim: int) -> int:
         """Number of parameters of all convolutions over keys."""
-        n = sum(self.has_key_conv(layer, n_layers) for layer in range(1, n_layers + 1))
-        return n * self.key_conv * n_kv * head_dim // 2
+        return n_layers * self.key_conv * n_kv * head_dim // 2
 
     def index_parameters(self, n_layers: int, n_kv: int, hidden_size: int) -> int:
         """Number of parameters of all index branches."""

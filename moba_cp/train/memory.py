@@ -114,7 +114,7 @@ class StepShape:
         small = self.n_tokens * self.model.n_heads * 4 + selection + of_index
         if recompute == "attention_kept":
             return self._row(hidden, queries) + small
-        before = keys // 2 * self.attention.has_key_conv(layer_number, self.model.n_layers)
+        before = keys // 2 if self.attention.key_conv else 0
         return self._row(hidden, 2 * queries, keys, before) + self._ffn() + small + self._index(layer_number)
 
     def _index_branch(self, layer_number: int) -> IndexConfig | None:

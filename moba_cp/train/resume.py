@@ -175,16 +175,14 @@ def _optimizer_of(meta: CheckpointMeta) -> OptimizerConfig | None:
 
 
 def _same_key_conv(path: Path, there: dict, here: dict, may_be_new: bool) -> None:
-    """Raise ValueError unless the layers that have a convolution over keys have it in both, or have a new one."""
+    """Raise ValueError unless the convolutions over keys are as wide in both, or new."""
     width, of_checkpoint = here["key_conv"], there.get("key_conv", 0)
     if may_be_new and not of_checkpoint:
         return
-    # Which layers have one depends on full_layers too.
-    names = ("key_conv", "full_layers") if width else ("key_conv",)
-    if different := [name for name in names if there.get(name, 0) != here[name]]:
+    if width != of_checkpoint:
         raise ValueError(
-            f"{path}: attention.{different[0]} is {there.get(different[0], 0)} there and {here[different[0]]} here, "
-            "which decides the weights of convolutions over keys; leave it as it is there"
+            f"{path}: attention.key_conv is {of_checkpoint} there and {width} here, which decides the weights of "
+            "convolutions over keys; leave it as it is there"
             + ("" if may_be_new or of_checkpoint else ", or begin a run with run.start_from")
         )
 

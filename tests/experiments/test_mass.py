@@ -32,3 +32,39 @@ def test_all_blocks_hold_all():
 
 def test_block_sizes_follow_the_length():
     assert block_sizes(32768) == [64, 128, 256, 512, 1024, 2048, 4096] and block_sizes(512) == [16, 32, 64]
+
+
+def test_keys_are_weighed_as_queries_see_them(tmp_path, monkeypatch):
+    """Those of a model with a convolution over keys are the convolved ones."""
+    from types import SimpleNamespace
+
+    from moba_cp import CPContext
+    from moba_cp.experiments import mass
+    from moba_cp.experiments.scales import scale_called
+    from moba_cp.megatron import AttentionConfig, ModelConfig, build_model, core_attention
+    from moba_cp.train.mesh import close_mesh
+
+    length, config = 128, scale_called("tiny").base
+    model = build_model(
+        ModelConfig(vocab_size=64, n_layers=2, hidden_size=32, n_heads=2), AttentionConfig("full", key_conv=3),
+        dtype=torch.float32,
+    )  # fmt: skip
+    for layer in model.decoder.layers:
+        torch.nn.init.normal_(layer.self_attention.core_attention.key_conv.weight)
+    tokens = torch.randint(64, (length,), generator=torch.Generator().manual_seed(0))
+    batch = SimpleNamespace(tokens=tokens, labels=tokens, context=CPContext(None, "contiguous", length))
+    weighed, seen, attention = [], [], core_attention.full_attention
+    monkeypatch.setattr(mass, "model_with", lambda *args: model)
+    monkeypatch.setattr(mass, "plan_run", lambda *args: None)
+    monkeypatch.setattr(mass, "Batches", lambda *args: SimpleNamespace(validation=lambda: [batch]))
+    monkeypatch.setattr(mass, "mass_inside", lambda q, k, *args: weighed.append(k) or torch.zeros(len(mass.TOP_K)))
+    monkeypatch.setattr(core_attention, "full_attention", lambda q, k, *args, **kwargs: seen.append(k) or attention(
+        q, k, *args, **kwargs))  # fmt: skip
+    try:
+        mass.weigh(config, length)
+    finally:
+        close_mesh()
+    n_sizes = len(block_sizes(length))
+    assert len(seen) == 2 and len(weighed) == 2 * n_sizes
+    for layer, keys in enumerate(seen):
+        torch.testing.assert_close(weighed[layer * n_sizes], keys)

@@ -51,7 +51,7 @@ def test_every_policy_equals_autograd(shape, monkeypatch):
     for hook in hooks:
         hook.remove()
     of_convolutions = [grad for name, grad in expected[1].items() if name.endswith(KEY_CONV_WEIGHT)]
-    assert len(of_convolutions) == 2 and all((grad.abs() > 1e-6).all() for grad in of_convolutions)
+    assert len(of_convolutions) == 3 and all((grad.abs() > 1e-6).all() for grad in of_convolutions)
     for memory in POLICIES:
         model.set_memory([memory] * 3)
         torch.testing.assert_close(loss_and_grads(model, shape), expected, rtol=0, atol=1e-11)
@@ -67,13 +67,20 @@ def test_a_new_one_changes_nothing_and_learns():
     assert not torch.equal(loss_and_grads(build(std=0.1))[0], loss)
 
 
-def test_which_layers_have_one():
-    has = lambda attention: [attention.has_key_conv(layer, 3) for layer in (1, 2, 3)]
-    assert has(SPARSE) == has(SPARSE.at(1, 2)) == [True, False, True]
-    scheduled = AttentionConfig(schedule=(Phase("moba", 0.5), Phase("full")), key_conv=5)
-    assert has(scheduled) == has(scheduled.at(9, 10)) == [True, True, True]
-    parameters = sum(p.numel() for name, p in build().named_parameters() if name.endswith(KEY_CONV_WEIGHT))
-    assert parameters == SPARSE.key_conv_parameters(3, 2, 12) == 2 * 3 * 12
+@pytest.mark.parametrize(
+    "attention",
+    [SPARSE, AttentionConfig(default="full", key_conv=3), AttentionConfig(schedule=(Phase("full"),), key_conv=3)],
+    ids=["full_layers", "full", "schedule"],
+)
+def test_layers_with_full_attention_have_one_too(attention):
+    """Models that differ in attention alone have the same weights, so that either may begin with the other's."""
+    names = {name: p for name, p in build(attention).named_parameters() if name.endswith(KEY_CONV_WEIGHT)}
+    assert len(names) == 3 and sum(p.numel() for p in names.values()) == attention.key_conv_parameters(3, 2, 12)
+    _, grads = loss_and_grads(build(attention))
+    assert all(grads[name].any() for name in names)
+
+
+def test_other_widths_are_refused():
     for width in (1, 4, True, "3"):
         with pytest.raises(ValueError, match="is not 0, 3 or 5"):
             AttentionConfig(key_conv=width)

@@ -44,6 +44,13 @@ def test_ranks_change_nothing(runs):
         assert all(abs(two[step] - one[step]) < tolerance for step in range(1, 7)), name
 
 
+def test_other_layers_may_be_full_with_the_same_weights(runs):
+    overrides = settings(runs, "other", CONV, "attention.full_layers=none", f"run.start_from={runs / 'two'}")
+    plan = plan_run(load(TrainConfig, DEMO, SHRUNKEN + overrides), 1)
+    # It refuses what does not fit.
+    assert find_checkpoint(None, plan) is None
+
+
 def test_a_resumed_run_goes_on(runs):
     whole, resumed = logged(runs / "two"), logged(runs / "resumed")
     assert set(resumed) == {4, 5, 6} and max(abs(whole[step] - resumed[step]) for step in resumed) < 1e-12
@@ -60,8 +67,6 @@ def test_what_does_not_fit_is_refused(runs, capsys):
     for width in (5, 0):
         with pytest.raises(ValueError, match=f"attention.key_conv is 3 there and {width} here"):
             find_checkpoint("", planned(f"attention.key_conv={width}"))
-    with pytest.raises(ValueError, match="attention.full_layers is last 1 there and none here"):
-        find_checkpoint("", planned(CONV, "attention.full_layers=none"))
     with pytest.raises(
         ValueError, match="attention.key_conv is 0 there and 3 here.*or begin a run with run.start_from"
     ):
@@ -75,5 +80,5 @@ def test_what_does_not_fit_is_refused(runs, capsys):
 
 def test_the_summary_counts_their_parameters(runs):
     plan = plan_run(load(TrainConfig, DEMO, SHRUNKEN + settings(runs, "x", CONV)), 1)
-    # One MoBA layer beside a full one: two KV heads of 8 channels, in pairs, three weights each.
-    assert "24 parameters of them in convolutions over keys" in plan.summary()[0]
+    # Two layers: two KV heads of 8 channels, in pairs, three weights each.
+    assert "48 parameters of them in convolutions over keys" in plan.summary()[0]
