@@ -13,15 +13,18 @@ LABELS = {
     "switch": "MoBA, then full",
     "hybrid": "MoBA, last layer full",
     "window": "window and sink",
+    "conv0": "MoBA, keys not convolved",
     "conv3": "MoBA, keys convolved by 3",
     "conv5": "MoBA, keys convolved by 5",
 }
 PAPER = "0.55"
 """Grey: what the paper published."""
 _COLORS = {"moba": "tab:blue", "full": "tab:red", "switch": "tab:green", "hybrid": "tab:green", "window": "tab:orange",
-           "conv3": "tab:orange", "conv5": "tab:green"}  # fmt: skip
-_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-.", "window": ":", "conv3": ":", "conv5": "-."}
-_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^", "window": "D", "conv3": "D", "conv5": "^"}
+           "conv0": "tab:gray", "conv3": "tab:orange", "conv5": "tab:green"}  # fmt: skip
+_LINES = {"moba": "-", "full": "--", "switch": "-.", "hybrid": "-.", "window": ":", "conv0": "--", "conv3": ":",
+          "conv5": "-."}  # fmt: skip
+_MARKERS = {"moba": "o", "full": "s", "switch": "^", "hybrid": "^", "window": "D", "conv0": "v", "conv3": "D",
+            "conv5": "^"}  # fmt: skip
 
 
 def label_of(kind: str) -> str:

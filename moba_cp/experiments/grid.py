@@ -39,10 +39,10 @@ _PLACES = {"run": ("directory", "start_from", "device", "timeout_seconds"), "dat
 SECONDS_TO_SAVE = 20.0
 """How long a run that is asked to stop may take."""
 # Seconds of the host for each layer and sequence, forward and backward; of a run's beginning, validations and end; and
-# how much slower small models are than the rates of large ones. Of 35 runs on H200, two at a time on each, 28 have
-# steps that are estimated within a quarter, the rest at 0.60 to 0.74 times what they took and, with a switch, at 1.78
-# times.
-_LAYER_SECONDS, _RUN_SECONDS, _SMALL_MODELS = 1e-2, 25.0, 7.0
+# how much slower small models are than the rates of large ones. Of 35 runs on H200, two at a time on each, 28 had
+# steps within a quarter of 10 ms and 7 times, the rest 0.60 to 0.74 times what they took and, with a switch, 1.78
+# times. An H100 takes 15 % longer.
+_LAYER_SECONDS, _RUN_SECONDS, _SMALL_MODELS = 1.15e-2, 25.0, 8.0
 
 _RETRIEVAL = "retrieval"
 # Runs that fail before the first that does not.
@@ -106,7 +106,8 @@ class Grid:
 
     Args:
         runs: in the order in which they are begun; those that they begin with are added before them.
-        corpus: hash of the text, which a run that is done must have been trained on; None for any.
+        corpus: hash of the text, which a run that is done must have been trained on; None for any. What gives it later
+            is waited for: until then runs that find keys are trained alone.
         slots: processes.
         deadline: in seconds of ``time.monotonic()``, when all must have ended; None for never.
         say: takes a line for people.
@@ -116,13 +117,15 @@ class Grid:
         self,
         runs: Iterable[Run],
         folder: Path,
-        corpus: str | None,
+        corpus: str | Future[str] | None,
         slots: list[Slot],
         deadline: float | None = None,
         say: Callable[[str], None] = print,
     ):
         self.runs = list({each.name: each for run in runs for each in run.lineage}.values())
-        self.folder, self.corpus, self.slots, self.deadline, self.say = folder, corpus, slots, deadline, say
+        self.folder, self.slots, self.deadline, self.say = folder, slots, deadline, say
+        self._coming = corpus if isinstance(corpus, Future) else None
+        self.corpus = None if isinstance(corpus, Future) else corpus
         self._estimated = self._measured = 0.0
         self._children = {
             run.name: [x for x in self.runs if x.parent is not None and x.parent.name == run.name] for run in self.runs
@@ -153,7 +156,7 @@ class Grid:
         failed: list[str] = []
         tried: list[str] = []
         try:
-            while waiting or busy:
+            while waiting or busy or self._coming is not None:
                 if waiting and len(failed) >= _HOPELESS and not self._measured:
                     self.say(f"{len(failed)} runs failed and none went well: nothing more is begun")
                     waiting.clear()
@@ -163,9 +166,15 @@ class Grid:
                         if run is not None:
                             waiting.remove(run)
                             busy[self._begin(workers[slot], run)] = slot, run, time.monotonic()
-                if not busy:
+                if not busy and self._coming is None:
                     break
-                ended, _ = wait(busy, self._patience(), FIRST_COMPLETED)
+                coming = [] if self._coming is None else [self._coming]
+                ended, _ = wait([*busy, *coming], self._patience(), FIRST_COMPLETED)
+                if self._coming in ended:
+                    self.corpus, self._coming = self._coming.result(), None
+                    # Those that are done must have seen it.
+                    list(map(self.done, self.runs))
+                    continue
                 for slot, _, _ in () if ended else busy.values():
                     workers[slot].stop()
                 for future in ended:
@@ -202,6 +211,8 @@ class Grid:
         going = {run.name for _, run, _ in busy.values()}
         for run in waiting:
             parent = run.parent
+            if self._coming is not None and not run.finds_keys:
+                continue
             if parent is not None and (parent.name in going or parent.name in failed or not self.done(parent)):
                 continue
             if self.deadline is None or time.monotonic() + self.seconds_of(run) < self.deadline:

@@ -7,12 +7,12 @@ from pathlib import Path
 from ..train.command import add_overrides
 
 NAMES = (
+    "retrieval",
     "scaling-law",
     "position-loss",
     "granularity",
-    "training-hybrid",
     "layerwise-hybrid",
-    "retrieval",
+    "training-hybrid",
     "sliding-window",
     "key-conv",
     "block-size",

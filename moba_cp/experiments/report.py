@@ -13,7 +13,7 @@ from . import paper
 from .charts import LABELS, PAPER, draw_paper_law, figure, finish, label_of, style
 from .fit import PowerLaw, fit_power_law
 from .grid import summary_of
-from .retrieval_report import key_conv_page, retrieval_page, window_page
+from .retrieval_report import guessing_lines, key_conv_page, retrieval_page, window_page
 from .rows import Rows, TooFew, at_range, loss_of, means, of
 from .runs import Run
 from .tokens import width_lines
@@ -31,7 +31,9 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
     try:
         said = _EXPERIMENTS[name](rows, folder, folder / f"{name}.png")
     except TooFew as missing:
-        return [f"{name}: {len(rows)} of {len(runs)} runs are done; no chart yet: {missing}"]
+        head = f"{name}: {len(rows)} of {len(runs)} runs are done; no chart yet: {missing}"
+        return [head, *guessing_lines(runs, folder)]
+    said = [*said, *guessing_lines(runs, folder)]
     texts = {row["corpus"] for row in rows} - {None}
     hours = sum(row["seconds"] for row in rows) / 3600
     head = [
@@ -44,9 +46,19 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
         f"![{name}]({name}.png)",
         "",
         *width_lines(rows),
+        *_convolved_lines(rows),
     ]
     (folder / f"{name}.md").write_text("\n".join([*head, *said]) + "\n", encoding="utf-8")
     return [f"{name}: {len(rows)} of {len(runs)} runs; {folder / name}.md, .csv, .png", *said]
+
+
+def _convolved_lines(rows: Rows) -> list[str]:
+    """What convolution over keys the models have, where MoBA and full attention have one."""
+    widths = {row["config"]["attention"]["key_conv"] for row in rows if row["facts"]["kind"] in _KINDS} - {0}
+    if not widths:
+        return []
+    said = " or ".join(map(str, sorted(widths)))
+    return [f"Where nothing else is said, keys are convolved over {said} tokens, of MoBA and full attention alike.", ""]
 
 
 def _table(file: Path, rows: Rows) -> None:

@@ -2,11 +2,11 @@
 
 Tokens are printable bytes in three classes: noise, keys and values. A document is noise in which pairs, a key and its
 value behind it, stand at random; keys are asked, each followed by its value, which alone has a label. In every second
-document that models train on they are asked at its end, as in tests. In the others a key is asked wherever it comes
+document that models begin with they are asked at its end, as in tests. In the others a key is asked wherever it comes
 again, up to once for two tokens: with a label for every hundredth token alone, models learn nothing within a thousand
-steps. The more a model finds again, and the farther back, the better it uses its context. Tests ask for one key alone
-in the document (``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative
-recall).
+steps. Once they find keys, they go on with long documents that ask at the end alone: where a key comes again and again
+it stands nearby too, and blocks need not be chosen well. Tests ask for one key alone in the document (``pass-key``),
+for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
 """
 
 import json
@@ -89,16 +89,17 @@ def make_recall(generator: np.random.Generator, length: int, pairs: int, filled:
     return Document(tokens, 2 * places[again] + 1)
 
 
-def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_out: int) -> None:
+def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_out: int, throughout: bool) -> None:
     """Write ``folder/training`` and ``folder/validation`` (.bin, .idx and masks), unless they are there.
 
     Args:
         lengths: of documents; each has an equal share of the tokens.
         tokens: of all training documents.
         held_out: validation documents of each length.
+        throughout: whether keys are asked throughout every second training document, in place of its end.
     """
     described = {"lengths": list(lengths), "tokens": tokens, "held_out": held_out}
-    described |= {"alphabet": (NOISE + KEYS + VALUES).decode(), "asked": "at the end, or throughout"}
+    described |= {"alphabet": (NOISE + KEYS + VALUES).decode(), "throughout": throughout}
     note = folder / "made.json"
     if note.is_file() and json.loads(note.read_text()) == described:
         return
@@ -110,10 +111,9 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
             # From one to as many pairs as there are keys, evenly by ratio: the few are found first.
             pairs = (2 ** generator.uniform(0, np.log2(len(KEYS)) + 1e-9, number)).astype(int).clip(1, length // 8)
             for i, n in enumerate(pairs):
-                throughout = split == TRAINING and i % 2 == 0
                 documents.append(
                     make_recall(generator, length, n, generator.uniform(0.1, 1.0))
-                    if throughout
+                    if throughout and split == TRAINING and i % 2 == 0
                     else make_document(generator, length, n, n)
                 )
         write_documents(folder / split, documents)

@@ -1,12 +1,20 @@
 """Pages of the experiments that ask trained models for keys: see :mod:`.retrieval`."""
 
+import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from .charts import figure, finish, label_of, style
+from .retrieval import VALUES
 from .rows import Rows, TooFew, at_range, loss_of, of
+from .runs import Run
+from .training_report import losses_of
+
+# Of the loss of who guesses: above it nothing is learned.
+_GUESSING = 0.97
 
 
 def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
@@ -55,6 +63,24 @@ def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     return said
 
 
+def guessing_lines(runs: Iterable[Run], folder: Path) -> list[str]:
+    """What is to be known of runs, those that they begin with included, that after half of their steps were no better
+    than who guesses one of the values: charts of these say nothing about attention."""
+    lines, once = [], {each.name: each for run in runs for each in run.lineage if each.finds_keys}
+    for run in once.values():
+        steps, losses = losses_of(run.name, folder)
+        half = run.config.run.steps // 2
+        by_then = losses[(steps > 0.8 * half) & (steps <= half)]
+        if len(by_then) and steps[-1] >= half and by_then.mean() > _GUESSING * math.log(len(VALUES)):
+            last = losses[-max(1, len(losses) // 20) :].mean()
+            lines.append(
+                f"- **{run.name} had learned nothing after half of its steps**: loss {by_then.mean():.3f}, where who "
+                f"guesses a value has {math.log(len(VALUES)):.3f}; {last:.3f} in the end, at step {steps[-1]} of "
+                f"{run.config.run.steps}."
+            )
+    return ["", *lines] if lines else []
+
+
 def window_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     """Chart and table of MoBA beside a sliding window with a sink."""
     return _on_both_tasks(rows, ("full", "moba", "window"), picture)
@@ -62,7 +88,7 @@ def window_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 def key_conv_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     """Chart and table of MoBA with and without a convolution over keys."""
-    return _on_both_tasks(rows, ("full", "moba", "conv3", "conv5"), picture)
+    return _on_both_tasks(rows, ("full", "moba", "conv0", "conv3", "conv5"), picture)
 
 
 def _on_both_tasks(rows: Rows, every: tuple[str, ...], picture: Path) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..model.attention import AttentionConfig
+from ..model.attention import KEY_CONV_WIDTHS, AttentionConfig
 from ..model.config import ModelConfig
 from ..model.schedule import Phase
 from ..train.config import TrainConfig
@@ -19,8 +19,8 @@ from .scales import Scale, Size, corpus_prefix
 RANGES = 16
 SWITCHED = 0.1
 """Share of the tokens that a run that switches trains with full attention, at its end."""
-# Kinds that choose or see blocks otherwise: the width of their convolution over keys.
-_LIKE_MOBA = {"window": 0, "conv3": 3, "conv5": 5}
+# MoBA with another convolution over keys than all other kinds have.
+_CONVOLVED = {f"conv{width}": width for width in KEY_CONV_WIDTHS}
 RESULTS = "tests.json"
 """In a run's folder: of the tests that it is put to when it is trained."""
 
@@ -77,7 +77,8 @@ class Maker:
         self, size: Size, length: int, kind: str, seed: int, block_size: int | None = None, top_k: int | None = None
     ) -> Run:
         """Training of ``kind`` ``moba``, ``full``, ``switch`` from one to the other, ``window``: as many blocks as
-        MoBA, but the document's first and the last ones alone, or ``conv3`` and ``conv5``: MoBA with convolved keys.
+        MoBA, but the document's first and the last ones alone, or ``conv0``, ``conv3`` and ``conv5``: MoBA with keys
+        convolved over so many tokens.
 
         Documents of the longer length may come after training on those of the shorter one, see :class:`.scales.Scale`:
         that begins with MoBA's model of the same blocks, if they are the scale's own or those of the switch, or with
@@ -89,13 +90,13 @@ class Maker:
         parent, share, lr, name = None, 1.0, size.lr, f"{length}-{size.name}-{size.tokens / 1e6:.3g}M"
         if length == scale.long and scale.extension is not None:
             share, lr = scale.extension, size.lr / 2
-            own = kind if kind in _LIKE_MOBA else "moba"
+            own = kind if kind in ("window", *_CONVOLVED) else "moba"
             before = own if own_blocks and kind != "full" else "full"
             parent = self.run(size, scale.length, before, seed, block_size if before != "full" else None)
             name += f"+{share * size.tokens / 1e6:.3g}M"
         elif length == scale.length and scale.shared_length is not None:
             share, lr = 1 - scale.shared_share, size.lr / 2
-            parent = self._shared(size, scale.shared_length, seed)
+            parent = self._shared(size, scale.shared_length, kind, seed)
         switched = SWITCHED if parent is None else SWITCHED * (1 + share) / share
         config = replace(
             self._config(size, length, seed, size.steps_at(length, share), lr, (TRAINING, VALIDATION)),
@@ -107,13 +108,17 @@ class Maker:
         weighed = kind == "full" and size == scale.granularity_size and length == scale.long
         return replace(made, tests={"mass": length} if weighed else {})
 
-    def _shared(self, size: Size, length: int, seed: int) -> Run:
-        """Training on documents of at most ``top_k`` blocks, the same for MoBA and full attention."""
+    def _shared(self, size: Size, length: int, kind: str, seed: int) -> Run:
+        """Training on documents of at most ``top_k`` blocks, the same for all kinds whose keys are convolved alike."""
         share = self.scale.shared_share
         config = self._config(size, length, seed, size.steps_at(length, share), size.lr, (TRAINING, VALIDATION))
-        config = replace(config, attention=self._attention("full", 0, 0))
+        attention = self._attention("full", 0, 0)
+        if kind in _CONVOLVED:
+            attention = replace(attention, key_conv=_CONVOLVED[kind])
+        config = replace(config, attention=attention)
         facts = {"size": size.name, "kind": "shared", "seed": seed}
-        return self._named(f"{length}-{size.name}-{share * size.tokens / 1e6:.3g}M-s{seed}", config, length, facts)
+        name = f"{length}-{size.name}-{share * size.tokens / 1e6:.3g}M" + (f"-{kind}" if kind in _CONVOLVED else "")
+        return self._named(f"{name}-s{seed}", config, length, facts)
 
     def tuned(self, parent: Run, size: Size, full_layers: int) -> Run:
         """``parent`` fine-tuned with so many last layers full, on data of which only a part has labels."""
@@ -127,19 +132,21 @@ class Maker:
         return self._named(f"{parent.name}-tuned{full_layers}", config, parent.length, facts, parent)
 
     def retrieving(self, kind: str, seed: int) -> Run:
-        """Training to find keys again, in short documents first where the scale says so: ``kind`` as in :meth:`run`, or
-        ``hybrid`` whose last layer is full."""
-        scale, run = self.scale, None
-        rest = 1 - sum(share for _, share in scale.retrieval_stages)
-        for lengths, share in (*scale.retrieval_stages, (scale.retrieval_lengths, rest)):
-            run = self._retrieving(kind, seed, lengths, share, run)
-        assert run is not None
+        """Training to find keys again, after what all kinds share where the scale says so: ``kind`` as in :meth:`run`,
+        or ``hybrid`` whose last layer is full."""
+        scale, first = self.scale, None
+        if scale.retrieval_first:
+            alike = kind if kind in _CONVOLVED else "full"
+            first = self._retrieving(alike, seed, scale.retrieval_first, scale.retrieval_share, None)
+        lengths = scale.retrieval_lengths
+        run = self._retrieving(kind, seed, lengths, 1.0 if first is None else 1 - scale.retrieval_share, first)
         # One length more than it is trained on.
         return replace(run, tests={"retrieval": (*lengths, 2 * lengths[-1])})
 
     def _retrieving(self, kind: str, seed: int, lengths: tuple[int, ...], share: float, parent: Run | None) -> Run:
         scale, size = self.scale, self.scale.retrieval_size
-        attention = self._attention("moba" if kind == "hybrid" else kind, scale.retrieval_block_size, scale.top_k)
+        block_size, top_k = scale.retrieval_block_size, scale.retrieval_top_k
+        attention = self._attention("moba" if kind == "hybrid" else kind, block_size, top_k)
         if kind == "hybrid":
             attention = replace(attention, full_layers="last 1")
         steps, lr = size.steps_at(1, share), size.lr if parent is None else size.lr / 2
@@ -150,10 +157,12 @@ class Maker:
         model = replace(config.model, vocab_size=ModelConfig.vocab_size)
         config = replace(config, model=model, attention=attention, data=data)
         facts = {"size": size.name, "kind": kind, "seed": seed}
-        trained = self.scale.retrieval_lengths == lengths
-        name = "retrieval" if trained else f"retrieval{lengths[-1]}"
-        tokens = f"{size.tokens / 1e6:.3g}M" if trained else f"{share * size.tokens / 1e6:.3g}M"
-        made = self._named(f"{name}-{size.name}-{tokens}-{kind}-s{seed}", config, lengths[-1], facts, parent)
+        name = f"retrieval-{size.name}-{size.tokens / 1e6:.3g}M-{kind}-s{seed}"
+        if self.scale.retrieval_lengths != lengths:
+            facts["kind"] = "shared"
+            of_kind = f"-{kind}" if kind in _CONVOLVED else ""
+            name = f"retrieval{lengths[-1]}-{size.name}-{share * size.tokens / 1e6:.3g}M{of_kind}-s{seed}"
+        made = self._named(name, config, lengths[-1], facts, parent)
         return replace(made, finds_keys=True)
 
     def _attention(self, kind: str, block_size: int, top_k: int, switch_at: float = 0.0) -> AttentionConfig:
@@ -161,7 +170,9 @@ class Maker:
         if kind == "full":
             return replace(base, default="full", full_layers="none", schedule=())
         schedule = (Phase("moba", switch_at), Phase("full")) if kind == "switch" else ()
-        special = {"sink": True, "min_recent": top_k - 2} if kind == "window" else {"key_conv": _LIKE_MOBA.get(kind, 0)}
+        special = {"sink": True, "min_recent": top_k - 2} if kind == "window" else {}
+        if kind in _CONVOLVED:
+            special = {"key_conv": _CONVOLVED[kind]}
         return replace(base, default="moba", block_size=block_size, top_k=top_k, schedule=schedule, **special)
 
     def _config(
@@ -198,9 +209,9 @@ def scaling_law(make: Maker) -> Iterator[Run]:
 
 
 def position_loss(make: Maker) -> Iterator[Run]:
-    """The same at the longer length."""
+    """Some of them at the longer length."""
     for seed in range(make.scale.seeds):
-        for size in reversed(make.scale.sizes):
+        for size in reversed(make.scale.long_sizes):
             yield from (make.run(size, make.scale.long, kind, seed) for kind in ("full", "moba"))
 
 
@@ -218,7 +229,7 @@ def block_size(make: Maker) -> Iterator[Run]:
     scale = make.scale
     for seed in range(scale.seeds):
         yield make.run(scale.granularity_size, scale.long, "full", seed)
-        for size in reversed(block_sizes(scale.long)):
+        for size in reversed(block_sizes(scale.long)[::2]):
             yield make.run(scale.granularity_size, scale.long, "moba", seed, size, scale.long // 8 // size)
 
 
@@ -251,14 +262,16 @@ def sliding_window(make: Maker) -> Iterator[Run]:
 
 
 def key_conv(make: Maker) -> Iterator[Run]:
-    """MoBA with and without a convolution over keys."""
-    yield from _on_both_tasks(make, ("full", "moba", "conv3", "conv5"))
+    """MoBA with convolutions over keys of all widths, one of which all kinds have."""
+    others = (kind for kind, width in _CONVOLVED.items() if width != make.base.attention.key_conv)
+    yield from _on_both_tasks(make, ("full", "moba", *others))
 
 
 def _on_both_tasks(make: Maker, kinds: tuple[str, ...]) -> Iterator[Run]:
-    """On long text, and where keys are to be found again."""
+    """On text, at the shorter length by a model of middle size, and where keys are to be found again."""
+    size = make.scale.sizes[len(make.scale.sizes) // 2]
     for seed in range(make.scale.seeds):
-        yield from (make.run(make.scale.granularity_size, make.scale.long, kind, seed) for kind in kinds)
+        yield from (make.run(size, make.scale.length, kind, seed) for kind in kinds)
         yield from (make.retrieving(kind, seed) for kind in kinds)
 
 
@@ -268,14 +281,14 @@ def retrieval_folder(folder: Path, lengths: tuple[int, ...]) -> Path:
 
 
 GRIDS = {
+    "retrieval": retrieval,
     "scaling-law": scaling_law,
     "position-loss": position_loss,
     "granularity": granularity,
-    "training-hybrid": training_hybrid,
     "layerwise-hybrid": layerwise_hybrid,
-    "retrieval": retrieval,
+    "training-hybrid": training_hybrid,
     "sliding-window": sliding_window,
     "key-conv": key_conv,
     "block-size": block_size,
 }
-"""The experiments, those first whose runs the others share and which take longest."""
+"""The experiments, in the order in which they are begun."""

@@ -52,7 +52,9 @@ class Scale:
     length: int
     """Of a document for the scaling law."""
     long: int
-    """Of a document for everything else."""
+    """Of a document for everything else of text."""
+    long_sizes: tuple[Size, ...]
+    """Of the scaling laws by position."""
     block_size: int
     top_k: int
     granularity_size: Size
@@ -71,6 +73,7 @@ class Scale:
     retrieval_lengths: tuple[int, ...]
     """Of documents to train on and to be tested with, each twice the one before."""
     retrieval_block_size: int
+    retrieval_top_k: int
     own_data: bool
     """The documents are the user's, packed by the trainer; else they are made of installed sources, whole."""
     held_out: int = 0
@@ -87,9 +90,11 @@ class Scale:
     most ``top_k`` blocks, which both attend to whole; None: each begins anew."""
     shared_share: float = 0.0
     """Share of a size's tokens that this run trains on."""
-    retrieval_stages: tuple[tuple[tuple[int, ...], float], ...] = ()
-    """Lengths of documents to find keys in, and the share of the tokens that are trained on at these, for what comes
-    before ``retrieval_lengths``, which have the rest."""
+    retrieval_first: tuple[int, ...] = ()
+    """Lengths of documents, of at most ``retrieval_top_k`` blocks, in which one run for MoBA and full attention learns
+    to find keys, before each goes on with ``retrieval_lengths``; none: each begins anew."""
+    retrieval_share: float = 0.5
+    """Share of the tokens of ``retrieval_size`` that this run trains on."""
 
     @cached_property
     def base(self) -> TrainConfig:
@@ -106,14 +111,15 @@ def _small() -> Scale:
     k = 1024
     # What a step of these costs is the host's time, more than the tokens': the number of steps is what is short.
     sizes = (
-        _small_size(2, 128, 16 * k, 1600), _small_size(3, 128, 16 * k, 1800), _small_size(3, 192, 32 * k, 1600),
-        _small_size(4, 256, 32 * k, 2000), _small_size(6, 320, 64 * k, 1500),
+        _small_size(2, 128, 16 * k, 1200), _small_size(3, 128, 16 * k, 1300), _small_size(3, 192, 32 * k, 1200),
+        _small_size(4, 256, 32 * k, 1500), _small_size(6, 320, 64 * k, 1000),
     )  # fmt: skip
     return Scale(
         name="small",
         sizes=sizes,
         length=8 * k,
         long=32 * k,
+        long_sizes=(sizes[0], *sizes[3:]),
         block_size=512,
         top_k=3,
         granularity_size=sizes[3],
@@ -121,21 +127,23 @@ def _small() -> Scale:
         switch_size=sizes[3],
         # As many of the keys as in the paper.
         switch_block_size=2048,
-        deep_size=_small_size(12, 256, 64 * k, 1000),
-        last_layers=(1, 3, 5, 10),
-        tuning_share=0.15,
+        # The deepest of those that are there.
+        deep_size=sizes[4],
+        last_layers=(1, 2, 3),
+        tuning_share=0.1,
         seeds=3,
-        retrieval_size=_small_size(4, 256, 16 * k, 3000),
-        retrieval_lengths=(1 * k, 2 * k, 4 * k, 8 * k),
-        retrieval_block_size=128,
+        retrieval_size=_small_size(3, 192, 32 * k, 1600),
+        retrieval_lengths=(512, 1 * k, 2 * k, 4 * k),
+        retrieval_block_size=32,
+        retrieval_top_k=16,
         own_data=False,
-        held_out=96,
-        extension=0.3,
+        held_out=48,
+        extension=0.2,
         vocabulary=4096,
         # Two blocks: MoBA and full attention are one function.
         shared_length=1 * k,
         shared_share=0.6,
-        retrieval_stages=(((128, 256, 512), 0.5),),
+        retrieval_first=(64, 128, 256),
     )
 
 
@@ -149,6 +157,7 @@ def _tiny() -> Scale:
         sizes=sizes,
         length=256,
         long=512,
+        long_sizes=sizes[::2],
         block_size=32,
         top_k=3,
         granularity_size=sizes[1],
@@ -162,6 +171,7 @@ def _tiny() -> Scale:
         retrieval_size=size(2, 32, 8),
         retrieval_lengths=(256, 512),
         retrieval_block_size=32,
+        retrieval_top_k=3,
         own_data=False,
         held_out=4,
         text_bytes=1_500_000,
@@ -186,6 +196,7 @@ def _paper() -> Scale:
         sizes=sizes,
         length=8192,
         long=32768,
+        long_sizes=sizes,
         block_size=512,
         top_k=3,
         granularity_size=sizes[3],
@@ -199,6 +210,7 @@ def _paper() -> Scale:
         retrieval_size=sizes[0],
         retrieval_lengths=(4096, 8192, 16384, 32768),
         retrieval_block_size=512,
+        retrieval_top_k=3,
         own_data=True,
     )
 

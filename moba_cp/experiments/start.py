@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from .runs import GRIDS, Maker, Run, retrieval_folder
 from .scales import Scale, scale_called
 
 # Tokens of documents to retrieve from; a longer training goes through them several times.
-_RETRIEVAL_TOKENS = 2**26
+_RETRIEVAL_TOKENS = 2**23
 # Documents of each length to validate on: the shortest together are several sequences of a step.
-_RETRIEVAL_HELD_OUT = 64
+_RETRIEVAL_HELD_OUT = 96
 
 
 def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, started: float) -> int:
@@ -44,18 +45,24 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
         return 0
     failed = []
     if not arguments.redraw:
-        corpus = None if scale.own_data or names == ("retrieval",) else _corpus(scale, folder, arguments)
         if any(run.finds_keys for run in runs):
             tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
-            for lengths in (scale.retrieval_lengths, *(lengths for lengths, _ in scale.retrieval_stages)):
-                build_retrieval(retrieval_folder(folder, lengths), lengths, tokens, _RETRIEVAL_HELD_OUT)
-        if arguments.write_configs:
-            print(*_written(runs, folder, corpus), sep="\n")
-            return 0
-        slots = _slots(arguments.gpus, arguments.per_gpu)
-        deadline = None if arguments.budget_seconds is None else started + arguments.budget_seconds
-        say = lambda line: print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
-        failed = Grid(runs, folder, corpus, slots, deadline, say).execute()
+            first, then = scale.retrieval_first, scale.retrieval_lengths
+            for lengths, throughout in ((first, True), (then, not first)):
+                if lengths:
+                    place = retrieval_folder(folder, lengths)
+                    build_retrieval(place, lengths, tokens, _RETRIEVAL_HELD_OUT, throughout)
+        # Reading and tokenizing text takes the host a minute or more: GPUs learn to find keys meanwhile.
+        with ThreadPoolExecutor(1) as beside:
+            read = not scale.own_data and not all(run.finds_keys for run in runs)
+            corpus = beside.submit(_corpus, scale, folder, arguments) if read else None
+            if arguments.write_configs:
+                print(*_written(runs, folder, None if corpus is None else corpus.result()), sep="\n")
+                return 0
+            slots = _slots(arguments.gpus, arguments.per_gpu)
+            deadline = None if arguments.budget_seconds is None else started + arguments.budget_seconds
+            say = lambda line: print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+            failed = Grid(runs, folder, corpus, slots, deadline, say).execute()
     for name, its in grids.items():
         print(*report.write(name, its, folder), sep="\n")
     return 1 if failed else 0
@@ -64,10 +71,16 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
 def in_order(grids: dict[str, list[Run]]) -> list[Run]:
     """The runs of all experiments and those that they begin with, each once.
 
-    All of the first seed come before the others', by what has to come one after another, the longest first. Then
-    the cheap ones of several seeds come before one more seed of those that take long.
+    All of the first seed come before the others', experiment by experiment; within one those first that others have
+    to come after, the longest chain first. Then the cheap ones of several seeds come before one more seed of those
+    that take long.
     """
     once = {each.name: each for runs in grids.values() for run in runs for each in run.lineage}
+    first = {}
+    for i, runs in enumerate(grids.values()):
+        for run in runs:
+            for each in run.lineage:
+                first.setdefault(each.name, i)
     before = {run.name: sum(map(estimate, run.lineage)) for run in once.values()}
     until = dict(before)
     for run in once.values():
@@ -75,9 +88,9 @@ def in_order(grids: dict[str, list[Run]]) -> list[Run]:
             until[each.name] = max(until[each.name], before[run.name])
     remaining = {run.name: until[run.name] - before[run.name] + estimate(run) for run in once.values()}
 
-    def place(run: Run) -> tuple[float, float]:
+    def place(run: Run) -> tuple[float, float, float]:
         seed = run.facts["seed"]
-        return (0, -remaining[run.name]) if seed == 0 else (seed * before[run.name], 0)
+        return (0, first[run.name], -remaining[run.name]) if seed == 0 else (1, seed * before[run.name], 0)
 
     return sorted(once.values(), key=place)
 
@@ -85,19 +98,20 @@ def in_order(grids: dict[str, list[Run]]) -> list[Run]:
 def cost(runs: list[Run], gpus: int) -> list[str]:
     """What runs would take, a line each."""
     lines = [f"{'run':42} {'parameters':>12} {'tokens':>10} {'6 N D':>10} {'H100 s':>8}"]
-    total, done = 0.0, 0
+    total, of_first, done = 0.0, 0.0, 0
     for run in runs:
         finished = summary_of(run) is not None
         seconds = 0.0 if finished else estimate(run)
         total, done = total + seconds, done + finished
+        of_first += seconds if run.facts["seed"] == 0 else 0.0
         lines.append(
             f"{run.name:42} {human(run.n_parameters, ''):>12} {human(run.tokens, ''):>10} {flops(run):10.2e} "
             + (f"{'done':>8}" if finished else f"{seconds:8,.0f}")
         )
     lines.append(
         f"{len(runs) - done} of {len(runs)} runs to do: {total / 3600:.3g} GPU-hours of H100s, "
-        f"{total / gpus / 3600:.3g} hours on {gpus} of them; estimated from rates of larger models, corrected by what "
-        "is measured once it runs"
+        f"{total / gpus / 3600:.3g} hours on {gpus} of them, the first seed {of_first / 3600:.3g} GPU-hours; estimated "
+        "from rates of larger models, corrected by what is measured once it runs"
     )
     return lines
 

@@ -15,7 +15,12 @@ _PARTS = 40
 
 def training_losses(row: dict, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Steps [n] and training losses [n] of the run that a summary is of; n is 0 where its log is not there."""
-    records = read_log(folder / "runs" / row["name"] / LOG)
+    return losses_of(row["name"], folder)
+
+
+def losses_of(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a run of that name."""
+    records = read_log(folder / "runs" / name / LOG)
     losses = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
     return np.array(list(losses), int), np.array(list(losses.values()), float)
 

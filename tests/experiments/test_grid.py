@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,28 @@ def test_another_run_in_the_folder_or_other_text_is_refused(maker, trained):
     file.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="holds a run of another config"):
         execute(runs, maker)
+
+
+def test_runs_that_find_keys_do_not_wait_for_the_text(maker, trained, monkeypatch):
+    text, train = Future(), grid._train
+    runs = [*GRIDS["scaling-law"](maker)][:2] + [*GRIDS["retrieval"](maker)]
+
+    def training(config, output, tests):
+        train(config, output, tests)
+        (Path(config).parents[1] / "runs" / Path(config).stem / "tests.json").write_text("{}")
+        if len(trained) == 3:
+            text.set_result("hash")
+
+    monkeypatch.setattr(grid, "_train", training)
+    slots = [Slot(0, None), Slot(1, None)]
+    assert Grid(runs, maker.folder, text, slots, say=lambda line: None).execute() == []
+    assert set(trained[:3]) == {run.name for run in runs[2:]} and set(trained[3:]) == {run.name for run in runs[:2]}
+    assert [summary_of(run)["corpus"] for run in runs] == ["hash"] * 2 + [None] * 3
+    # Nothing is left to train, but other text is seen.
+    other = Future()
+    other.set_result("another")
+    with pytest.raises(ValueError, match="was trained on other text"):
+        Grid(runs, maker.folder, other, slots, say=lambda line: None).execute()
 
 
 def test_killed_and_started_again_it_goes_on(tmp_path):

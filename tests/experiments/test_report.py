@@ -67,10 +67,14 @@ def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
         "position-loss": ["| 0 to 2,048 |", "30,720 to 32,768", "1.546 * C^-0.108"],
         "granularity": ["| 2/8 | 4,096 |", "| 32/128 | 256 |"],
         "training-hybrid": ["at most +0.4980 nats above"],
-        "layerwise-hybrid": ["| 0 of 12 |", "| 10 of 12 |"],
+        "layerwise-hybrid": ["| 0 of 6 |", "| 3 of 6 |", "| 6 of 6 |"],
         "retrieval": ["| full attention | 75 % | 75 % |", "| MoBA | 25 % |"],
-        "sliding-window": ["| window and sink | ", "| first range | last range | pass-key, 1,024 |", "| 25 % | 25 % |"],
-        "key-conv": ["| MoBA, keys convolved by 3 | ", "| MoBA, keys convolved by 5 | "],
+        "sliding-window": ["| window and sink | ", "| first range | last range | pass-key, 512 |", "| 25 % | 25 % |"],
+        "key-conv": [
+            "| MoBA, keys not convolved | ",
+            "| MoBA, keys convolved by 5 | ",
+            "keys are convolved over 3 tokens, of MoBA and full attention alike",
+        ],
         "block-size": ["| 4,096 | 1 |", "| 64 | 64 |", "64.0 %"],
     }[name]
     for words in expected:
@@ -87,6 +91,25 @@ def test_whatever_is_done_it_can_be_drawn(name, maker, tmp_path, monkeypatch):
     for i, run in enumerate(runs):
         write_summary(run)
         assert f"{i + 1} of {len(runs)} runs" in report.write(name, runs, tmp_path)[0]
+
+
+def test_runs_that_guess_are_pointed_out(maker, tmp_path):
+    """Also those that others begin with, and those that have no summary yet."""
+    runs = [run for run in GRIDS["retrieval"](maker) if run.facts["seed"] == 0]
+    shared, guessing, learns_late, learned = runs[0].lineage[0], *runs
+    for run in runs:
+        write_summary(run)
+    Path(shared.config.run.directory).mkdir(parents=True)
+    for run, late, end in ((shared, 2.3, 2.3), (guessing, 2.29, 2.31), (learns_late, 2.28, 0.1), (learned, 1.5, 0.1)):
+        half, log = run.config.run.steps // 2, Path(run.config.run.directory) / "log.jsonl"
+        losses = [late] * half + [end] * (half // 2 if run is shared else half)
+        log.write_text("".join(json.dumps({"step": i + 1, "loss": loss}) + "\n" for i, loss in enumerate(losses)))
+    report.write("retrieval", runs, tmp_path)
+    page = (tmp_path / "retrieval.md").read_text()
+    assert page.count("had learned nothing after half of its steps") == 3
+    for run in (shared, guessing, learns_late):
+        assert f"**{run.name} had learned nothing after half of its steps**" in page
+    assert "who guesses a value has 2.303; 0.100 in the end" in page
 
 
 def test_runs_on_other_text_are_pointed_out(maker, tmp_path):

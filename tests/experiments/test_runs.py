@@ -104,29 +104,32 @@ def test_long_documents_come_after_short_ones(maker):
 def test_what_attends_alike_is_trained_once(maker):
     """Before documents of ``length`` come those of at most ``top_k`` blocks, by one run for MoBA and full attention."""
     scale, firsts = maker.scale, {}
-    for name in ("scaling-law", "sliding-window", "key-conv", "training-hybrid"):
-        for run in (run for run in GRIDS[name](maker) if not run.finds_keys):
+    for name in ("scaling-law", "sliding-window", "key-conv", "training-hybrid", "retrieval"):
+        for run in GRIDS[name](maker):
             first = run.lineage[0]
-            if scale.shared_length is None:
-                assert first.length in (scale.length, scale.long) and first.facts["kind"] != "shared"
+            if (scale.shared_length if not run.finds_keys else scale.retrieval_first or None) is None:
+                assert first.facts["kind"] != "shared"
                 continue
-            assert (first.facts["kind"], first.length, first.parent) == ("shared", scale.shared_length, None)
-            assert first.length <= scale.block_size * scale.top_k and scale.length % first.length == 0
-            of_size = firsts.setdefault((run.facts["size"], run.facts["seed"]), first)
-            assert first.config == of_size.config
+            assert (first.facts["kind"], first.parent) == ("shared", None)
+            attention = run.config.attention
+            assert first.length <= (attention.block_size or 512) * (attention.top_k or 3)
+            alike = (run.facts["size"], run.facts["seed"], attention.key_conv, run.finds_keys)
+            of_size = firsts.setdefault(alike, first)
+            assert first.config == of_size.config and first.config.attention.key_conv == attention.key_conv
             second = run.lineage[1]
-            assert first.tokens == pytest.approx(scale.shared_share * second.tokens, rel=0.01)
+            share = scale.retrieval_share if run.finds_keys else scale.shared_share
+            assert first.tokens == pytest.approx(share * second.tokens, rel=0.01)
             assert second.config.run.start_from == first.config.run.directory
 
 
 def test_keys_are_found_in_short_documents_first(maker):
     for run in GRIDS["retrieval"](maker):
-        lengths = [stage for stage, _ in maker.scale.retrieval_stages] + [maker.scale.retrieval_lengths]
+        lengths = [stage for stage in (maker.scale.retrieval_first, maker.scale.retrieval_lengths) if stage]
         assert [each.length for each in run.lineage] == [stage[-1] for stage in lengths]
         assert run.tokens == pytest.approx(maker.scale.retrieval_size.tokens, rel=0.01)
         for each, stage in zip(run.lineage, lengths):
             assert sum(stage) * start._RETRIEVAL_HELD_OUT >= each.config.data.seq_len or maker.scale.own_data
-            assert each.finds_keys and each.config.attention == run.config.attention
+            assert each.finds_keys
             assert each.config.model.vocab_size == 256 and bool(each.tests) == (each is run)
 
 
@@ -146,18 +149,19 @@ def test_a_window_has_as_many_blocks_as_moba_and_chooses_none(maker):
         of_moba, of_window = moba.config.attention.moba, window.config.attention.moba
         assert (of_moba.block_size, of_moba.top_k) == (of_window.block_size, of_window.top_k)
         assert of_window.sink and of_window.min_recent == of_window.top_k - 2 and not of_moba.sink
-        if window.parent is not None:
-            assert window.parent.config.attention == window.config.attention
 
 
 def test_convolved_keys_are_all_that_differs(maker):
+    own, widths = maker.base.attention.key_conv, set()
     for run in GRIDS["key-conv"](maker):
         attention, kind = run.config.attention, run.facts["kind"]
-        assert attention.key_conv == {"conv3": 3, "conv5": 5}.get(kind, 0)
+        assert attention.key_conv == {"conv0": 0, "conv3": 3, "conv5": 5}.get(kind, own)
+        widths.add(attention.key_conv)
         if kind.startswith("conv"):
             alike = next(x for x in GRIDS["key-conv"](maker) if x.name == run.name.replace(kind, "moba"))
-            assert replace(attention, key_conv=0) == alike.config.attention and run.config.data == alike.config.data
-            assert run.parent is None or run.parent.config.attention == attention
+            assert replace(attention, key_conv=own) == alike.config.attention and run.config.data == alike.config.data
+            assert run.parent is None or run.parent.config.attention.key_conv == attention.key_conv
+    assert widths == {0, 3, 5}
 
 
 def test_a_name_is_one_config(maker):
