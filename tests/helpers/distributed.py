@@ -1,7 +1,8 @@
-"""Run a function on several ranks: spawned gloo processes, or threads of this process.
+"""Run a function on several ranks: gloo processes, or threads of this process.
 
-``run_ranks`` starts real processes. ``run_threads`` gives each rank a thread and a Communicator that exchanges tensors
-in memory: the same library code, hundreds of cases a minute.
+``run_ranks`` starts real processes, forked from one that has imported PyTorch and Megatron already: importing them
+takes longer than what most tests do there. ``run_threads`` gives each rank a thread and a Communicator that exchanges
+tensors in memory: the same library code, hundreds of cases a minute.
 """
 
 import os
@@ -49,13 +50,17 @@ def run_ranks(n: int, function, *args, timeout: float = 120, backend: str = "glo
 
     Ranks of NCCL share one GPU, or have one each where ``gpus`` is ``n``.
 
-    ``function`` must be importable by the spawned processes. Any rank's exception, or silence for ``timeout`` seconds
+    ``function`` must be importable by the started processes. Any rank's exception, or silence for ``timeout`` seconds
     (times TIME_SCALE), kills all ranks and fails with every traceback.
     """
     timeout *= TIME_SCALE
-    ctx = mp.get_context("spawn")
+    # CUDA does not survive a fork, and Triton's interpreter is chosen before kernels are imported.
+    imports_anew = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    ctx = mp.get_context("spawn" if imports_anew else "forkserver")
+    # Of no effect once the server runs.
+    ctx.set_forkserver_preload(["moba_cp.train.start", "pytest"])
     results, store = ctx.Queue(), store_of(n)
-    rest = n, store.port, timeout, backend, gpus, results, function, args
+    rest = n, store.port, timeout, backend, gpus, dict(os.environ), results, function, args
     processes = [ctx.Process(target=_rank_main, args=(rank, *rest), daemon=True) for rank in range(n)]
     for process in processes:
         process.start()
@@ -79,9 +84,11 @@ def run_ranks(n: int, function, *args, timeout: float = 120, backend: str = "glo
     return [pickle.loads(reports[rank][1]) for rank in range(n)]
 
 
-def _rank_main(rank, n, port, timeout, backend, gpus, results, function, args):
+def _rank_main(rank, n, port, timeout, backend, gpus, environment, results, function, args):
     torch.set_num_threads(1)
-    os.environ.update(environment_of(rank, n, port))
+    # A forked process has the variables that the server was started with.
+    os.environ.clear()
+    os.environ.update(environment | environment_of(rank, n, port))
     if "nccl" in backend and gpus == 1:
         # NCCL refuses two ranks on one GPU unless they look like two hosts.
         os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1", LOCAL_RANK="0")
