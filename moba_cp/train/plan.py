@@ -179,7 +179,21 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
     Raises:
         ValueError: sections that do not fit together, the number of ranks, or the data.
     """
-    model, data = config.model, config.data
+    config, context = check_ranks(config, size)
+    corpora = open_corpora(config.data, Path(config.run.directory))
+    for part in (*corpora.parts, *corpora.validation):
+        if part.vocab_size is not None:
+            _check_vocabulary(config, part.vocab_size, part.unit)
+    return RunPlan(config, size, context, corpora)
+
+
+def check_ranks(config: TrainConfig, size: int) -> tuple[TrainConfig, int]:
+    """``config`` with the sequences of a step that ``size`` ranks have, and how many of these share a sequence.
+
+    Raises:
+        ValueError: sections that do not fit together, or the number of ranks.
+    """
+    model = config.model
     try:
         config.attention.full_layer_numbers(model.n_layers)
         if config.attention.index is not None:
@@ -204,11 +218,7 @@ def plan_run(config: TrainConfig, size: int) -> RunPlan:
         )
     _check_heads(config, context)
     _check_length(config, context)
-    corpora = open_corpora(data, Path(config.run.directory))
-    for part in (*corpora.parts, *corpora.validation):
-        if part.vocab_size is not None:
-            _check_vocabulary(config, part.vocab_size, part.unit)
-    return RunPlan(config, size, context, corpora)
+    return config, context
 
 
 def _check_vocabulary(config: TrainConfig, vocab_size: int, unit: str) -> None:

@@ -42,6 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node={arguments.gpus_per_node} is below 1; use 1 or more")
+    if arguments.host_gib is not None and not arguments.host_gib > 0:
+        raise ValueError(f"--host-gib={arguments.host_gib:g} is not above 0; use more, or leave it out")
     if arguments.measured is not None:
         if arguments.config is not None or arguments.gpus is not None or arguments.overrides:
             raise ValueError("--measured with CONFIG, --gpus or --set: a run has its own; leave them out")
@@ -65,8 +67,8 @@ def main(arguments: argparse.Namespace) -> int:
     where = gpu, arguments.gpus_per_node, arguments.host_gib
     made = predict.forecast(config, arguments.gpus, *where)
     others = predict.candidates(config, arguments.gpus, *where)
-    reach = predict.longest(config, arguments.gpus, gpu, arguments.host_gib)
-    print(*_lines(made, others, reach, gpu), sep="\n")
+    reach = predict.longest(config, arguments.gpus, *where)
+    print(*_lines(made, others, reach, *where), sep="\n")
     if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(_figures(made, reach), indent=1) + "\n", encoding="utf-8")
     return 0 if made.memory is not None else 1
@@ -87,7 +89,7 @@ def _figures(made, reach: int) -> dict:
     }
 
 
-def _lines(made, others: list, reach: int, gpu) -> list[str]:
+def _lines(made, others: list, reach: int, gpu, per_node: int = 8, host_gib: float | None = None) -> list[str]:
     from .log import human
 
     config, data = made.config, made.config.data
@@ -109,22 +111,34 @@ def _lines(made, others: list, reach: int, gpu) -> list[str]:
         said.append("note: what index branches compute is not in the time: no rate of it has been measured")
     if made.bytes:
         said.append("received by a rank in a step: " + ", ".join(f"{n} {human(x, 'B')}" for n, x in made.bytes.items()))
-    said.append(f"longest sequence that fits, shared by all: {reach:,} tokens" if reach else "no length fits")
+    longest = f"longest sequence that fits, shared by all: {reach:,} tokens"
+    said.append(longest if reach else "no length fits that all share")
     if others and (others[0].context != made.context or made.memory is None):
         best, what = others[0], "faster" if made.memory is not None else "fits"
         said.append(f"{what}: run.context_size={best.context}, {best.step_seconds:.3g} s a step")
     elif made.memory is None:
-        said.append("fits: " + _what_fits(made, reach, gpu))
+        said.append("fits: " + _what_fits(made, reach, gpu, per_node, host_gib))
     hours = config.run.steps * made.step_seconds / 3600
     return [*said, f"run: {config.run.steps:,} steps, {hours:.3g} hours"]
 
 
-def _what_fits(made, reach: int, gpu) -> str:
-    from .predict import longest
+def _what_fits(made, reach: int, gpu, per_node: int, host_gib: float | None) -> str:
+    from dataclasses import replace
 
-    options = [f"data.seq_len={reach}"] if reach else []
+    from .predict import forecast
+
+    options = [f"data.seq_len={reach}"] if 0 < reach < made.config.data.seq_len else []
+    shared = replace(made.config, run=replace(made.config.run, context_size=None))
     for times in (2, 4, 8, 16):
-        if longest(made.config, times * made.ranks, gpu) >= made.config.data.seq_len:
-            options.append(f"--gpus {times * made.ranks}")
+        try:
+            fits = forecast(shared, times * made.ranks, gpu, per_node, host_gib).memory is not None
+        except ValueError:
+            # A run would refuse so many.
+            continue
+        if fits:
+            all_share = "" if made.config.run.context_size is None else " --set run.context_size=null"
+            options.append(f"--gpus {times * made.ranks}{all_share}")
             break
-    return ", or ".join(options) or "no number of GPUs up to 16 times as many; set memory.state: host"
+    on_device = made.config.memory.state == "device"
+    none = "no number of GPUs up to 16 times as many" + ("; set memory.state: host" if on_device else "")
+    return ", or ".join(options) or none

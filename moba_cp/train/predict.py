@@ -18,7 +18,7 @@ from ..model.config import ModelConfig
 from ..model.layer import LayerMemory
 from .config import TrainConfig
 from .memory import GIB, NCCL_BYTES, MemoryPlan, StepShape, choose_layers, plan_layers
-from .mesh import context_size
+from .plan import check_ranks
 from .trace import PEAKS
 
 
@@ -107,18 +107,10 @@ def forecast(
         layers: what each keeps for backward; None: what fits and computes least again.
 
     Raises:
-        ValueError: the ranks do not fit the config.
+        ValueError: what a run on so many ranks would refuse.
     """
-    context = context_size(config.run, ranks)
+    config, context = check_ranks(config, ranks)
     groups = ranks // context
-    if config.data.gradient_accumulation is not None:
-        per_step = config.data.gradient_accumulation * groups
-        config = replace(config, data=replace(config.data, sequences_per_step=per_step))
-    if config.data.sequences_per_step % groups:
-        raise ValueError(
-            f"data.sequences_per_step={config.data.sequences_per_step} is not divisible by the {groups} data ranks; "
-            f"use {-(-config.data.sequences_per_step // groups) * groups}"
-        )
     model, attention = config.model, config.attention.at(config.run.steps, config.run.steps)
     local = -(-config.data.seq_len // context)
     itemsize = getattr(torch, config.run.dtype).itemsize
@@ -127,7 +119,7 @@ def forecast(
         exchange = replace(exchange, ranks_per_node=per_node)
     shape = StepShape(model, attention, local, ranks, itemsize, *state, context, exchange)
     device = (config.memory.device_gib or gpu.gib) * GIB - NCCL_BYTES * (ranks > 1)
-    host = (config.memory.host_gib or host_gib or gpu.host_gib) * GIB
+    host = (config.memory.host_gib or (gpu.host_gib if host_gib is None else host_gib)) * GIB
     if layers is not None:
         plan = plan_layers(shape, layers)
     else:
@@ -144,15 +136,20 @@ def forecast(
     return Forecast(config, ranks, context, plan, seconds, moved)
 
 
-def longest(config: TrainConfig, ranks: int, gpu: GPU, host_gib: float | None = None) -> int:
-    """Tokens of the longest sequence that fits on ``ranks`` that share it, to a part in 64; 0 if none does."""
+def longest(config: TrainConfig, ranks: int, gpu: GPU, per_node: int = 8, host_gib: float | None = None) -> int:
+    """Tokens of the longest sequence that fits on ``ranks`` that share it, to a part in 64; 0 if none does, or if the
+    config does not let so many share one."""
     shared = replace(config, run=replace(config.run, context_size=None))
     unit = 2 * ranks * config.attention.block_size
 
     def fits(n: int) -> bool:
         data = replace(config.data, seq_len=n * unit, sequences_per_step=1, gradient_accumulation=None, overlap=0)
-        return forecast(replace(shared, data=data), ranks, gpu, host_gib=host_gib).memory is not None
+        return forecast(replace(shared, data=data), ranks, gpu, per_node, host_gib).memory is not None
 
+    try:
+        fits(1)
+    except ValueError:
+        return 0
     low, high = 0, 1
     while fits(high) and high * unit < 2**31:
         low, high = high, 2 * high
@@ -167,10 +164,11 @@ def candidates(config: TrainConfig, ranks: int, gpu: GPU, per_node: int, host_gi
     found = []
     for context in (n for n in range(1, ranks + 1) if ranks % n == 0):
         tried = replace(config, run=replace(config.run, context_size=context))
-        if tried.data.gradient_accumulation is None and tried.data.sequences_per_step % (ranks // context):
-            continue
-        if tried.data.seq_len % (2 * context) == 0:
+        try:
             found.append(forecast(tried, ranks, gpu, per_node, host_gib))
+        except ValueError:
+            # A run would refuse so many.
+            continue
     return sorted((x for x in found if x.memory is not None), key=lambda x: x.step_seconds)
 
 

@@ -14,6 +14,7 @@ from moba_cp.model.layer import LayerMemory
 from moba_cp.train import measured
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.memory import MemoryPlan, StepShape, plan_layers
+from moba_cp.train.plan_command import _lines
 from moba_cp.train.predict import GPUS, candidates, forecast, longest, moba_layer
 from moba_cp.train.report import Reporter
 from moba_cp.train.yaml_config import build, load
@@ -136,6 +137,27 @@ def test_the_command_says_what_limits_and_what_fits(capsys, tmp_path):
     assert code == 0 and "not measured on A100" in out
 
 
+def test_what_a_run_would_refuse_is_not_proposed(capsys):
+    """Heads among four ranks: of eight, neither one nor two share a sequence; among all of 64 they are too few."""
+    options = "--set", "model.hidden_size=256", "--set", "model.n_heads=4", "--set", "data.sequences_per_step=8"
+    made = load(TrainConfig, "demo", [*options[1::2], "exchange.head_ranks=4", "run.context_size=4"])
+    assert {x.context for x in candidates(made, 8, GPUS["h100"], 8, None)} == {4, 8}
+    made = load(TrainConfig, "demo", [*options[1::2], "exchange.mode=heads", "run.context_size=4"])
+    assert longest(made, 4, GPUS["h100"]) > 0 and longest(made, 64, GPUS["h100"]) == 0
+    code, out, _ = run(capsys, "--gpus", "8", *options, "--set", "exchange.mode=heads", "--set", "run.context_size=4")
+    assert code == 0 and "no length fits that all share" in out
+
+
+def test_what_would_fit_has_the_host_memory_that_was_named():
+    asked, gpu = config(3 << 20), GPUS["h100"]
+    for host_gib, gpus in ((None, 4), (1.0, 8)):
+        made = forecast(asked, 1, gpu, 8, host_gib)
+        assert made.memory is None and _lines(made, [], 0, gpu, 8, host_gib)[-2] == f"fits: --gpus {gpus}"
+    # A length is proposed only where it is shorter, and where few may share a sequence, more.
+    alone = forecast(config(3 << 20, context_size=1), 1, gpu)
+    assert _lines(alone, [], 4 << 20, gpu)[-2] == "fits: --gpus 4 --set run.context_size=null"
+
+
 def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[float], gib: float | None, layers=None):
     """A folder as a run on ``device`` leaves it, whose steps took ``seconds`` and ``gib``."""
     kept = MemoryPlan(tuple(layers or [LayerMemory()] * made.model.n_layers), {}, 0)
@@ -218,6 +240,11 @@ def test_the_chart_joins_what_was_run_alike(monkeypatch, tmp_path):
         (["--gpus", "2", "--gpus-per-node", "0"], "--gpus-per-node=0 is below 1"),
         (["--gpus", "2", "--gpu", "tpu"], "--gpu=tpu: not known; use one of h100, h200"),
         (["--gpus", "2", "--set", "run.context_size=3"], "run.context_size=3 does not divide the 2 ranks"),
+        (["--gpus", "2", "--host-gib", "0"], "--host-gib=0 is not above 0"),
+        (["--gpus", "3"], "data.seq_len=2048 is not divisible by 2 * cp_size = 6"),
+        (["--gpus", "4", "--set", "exchange.mode=heads"], "4 ranks are to exchange tokens for heads"),
+        (["--gpus", "4", "--set", "exchange.ranks_per_node=3"], "exchange.ranks_per_node=3 does not divide the 4"),
+        (["--gpus", "1", "--set", "attention.index={dim: 48}"], "attention.index.dim=48 does not divide head_dim=64"),
         (
             ["--gpus", "4", "--set", "run.context_size=1", "--set", "data.sequences_per_step=3"],
             "not divisible by the 4",
