@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -122,17 +123,21 @@ class StepShape:
 
     @property
     def _index_pass(self) -> int:
-        """What an index branch takes at the most while it learns: queries, keys, their gradients, attention's keys of
-        all ranks, one KV head's at a time, and scratch."""
+        """What an index branch takes at the most while it learns: queries, keys, their gradients and scratch; across
+        ranks that share a sequence attention's keys of all of them, one KV head's at a time, and, of a branch that
+        reads every key, all its keys and their gradients."""
         index, model = self.attention.index, self.model
         if index is None:
             return 0
         of_scorer = self.n_tokens * model.n_kv_heads * (index.heads + 1) * index.dim
-        return (
-            of_scorer * (self.itemsize + 8)
-            + 2 * self.size * self.n_tokens * model.head_dim * self.itemsize
-            + _INDEX_SCRATCH
-        )
+        here = of_scorer * (self.itemsize + 8) + _INDEX_SCRATCH
+        if self.context == 1:
+            return here
+        # As they come and in order; gradients as each head's, together, as they leave and as they come.
+        gathered = 2 * model.head_dim * self.itemsize
+        if index.score == "max":
+            gathered += model.n_kv_heads * index.dim * (self.itemsize + 4 * 4)
+        return here + self.context * self.n_tokens * gathered
 
     @property
     def n_parameters(self) -> int:
@@ -185,11 +190,16 @@ class StepShape:
         """Of the attention kernels: as large as queries, or enough for one KV head's rows, of all ranks where these
         exchange tokens for heads."""
         scratch = max(least, self._row(self._heads[0]))
+        assert self.model.head_dim
+        head = self._visits * (self.model.head_dim * self.itemsize + visit_bytes)
+        return max(scratch, head) if head <= max(scratch + scratch // 8, _WHOLE_HEAD) else scratch
+
+    @cached_property
+    def _visits(self) -> int:
+        """Of blocks by one KV head's rows. Kept: a search for what fits asks for every layer of every plan."""
         layer = self._layer(True)
         costs = HeadCosts(planned_team(layer, self.exchange), *layer[1:-1], self.exchange)
-        visits = costs.h * self.n_tokens * costs.unit * self.attention.top_k
-        head = visits * (layer.dim * self.itemsize + visit_bytes)
-        return max(scratch, head) if head <= max(scratch + scratch // 8, _WHOLE_HEAD) else scratch
+        return costs.h * self.n_tokens * costs.unit * self.attention.top_k
 
     def loss(self) -> int:
         """Bytes that exist at the most in the loss: hidden states, their norm and its gradient, slices of logits."""

@@ -54,6 +54,19 @@ def test_index_branches_take_their_share():
     assert plan_layers(branch, [FULL] * 14).device > plan_layers(plain, [FULL] * 14).device
 
 
+def test_index_branches_read_the_keys_of_ranks_that_share_a_sequence():
+    """Not of those that have other sequences; by maxima all keys of the scorer too."""
+    n, mean = 131072, replace(MOBA, index=IndexConfig(heads=4, dim=64))
+    most = replace(mean, index=replace(mean.index, score="max"))
+    for attention in (mean, most):
+        alone = shape(n, attention=attention)
+        assert replace(alone, size=8).forward() == alone.forward()
+    # Keys of a head of 4 times as many tokens, twice; of 14 heads of the scorer 16 bits and four times 32.
+    by_mean, by_max = (shape(n, attention=x, size=8, context=4)._index_pass for x in (mean, most))
+    assert by_mean - shape(n, attention=mean)._index_pass == 4 * n * 2 * 128 * 2
+    assert by_max - by_mean == 4 * n * 14 * 64 * (2 + 16)
+
+
 def test_scratch_is_that_of_the_kernels():
     """The trainer does not import them to say so."""
     work = pytest.importorskip("moba_cp.kernels.work")
