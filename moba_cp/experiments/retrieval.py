@@ -2,11 +2,11 @@
 
 Tokens are printable bytes in three classes: noise, keys and values. A document is noise in which pairs, a key and its
 value behind it, stand at random; keys are asked, each followed by its value, which alone has a label. In every second
-document that models begin with they are asked at its end, as in tests. In the others a key is asked wherever it comes
+document that models train on they are asked at its end, as in tests. In the others a key is asked wherever it comes
 again, up to once for two tokens: with a label for every hundredth token alone, models learn nothing within a thousand
-steps. Once they find keys, they go on with long documents that ask at the end alone: where a key comes again and again
-it stands nearby too, and blocks need not be chosen well. Tests ask for one key alone in the document (``pass-key``),
-for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
+steps, and MoBA does not learn to choose. Once they find keys, these have few pairs as often as many: where there are
+many, the last one of a key stands nearby, and little has to be chosen. Tests ask for one key alone in the document
+(``pass-key``), for one of many (``multi-key``), at a given depth, and for all of many (associative recall).
 """
 
 import json
@@ -36,6 +36,8 @@ MANY = 32
 """Pairs of a document of which one is asked."""
 RECALLED = (4, 8, 16, 32, 48)
 """Pairs of a document of which all are asked."""
+# Share of a document that is pairs, at the least, where keys are asked throughout.
+_LEAST_FILLED = 0.05
 # Documents of each cell of a test, and tokens of a forward pass, by the kind of device.
 _DOCUMENTS, _AT_ONCE = {"cuda": 16, "cpu": 2}, {"cuda": 65536, "cpu": 2048}
 
@@ -89,17 +91,17 @@ def make_recall(generator: np.random.Generator, length: int, pairs: int, filled:
     return Document(tokens, 2 * places[again] + 1)
 
 
-def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_out: int, throughout: bool) -> None:
+def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_out: int, sparse: bool) -> None:
     """Write ``folder/training`` and ``folder/validation`` (.bin, .idx and masks), unless they are there.
 
     Args:
         lengths: of documents; each has an equal share of the tokens.
         tokens: of all training documents.
         held_out: validation documents of each length.
-        throughout: whether keys are asked throughout every second training document, in place of its end.
+        sparse: whether the documents in which keys come again have few pairs as often as many, evenly by ratio.
     """
     described = {"lengths": list(lengths), "tokens": tokens, "held_out": held_out}
-    described |= {"alphabet": (NOISE + KEYS + VALUES).decode(), "throughout": throughout}
+    described |= {"alphabet": (NOISE + KEYS + VALUES).decode(), "asked": "at the end, or throughout", "sparse": sparse}
     note = folder / "made.json"
     if note.is_file() and json.loads(note.read_text()) == described:
         return
@@ -111,11 +113,13 @@ def build_retrieval(folder: Path, lengths: tuple[int, ...], tokens: int, held_ou
             # From one to as many pairs as there are keys, evenly by ratio: the few are found first.
             pairs = (2 ** generator.uniform(0, np.log2(len(KEYS)) + 1e-9, number)).astype(int).clip(1, length // 8)
             for i, n in enumerate(pairs):
-                documents.append(
-                    make_recall(generator, length, n, generator.uniform(0.1, 1.0))
-                    if throughout and split == TRAINING and i % 2 == 0
-                    else make_document(generator, length, n, n)
-                )
+                if split == TRAINING and i % 2 == 0:
+                    # Each key is asked once in the mean, at the least.
+                    least = min(1.0, max(_LEAST_FILLED, 4 * n / length))
+                    filled = least ** generator.uniform() if sparse else generator.uniform(0.1, 1.0)
+                    documents.append(make_recall(generator, length, n, filled))
+                else:
+                    documents.append(make_document(generator, length, n, n))
         write_documents(folder / split, documents)
     note.write_text(json.dumps(described))
 

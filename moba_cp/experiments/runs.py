@@ -149,8 +149,8 @@ class Maker:
         attention = self._attention("moba" if kind == "hybrid" else kind, block_size, top_k)
         if kind == "hybrid":
             attention = replace(attention, full_layers="last 1")
-        steps, lr = size.steps_at(1, share), size.lr if parent is None else size.lr / 2
-        config = self._config(size, lengths[-1], seed, steps, lr, (TRAINING, VALIDATION))
+        steps = size.steps_at(1, share)
+        config = self._config(size, lengths[-1], seed, steps, size.lr, (TRAINING, VALIDATION))
         paths = [str(retrieval_folder(self.folder, lengths) / split) for split in (TRAINING, VALIDATION)]
         data = replace(config.data, path=paths[0], validation_path=paths[1], packing="best_fit")
         # Keys are bytes, so that a prompt can be typed.

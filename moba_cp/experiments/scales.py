@@ -1,7 +1,7 @@
 """How large the experiments are: ``tiny`` for tests, ``small`` for a GPU or a few, ``paper`` as published."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -132,10 +132,10 @@ def _small() -> Scale:
         last_layers=(1, 2, 3),
         tuning_share=0.1,
         seeds=3,
-        retrieval_size=_small_size(3, 192, 32 * k, 1600),
+        retrieval_size=replace(_small_size(3, 192, 16 * k, 2000), lr=3e-3),
         retrieval_lengths=(512, 1 * k, 2 * k, 4 * k),
-        retrieval_block_size=32,
-        retrieval_top_k=16,
+        retrieval_block_size=16,
+        retrieval_top_k=32,
         own_data=False,
         held_out=48,
         extension=0.2,
@@ -144,6 +144,7 @@ def _small() -> Scale:
         shared_length=1 * k,
         shared_share=0.6,
         retrieval_first=(64, 128, 256),
+        retrieval_share=0.4,
     )
 
 

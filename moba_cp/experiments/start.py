@@ -19,7 +19,7 @@ from .retrieval import build_retrieval
 from .runs import GRIDS, Maker, Run, retrieval_folder
 from .scales import Scale, scale_called
 
-# Tokens of documents to retrieve from; a longer training goes through them several times.
+# Tokens of documents to retrieve from; longer training goes through them several times.
 _RETRIEVAL_TOKENS = 2**23
 # Documents of each length to validate on: the shortest together are several sequences of a step.
 _RETRIEVAL_HELD_OUT = 96
@@ -47,11 +47,9 @@ def start(arguments: argparse.Namespace, names: tuple[str, ...], folder: Path, s
     if not arguments.redraw:
         if any(run.finds_keys for run in runs):
             tokens = min(scale.retrieval_size.tokens, _RETRIEVAL_TOKENS)
-            first, then = scale.retrieval_first, scale.retrieval_lengths
-            for lengths, throughout in ((first, True), (then, not first)):
-                if lengths:
-                    place = retrieval_folder(folder, lengths)
-                    build_retrieval(place, lengths, tokens, _RETRIEVAL_HELD_OUT, throughout)
+            for lengths in filter(None, (scale.retrieval_first, scale.retrieval_lengths)):
+                sparse = bool(scale.retrieval_first) and lengths != scale.retrieval_first
+                build_retrieval(retrieval_folder(folder, lengths), lengths, tokens, _RETRIEVAL_HELD_OUT, sparse)
         # Reading and tokenizing text takes the host a minute or more: GPUs learn to find keys meanwhile.
         with ThreadPoolExecutor(1) as beside:
             read = not scale.own_data and not all(run.finds_keys for run in runs)
