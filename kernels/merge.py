@@ -31,6 +31,17 @@ def merge_pair(b_out, b_lse, b_part, b_part_lse):
     return b_out, b_max + tl.log(b_sum)
 
 
+@triton.jit
+def _all_have_read():
+    """To be called between loading and overwriting the same memory.
+
+    Every warp that holds a part of a pair's output loads its log-sum-exp, and one warp stores it: the compiler loads a
+    small tensor for each layout again rather than move it. A late warp, whose process had to give the GPU to another,
+    would find the merged value there, and weigh the output by that.
+    """
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_heads"], do_not_specialize_on_alignment=SLICED)
 def _merge_visits_kernel(
     part, part_lse, out, lse, n_rows, n_heads, s_ot, s_oh, s_lt, s_lh,
@@ -70,6 +81,8 @@ def _merge_visits_kernel(
         b_out += b_weight[:, None] * b_part
         b_sum += b_weight
     b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # [BM, BD]
+    if JOIN:
+        _all_have_read()
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(p_lse, b_max + tl.log(b_sum), mask=m_m)
 
@@ -210,6 +223,7 @@ def _merge_rows_kernel(
             b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)  # [BM, BD], [BM]
         else:
             b_out += b_part
+    _all_have_read()
     tl.store(p_out, b_out, mask=m_m[:, None] & m_d[None, :])
     if HAS_LSE:
         tl.store(p_lse, b_lse, mask=m_m)
@@ -295,6 +309,7 @@ def _merge_partial_kernel(
     p_part = part + (t * s_pt + head * s_ph)[:, None] + o_d[None, :]  # [BM, BD]
     b_part = tl.load(p_part, mask=m_o, other=0.0).to(tl.float32)  # [BM, BD]
     b_out, b_lse = merge_pair(b_out, b_lse, b_part, b_part_lse)  # [BM, BD], [BM]
+    _all_have_read()
     tl.store(p_out, b_out, mask=m_o)
     tl.store(p_lse, b_lse, mask=m_m)
 

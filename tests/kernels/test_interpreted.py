@@ -10,7 +10,14 @@ import pytest
 from tests.helpers.distributed import TIME_SCALE
 
 ROOT = Path(__file__).parents[2]
-NOT_HERE = ("test_interpreted", "test_hopper_compiles", "test_index_compiles", "test_kernels_gpu", "test_shared_gpu")
+NOT_HERE = (
+    "test_interpreted",
+    "test_hopper_compiles",
+    "test_in_place_compiles",
+    "test_index_compiles",
+    "test_kernels_gpu",
+    "test_shared_gpu",
+)
 # The longest first, so that none of them is what the last worker still runs alone.
 LONGEST = ("test_storages", "test_attention", "test_select")
 FILES = sorted(
