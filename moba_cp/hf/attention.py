@@ -68,6 +68,11 @@ def moba_forward(
     kind = options.decoding if n_rows <= FEW_ROWS and n_keys > n_rows else options.kind
     layer = None if torch.compiler.is_compiling() else getattr(key, "moba_layer", None)
     if layer is not None:
+        if cu_seq_lens_q is not None:
+            raise ValueError(
+                "cu_seq_lens_q with a MoBACache, which holds one document of each sequence; leave past_key_values out "
+                "for packed documents (use_cache=False)"
+            )
         padding = None if attention_mask is None else _padding(attention_mask, n_keys)
         if kind == "moba":
             return layer.tokens.moba_attention(q, options.moba, scaling, padding), None

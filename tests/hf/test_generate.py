@@ -113,6 +113,12 @@ def test_what_a_cache_does_not_do_is_named():
         MoBACache(tiny())
     with pytest.raises(ValueError, match="no gradient|none flows through a cache"):
         ours(tokens(1, 40), past_key_values=MoBACache(ours))
+    ends = torch.tensor([0, 15, 40], dtype=torch.int32)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="cu_seq_lens_q with a MoBACache, .* leave past_key_values out"),
+    ):
+        ours(tokens(1, 40), past_key_values=MoBACache(ours), cu_seq_lens_q=ends, cu_seq_lens_k=ends)
     cache = MoBACache(ours)
     use_moba(ours, 32, 3)
     with torch.no_grad(), pytest.raises(ValueError, match="cache was made for block_size=16"):
