@@ -77,7 +77,8 @@ def verdict(logs: dict[str, list[dict]]) -> list[str]:
     they are; and what index branches have learned."""
     validation = {name: {x["step"]: x["validation_loss"] for x in _with(log, "validation_loss")}
                   for name, log in logs.items()}  # fmt: skip
-    common = set.intersection(*map(set, validation.values())) if validation else set()
+    # Before the first step all are alike.
+    common = set.intersection(*map(set, validation.values())) - {0} if validation else set()
     if not common:
         return ["no step at which all runs were validated"]
     lines = [f"validation loss at step {max(common)}, and over full attention's:"]
@@ -85,7 +86,7 @@ def verdict(logs: dict[str, list[dict]]) -> list[str]:
     for name, loss in ends.items():
         over = ""
         if "full" in ends and name != "full":
-            gaps = [100 * (validation[name][step] / validation["full"][step] - 1) for step in sorted(common) if step]
+            gaps = [100 * (validation[name][step] / validation["full"][step] - 1) for step in sorted(common)]
             # How much the last one means shows in the others.
             over = f"  {gaps[-1]:+.2f} % (between {min(gaps):+.2f} and {max(gaps):+.2f} along the run)"
         lines.append(f"  {LABELS[name]:22} {loss:.4f}{over}")

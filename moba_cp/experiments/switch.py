@@ -39,6 +39,9 @@ def main(args: argparse.Namespace) -> int:
         close_mesh(mesh)
     if launched_rank() == 0:
         logs = {name: read_log(folder / name / LOG) for name in runs}
+        for name, log in logs.items():
+            if not _losses(log):
+                raise ValueError(f"{folder / name}: no step is logged there; train it first, without --redraw")
         first_full = _first_full_step(logs["switch"])
         picture = Path(args.picture or folder / "switch.png")
         _draw(logs, first_full, picture)
@@ -66,7 +69,7 @@ def _losses(log: list[dict], name: str = "loss") -> dict[int, float]:
 def rise(losses: dict[int, float], step: int, window: int = WINDOW) -> float:
     """Mean loss of ``window`` steps from ``step`` on, less that of the steps before."""
     after = [losses[s] for s in range(step, step + window) if s in losses]
-    before = [losses[s] for s in range(step - window, step)]
+    before = [losses[s] for s in range(step - window, step) if s in losses]
     return sum(after) / len(after) - sum(before) / len(before)
 
 

@@ -62,7 +62,11 @@ def test_what_is_said_of_the_logs():
         "at step 2" in lines[0] and "index branch, mean     2.0100  +0.50 % (between -5.00 and +0.50 along" in lines[2]
     )
     assert "at most 1.5000, 1.5000 when it begins to choose" in lines[3]
-    assert index_branch.verdict({"full": full[2:], "mean": mean}) == ["no step at which all runs were validated"]
+    none = ["no step at which all runs were validated"]
+    assert index_branch.verdict({"full": full[2:], "mean": mean}) == none
+    # Before the first step all are alike.
+    begun = [{"step": 0, "validation_loss": 5.0}]
+    assert index_branch.verdict({"full": begun + full, "mean": begun}) == none
 
 
 def test_a_config_without_branches_or_warm_up_is_refused(tmp_path):

@@ -27,6 +27,10 @@ def test_rise_compares_the_steps_around_the_switch():
     assert switch.rise(losses, 10, window=4) == pytest.approx(3.5 - 3.0)
 
 
+def test_a_switch_soon_after_the_beginning_has_fewer_steps_before_it():
+    assert switch.rise({step: 5.0 - step for step in range(1, 9)}, 3, window=8) == pytest.approx(-0.5 - 3.5)
+
+
 def test_a_spike_shows_in_what_is_said(tmp_path, capsys):
     write_text(tmp_path / "text")
     for name in switch.COLORS:
@@ -47,3 +51,6 @@ def test_a_spike_shows_in_what_is_said(tmp_path, capsys):
     assert "from step 13 on" in said and "MoBA, then full  +0.1250" in said and "full attention   +0.0000" in said
     assert "MoBA, then full  3.5000" in said
     assert (tmp_path / "switch.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "moba" / "log.jsonl").unlink()
+    with pytest.raises(ValueError, match="moba: no step is logged there; train it first, without --redraw"):
+        command.main(parser.parse_args([str(DEMO), *words, "--directory", str(tmp_path), "--redraw"]))
