@@ -147,7 +147,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("moba_cp"):
         return f"needs the package {error.name}; install with: {_how_to_install(error.name or '')}"
     if isinstance(error, FileNotFoundError) and error.filename:
-        return f"{error.filename}: no such file"
+        folder = Path(os.fsdecode(error.filename)).parent
+        return f"{error.filename}: no such file" + ("" if folder.is_dir() else f", and no folder {folder}")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     lines = [line for line in str(error).splitlines() if line.strip()]

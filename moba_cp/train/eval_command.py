@@ -30,6 +30,8 @@ def main(arguments: argparse.Namespace) -> int:
     from .evaluate import evaluate, run_of
     from .mesh import close_mesh
 
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise ValueError(f"--sequences={arguments.sequences} is below 1; use 1 or more, or leave it out for all")
     config, weights, step = run_of(arguments.model, arguments.overrides)
     data = config.data
     if arguments.data is not None:
@@ -49,8 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _lines(figures: dict) -> list[str]:
+    sequences = f"{figures['sequences']} sequence" + "s" * (figures["sequences"] != 1)
     lines = [
-        f"{figures['model']}, {figures['attention']} attention, on {figures['data']}: {figures['sequences']} sequences "
+        f"{figures['model']}, {figures['attention']} attention, on {figures['data']}: {sequences} "
         f"of {figures['seq_len']:,} tokens",
         f"{'position':>23}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'labels':>10}",
     ]

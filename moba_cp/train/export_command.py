@@ -29,13 +29,17 @@ def main(arguments: argparse.Namespace) -> int:
 
     from ..megatron.hf import save_hf
     from . import megatron_lm
+    from .checkpoint import META
     from .exported import trained_model
+    from .log import LOG
 
     if arguments.shard_gb <= 0:
         raise ValueError(f"--shard-gb={arguments.shard_gb} is not above 0")
     trained = trained_model(arguments.run, arguments.tokenizer)
     model, meta, config, tokenizer = trained.model, trained.meta, trained.config, trained.tokenizer
     folder, dtype = Path(arguments.to), getattr(torch, arguments.dtype)
+    if any((folder / name).exists() for name in (LOG, META)):
+        raise ValueError(f"--to={folder}: is a run's folder or a checkpoint; name another")
     if arguments.format == "megatron":
         if config.attention.key_conv:
             raise ValueError(

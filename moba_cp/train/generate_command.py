@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     from .. import hf  # noqa: F401, which says what to install
     from ..hf.answer import answer
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(arguments.device)
     dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     text = _prompt(arguments)
     model, encode, decode, end = _load(arguments, device, dtype)
@@ -61,6 +61,24 @@ def main(arguments: argparse.Namespace) -> int:
     printer.close()
     print(_summary(len(prompt), printer.times, begun, device), file=sys.stderr)
     return 0
+
+
+def _device(name: str | None):
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device={name}: not known; use cpu, cuda, or a GPU by its number, such as cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device={name}: PyTorch finds {torch.cuda.device_count()} GPUs here; use cpu, or leave it out"
+        )
+    return device
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -95,6 +95,8 @@ def test_a_folder_that_says_nothing_of_moba(tmp_path, capsys):
         (["RUN", "--prompt-file", "missing.txt"], "missing.txt: no such file"),
         (["RUN", "--prompt", "x", "--max-tokens", "0"], "max_tokens=0 is not above 0"),
         (["RUN", "--prompt", "x", "--top-p", "0"], "top_p=0.0"),
+        (["RUN", "--prompt", "x", "--device", "gpu"], "--device=gpu: not known; use cpu, cuda"),
+        (["RUN", "--prompt", "x", "--device", "cuda:99"], "--device=cuda:99: PyTorch finds "),
         (["RUN", "--prompt", "x", "--attention", "full", "--decoding", "moba"], "--decoding=moba with full attention"),
     ],
 )

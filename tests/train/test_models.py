@@ -143,7 +143,9 @@ def test_weights_of_another_model_are_refused_before_training(place, capsys):
         (["import", "llama", "--to", "x.yaml", "--hf", "y"], "--hf=y: llama is no checkpoint of Megatron-LM"),
         (["export", "nowhere", "--to", "x"], "nowhere"),
         (["export", "runs/llama", "--to", "x", "--shard-gb", "0"], "--shard-gb=0.0 is not above 0"),
+        (["export", "runs/llama", "--to", "runs/llama"], "--to=runs/llama: is a run's folder or a checkpoint"),
         (["eval", "nowhere"], "nowhere"),
+        (["eval", "runs/llama", "--sequences", "0"], "--sequences=0 is below 1"),
     ],
 )
 def test_mistakes_get_one_line(place, monkeypatch, capsys, arguments, message):
