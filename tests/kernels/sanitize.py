@@ -38,7 +38,7 @@ from moba_cp.kernels.hopper.shared import barrier
 
 # (Hq, Hkv), D, B, k, tokens, deterministic, and the kernels that this must run. In those named "shared" the query heads
 # of a KV head select together.
-CALLS = {
+CALLS: dict[str, tuple[tuple[int, int], int, int, int, int, bool, set[str]]] = {
     "long": ((2, 1), 128, 256, 2, 600, False, {"select", "forward", "dkdv", "dq"}),
     "short": ((2, 2), 128, 128, 3, 600, False, {"select", "forward", "dkdv"}),
     "deterministic": ((2, 2), 128, 256, 2, 600, True, {"select", "forward", "dq"}),
@@ -46,6 +46,8 @@ CALLS = {
     "long64": ((2, 1), 64, 256, 2, 600, False, {"select", "forward", "dkdv"}),
     "short64": ((2, 2), 64, 128, 3, 600, False, {"select", "dkdv"}),
     "shared": ((32, 2), 128, 128, 3, 600, False, {"forward", "dkdv"}),
+    # In float32: the kernels of every GPU.
+    "portable": ((4, 2), 32, 16, 3, 600, True, set()),
 }
 PLACES, SIZE = gl.constexpr(4), gl.constexpr(128)
 # Whether the control tells before it has stored.
@@ -108,9 +110,9 @@ def run_call(name: str) -> None:
     ran = set()
     for kernel in ("select", "forward", "dkdv", "dq"):
         _note(kernel, getattr(hopper, f"launch_{kernel}"), ran)
-    g = torch.Generator("cuda").manual_seed(0)
+    g, dtype = torch.Generator("cuda").manual_seed(0), torch.bfloat16 if expected else torch.float32
     q, k, v, dout = (
-        torch.randn(n_tokens, h, dim, device="cuda", dtype=torch.bfloat16, generator=g)
+        torch.randn(n_tokens, h, dim, device="cuda", dtype=dtype, generator=g)
         for h in (heads[0], heads[1], heads[1], heads[0])
     )
     cu_seqlens = torch.tensor([0, 37, n_tokens], dtype=torch.int32, device="cuda")
