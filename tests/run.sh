@@ -11,6 +11,8 @@ make_environment train data metrics test
 
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Some hundred processes import the same files, which are compiled once.
+unset PYTHONDONTWRITEBYTECODE
 if [ "$#" -eq 0 ]; then
     set -- -n 2 --dist worksteal
 fi
