@@ -18,17 +18,23 @@ NOT_HERE = (
     "test_kernels_gpu",
     "test_shared_gpu",
 )
-# The longest first, so that none of them is what the last worker still runs alone.
-LONGEST = ("test_storages", "test_attention", "test_select")
-FILES = sorted(
-    (path for path in Path(__file__).parent.glob("test_*.py") if path.stem not in NOT_HERE),
-    key=lambda path: (LONGEST.index(path.stem) if path.stem in LONGEST else len(LONGEST), path.stem),
-)
+# Each process imports PyTorch and Triton anew, so that files share one: those that take long one or two, first, so that
+# none of them is what the last worker still runs alone; the others all.
+LONG = [
+    ["test_storages"],
+    ["test_attention"],
+    ["test_select", "test_select_gated"],
+    ["test_public", "test_shared"],
+    ["test_backward", "test_routing"],
+    ["test_index_branch"],
+]
+SHORT = {path.stem for path in Path(__file__).parent.glob("test_*.py")} - {*NOT_HERE, *sum(LONG, [])}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_in_the_interpreter(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+@pytest.mark.parametrize("files", [*LONG, sorted(SHORT)], ids="+".join)
+def test_in_the_interpreter(files):
+    paths = [str(Path(__file__).with_name(f"{name}.py")) for name in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         command,
