@@ -278,7 +278,7 @@ def take_over(run: Run, corpus: str | None) -> bool:
     # What it has to be put to is asked when the grid trains it.
     if summary_of(run) is not None or run.tests or not complete:
         return False
-    summarize(run, corpus, sum(record.get("seconds") or 0 for record in records))
+    summarize(run, None if run.finds_keys else corpus, sum(record.get("seconds") or 0 for record in records))
     return True
 
 

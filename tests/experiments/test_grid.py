@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,14 @@ def test_runs_trained_elsewhere_are_taken_over(maker, trained, monkeypatch, caps
     said = capsys.readouterr().out
     assert said.count("taken over") == 4 and said.count("moba-cp train ") == 2
     assert summary_of(next(iter(GRIDS["scaling-law"](maker))))["validation_loss"] == 2.1
+
+
+def test_what_finds_keys_is_taken_over_with_any_text(maker, trained):
+    run = replace(next(iter(GRIDS["retrieval"](maker))).lineage[0], tests={})
+    assert run.finds_keys and not grid.take_over(run, "hash")
+    grid._train(str(grid.write_config(run, maker.folder)), "", {})
+    assert grid.take_over(run, "hash") and summary_of(run)["corpus"] is None
+    assert Grid([run], maker.folder, "another", []).done(run)
 
 
 def test_what_fails_is_tried_twice(maker, trained, monkeypatch):
