@@ -62,6 +62,8 @@ def _summary(documents) -> list[str]:
 
 
 def _show_sequence(arguments: argparse.Namespace, documents, text) -> None:
+    if arguments.sequence < 0:
+        raise ValueError(f"--sequence={arguments.sequence} is below 0; they are counted from 0")
     # Packing is PyTorch's: its import waits until a sequence is asked for.
     from .corpus import open_prefix
     from .packing import Packer

@@ -63,7 +63,7 @@ def answer(
         raise ValueError(f"prompt has shape {tuple(prompt.shape)}; pass the tokens of one prompt, at least one of them")
     for name, value in (("max_tokens", max_tokens), ("piece", piece)):
         if value < 1:
-            raise ValueError(f"{name}={value} is not above 0")
+            raise ValueError(f"{name}={value} is not above 0; use 1 or more")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_p={top_p}: use 0 or more, and above 0 up to 1")
     n = prompt.numel()

@@ -34,7 +34,7 @@ class IndexConfig:
         for name in ("heads", "dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"index.{name}={value!r} is not a positive integer")
+                raise ValueError(f"index.{name}={value!r} is not a positive integer; use 1 or more")
         if self.dim % 2:
             raise ValueError(f"index.dim={self.dim} is odd; rotary embedding turns pairs, so use an even number")
         if self.score not in get_args(Score):

@@ -246,6 +246,11 @@ def _with_accumulation(config: TrainConfig, data_size: int) -> TrainConfig:
 def _check_heads(config: TrainConfig, context: int) -> None:
     """Raise ValueError unless tokens can be exchanged for heads as ``exchange`` asks for."""
     options, n_heads = config.exchange, config.model.n_heads
+    if options.mode == "heads" and options.head_ranks not in (None, context):
+        raise ValueError(
+            f"exchange.head_ranks={options.head_ranks} with mode=heads, which is for all {context} context ranks; "
+            "leave head_ranks out, or use mode auto"
+        )
     named = "mode=heads" if options.mode == "heads" else f"head_ranks={options.head_ranks}"
     h = context if options.mode == "heads" else options.head_ranks or 1
     if context % h or n_heads % h:

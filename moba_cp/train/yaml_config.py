@@ -91,9 +91,10 @@ def build(cls: type[Config], values: Any, path: str = "") -> Config:
         return cls(**arguments)
     except ValueError as error:
         # The path says the section already.
-        text = str(error).removeprefix(path.rpartition(".")[2] + " ")
+        section = path.rpartition(".")[2]
+        text = str(error).removeprefix(section + " ").removeprefix(section + ".")
         # Our dataclasses say "name=value rule": put the section's path before the name.
-        names_field = any(text.startswith((name + "=", name + ".", name + ":")) for name in names)
+        names_field = any(text.startswith((name + "=", name + ".", name + ":", name + "[")) for name in names)
         joint = "" if not path else "." if names_field else ": "
         raise ValueError(f"{path}{joint}{text}") from None
 
@@ -187,7 +188,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         if isinstance(value, str):
-            raise ValueError(f"{path}={_show(value)}: {_suggest(value, [str(choice) for choice in arguments])}")
+            known = [str(choice) for choice in arguments]
+            suggestion = _suggest(value, known)
+            those = "" if suggestion.startswith("expected") else f" Expected one of {', '.join(known)}"
+            raise ValueError(f"{path}={_show(value)}: {suggestion}{those}")
     elif origin in (tuple, list):
         if isinstance(value, (list, tuple)):
             fixed = origin is tuple and Ellipsis not in arguments

@@ -398,8 +398,9 @@ def test_auto_exchanges_heads_where_that_is_faster(shared, monkeypatch, caplog):
     [
         (ExchangeOptions("heads"), "exchange.mode=heads: 8 ranks are to exchange tokens for heads"),
         (ExchangeOptions("kv", 3), "exchange.head_ranks=3: 3 ranks .* use mode auto, and head_ranks one of"),
+        (ExchangeOptions("heads", 2), "exchange.head_ranks=2 with mode=heads, which is for all 8 .* or use mode auto"),
     ],
-    ids=["heads", "ranks"],
+    ids=["heads", "ranks", "both"],
 )
 def test_a_run_ends_before_it_starts_where_heads_do_not_divide(exchange, said):
     config = TrainConfig(exchange=exchange)

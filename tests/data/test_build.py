@@ -342,6 +342,8 @@ def test_show_decodes_a_document(tokenizers, tmp_path, capsys):
     assert cli.main(["data", "show", str(tmp_path / "a.bin")]) == 0
     assert "a: 3 documents" in capsys.readouterr().out
     assert cli.main(["data", "show", str(tmp_path / "b")]) == 2
+    assert cli.main(["data", "show", str(tmp_path / "a"), "--sequence", "-1"]) == 2
+    assert "--sequence=-1 is below 0; they are counted from 0" in capsys.readouterr().err
     assert cli.main(["data", "show", str(tmp_path / "a"), "--document", "3"]) == 2
 
 

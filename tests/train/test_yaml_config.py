@@ -77,7 +77,7 @@ def test_taken(values, expected):
         ({"rate": float("nan")}, "rate=nan: expected a number, not nan or infinity"),
         ({"limit": [1]}, "limit=[1]: expected a number or null, not a list"),
         ({"name": 5}, "name=5: expected text, not a whole number"),
-        ({"kind": "fastest"}, "kind='fastest': did you mean fast?"),
+        ({"kind": "fastest"}, "kind='fastest': did you mean fast? Expected one of fast, exact"),
         ({"kind": 3}, "kind=3: expected one of fast, exact, not a whole number"),
         ({"pair": [1, 2, 3]}, "pair=[1, 2, 3]: expected a list of 2 values, not a list"),
         (
