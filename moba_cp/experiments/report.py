@@ -328,7 +328,8 @@ def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
     if len(losses) < 2:
         raise TooFew("fewer than 2 block sizes")
     full, length, sizes = of(rows, kind="full"), rows[0]["length"], sorted(losses)
-    keys = rows[-1]["facts"]["block_size"] * rows[-1]["facts"]["top_k"]
+    facts = of(rows, kind="moba")[-1]["facts"]
+    keys = facts["block_size"] * facts["top_k"]
     drawn, (axes, beside) = figure((9, 4), [1, 1])
     axes.errorbar(
         sizes, [losses[s][0] for s in sizes], [losses[s][1] for s in sizes], capsize=3, label=LABELS["moba"],

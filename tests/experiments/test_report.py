@@ -46,6 +46,17 @@ def write_summary(run, corpus="text"):
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def test_blocks_are_counted_by_what_moba_attends_to(maker, tmp_path):
+    """Also where full attention, whose run says the scale's own blocks, was trained last."""
+    runs = list(GRIDS["block-size"](maker))
+    for run in runs[: len(runs) // 2 + 1]:
+        write_summary(run)
+    facts = runs[len(runs) // 2].facts
+    assert facts["kind"] == "full" and facts["block_size"] * facts["top_k"] != maker.scale.long // 8
+    said = report.write("block-size", runs, tmp_path)
+    assert any(line.startswith("| 4,096 | 1 |") for line in said)
+
+
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_every_experiment_has_chart_table_and_page(name, maker, tmp_path):
     runs = list(GRIDS[name](maker))
