@@ -257,7 +257,7 @@ def _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp, device=None):
         )
     # Of one sequence nothing is copied, whatever its strides.
     q, k, v = (x[0] if batch == 1 else x.flatten(0, 1) for x in (q, k, v))
-    if batch != 1:
+    if batch > 1:
         ends = torch.arange(batch + 1, dtype=torch.int32, device=device or q.device)
         cu_seqlens = ends * n_rows
         cu_seqlens_k = None if n_keys == n_rows else ends * n_keys

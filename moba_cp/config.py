@@ -68,8 +68,8 @@ class MoBAConfig:
     """The document's first block is always taken, as one of the ``top_k``."""
 
     def __post_init__(self):
-        _require_int("block_size", self.block_size)
-        _require_int("top_k", self.top_k)
+        _require_int("block_size", self.block_size, 512)
+        _require_int("top_k", self.top_k, 8)
         if self.block_size < BLOCK_SIZE_MULTIPLE or self.block_size % BLOCK_SIZE_MULTIPLE:
             lower = max(1, self.block_size // BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
             raise ValueError(
@@ -87,7 +87,7 @@ class MoBAConfig:
         for name, known in (("shared_by_group", SHARINGS), ("score", SCORES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={value!r} is unknown; use {', '.join(map(repr, known))}")
-        _require_int("min_recent", self.min_recent)
+        _require_int("min_recent", self.min_recent, 1)
         most = self.top_k - 1 - self.sink
         if most < 0:
             raise ValueError("sink=True takes a block beside the query's own, but top_k=1; use top_k=2 or more")
@@ -104,6 +104,6 @@ class MoBAConfig:
         return Gate(self.shared_by_group, self.score, self.min_recent, self.sink)
 
 
-def _require_int(name: str, value) -> None:
+def _require_int(name: str, value, usual: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not an integer; use a whole number such as 512")
+        raise ValueError(f"{name}={value!r} is not an integer; use a whole number such as {usual}")

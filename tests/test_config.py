@@ -18,7 +18,7 @@ from moba_cp.model.schedule import Phase, check_schedule
         (dict(block_size="512", top_k=3), r"block_size='512' is not an integer"),
         (dict(block_size=512, top_k=0), r"top_k=0 is not between 1 and 64"),
         (dict(block_size=512, top_k=65), r"top_k=65 is not between 1 and 64"),
-        (dict(block_size=512, top_k=True), r"top_k=True is not an integer"),
+        (dict(block_size=512, top_k=True), r"top_k=True is not an integer; use a whole number such as 8"),
         (dict(block_size=512, top_k=3, deterministic="no"), r"deterministic='no' is not a bool"),
         (
             dict(block_size=512, top_k=3, shared_by_group="mean"),

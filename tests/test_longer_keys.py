@@ -74,6 +74,17 @@ def test_a_batch_is_documents(kind, n_rows):
         torch.testing.assert_close(grad, sum(of_parts))
 
 
+@pytest.mark.parametrize("n_rows", [20, 5])
+def test_a_batch_of_none_has_nothing(n_rows):
+    q = torch.randn(0, n_rows, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 0, 20, 2, 8, dtype=torch.float64).unbind()
+    out, selection = moba_attention(q, k, v, MoBAConfig(16, 3), return_selection=True)
+    full = full_attention(q, k, v)
+    assert out.shape == full.shape == q.shape and selection.shape == (0, n_rows, 4, 2)
+    (out.sum() + full.sum()).backward()
+    assert q.grad.shape == q.shape
+
+
 def test_a_batch_of_one_across_ranks_is_its_sequence():
     q, k, v = torch.randn(3, 1, 64, 2, 8)
     cp = CPContext(None, "zigzag", 64)
