@@ -19,21 +19,21 @@ SIZE = 4
 def _straddling() -> Case:
     """Two documents that nobody's share ends with, and a block that most rows choose."""
     g = torch.Generator().manual_seed(0)
-    q, dout = (torch.randn(168, 4, 16, generator=g) for _ in range(2))
-    k, v = (torch.randn(168, 2, 16, generator=g) for _ in range(2))
+    q, dout = (torch.randn(104, 4, 16, generator=g) for _ in range(2))
+    k, v = (torch.randn(104, 2, 16, generator=g) for _ in range(2))
     k[:16] += q.mean((0, 1))
-    return Case(q, k, v, dout, torch.tensor([0, 108, 168], dtype=torch.int32), 16, 4)
+    return Case(q, k, v, dout, torch.tensor([0, 70, 104], dtype=torch.int32), 16, 3)
 
 
 def _aligned() -> Case:
     """One document whose blocks lie whole on one rank; the last quarters each like a block that the other does not."""
     g = torch.Generator().manual_seed(1)
-    q, k, v, dout = (torch.randn(256, 2, 16, generator=g) for _ in range(4))
+    q, k, v, dout = (torch.randn(128, 2, 16, generator=g) for _ in range(4))
     for quarter in (2, 3):
         likes = torch.randn(16, generator=g)
-        q[64 * quarter : 64 * (quarter + 1)] += 3 * likes
+        q[32 * quarter : 32 * (quarter + 1)] += 3 * likes
         k[16 * (quarter - 2) : 16 * (quarter - 1)] += 3 * likes
-    return Case(q, k, v, dout, torch.tensor([0, 256], dtype=torch.int32), 16, 2)
+    return Case(q, k, v, dout, torch.tensor([0, 128], dtype=torch.int32), 16, 2)
 
 
 # Batch, layout, options, and whether ranks read one another's memory.
@@ -99,8 +99,8 @@ def _with_gates(rank):
     """For each gate [out, dq, dk, dv] and the selection, and whether that gives the same bits when it is given back."""
     torch.empty, results, case = (lambda *a, real=torch.empty, **k: _poisoned(real(*a, **k))), [], _straddling()
     for options, gate in GATES:
-        cp = CPContext(dist.group.WORLD, "zigzag", 168, case.cu_seqlens, exchange=options)
-        config, found, selection = MoBAConfig(16, 4, True, **gate), [], None
+        cp = CPContext(dist.group.WORLD, "zigzag", len(case.q), case.cu_seqlens, exchange=options)
+        config, found, selection = MoBAConfig(16, case.top_k, True, **gate), [], None
         for _ in range(2):
             leaves = [cp.shard(x).requires_grad_() for x in (case.q, case.k, case.v)]
             how = {} if selection is None else {"block_indices": selection, "check_indices": True}
@@ -122,7 +122,7 @@ def test_other_gates_equal_one_rank(monkeypatch):
             label, numbers = f"{options} {gate}", torch.tensor(numbers)
             assert same, label
             assert torch.equal(
-                numbers, numbers_in_documents(case, reference_selection(case, MoBAConfig(16, 4, **gate)))
+                numbers, numbers_in_documents(case, reference_selection(case, MoBAConfig(16, case.top_k, **gate)))
             )
             chosen = torch.where(numbers < 0, -1, numbers + first_blocks(case)[0][:, None, None])
             exact = reference_results(case.to(torch.float64), chosen)
