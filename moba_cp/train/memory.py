@@ -364,16 +364,18 @@ def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: flo
     if least.host:
         needs.append(f"and {least.host / GIB:.1f} GiB of its host memory")
     there = f"there are {device_bytes * (1 - _SLACK) / GIB:.1f} and {host_bytes / GIB:.1f}"
-    # Of each kind of change the smallest that is enough.
+    # Of each kind of change the smallest that is enough. Heads may not divide among more ranks.
+    pinned, any_number = config.run.context_size is not None, config.exchange.mode != "heads"
     kinds = [
         [("model.recompute: auto and memory.offload: auto", shape)],
         [("memory.state: host", replace(shape, state_on="host"))],
         [
             (
-                f"{n * shape.size} ranks",
+                f"{n * shape.size} ranks" + (f" and run.context_size: {n * shape.context}" if pinned else ""),
                 replace(shape, size=n * shape.size, context=n * shape.context, n_tokens=-(-shape.n_tokens // n)),
             )
             for n in (2, 4, 8)
+            if any_number or config.model.n_heads % (n * shape.context) == 0
         ],
         [
             (f"data.seq_len: {config.data.seq_len // part}", replace(shape, n_tokens=shape.n_tokens // part))

@@ -161,6 +161,23 @@ def test_what_does_not_fit_says_what_would(changes, said, monkeypatch):
     assert "GiB on the device of each rank" in message
 
 
+def test_ranks_that_would_be_refused_are_not_proposed(monkeypatch):
+    """Four, among which 14 heads do not divide; and more ranks share a sequence only where context_size says so."""
+    monkeypatch.setattr(memory.dist, "all_reduce", lambda *_, **__: None)
+
+    def said(made):
+        with pytest.raises(ValueError) as error:
+            memory.choose(made, 1, 1048576, torch.device("cpu"), None)
+        return str(error.value)
+
+    tight = MemoryConfig(device_gib=25, host_gib=100)
+    assert "; use 4 ranks, or data.seq_len: " in said(config(memory=tight))
+    assert "; use data.seq_len: " in said(config(memory=tight, exchange=ExchangeOptions("heads")))
+    made = config(memory=MemoryConfig(device_gib=45, host_gib=100))
+    made = replace(made, run=replace(made.run, context_size=1))
+    assert "; use 2 ranks and run.context_size: 2, or data.seq_len: 524288" in said(made)
+
+
 def test_on_a_cpu_the_system_knows_better():
     plan = memory.choose(config(), 1, 1048576, torch.device("cpu"), None)
     assert plan.layers == (NONE,) * 14
