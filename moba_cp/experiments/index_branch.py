@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> int:
         close_mesh(mesh)
     if launched_rank() == 0:
         logs = {name: log for name in VARIANTS if (log := read_log(folder / name / LOG))}
+        if not logs:
+            raise ValueError(f"{folder}: no run is logged there; train them first, without --redraw")
         picture = Path(args.picture or folder / "index-branch.png")
         _draw(logs, picture)
         print(*verdict(logs), f"chart: {picture}", sep="\n")

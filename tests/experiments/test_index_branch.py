@@ -70,6 +70,8 @@ def test_what_is_said_of_the_logs():
 
 
 def test_a_config_without_branches_or_warm_up_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run is logged there; train them first, without --redraw"):
+        call(tmp_path, "--redraw")
     with pytest.raises(ValueError, match="attention.index=null: the config has no index branches"):
         call(tmp_path, settings=["attention.index=null"])
     with pytest.raises(ValueError, match=r"attention.schedule has the kinds \['moba', 'full'\]"):
