@@ -88,7 +88,7 @@ def parse_shape(text: str, count: int, words: tuple[str, ...] = ()) -> tuple[int
     last = [parts.pop().strip()] if len(parts) == count + 1 and parts[-1].strip() in words else []
     if len(parts) != count or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         example = SHAPES[4] if count == 6 else CHART_SHAPE
-        also = f", and {' or '.join(words)} or nothing behind them," if words else ""
+        also = f", and {' or '.join(words)} or nothing behind them" if words else ""
         raise ValueError(
             f"shape {text!r} is not {count} positive integers with commas between{also}; use e.g. {example}"
         )

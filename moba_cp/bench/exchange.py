@@ -59,6 +59,7 @@ STYLES = {
 
 def main(args: argparse.Namespace) -> int:
     """Print the table."""
+    _check(args)
     if args.gate in GATES:
         shape = Shape.of(args)
         gate = SyntheticGate(args.gate, shape.heads, shape.kv_heads, args.block_size, args.top_k, args.seed)
@@ -80,6 +81,23 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         draw(args.plot, panels(report.rows), title)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for speed in fields(Links):
+        value, may_be_none = getattr(args, speed.name), speed.name.endswith("_us")
+        if not (value > 0 or (may_be_none and value == 0)):
+            least = "0 or more" if may_be_none else "above 0"
+            raise ValueError(
+                f"{speed.name.replace('_', '-')}={value:g} is not {least}; leave it out for {speed.default:g}"
+            )
+    for name, least in (("ranks_per_node", 1), ("nodes", 0)):
+        if (value := getattr(args, name)) < least:
+            raise ValueError(f"{name.replace('_', '-')}={value} is below {least}; use {least} or more")
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={args.device!r} is not one of auto, cpu, cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': PyTorch finds no GPU here; use auto or cpu")
 
 
 def panels(rows: list[Row]) -> list[Panel]:

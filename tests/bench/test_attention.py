@@ -111,7 +111,7 @@ def test_the_chart_extrapolates_what_was_not_measured():
 def test_shapes_say_how_a_group_selects():
     assert attention.parse_shape("64,4,2,16,16,3,max", 6, ("sum", "max")) == (64, 4, 2, 16, 16, 3, "max")
     for text in ("64,4,2,16,16,3,mean", "64,4,2,16,16,sum", "64,4,2,16,16,3,4"):
-        with pytest.raises(ValueError, match="and sum or max or nothing behind them"):
+        with pytest.raises(ValueError, match="and sum or max or nothing behind them; use e.g."):
             attention.parse_shape(text, 6, ("sum", "max"))
     for text in shape.SHAPES:
         attention.parse_shape(text, 6, ("sum", "max"))

@@ -165,9 +165,16 @@ def test_copy_engines_change_what_is_gathered_within_a_node():
         (["--heads", "3"], "kv-heads=8 does not divide heads=3"),
         (["--top-k", "0"], "top_k=0 is not between"),
         (["--row-weight", "-1"], "exchange row_weight=-1.0 is not a number in"),
+        (["--tflops", "0"], "tflops=0 is not above 0; leave it out for 320"),
+        (["--within-latency-us", "-1"], "within-latency-us=-1 is not 0 or more"),
+        (["--ranks-per-node", "0"], "ranks-per-node=0 is below 1"),
+        (["--nodes", "-1"], "nodes=-1 is below 0"),
+        (["--device", "tpu"], "device='tpu' is not one of auto, cpu, cuda"),
+        (["--device", "cuda"], "device='cuda': PyTorch finds no GPU here"),
     ],
 )
-def test_bad_arguments_are_named(given, says):
+def test_bad_arguments_are_named(given, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
         exchange.main(_args(*given))
 
