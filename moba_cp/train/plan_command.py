@@ -128,7 +128,9 @@ def _what_fits(made, reach: int, gpu, per_node: int, host_gib: float | None) -> 
     from .predict import forecast
 
     options = [f"data.seq_len={reach}"] if 0 < reach < made.config.data.seq_len else []
-    shared = replace(made.config, run=replace(made.config.run, context_size=None))
+    # The sequences of a step are counted by now: all share them one after the other.
+    data = replace(made.config.data, gradient_accumulation=None)
+    shared = replace(made.config, data=data, run=replace(made.config.run, context_size=None))
     for times in (2, 4, 8, 16):
         try:
             fits = forecast(shared, times * made.ranks, gpu, per_node, host_gib).memory is not None

@@ -156,6 +156,9 @@ def test_what_would_fit_has_the_host_memory_that_was_named():
     # A length is proposed only where it is shorter, and where few may share a sequence, more.
     alone = forecast(config(3 << 20, context_size=1), 1, gpu)
     assert _lines(alone, [], 4 << 20, gpu)[-2] == "fits: --gpus 4 --set run.context_size=null"
+    apart = config(3 << 20, context_size=1)
+    apart = replace(apart, data=replace(apart.data, gradient_accumulation=2))
+    assert _lines(forecast(apart, 2, gpu), [], 0, gpu)[-2] == "fits: --gpus 4 --set run.context_size=null"
 
 
 def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[float], gib: float | None, layers=None):
