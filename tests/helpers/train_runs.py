@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moba_cp.train import checkpoint
+from moba_cp.train import checkpoint, report
 from moba_cp.train.config import TrainConfig
 from moba_cp.train.loop import Trainer
 from moba_cp.train.mesh import open_mesh
@@ -41,12 +41,17 @@ def write_text(folder: Path, n_files: int = 60) -> None:
         (folder / f"{i:02}.py").write_text(text)
 
 
-def train(ranks: int, *runs: tuple[list[str], Path | None]) -> None:
-    """Train on ``ranks`` processes: each of ``runs`` is the overrides of the shrunken demo and what to resume."""
-    run_ranks(ranks, _train, runs, timeout=240)
+def train(ranks: int, *runs: tuple[list[str], Path | None], draws: bool = False) -> None:
+    """Train on ``ranks`` processes: each of ``runs`` is the overrides of the shrunken demo and what to resume.
+
+    The curve is drawn only on request: its pictures take a third of such a run's time.
+    """
+    run_ranks(ranks, _train, runs, draws, timeout=240)
 
 
-def _train(rank, runs):
+def _train(rank, runs, draws):
+    if not draws:
+        report.draw = lambda *_: None
     for overrides, resume in runs:
         config = load(TrainConfig, DEMO, SHRUNKEN + overrides)
         mesh = open_mesh(config.run)

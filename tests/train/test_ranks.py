@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
         run("two_data", "run.context_size=1", "run.selection_maps=true"),
         run("two_padded", *padded),
         run("two_bfloat16", "run.dtype=bfloat16", "run.selection_maps=true"),
+        draws=True,
     )
     # What stands in a folder's log is not of the run that goes on there from a checkpoint of another.
     (base / "one_resumed").mkdir()
