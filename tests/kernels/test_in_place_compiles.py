@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from moba_cp.blocks import Pages
 from moba_cp.kernels import merge, pages
+from tests.helpers import skewed
 from tests.kernels.test_hopper_compiles import Hopper
 
 N, HEADS, SLOTS = 100, 4, 3
@@ -79,3 +80,20 @@ def test_all_have_read_before_one_writes(compiled, dim):
     names = {"merge_visits", "merge_partial", "merge_rows", "sum_visits", "scale_rows", "add"}
     assert set(compiled) == {f"_{name}_kernel" for name in names}
     assert {name: found for name, kernel in compiled.items() if (found := unordered(kernel))} == {}
+
+
+@pytest.mark.parametrize("kind", skewed.KINDS)
+def test_warps_apart_are_assembled(compiled, monkeypatch, tmp_path, kind):
+    """What a test on GPUs compares with: ptxas takes it, and every barrier has its sleep."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_ptx = CUDABackend.make_ptx
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(CUDABackend, "make_ptx", lambda self, *args: skewed.skewed(make_ptx(self, *args), kind))
+    merge._merge_rows_kernel.device_caches.clear()
+    out, lse, index = torch.zeros(N, HEADS, 32), torch.zeros(N, HEADS), torch.zeros(N, HEADS, 2, dtype=torch.int32)
+    merge.merge_rows(out, lse, out[:, 0], lse[:, 0], index)
+    merge._merge_rows_kernel.device_caches.clear()
+    ptx = compiled["_merge_rows_kernel"].asm["ptx"]
+    assert ptx.count("nanosleep") == 1 + ptx.count("bar.sync") > 1 and compiled["_merge_rows_kernel"].asm["cubin"]
+    assert ptx.index("nanosleep") < ptx.index("ld.global")

@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers.hashes import differences
 from tests.helpers.launched import ON_GPUS, Launched
+from tests.helpers.skewed import KINDS
 from tests.helpers.train_runs import logged, write_text
 
 SETTINGS = ("run.deterministic=true", "run.validate_every=12", "run.timeout_seconds=60")
@@ -64,3 +65,23 @@ def test_pairs_of_gpus(tmp_path):
         pytest.skip("needs two GPUs")
     settings = (*ON_GPUS, "run.steps=200", "run.checkpoint_every=20")
     assert differences(_runs(tmp_path, 8, False, *settings)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_warps_apart(tmp_path):
+    """Runs on two GPUs whose kernels' warps come in other orders are equal to one in which they come together."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    late = [f"from tests.helpers.skewed import install; install({kind!r})\n" for kind in KINDS]
+    settings = (*ON_GPUS, "run.steps=16", "run.checkpoint_every=16")
+    together = _runs(_made(tmp_path / "together"), 1, False, *settings)
+    apart = _runs(_made(tmp_path / "apart"), len(late), False, *settings, preambles=dict(enumerate(late)))
+    for run in apart:
+        assert differences([*together, *together, run]) == []
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
