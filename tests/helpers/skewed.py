@@ -1,7 +1,7 @@
 """Warps of every Triton kernel apart from one another, as where a process gives a GPU to another at any moment.
 
-Each sleeps before its first instruction and after each barrier. What is right does not change by a bit; where a barrier is
-missing, other threads come first than otherwise.
+Each sleeps before its first instruction and after each barrier. What is right does not change by a bit; where a barrier
+is missing, other threads come first than otherwise.
 """
 
 import os
