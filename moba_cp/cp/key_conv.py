@@ -95,6 +95,29 @@ def forward(k: Tensor, weight: Tensor, context: CPContext, layer: str) -> Tensor
     return out
 
 
+def convolve_next_keys(k: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+    """:func:`convolve_keys` of b sequences that grow, on one device and without gradients, to the bit.
+
+    Args:
+        k: [b, n, g, D], the next keys of each.
+        before: [b, w - 1, g, D], the keys just before them as they were given; zeros where there are none.
+        weight: [g D / 2, w].
+
+    Returns:
+        [b, n, g, D].
+    """
+    factors, reach, rows = _factors(weight, k), before.shape[1], torch.cat([before, k], 1)
+    out = torch.empty_like(k)
+    for begin in range(0, k.shape[1], _SLICE):
+        end = min(begin + _SLICE, k.shape[1])
+        here = k[:, begin:end].to(factors.dtype)
+        total = here + factors[0] * here
+        for j in range(1, len(factors)):
+            total += factors[j] * rows[:, reach + begin - j : reach + end - j].to(factors.dtype)
+        out[:, begin:end] = total
+    return out
+
+
 def backward(dout: Tensor, k: Tensor, weight: Tensor, context: CPContext, layer: str) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`forward`'s k [L, g, D] and weight [g D / 2, w], in their dtypes."""
     factors, halo = _factors(weight, k), _halo_of(context, weight.shape[1])
@@ -135,7 +158,7 @@ def backward(dout: Tensor, k: Tensor, weight: Tensor, context: CPContext, layer:
 
 def _factors(weight: Tensor, k: Tensor) -> Tensor:
     """[w, g, D] wide, the weight of each channel."""
-    half = weight.to(WIDE[k.dtype]).t().reshape(weight.shape[1], k.shape[1], k.shape[2] // 2)
+    half = weight.to(WIDE[k.dtype]).t().reshape(weight.shape[1], k.shape[-2], k.shape[-1] // 2)
     return torch.cat([half, half], -1)
 
 

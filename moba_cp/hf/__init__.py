@@ -2,8 +2,8 @@
 
 Importing this package registers the attention and its mask. :mod:`.options` says what a model's config tells a layer,
 :mod:`.documents` turns masks and position ids into boundaries, :mod:`.attention` is what transformers calls,
-:mod:`.cache` what ``generate`` keeps, :mod:`.graph` makes one CUDA graph of a token's pass, :mod:`.parallel` spreads a
-sequence over ranks, and :mod:`.answer` answers prompts.
+:mod:`.cache` what ``generate`` keeps, with convolved keys by :mod:`.key_conv`, :mod:`.graph` makes one CUDA graph of a
+token's pass, :mod:`.parallel` spreads a sequence over ranks, and :mod:`.answer` answers prompts.
 """
 
 import importlib.util

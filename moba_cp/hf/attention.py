@@ -67,6 +67,12 @@ def moba_forward(
     n_rows, n_keys = q.shape[1], k.shape[1]
     kind = options.decoding if n_rows <= FEW_ROWS and n_keys > n_rows else options.kind
     layer = None if torch.compiler.is_compiling() else getattr(key, "moba_layer", None)
+    convolved = layer is not None and layer.recent is not None and attention_mask is None
+    if hasattr(module, "key_conv") and not convolved:
+        raise ValueError(
+            "the model's keys are convolved, which is done in a MoBACache for sequences without padding; pass "
+            "past_key_values=MoBACache(model)"
+        )
     if layer is not None:
         if cu_seq_lens_q is not None:
             raise ValueError(

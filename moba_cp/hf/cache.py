@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..cache import KVCache
+from .key_conv import RecentKeys, key_conv_weights
 from .options import read_options
 
 
@@ -14,10 +15,15 @@ class MoBALayer(DynamicLayer):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, block_size: int, capacity: int):
+    def __init__(self, block_size: int, capacity: int, key_conv: Tensor | None = None):
         super().__init__()
-        self._options = block_size, capacity
+        self._options, self._key_conv = (block_size, capacity), key_conv
+        self._begin()
+
+    def _begin(self) -> None:
         self.tokens = KVCache(*self._options)
+        self.recent = None if self._key_conv is None else RecentKeys(self._key_conv)
+        """The keys of ``tokens`` are convolved by it."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Nothing: storage is made when the first tokens come."""
@@ -28,7 +34,8 @@ class MoBALayer(DynamicLayer):
         """Append key_states, value_states [b, h, n, d]; returns those of all tokens, without a copy."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.tokens.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        self.tokens.append(k if self.recent is None else self.recent.convolved(k, self.tokens), v)
         self.look()
         # The attention function finds the means by it.
         self.keys.moba_layer = self
@@ -45,14 +52,20 @@ class MoBALayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.tokens = KVCache(*self._options)
+        self._begin()
         self.keys = self.values = None
         self.is_initialized = False
 
     def crop(self, count: int) -> None:
         """Forget the last ``-count`` tokens; as transformers 4.57 calls it, a positive ``count`` is what remains."""
         length = self.tokens.length
-        self.tokens.crop(max(0, length + count) if count <= 0 else min(count, length))
+        left = max(0, length + count) if count <= 0 else min(count, length)
+        if self.recent is not None and left < length:
+            raise ValueError(
+                f"crop to {left} of {length} tokens: the model's keys are convolved, and of those before the last few "
+                "only the results are there; reset the cache and begin again"
+            )
+        self.tokens.crop(left)
         self.look()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -62,7 +75,10 @@ class MoBALayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``, which are numbers or a mask."""
         if self.tokens.length:
-            self.tokens.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+            sequences = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+            self.tokens.select(sequences)
+            if self.recent is not None:
+                self.recent.select(sequences)
             self.look()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -94,7 +110,10 @@ class MoBACache(Cache):
     def __init__(self, model, capacity: int = 0):
         config = getattr(model, "config", model).get_text_config()
         options = read_options(getattr(config, "moba", None), config.num_hidden_layers)
-        super().__init__(layers=[MoBALayer(layer.moba.block_size, capacity) for layer in options])
+        weights = key_conv_weights(model)
+        super().__init__(
+            layers=[MoBALayer(layer.moba.block_size, capacity, weights.get(i)) for i, layer in enumerate(options)]
+        )
 
     @property
     def nbytes(self) -> int:

@@ -107,7 +107,9 @@ class _Decoder:
     def _next(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
         """The logits [b, 1, vocabulary] of a token; None if it cannot be captured."""
         length, device = self._tokens[0].length, input_ids.device
-        storage = [(x.data_ptr(), x.shape) for tokens in self._tokens for x in tokens.storage]
+        held = [x for tokens in self._tokens for x in tokens.storage]
+        held += [layer.recent.storage for layer in self._cache.layers if layer.recent is not None]
+        storage = [(x.data_ptr(), x.shape) for x in held]
         if self._step is None or storage != self._storage or self._ids.shape != input_ids.shape:
             if attention_mask is not None and not attention_mask.all():
                 self._able = False

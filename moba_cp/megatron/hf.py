@@ -31,6 +31,8 @@ _LAYER = {
     "self_attention.linear_qkv.bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
     "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
     "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
+    # No checkpoint has it, see moba_cp.hf.key_conv.
+    "self_attention.core_attention.key_conv.weight": ["self_attn.key_conv"],
     "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
     "pre_mlp_layernorm.weight": ["post_attention_layernorm.weight"],
     "mlp.linear_fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
@@ -127,6 +129,11 @@ def save_hf(
                 f"{name}_size={size}: save_hf writes whole models; save with Megatron's torch_dist format, load that "
                 "without tensor and pipeline parallelism, and write it then"
             )
+    if any(name.endswith(KEY_CONV_WEIGHT) for name, _ in model.named_parameters()):
+        raise ValueError(
+            "the model has convolutions over keys (attention.key_conv), which no Llama or Qwen checkpoint has; build "
+            "the model without them"
+        )
     hf = describe(hf_config, "hf_config")
     check_same_model(model, hf, "hf_config")
     rows = model.embedding.word_embeddings.weight.shape[0]
@@ -154,7 +161,8 @@ def save_hf(
 def hf_tensors(
     model: nn.Module, vocab_size: int, read: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor that :func:`save_hf` would write; arguments as there.
+    """Name and value of every tensor that :func:`save_hf` would write, and of convolutions over keys, which it refuses;
+    arguments as there.
 
     Args:
         vocab_size: rows of embeddings, without those that pad the vocabulary.

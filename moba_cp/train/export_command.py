@@ -40,12 +40,13 @@ def main(arguments: argparse.Namespace) -> int:
     folder, dtype = Path(arguments.to), getattr(torch, arguments.dtype)
     if any((folder / name).exists() for name in (LOG, META)):
         raise ValueError(f"--to={folder}: is a run's folder or a checkpoint; name another")
+    if config.attention.key_conv:
+        raise ValueError(
+            f"attention.key_conv={config.attention.key_conv}: no model of transformers, and none of Megatron-LM's own, "
+            "has a convolution over its keys, and without it the model is another one; it cannot be exported, but "
+            "moba-cp generate and moba-cp eval take the run"
+        )
     if arguments.format == "megatron":
-        if config.attention.key_conv:
-            raise ValueError(
-                f"attention.key_conv={config.attention.key_conv}: Megatron-LM's own models have no convolution over "
-                "keys, and without it the model is another one; it cannot be exported"
-            )
         megatron_lm.save(model, trained.read, folder, meta, config, dtype)
         if config.attention.index is not None:
             print("note: index branches are left out; the model attends fully, or by mean keys with MoBA's flags")

@@ -35,7 +35,8 @@ class TrainedModel:
     """The checkpoint's."""
 
     def hf_config(self, dtype: str = "float32") -> dict:
-        """Its config.json for weights of ``dtype``, with what layers attend to in ``moba``.
+        """Its config.json for weights of ``dtype``, with what layers attend to in ``moba``. It says nothing of a
+        convolution over keys, which transformers does not know: see :func:`moba_cp.hf.key_conv.add_key_conv`.
 
         Raises:
             ValueError: no model of transformers has these parts together.
@@ -44,11 +45,6 @@ class TrainedModel:
             raise ValueError(
                 "attention.index: the model's MoBA layers attend to what their index branches choose, which "
                 "transformers does not know; export --format megatron writes it without them, for full attention"
-            )
-        if self.config.attention.key_conv:
-            raise ValueError(
-                f"attention.key_conv={self.config.attention.key_conv}: no model of transformers has a convolution over "
-                "its keys, and without it the model is another one; it cannot be exported, nor generate"
             )
         ids = self.tokenizer.special_ids() if self.tokenizer is not None else {}
         hf = hf_config_of(self.config.model, self.config.data.seq_len, dtype, **ids)

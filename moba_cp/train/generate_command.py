@@ -112,11 +112,14 @@ def _load(arguments: argparse.Namespace, device, dtype: str):
         encode = None if encoder is None else lambda text: encoder.tokenizer.encode(text).ids
         end = model.generation_config.eos_token_id
     else:
+        from ..hf.key_conv import add_key_conv
         from ..megatron.hf import hf_tensors
 
         trained = trained_model(arguments.model, arguments.tokenizer)
         config = AutoConfig.for_model(**trained.hf_config(dtype))
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        if width := trained.config.attention.key_conv:
+            add_key_conv(model, width)
         _fill(model, hf_tensors(trained.model, config.vocab_size, trained.read))
         encoder = trained.tokenizer
         encode = None if encoder is None else lambda text: encoder.encode_exactly(text).tolist()
