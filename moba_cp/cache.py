@@ -168,7 +168,7 @@ class KVCache:
             if padding is not None:
                 # A row of padding sees itself, so that it is a number.
                 own = position == position[self.length - n_rows :, None]
-                mask = own | mask & (position >= padding[:, None, None])
+                mask = own | mask & (position >= padding.to(q.device)[:, None, None])
             mask = mask.expand(batch, n_rows, self.length)[:, None]
         with torch.no_grad():
             out = F.scaled_dot_product_attention(
