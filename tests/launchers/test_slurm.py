@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.multinode, pytest.mark.skipif(missing() is not None, r
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launchers" / "slurm.sbatch")
+# Of the rank that fails first, or of the other, which is ended for it (SIGTERM) if it has not failed by itself yet.
+FAILED = ("1:0", "143:0")
 # Stands for Python where only what the script does with exit codes and checkpoints is looked at: quick, and can fail.
 FAKE = """#!/usr/bin/env bash
 case "$*" in
@@ -73,8 +75,8 @@ def test_a_job_of_two_nodes_is_requeued_and_computes_what_an_uninterrupted_one_d
 def test_a_job_that_fails_at_once_is_not_requeued(slurm, tmp_path):
     job = slurm.submit(tmp_path, "--nodes=2", SCRIPT, "demo", **_faked(tmp_path, "exit 1"))
     facts = job.wait("FAILED", "COMPLETED")
-    assert (facts["ExitCode"], facts["Restarts"]) == ("1:0", "0")
-    assert "failed with code 1 and has saved nothing since its start: not requeued" in job.output
+    assert facts["ExitCode"] in FAILED and facts["Restarts"] == "0"
+    assert re.search(r"failed with code (1|143) and has saved nothing since its start: not requeued", job.output)
 
 
 def test_a_job_that_fails_behind_a_checkpoint_is_requeued_as_often_as_was_allowed(slurm, tmp_path):
@@ -85,7 +87,7 @@ def test_a_job_that_fails_behind_a_checkpoint_is_requeued_as_often_as_was_allowe
         job.start_now()
     job.wait_until(lambda: "not requeued, for it was 2 times (MOBA_CP_REQUEUES)" in job.output)
     facts = job.wait("FAILED", "COMPLETED")
-    assert (facts["ExitCode"], facts["Restarts"]) == ("1:0", "2")
+    assert facts["ExitCode"] in FAILED and facts["Restarts"] == "2"
     assert job.output.count("; requeued") == 2
 
 

@@ -1,11 +1,13 @@
 """Which checkpoint is found, and that none is ever half a checkpoint."""
 
 import contextlib
+import enum
 import json
 import pickle
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,6 +339,27 @@ def test_reading_a_checkpoint_runs_nothing(tmp_path, monkeypatch, place):
     with pytest.raises(ValueError, match="could not be read: rank 0: .*"):
         checkpoint.load(path, *trained(1))
     assert not marker.exists()
+
+
+def test_enumerations_as_python_3_11_2_writes_them_are_read(tmp_path, monkeypatch):
+    """By getattr, which is nothing else here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(enum.Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self._name_)))
+        path = checkpoint.save(tmp_path / "run", meta(5), *trained(0), keep=1)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    other = trained(1)
+    checkpoint.load(path, *other)
+    assert torch.equal(other[0].weight, trained(0)[0].weight)
+    (path / ".metadata").write_bytes(pickle.dumps(Asks()))
+    with pytest.raises(ValueError, match="asks .*Path.* for 'home', which no checkpoint does"):
+        checkpoint.load(path, *trained(1))
+
+
+class Asks:
+    """Asks an attribute of a class that a checkpoint may name."""
+
+    def __reduce__(self):
+        return getattr, (Path, "home")
 
 
 def test_files_outside_of_the_folder_are_not_read(tmp_path):
