@@ -8,6 +8,7 @@ changes nothing.
 Legend: L tokens of this rank, g key heads, D head dim, w width, P ranks, N rows that each rank gives the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,19 +81,20 @@ def forward(k: Tensor, weight: Tensor, context: CPContext, layer: str) -> Tensor
     out = torch.empty_like(k)
     for begin in range(0, k.shape[0], _SLICE):
         rows = slice(begin, min(begin + _SLICE, k.shape[0]))
-        here = k[rows].to(factors.dtype)
-        total = here + factors[0] * here
-        for j in range(1, len(factors)):
-            total += factors[j] * _shifted(k, rows, -j, halo)
-        out[rows] = total
+        out[rows] = _added(factors, k[rows], lambda j: _shifted(k, rows, -j, halo))
     if shown is not None:
-        # In the same order as elsewhere, so that keys do not depend on the number of ranks.
-        here = k[halo.rows].to(factors.dtype)
-        total = here + factors[0] * here
-        for j in range(1, len(factors)):
-            total += factors[j] * _before(k, shown, j, halo)
-        out[halo.rows] = total.to(out.dtype)
+        out[halo.rows] = _added(factors, k[halo.rows], lambda j: _before(k, shown, j, halo)).to(out.dtype)
     return out
+
+
+def _added(factors: Tensor, here: Tensor, before: Callable[[int], Tensor]) -> Tensor:
+    """Keys ``here`` with their parts of those ``before(j)``, j tokens earlier; wide. In one order wherever these come
+    from, so that keys depend neither on the number of ranks nor on how many come at once."""
+    here = here.to(factors.dtype)
+    total = here + factors[0] * here
+    for j in range(1, len(factors)):
+        total += factors[j] * before(j)
+    return total
 
 
 def convolve_next_keys(k: Tensor, before: Tensor, weight: Tensor) -> Tensor:
@@ -110,11 +112,8 @@ def convolve_next_keys(k: Tensor, before: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty_like(k)
     for begin in range(0, k.shape[1], _SLICE):
         end = min(begin + _SLICE, k.shape[1])
-        here = k[:, begin:end].to(factors.dtype)
-        total = here + factors[0] * here
-        for j in range(1, len(factors)):
-            total += factors[j] * rows[:, reach + begin - j : reach + end - j].to(factors.dtype)
-        out[:, begin:end] = total
+        earlier = lambda j: rows[:, reach + begin - j : reach + end - j].to(factors.dtype)
+        out[:, begin:end] = _added(factors, k[:, begin:end], earlier)
     return out
 
 
