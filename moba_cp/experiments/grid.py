@@ -173,7 +173,8 @@ class Grid:
                 if self._coming in ended:
                     self.corpus, self._coming = self._coming.result(), None
                     # Those that are done must have seen it.
-                    list(map(self.done, self.runs))
+                    for run in self.runs:
+                        self.done(run)
                     continue
                 for slot, _, _ in () if ended else busy.values():
                     workers[slot].stop()

@@ -294,7 +294,7 @@ def _training_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
     losses = {}
     for kind in kinds:
         for row in of(rows, kind=kind, seed=seed):
-            losses[kind] = dict(zip(*(x.tolist() for x in training_losses(row, folder))))
+            losses[kind] = dict(zip(*(x.tolist() for x in training_losses(row["name"], folder))))
     lines = []
     if all(losses.get(kind) for kind in ("full", "moba", "switch")):
         steps = max(losses["switch"])

@@ -11,7 +11,7 @@ from .charts import figure, finish, label_of, style
 from .retrieval import VALUES
 from .rows import Rows, TooFew, at_range, loss_of, of
 from .runs import Run
-from .training_report import losses_of
+from .training_report import training_losses
 
 # Of the loss of who guesses: above it nothing is learned.
 _GUESSING = 0.97
@@ -68,7 +68,7 @@ def guessing_lines(runs: Iterable[Run], folder: Path) -> list[str]:
     than who guesses one of the values: charts of these say nothing about attention."""
     lines, once = [], {each.name: each for run in runs for each in run.lineage if each.finds_keys}
     for run in once.values():
-        steps, losses = losses_of(run.name, folder)
+        steps, losses = training_losses(run.name, folder)
         half = run.config.run.steps // 2
         by_then = losses[(steps > 0.8 * half) & (steps <= half)]
         if len(by_then) and steps[-1] >= half and by_then.mean() > _GUESSING * math.log(len(VALUES)):

@@ -13,13 +13,8 @@ from .rows import Rows, at_range, of
 _PARTS = 40
 
 
-def training_losses(row: dict, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] and training losses [n] of the run that a summary is of; n is 0 where its log is not there."""
-    return losses_of(row["name"], folder)
-
-
-def losses_of(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a run of that name."""
+def training_losses(name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [n] and training losses [n] of the run of that name; n is 0 where its log is not there."""
     records = read_log(folder / "runs" / name / LOG)
     losses = {record["step"]: record["loss"] for record in records if record.get("loss") is not None}
     return np.array(list(losses), int), np.array(list(losses.values()), float)
@@ -70,7 +65,7 @@ def _pairs(rows: Rows, folder: Path):
     seed = min((row["facts"]["seed"] for row in rows), default=0)
     for full in sorted(of(rows, kind="full", seed=seed), key=lambda row: row["pflops_days"]):
         for moba in of(rows, kind="moba", seed=seed, size=full["facts"]["size"]):
-            logs = {row["facts"]["kind"]: training_losses(row, folder) for row in (full, moba)}
+            logs = {row["facts"]["kind"]: training_losses(row["name"], folder) for row in (full, moba)}
             n = min(len(steps) for steps, _ in logs.values())
             if moba["pflops_days"] == full["pflops_days"] and n:
                 parts = np.array_split(np.arange(n), min(n, _PARTS))
