@@ -4,12 +4,21 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.helpers.distributed import TIME_SCALE, environment_of, store_of
 from tests.helpers.nursery import nursery, started
 from tests.helpers.train_runs import DEMO, SHRUNKEN, logged
 
 # The shrunken demo on GPUs, to the bit, with heads of 32, which kernels take.
 ON_GPUS = ("model.hidden_size=128", "run.device=cuda", "run.deterministic=true")
+
+
+def on_two_gpus(test):
+    """Marks a test that takes minutes on two GPUs."""
+    few = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    return few(pytest.mark.gpu(pytest.mark.slow(pytest.mark.timeout(600)(test))))
 
 
 class Launched:

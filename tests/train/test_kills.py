@@ -11,12 +11,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from moba_cp.train import checkpoint
 from tests.helpers.distributed import TIME_SCALE
-from tests.helpers.launched import ON_GPUS, Launched
+from tests.helpers.launched import ON_GPUS, Launched, on_two_gpus
 from tests.helpers.train_runs import logged, write_text
 
 STEPS = 6
@@ -352,13 +351,9 @@ def test_kills_at_once(tmp_path):
     _kills_at_once(tmp_path, (*SETTINGS, "run.steps=24"), range(200, 203), fork=True)
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@on_two_gpus
 def test_kills_on_two_gpus(tmp_path):
     """As on CPUs, over NCCL."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     write_text(tmp_path / "text")
     # A step takes a quarter of a second, and two thirds with five runs at once.
     more = ("run.steps=24", "run.checkpoint_every=3", "run.validate_every=12", "run.timeout_seconds=20")

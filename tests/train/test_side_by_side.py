@@ -2,11 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-import torch
-
 from tests.helpers.hashes import differences
-from tests.helpers.launched import ON_GPUS, Launched
+from tests.helpers.launched import ON_GPUS, Launched, on_two_gpus
 from tests.helpers.skewed import KINDS
 from tests.helpers.train_runs import logged, write_text
 
@@ -56,24 +53,16 @@ def test_what_differs_is_named(tmp_path):
     assert "kv all-to-all in layer 1: received" in found[1]
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@on_two_gpus
 def test_pairs_of_gpus(tmp_path):
     """Eight runs of 200 steps, all at the same time on two GPUs. One step in 720 was seen to part from the others."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     settings = (*ON_GPUS, "run.steps=200", "run.checkpoint_every=20")
     assert differences(_runs(tmp_path, 8, False, *settings)) == []
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@on_two_gpus
 def test_warps_apart(tmp_path):
     """Runs on two GPUs whose kernels' warps come in other orders are equal to one in which they come together."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     late = [f"from tests.helpers.skewed import install; install({kind!r})\n" for kind in KINDS]
     settings = (*ON_GPUS, "run.steps=16", "run.checkpoint_every=16")
     together = _runs(_made(tmp_path / "together"), 1, False, *settings)
