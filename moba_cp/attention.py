@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import full_attention_op, moba_attention_op, numbers_in_documents_op
+from .autograd import full_attention_op, moba_attention_op, numbers_in_documents_op, table_stream
 from .blocks import check_cu_seqlens_kind
 from .config import MoBAConfig
 from .given import check_block_indices
@@ -239,7 +239,8 @@ def full_attention(
 
 
 def _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp, device=None):
-    """q, k, v [b, T, H, D] as packed documents, with their boundaries (on ``device``); others as they are."""
+    """q, k, v [b, T, H, D] as packed documents, with their boundaries (on ``device``; by default where they are read
+    soonest); others as they are."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
         return q, k, v, cu_seqlens, cu_seqlens_k
     batch, n_rows, n_keys = q.shape[0], q.shape[1], k.shape[1]
@@ -258,7 +259,11 @@ def _packed(q, k, v, cu_seqlens, cu_seqlens_k, cp, device=None):
     # Of one sequence nothing is copied, whatever its strides.
     q, k, v = (x[0] if batch == 1 else x.flatten(0, 1) for x in (q, k, v))
     if batch > 1:
-        ends = torch.arange(batch + 1, dtype=torch.int32, device=device or q.device)
+        if device is None:
+            # On the host they name tables that are kept from call to call, but a graph cannot hold a copy from there.
+            in_graph = torch.compiler.is_compiling() or table_stream(q.device) is None
+            device = q.device if in_graph else "cpu"
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
         cu_seqlens = ends * n_rows
         cu_seqlens_k = None if n_keys == n_rows else ends * n_keys
     return q, k, v, cu_seqlens, cu_seqlens_k

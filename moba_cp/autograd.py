@@ -30,30 +30,47 @@ from .ops import backend
 from .transforms import refuse_second_derivatives, without_autocast
 
 
-@lru_cache(maxsize=8)
-def _one_document(n_tokens: int, block_size: int, n_rows: int | None, device: torch.device, stream: int) -> BlockTable:
-    return block_table(n_tokens, block_size, None, device, n_rows)
-
-
 def _table(q: Tensor, k: Tensor, block_size: int, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> BlockTable:
-    """Block geometry of the keys, and the rows of q in it; kept from call to call where there are no documents."""
+    """Block geometry of the keys, and the rows of q in it; kept from call to call but where boundaries are on a GPU."""
     n_tokens = k.shape[0]
-    block_size = fitted_block_size(block_size, n_tokens)
-    if cu_seqlens_k is not None:
-        return block_table(n_tokens, block_size, cu_seqlens_k, k.device, q.shape[0], cu_seqlens)
-    n_rows = None if q.shape[0] == n_tokens else q.shape[0]
-    if cu_seqlens is not None:
-        return block_table(n_tokens, block_size, cu_seqlens, k.device)
+    n_rows = None if q.shape[0] == n_tokens and cu_seqlens_k is None else q.shape[0]
+    cu_rows, cu_keys = (None, cu_seqlens) if cu_seqlens_k is None else (cu_seqlens, cu_seqlens_k)
+    sizes = n_tokens, fitted_block_size(block_size, n_tokens)
     stream = table_stream(k.device)
-    if stream is None:
-        return block_table(n_tokens, block_size, None, k.device, n_rows)
-    return _one_document(n_tokens, block_size, n_rows, k.device, stream)
+    if stream is None or any(x is not None and not x.is_cpu for x in (cu_rows, cu_keys)):
+        return block_table(*sizes, cu_keys, k.device, n_rows, cu_rows)
+    bounds = [None if x is None else _bytes(x) for x in (cu_keys, cu_rows)]
+    return _kept_table(*sizes, *bounds, k.device, n_rows, stream)
+
+
+# Layers of a model, and their backward passes, follow one another with the same documents. Few are kept, since their
+# rows are on the device.
+@lru_cache(maxsize=2)
+def _kept_table(
+    n_tokens: int,
+    block_size: int,
+    bounds: bytes | None,
+    row_bounds: bytes | None,
+    device: torch.device,
+    n_rows: int | None,
+    _stream: int,
+) -> BlockTable:
+    cu_keys, cu_rows = (None if x is None else _from_bytes(x) for x in (bounds, row_bounds))
+    return block_table(n_tokens, block_size, cu_keys, device, n_rows, cu_rows)
+
+
+def _bytes(cu_seqlens: Tensor) -> bytes:
+    return cu_seqlens.long().numpy().tobytes()
+
+
+def _from_bytes(bounds: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bounds, np.int64).copy())
 
 
 def table_stream(device: torch.device) -> int | None:
     """The stream for which tables on ``device`` may be kept: made on one they may not be ready on another. None while a
     CUDA graph is captured: what that computes exists only once it is replayed, and belongs to the graph."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_initialized():
         return 0
     return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
@@ -219,16 +236,15 @@ def full_kernels(
 
 
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> bytes:
-    cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens
-    return cu_seqlens.long().numpy().tobytes()
+    return _bytes(torch.tensor([0, x.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens)
 
 
 def _ranges(
     n_rows: int, n_tokens: int, row_bounds: bytes, key_bounds: bytes, _device: torch.device, _stream: int | None = None
 ) -> dense.Ranges:
     """What rows see of a sequence that they are, or whose documents they end."""
-    cu_rows, cu_seqlens = np.frombuffer(row_bounds, np.int64), np.frombuffer(key_bounds, np.int64)
-    ends = torch.from_numpy(cu_rows.copy()), torch.from_numpy(cu_seqlens.copy())
+    ends = _from_bytes(row_bounds), _from_bytes(key_bounds)
+    cu_rows, cu_seqlens = (x.numpy() for x in ends)
     check_cu_seqlens(ends[0], n_rows), check_cu_seqlens(ends[1], n_tokens)
     tokens = [(0, n_tokens)]
     if row_bounds == key_bounds:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moba_cp
-from moba_cp import CPContext, MoBAConfig, full_attention, moba_attention, reference
+from moba_cp import CPContext, MoBAConfig, autograd, full_attention, moba_attention, reference
 from moba_cp.blocks import block_table
 from moba_cp.eager.select import _scores as eager_scores
 from moba_cp.ops import backend
@@ -334,6 +334,39 @@ def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
 @pytest.mark.parametrize("kind", ["moba", "full"])
 def test_compiled_as_one_graph_for_every_length(kind):
     compile_and_compare("cpu", kind)
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["documents", "batch"])
+def test_layers_share_the_table_of_their_documents(batch, monkeypatch):
+    built = []
+    monkeypatch.setattr(autograd, "block_table", lambda *args: built.append(args) or block_table(*args))
+    autograd._kept_table.cache_clear()
+    config = MoBAConfig(32, 2)
+
+    def layer(documents):
+        q, k, v = torch.randn(3, 200, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        q.requires_grad_()
+        if batch:
+            out = moba_attention(*(x.unflatten(0, (documents, -1)) for x in (q, k, v)), config).flatten(0, 1)
+        else:
+            ends = torch.arange(documents + 1, dtype=torch.int32) * (200 // documents)
+            out = moba_attention(q, k, v, config, ends)
+        out.square().sum().backward()
+        return out.detach(), q.grad
+
+    first = layer(4)
+    assert len(built) == 1
+    again = layer(4)
+    assert len(built) == 1 and all(map(torch.equal, first, again))
+    others = layer(2)
+    assert len(built) == 2 and not torch.equal(first[0], others[0])
+
+
+def test_documents_that_do_not_fit_are_refused_each_time():
+    q = torch.zeros(8, 2, 16)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must start at 0"):
+            moba_attention(q, q, q, MoBAConfig(32, 2), torch.tensor([0, 9], dtype=torch.int32))
 
 
 def test_documents_may_change_between_the_passes_of_full_attention():
