@@ -15,7 +15,7 @@ from .common import cdiv, launch_options, next_power_of_2, on_device
 
 # Elements of a tile of rows: enough loads under way, and few enough registers.
 TILE = 8192
-# Programs that sum the gradient of a norm's weight, each over its rows: some on every multiprocessor.
+# Programs of 8 warps that sum the gradient of a norm's weight, each over its rows: some on every multiprocessor.
 SUMMING_PROGRAMS = 1024
 
 
@@ -52,7 +52,8 @@ def _rms_norm_backward_kernel(
     i = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BH)  # [BH]
     b_w = tl.load(weight + o_h, mask=o_h < H, other=0.0).to(tl.float32)  # [BH]
-    b_dw = tl.zeros([BH], tl.float32)  # [BH]
+    # Summed over a tile's rows once: a sum across warps in each turn takes longer than the loads.
+    b_dw = tl.zeros([BN, BH], tl.float32)  # [BN, BH]
     for first in range(0, step, BN):
         o_n = i * step + first + tl.arange(0, BN)  # [BN]
         m_n = (o_n < n_rows) & (first + tl.arange(0, BN) < step)  # [BN]
@@ -63,12 +64,12 @@ def _rms_norm_backward_kernel(
         b_r = tl.load(residual + at, mask=m, other=0.0).to(tl.float32)  # [BN, BH]
         scale = tl.rsqrt(tl.sum(b_x * b_x, 1) / H + eps)[:, None]  # [BN, 1]
         b_unit = b_x * scale  # [BN, BH]
-        b_dw += tl.sum(b_dy * b_unit, 0)
+        b_dw += b_dy * b_unit
         b_dy *= b_w[None, :]
         b_dx = scale * (b_dy - b_unit * (tl.sum(b_unit * b_dy, 1) / H)[:, None])  # [BN, BH]
         tl.store(dx + at, (b_r + b_dx).to(dx.dtype.element_ty), mask=m)
         tl.store(y + at, (b_unit * b_w[None, :]).to(y.dtype.element_ty), mask=m)
-    tl.store(dweight + i * H + o_h, b_dw, mask=o_h < H)
+    tl.store(dweight + i * H + o_h, tl.sum(b_dw, 0), mask=o_h < H)
 
 
 def rms_norm_backward(
@@ -81,14 +82,16 @@ def rms_norm_backward(
     y = torch.empty_like(x)
     width = next_power_of_2(hidden)
     rows = max(1, TILE // 4 // width)
-    step = cdiv(cdiv(n_rows, SUMMING_PROGRAMS), rows) * rows
+    # So few that rows of a narrow tile are not cut between warps; then as many more programs.
+    warps = 8 if width > 1024 else 4
+    step = cdiv(cdiv(n_rows, SUMMING_PROGRAMS * 8 // warps), rows) * rows
     programs = cdiv(n_rows, max(1, step))
     dweight = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
     if y.numel():
         with on_device(x):
             _rms_norm_backward_kernel[(programs,)](
                 dy=dy, x=x, weight=weight, residual=residual, dx=dx, y=y, dweight=dweight,
-                n_rows=n_rows, step=step, eps=eps, H=hidden, BH=width, BN=rows, **launch_options(8),
+                n_rows=n_rows, step=step, eps=eps, H=hidden, BH=width, BN=rows, **launch_options(warps),
             )  # fmt: skip
     return y, dweight.sum(0)
 
