@@ -64,7 +64,7 @@ class Trainer:
         self.memory = memory.choose(config, *fit)
         module.set_memory(self.memory.layers)
         on_host = config.memory.state == "host"
-        self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype), on_host)
+        self.module = shard_weights(module, mesh, getattr(torch, config.run.dtype), on_host, self.memory.gathered)
         self.module.to_empty(device="cpu" if on_host else mesh.device)
         self.module.init_weights(config.run.seed)
         self.optimizer = build_optimizer(self.module, config.optimizer)
@@ -275,10 +275,13 @@ def _all_of(observers: list) -> Callable | None:
     return observe
 
 
-def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bool = False) -> nn.Module:
+def shard_weights(
+    module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bool = False, gathered: bool = False
+) -> nn.Module:
     """Shard each transformer layer and the rest over all ranks (FSDP2); compute in ``dtype``, sum gradients in fp32.
 
-    ``on_host``: weights, gradients and what the optimizer keeps stay in page-locked host memory.
+    ``on_host``: weights, gradients and what the optimizer keeps stay in page-locked host memory. ``gathered``: weights
+    of a layer are gathered once, for both passes.
     """
     # Do not cast inputs: FSDP would also round rotary angles, and rebuild the context to cast tensors inside it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
@@ -286,5 +289,5 @@ def shard_weights(module: nn.Module, mesh: Mesh, dtype: torch.dtype, on_host: bo
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if on_host else OffloadPolicy()
     options = {"mesh": mesh.shard_mesh, "mp_policy": policy, "offload_policy": offload}
     for layer in module.decoder.layers:
-        fully_shard(layer, **options)
+        fully_shard(layer, reshard_after_forward=not gathered, **options)
     return fully_shard(module, **options)

@@ -207,16 +207,17 @@ class StepShape:
         logits = min(self.n_tokens * model.vocab_size, MAX_LOGITS) * self.itemsize
         return self._row(4 * model.hidden_size) + 2 * logits + 6 * model.vocab_size * model.hidden_size
 
-    def state(self) -> dict[str, int]:
-        """Bytes that stand through the whole step, by part."""
+    def state(self, gathered: bool = False) -> dict[str, int]:
+        """Bytes that stand through the whole step, by part; ``gathered``: weights of all layers among them."""
         model = self.model
         of_index = self.n_parameters - model.n_parameters(embeddings=True)
         layers = (model.n_parameters() + of_index) // model.n_layers
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-        # The embedding and the output layer stay gathered; of the layers two at a time are, one with its gradient.
-        gathered = self.itemsize * (2 * embeddings + 3 * layers) + 4 * (embeddings + layers)
+        # The embedding and the output layer stay gathered; of the layers all, or two at a time; one with its gradient.
+        at_once = 1 + (max(2, model.n_layers) if gathered else 2)
+        whole = self.itemsize * (2 * embeddings + at_once * layers) + 4 * (embeddings + layers)
         here = (self.state_on == "device") * self.n_parameters // self.size
-        parts = {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": gathered}
+        parts = {"weights": 4 * here, "moments": _MOMENT_BYTES[self.moments] * here, "gathered weights": whole}
         return parts | ({"buffers between ranks": self.buffers()} if self.context > 1 else {})
 
     def buffers(self) -> int:
@@ -247,6 +248,8 @@ class MemoryPlan:
     """On the device, by part."""
     host: int
     """In host memory."""
+    gathered: bool = False
+    """Whether a layer's weights stay gathered from its forward to its backward pass."""
 
     @property
     def device(self) -> int:
@@ -263,12 +266,13 @@ class MemoryPlan:
         """For the terminal."""
         parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in self.parts.items())
         host = f"; {self.host / GIB:.2f} GiB in host memory" if self.host else ""
-        return [f"recompute: {self.kept}", f"memory: {self.device / GIB:.2f} GiB a rank ({parts}){host}"]
+        again = ", weights stay gathered" if self.gathered else ""
+        return [f"recompute: {self.kept}{again}", f"memory: {self.device / GIB:.2f} GiB a rank ({parts}){host}"]
 
 
-def plan_layers(shape: StepShape, layers: Sequence[LayerMemory]) -> MemoryPlan:
+def plan_layers(shape: StepShape, layers: Sequence[LayerMemory], gathered: bool = False) -> MemoryPlan:
     """What a step takes with these layers: by part at the moment when it takes most."""
-    n, state = len(layers), shape.state()
+    n, state = len(layers), shape.state(gathered)
     kept = [shape.kept(i, layer.recompute) for i, layer in enumerate(layers, 1)]
     here = [nbytes * (not layer.to_host) for nbytes, layer in zip(kept, layers, strict=True)]
     away = [nbytes * layer.to_host for nbytes, layer in zip(kept, layers, strict=True)]
@@ -283,7 +287,7 @@ def plan_layers(shape: StepShape, layers: Sequence[LayerMemory]) -> MemoryPlan:
         )
     standing, gradients, most = max(moments, key=sum)
     parts = state | {"gradients": gradients, "kept for backward": standing, "one layer": most}
-    return MemoryPlan(tuple(layers), parts, sum(away))
+    return MemoryPlan(tuple(layers), parts, sum(away), gathered)
 
 
 def choose_layers(
@@ -310,11 +314,11 @@ def choose_layers(
             movable = n if recompute == "none" else n - n_none
             for n_host in (n,) if offload == "all" else (0,) if offload == "none" else range(movable + 1):
                 layers = [LayerMemory(policy, i < n_host) for i, policy in enumerate(policies)]
-                plan = plan_layers(shape, layers)
-                if plan.host > host_bytes:
-                    break
-                if plan.device <= device_bytes * (1 - _SLACK):
-                    return plan
+                # Where memory is plenty weights need not be gathered again, either.
+                stays = (True, False) if shape.state_on == "device" and set(layers) == {LayerMemory()} else (False,)
+                for plan in (plan_layers(shape, layers, gathered) for gathered in stays):
+                    if plan.device <= device_bytes * (1 - _SLACK) and plan.host <= host_bytes:
+                        return plan
     return None
 
 
@@ -343,7 +347,7 @@ def choose(
     if device.type != "cuda" and memory.device_gib is None:
         # The operating system knows better what a CPU's memory can hold.
         layer = LayerMemory("none" if recompute == "auto" else recompute, memory.offload == "all")
-        return plan_layers(shape, [layer] * model.n_layers)
+        return plan_layers(shape, [layer] * model.n_layers, layer == LayerMemory() and memory.state == "device")
     there = torch.tensor([_device_bytes(memory, device), _host_bytes(memory)], dtype=torch.float64, device=device)
     dist.all_reduce(there, dist.ReduceOp.MIN, group=group)
     device_bytes, host_bytes = there.tolist()
@@ -406,12 +410,10 @@ def _host_bytes(memory: MemoryConfig) -> float:
 
 def _control_group_bytes() -> float:
     """What a container's limit leaves; infinite without one."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, names in (("", ("max", "current")), ("memory", ("limit_in_bytes", "usage_in_bytes"))):
         try:
-            return float(Path(limit).read_text()) - float(Path(used).read_text())
+            limit, used = (float(Path("/sys/fs/cgroup", folder, f"memory.{name}").read_text()) for name in names)
+            return limit - used
         except (OSError, ValueError):
             # No such file, or "max".
             continue

@@ -128,7 +128,8 @@ def forecast(
     seconds = _computing(config, attention, local, context, plan, gpu, sequences) | {
         "optimizer": _OPTIMIZER * shape.n_parameters / ranks
     }
-    moved = _moving(model, attention, config, ranks, context, per_node, sequences)
+    gathers = 1 if plan is not None and plan.gathered else 2
+    moved = _moving(model, attention, config, ranks, context, per_node, sequences, gathers)
     # Weights and K and V go over the same links.
     rates = {"within a node": COPY_RATE, "between nodes": _BETWEEN_NODES}
     for where, rate in rates.items():
@@ -230,11 +231,12 @@ def _moving(
     context: int,
     per_node: int,
     sequences: int,
+    gathers: int,
 ) -> dict[str, float]:
     """Bytes that a rank receives in a step."""
     moved = {}
-    # Weights are gathered twice in 16 bits and their gradients summed in 32, for each sequence.
-    weights = sequences * 8 * model.n_parameters_with(attention) * (ranks - 1) / ranks
+    # Weights are gathered in 16 bits and their gradients summed in 32, for each sequence.
+    weights = sequences * (2 * gathers + 4) * model.n_parameters_with(attention) * (ranks - 1) / ranks
     moved[f"weights, {'between nodes' if ranks > per_node else 'within a node'}"] = weights
     # K and V of what a rank can see, twice, and their gradients: three quarters of it in zigzag.
     token = 2 * model.n_kv_heads * model.head_dim * 2

@@ -118,6 +118,20 @@ def test_the_plan_that_redoes_least_is_taken():
     assert plan is None and previous >= 14
 
 
+def test_weights_stay_gathered_where_memory_is_plenty():
+    made = shape(16384)
+    once, twice = (plan_layers(made, [NONE] * 14, gathered) for gathered in (True, False))
+    layer = MODEL.n_parameters() // MODEL.n_layers
+    assert once.device - twice.device == 2 * 12 * layer
+    there = lambda plan: (plan.device + 1) / (1 - memory._SLACK)
+    assert choose_layers(made, "auto", "auto", there(once), 0) == once
+    assert choose_layers(made, "auto", "auto", there(twice), 0) == twice
+    assert "weights stay gathered" in once.lines()[0] and "weights stay gathered" not in twice.lines()[0]
+    # Not where something is redone, and not where the state is on the host.
+    assert not choose_layers(made, "full", "auto", 1e15, 0).gathered
+    assert not choose_layers(shape(16384, state_on="host"), "auto", "auto", 1e15, 0).gathered
+
+
 def test_options_are_obeyed():
     there = 79 * GIB, 100 * GIB
     for recompute in ("none", "attention_kept", "full"):
