@@ -32,6 +32,15 @@ def test_tensors_are_made_with_a_dtype():
                 assert not is_torch or says, f"{named(path)}:{call.lineno}: torch.{call.func.attr} without dtype="
 
 
+def test_copies_to_a_device_wait_for_nothing():
+    """``x.to(device, non_blocking=True)`` does where x is not page-locked; :func:`moba_cp.host.to_device` never."""
+    for path in SOURCES:
+        for call in calls(ast.parse(path.read_text())):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "to" and named(path) != "moba_cp/host.py":
+                says = {keyword.arg for keyword in call.keywords}
+                assert "non_blocking" not in says, f"{named(path)}:{call.lineno}: use moba_cp.host.to_device"
+
+
 def dotted(node: ast.AST) -> list[str] | None:
     """The names of ``a.b.c``; None of what is no such chain."""
     names = []

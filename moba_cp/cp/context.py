@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..blocks import check_cu_seqlens, fitted_block_size
+from ..host import to_device
 from .comm import Communicator
 from .counters import Counters
 from .geometry import BlockGeometry, build_geometry
@@ -108,9 +109,9 @@ class CPContext:
         starts = bounds[np.searchsorted(bounds, positions, side="right") - 1]
         with torch.inference_mode(False):
             # A context made in validation may be kept, and index_select saves these for backward in training.
-            self.positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
-            self.document_starts = torch.from_numpy(starts).to(self.device, non_blocking=True)
-            self.document_positions = torch.from_numpy(positions - starts).to(self.device, non_blocking=True)
+            self.positions = to_device(torch.from_numpy(positions), self.device)
+            self.document_starts = to_device(torch.from_numpy(starts), self.device)
+            self.document_positions = to_device(torch.from_numpy(positions - starts), self.device)
         self._geometry: dict[int, BlockGeometry] = {}
         self._cache: dict[tuple, Any] = {}
         self._frozen = True
@@ -183,7 +184,7 @@ class CPContext:
     @cached_property
     def gathered_positions(self) -> Tensor:
         """[T] int64, global position of each row of an all-gather over the ranks."""
-        return torch.cat(self.rank_positions()).to(self.device)
+        return to_device(torch.cat(self.rank_positions()), self.device)
 
     def rank_positions(self) -> list[Tensor]:
         """Global positions [L] of every rank's tokens, on the CPU."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..host import to_device
 from .layout import Segments, positions_of, ragged_arange
 
 
@@ -141,7 +142,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
             # Pieces are in global order, so sender and receiver list the rows of one pair of ranks alike.
             which = which[np.argsort(by[which], kind="stable")]
         begin = piece["local"] if key == "local" else extra_row[piece["block"]] + piece["offset"]
-        return torch.from_numpy(ragged_arange(begin[which], piece["length"][which])).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(ragged_arange(begin[which], piece["length"][which])), device)
 
     def counts(which, by):
         return np.bincount(by[which], weights=piece["length"][which], minlength=size).astype(int).tolist()
@@ -164,7 +165,7 @@ def build_geometry(segments: list[Segments], rank: int, cu_seqlens: np.ndarray, 
         local_index[ids] = np.arange(len(ids))
 
     def tensor(x, dtype):
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device=device, dtype=dtype, non_blocking=True)
+        return to_device(torch.from_numpy(np.ascontiguousarray(x)).to(dtype), device)
 
     return BlockGeometry(
         rank=rank,

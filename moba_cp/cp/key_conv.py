@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import WIDE
+from ..host import to_device
 from ..transforms import once_differentiable, without_autocast
 from .calls import Where
 from .context import CPContext
@@ -214,7 +215,7 @@ def _build_halo(context: CPContext, width: int) -> _Halo:
     own, _ = tails[context.rank]
     made = (inside, np.pad(own, (0, n - len(own)), mode="edge"), rows, sources)
     with torch.inference_mode(False):
-        of_rows, of_tails, at, source = (torch.from_numpy(x).to(context.device, non_blocking=True) for x in made)
+        of_rows, of_tails, at, source = (to_device(torch.from_numpy(x), context.device) for x in made)
     return _Halo(of_rows, of_tails, len(own), at, source)
 
 

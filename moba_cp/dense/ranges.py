@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..host import to_device
+
 
 class Rectangle(NamedTuple):
     """Rows ``row .. row + n_rows`` and keys ``key .. key + n_keys`` of the storage.
@@ -165,7 +167,7 @@ def _joint_call(group: list[Rectangle], device: torch.device) -> Call:
     row, n_rows, key, n_keys, _ = (np.array(column, np.int64) for column in zip(*group))
 
     def boundaries(lengths):
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+        return to_device(torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), device)
 
     return Call(
         rows=_selector(row, n_rows, device),
@@ -182,4 +184,4 @@ def _selector(start: np.ndarray, length: np.ndarray, device: torch.device) -> sl
     if (start[1:] == (start + length)[:-1]).all():
         return slice(int(start[0]), int(start[-1] + length[-1]))
     picked = np.concatenate([np.arange(s, s + n) for s, n in zip(start, length)])
-    return torch.from_numpy(picked).to(device)
+    return to_device(torch.from_numpy(picked), device)

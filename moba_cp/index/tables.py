@@ -5,6 +5,7 @@ import torch
 from ..blocks import BlockTable, block_table
 from ..cp.context import CPContext
 from ..cp.layout import positions_of
+from ..host import to_device
 
 
 def index_tables(context: CPContext, block_size: int) -> BlockTable:
@@ -18,6 +19,8 @@ def index_tables(context: CPContext, block_size: int) -> BlockTable:
             rows = (x[positions] for x in (table.current_block, table.first, table.offset))
             # Behind them the table has entries that stand for no block.
             n = int((table.length > 0).sum())
-            return BlockTable(block_size, *(x.to(context.device) for x in (table.start[:n], table.length[:n], *rows)))
+            return BlockTable(
+                block_size, *(to_device(x, context.device) for x in (table.start[:n], table.length[:n], *rows))
+            )
 
     return context.cached(BlockTable, ("of this rank", block_size), build)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cp.comm import Communicator
 from ..cp.context import CPContext
 from ..data.packing import PackedSequence
+from ..host import to_device
 from ..model.loss import IGNORED_LABEL
 from .mesh import Mesh
 from .plan import RunPlan
@@ -78,5 +79,5 @@ class Batches:
         tokens, labels = sequence.read(context.segments[context.rank])
         self.plan.check_tokens(tokens)
         # The host does not wait for what the device computes meanwhile.
-        tokens, labels = (x.to(self.mesh.device, non_blocking=True) for x in (tokens, labels))
+        tokens, labels = (to_device(x, self.mesh.device) for x in (tokens, labels))
         return MicroBatch(context, tokens, labels)

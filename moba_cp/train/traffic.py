@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..cp.comm import Communicator, HostCopy
 from ..cp.counters import Counters
+from ..host import to_device
 
 _SUMMED = ("sent_bytes", "received_bytes", "planned_bytes", "dense_ring_bytes")
 
@@ -35,9 +36,7 @@ class StepTotals:
     ):
         self._comm, self._layers = comm, list(comm.by_layer.items())
         counted = _numbers(comm.counters) + [x for _, counters in self._layers for x in _numbers(counters)]
-        counted = torch.tensor(counted, dtype=torch.float64)
-        if loss_sum.is_cuda:
-            counted = counted.pin_memory().to(loss_sum.device, non_blocking=True)
+        counted = to_device(torch.tensor(counted, dtype=torch.float64), loss_sum.device)
         every = loss_sum.new_empty(dist.get_world_size(group), 4 + counted.numel())
         index_sum = torch.zeros_like(loss_sum) if index_sum is None else index_sum
         sums = [loss_sum, labels.double(), norm.double().to(loss_sum.device), index_sum]

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...host import to_device
 from ..geometry import BlockGeometry
 from ..options import ExchangeOptions
 from .costs import GatherCosts, pass_seconds
@@ -139,9 +140,7 @@ class GatherTables:
                 rows = self.seen(p, self.rank, count)
                 spans.append((begin, rows.start, rows.stop) if self.by_copies else (p * shard, 0, shard))
                 begin += rows.stop - rows.start
-            # Not blocking: a table need not wait for what was issued before.
-            table = torch.tensor(spans, dtype=torch.int64)
-            tables[count] = table.to(self.geometry.owner.device, non_blocking=True)
+            tables[count] = to_device(torch.tensor(spans, dtype=torch.int64), self.geometry.owner.device)
         return tables
 
     @cached_property
@@ -159,7 +158,7 @@ class GatherTables:
         and [Hkv, n] int32, its head there."""
         geometry = self.geometry
         device, cut, widest = geometry.owner.device, geometry.cut, geometry.most_rows
-        sees = torch.from_numpy(geometry.sees[self.rank]).to(device, non_blocking=True)
+        sees = to_device(torch.from_numpy(geometry.sees[self.rank]), device)
         is_late = geometry.owner_row >= cut
         owned = geometry.owner == self.rank
         visible = torch.where(owned, with_owned, sees[geometry.owner, is_late.long()])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...dtypes import WIDE
 from ...eager.exchange import Prices, Weighed, token_prices
+from ...host import to_device
 from ..options import ExchangeOptions
 
 FACTORS = 1.0, 1e9, 1e-9
@@ -62,7 +63,7 @@ class PolicyTables:
     def of(cls, directions: Directions, size: int, per_node: int, device: torch.device) -> "PolicyTables":
         """``per_node``: ranks of a node."""
         node_of = torch.arange(size, device=device) // per_node
-        numbers, factors = (torch.tensor(x, dtype=torch.float64).to(device) for x in (directions, FACTORS))
+        numbers, factors = (to_device(torch.tensor(x, dtype=torch.float64), device) for x in (directions, FACTORS))
         return cls(numbers, node_of, -(-size // per_node), factors)
 
 

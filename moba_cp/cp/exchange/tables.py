@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...eager.exchange import PAIR, TOTALS, BlockTables, PairTables, Prices
+from ...host import to_device
 from ..geometry import BlockGeometry
 from ..options import Weighing
 from .costs import WireCosts
@@ -223,7 +224,7 @@ def _hop_tables(
         send=[width + ids.numel() for ids in wants],
         receive=[width + ids.numel() for ids in gives],
         source=torch.cat(source),
-        header_at=torch.tensor(header_at, dtype=torch.int64, device=device),
+        header_at=to_device(torch.tensor(header_at, dtype=torch.int64), device),
         asked_at=torch.stack(asked_at) if relays else None,
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...host import to_device
 from ..comm import Communicator
 from ..context import CPContext
 from ..layout import Segments
@@ -90,7 +91,7 @@ class HeadTables:
                 source[at : at + length] = place * self.n_local + np.arange(first, first + length)
         if (source == np.arange(self.n_rows)).all():
             return None
-        return torch.from_numpy(source).to(self.inner.device, non_blocking=True)
+        return to_device(torch.from_numpy(source), self.inner.device)
 
     @cached_property
     def order_back(self) -> Tensor | None:
