@@ -50,35 +50,40 @@ def _score_kernel(
     n_rows, n_keys, n_blocks, s_qt, s_qh, s_kr, s_kh,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SUM: tl.constexpr,
     B: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys [N, H, n] of the scores of candidates. B = 0: keys [n, Hkv, D] are means; otherwise [R, Hkv, D], with block
-    j at rows start[j] to start[j] + B."""
+    """Keys [N, H, n] of the scores of candidates. B = 0: keys [n, Hkv, D] are means, of which a program takes all;
+    otherwise [R, Hkv, D], with block j at rows start[j] to start[j] + B, and a program takes BN blocks."""
     # Late rows have the most candidates: they start first, so that the last programs to run are short.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1)
-    begin_n = tl.program_id(2) * BN
     o_m = i_m * BM + tl.arange(0, BM)  # [BM]
     m_m = o_m < n_rows  # [BM]
-    oldest = tl.min(tl.load(first + o_m, mask=m_m, other=2147483647), 0)
+    oldest = tl.maximum(tl.min(tl.load(first + o_m, mask=m_m, other=2147483647), 0), 0)
     newest = tl.max(tl.load(current_block + o_m, mask=m_m, other=-1), 0) - 1
-    if (begin_n <= newest) & (begin_n + BN > oldest):
-        o_r = tl.arange(0, BM * MP)  # [BM * MP]
-        o_n = tl.arange(0, BN)  # [BN]
-        o_d = tl.arange(0, BD)  # [BD]
-        o_t = i_m * BM + o_r // MP  # [BM * MP]
-        m_member = o_r % MP < M  # [BM * MP]
-        o_h = i_h * M + o_r % MP  # [BM * MP]
-        p_q = q + o_t.to(tl.int64)[:, None] * s_qt + o_h.to(tl.int64)[:, None] * s_qh + o_d[None, :]  # [BM * MP, BD]
-        m_q = ((o_t < n_rows) & m_member)[:, None] & (o_d < D)[None, :]  # [BM * MP, BD]
+    o_r = tl.arange(0, BM * MP)  # [BM * MP]
+    o_n = tl.arange(0, BN)  # [BN]
+    o_d = tl.arange(0, BD)  # [BD]
+    o_t = i_m * BM + o_r // MP  # [BM * MP]
+    m_member = o_r % MP < M  # [BM * MP]
+    o_h = i_h * M + o_r % MP  # [BM * MP]
+    p_q = q + o_t.to(tl.int64)[:, None] * s_qt + o_h.to(tl.int64)[:, None] * s_qh + o_d[None, :]  # [BM * MP, BD]
+    m_q = ((o_t < n_rows) & m_member)[:, None] & (o_d < D)[None, :]  # [BM * MP, BD]
+    p_keys = keys + (i_h * M // G).to(tl.int64) * s_kh + o_d[:, None]  # [BD, 1]
+    p_out = sort_keys + (o_m.to(tl.int64) * H + i_h)[:, None] * n_blocks  # [BM, 1]
+    if B == 0:
         b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM * MP, BD]
-        p_keys = keys + (i_h * M // G).to(tl.int64) * s_kh + o_d[:, None]  # [BD, 1]
-        if B == 0:
+        for begin_n in tl.range(oldest // BN * BN, newest + 1, BN, num_stages=STAGES):
             o_b = begin_n + o_n  # [BN]
             m_tile = (o_b < n_blocks)[None, :] & (o_d < D)[:, None]  # [BD, BN]
             b_keys = tl.load(p_keys + o_b.to(tl.int64)[None, :] * s_kr, mask=m_tile, other=0.0)  # [BD, BN]
             sort_key = ordered(tl.dot(b_q, b_keys, input_precision=PRECISION))  # [BM * MP, BN]
-        else:
+            sort_key = _joined(sort_key, m_member, SUM, BM, MP, BN)  # [BM, BN]
+            tl.store(p_out + o_b[None, :], sort_key, mask=m_m[:, None] & (o_b < n_blocks)[None, :])
+    else:
+        begin_n = tl.program_id(2) * BN
+        if (begin_n <= newest) & (begin_n + BN > oldest):
+            b_q = tl.load(p_q, mask=m_q, other=0.0)  # [BM * MP, BD]
             sort_key = tl.full([BM * MP, BN], EMPTY, tl.int32)  # [BM * MP, BN]
             CHUNKS: tl.constexpr = (B + BK - 1) // BK
             for i in range(0, BN * CHUNKS):
@@ -94,9 +99,9 @@ def _score_kernel(
                 # A maximum takes no notice of NaN, where it has anything else.
                 best = tl.maximum(sort_key, ordered(tl.max(of_keys, 1))[:, None])  # [BM * MP, BN]
                 sort_key = tl.where(o_n[None, :] == column, best, sort_key)
-        sort_key = _joined(sort_key, m_member, SUM, BM, MP, BN)  # [BM, BN]
-        p_out = sort_keys + (o_m.to(tl.int64) * H + i_h)[:, None] * n_blocks + (begin_n + o_n)[None, :]  # [BM, BN]
-        tl.store(p_out, sort_key, mask=m_m[:, None] & (begin_n + o_n < n_blocks)[None, :])
+            sort_key = _joined(sort_key, m_member, SUM, BM, MP, BN)  # [BM, BN]
+            o_b = begin_n + o_n  # [BN]
+            tl.store(p_out + o_b[None, :], sort_key, mask=m_m[:, None] & (o_b < n_blocks)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])
@@ -187,10 +192,11 @@ def select_gated(
                 G=group, D=dim, BD=padded_dim(dim), PRECISION=dot_precision(q.dtype), sort_keys=sort_keys, **of_rows,
             )  # fmt: skip
             if scored:
-                _score_kernel[(cdiv(n_some, score_tile.bm), n_selections, cdiv(n_blocks, score_tile.bn))](
+                parts = cdiv(n_blocks, score_tile.bn) if block_size else 1
+                _score_kernel[(cdiv(n_some, score_tile.bm), n_selections, parts)](
                     keys=keys, start=start, n_keys=keys.shape[0], s_kr=keys.stride(0), s_kh=keys.stride(1),
                     M=together, MP=members, SUM=shared_by_group == "sum", B=block_size, BK=score_tile.bk,
-                    BM=score_tile.bm, BN=score_tile.bn, **shared, **launch_options(score_tile.warps),
+                    BM=score_tile.bm, BN=score_tile.bn, STAGES=2, **shared, **launch_options(score_tile.warps),
                 )  # fmt: skip
             _choose_kernel[(cdiv(n_some, bm), n_selections)](
                 means=keys, block_indices=block_indices[some], s_mb=keys.stride(0), s_mh=keys.stride(1),
