@@ -149,7 +149,7 @@ def block_count(n_tokens: int, block_size: int, cu_seqlens: Tensor | None) -> in
 
 def _there(cu_seqlens: Tensor, device) -> Tensor:
     cu_seqlens = cu_seqlens.long()
-    return to_device(cu_seqlens, torch.device(device)) if cu_seqlens.is_cpu else cu_seqlens.to(device)
+    return to_device(cu_seqlens, device) if cu_seqlens.is_cpu else cu_seqlens.to(device)
 
 
 def block_table(

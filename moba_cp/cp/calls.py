@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..host import to_device
-
 UNNAMED_LAYER = "an unnamed layer"
 """A layer's name where the model gives none."""
 
@@ -159,7 +157,9 @@ class Call:
         """[TAG_BYTES] uint8, for the others."""
         digest, count = self._mine
         tag = torch.tensor([digest, 4 * count + self._flags], dtype=torch.int64)
-        return to_device(tag, device).view(torch.uint8)
+        if device.type == "cuda":
+            tag = tag.pin_memory().to(device, non_blocking=True)
+        return tag.view(torch.uint8)
 
     def arrive(self, tags) -> None:
         """Take the tags of all ranks, a :class:`.comm.HostCopy` of [P, TAG_BYTES]. Those in memory of the host are
