@@ -14,7 +14,8 @@ rows. :mod:`.kv_shards` packs K and V for the all-gather.
 
 :mod:`.decoding` selects and attends for few rows with many keys behind them, as a model that generates has them.
 
-:mod:`.tokenwise` is the rest of a transformer layer but its products of matrices.
+:mod:`.tokenwise` is the rest of a transformer layer but its products of matrices, and :mod:`.key_conv` a short
+convolution over keys.
 
 Functions have the arguments of their twins in :mod:`moba_cp.eager`. They serve float32, bfloat16 and float16 on a GPU,
 and on the CPU under ``TRITON_INTERPRET=1``. Kernels know no autograd.
@@ -33,6 +34,7 @@ from .given import given_blocks
 from .hopper import serving
 from .index_choice import index_select
 from .index_gradients import index_loss
+from .key_conv import convolve, convolve_backward
 from .kv_shards import pack_kv_shard, sum_partial_grads
 from .means import block_means
 from .merge import add_rows, merge_rows, row_sums
@@ -46,10 +48,10 @@ from .work import index_size
 hopper.check_with(hopper_check.compare)
 
 __all__ = [
-    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "copy_pages", "count_choices",
-    "count_rows", "gather_rows", "given_blocks", "index_loss", "index_select", "index_size", "list_pairs", "list_rows",
-    "merge_rows", "pack_kv_shard", "pick_cheapest", "relay_request", "rms_norm", "rms_norm_backward", "routing_index",
-    "row_ids", "row_sums", "select_blocks", "select_by_keys", "select_few", "serving", "split_rotate",
-    "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu", "swiglu_backward", "weigh_blocks",
-    "write_request",
+    "add_pages", "add_rows", "attend", "attend_backward", "attend_few", "block_means", "convolve", "convolve_backward",
+    "copy_pages", "count_choices", "count_rows", "gather_rows", "given_blocks", "index_loss", "index_select",
+    "index_size", "list_pairs", "list_rows", "merge_rows", "pack_kv_shard", "pick_cheapest", "relay_request",
+    "rms_norm", "rms_norm_backward", "routing_index", "row_ids", "row_sums", "select_blocks", "select_by_keys",
+    "select_few", "serving", "split_rotate", "split_rotate_backward", "sum_partial_grads", "sum_up", "swiglu",
+    "swiglu_backward", "weigh_blocks", "write_request",
 ]  # fmt: skip

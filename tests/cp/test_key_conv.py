@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moba_cp import CPContext
-from moba_cp.cp import key_conv
 from moba_cp.cp.key_conv import convolve_keys
+from moba_cp.eager import key_conv as eager_key_conv
 from tests.helpers.distributed import run_threads
 
 G, D = 2, 4
@@ -36,7 +36,7 @@ def _inputs(width, dtype=torch.float64, n=48):
 @pytest.mark.parametrize("width", [3, 5])
 @pytest.mark.parametrize("rows", [1, 7, 2**16])
 def test_one_rank_does_what_loops_do(name, width, rows, monkeypatch):
-    monkeypatch.setattr(key_conv, "_SLICE", rows)
+    monkeypatch.setattr(eager_key_conv, "_SLICE", rows)
     k, weight, dout = _inputs(width)
     results = []
     for function in (

@@ -3,7 +3,8 @@
 The other tests of this process use the plain PyTorch path, so the files here run in processes of their own, which
 test_interpreted.py starts. Those kernels that it cannot run are at least compiled, by test_hopper_compiles.py;
 test_index_compiles.py does so with kernels that Triton lowers in a way of its own, test_in_place_compiles.py with those
-whose threads need an order that the interpreter has anyway.
+whose threads need an order that the interpreter has anyway, test_key_conv_compiles.py with those that round each
+product and sum by itself, as the interpreter does anyway.
 """
 
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-WITHOUT_GPU = ("test_interpreted.py", "test_hopper_compiles.py", "test_in_place_compiles.py", "test_index_compiles.py")
+WITHOUT_GPU = ("test_interpreted.py", "test_hopper_compiles.py", "test_in_place_compiles.py", "test_index_compiles.py",
+               "test_key_conv_compiles.py")  # fmt: skip
 
 if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
     collect_ignore = [*WITHOUT_GPU]

@@ -15,6 +15,7 @@ NOT_HERE = (
     "test_hopper_compiles",
     "test_in_place_compiles",
     "test_index_compiles",
+    "test_key_conv_compiles",
     "test_kernels_gpu",
     "test_shared_gpu",
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moba_cp import CPContext, MoBAConfig
-from moba_cp.cp import key_conv
+from moba_cp.eager import key_conv as eager_key_conv
 from moba_cp.megatron import AttentionConfig, ModelConfig, build_model
 from moba_cp.model.attention import KEY_CONV_WEIGHT
 from moba_cp.model.layer import LayerMemory, LayerRun, LayerWeights, layer_forward
@@ -43,7 +43,7 @@ def loss_and_grads(model, shape=(T,)):
 
 @pytest.mark.parametrize("shape", [(T,), (2, T)], ids=["one", "two"])
 def test_every_policy_equals_autograd(shape, monkeypatch):
-    monkeypatch.setattr(key_conv, "_SLICE", 16)
+    monkeypatch.setattr(eager_key_conv, "_SLICE", 16)
     model = build()
     # With a hook the layers leave everything to Megatron and autograd.
     hooks = [layer.mlp.register_forward_hook(lambda *_: None) for layer in model.decoder.layers]
