@@ -39,7 +39,7 @@ def _table(q: Tensor, k: Tensor, block_size: int, cu_seqlens: Tensor | None, cu_
     stream = table_stream(k.device)
     if stream is None or any(x is not None and not x.is_cpu for x in (cu_rows, cu_keys)):
         return block_table(*sizes, cu_keys, k.device, n_rows, cu_rows)
-    bounds = [None if x is None else _bytes(x) for x in (cu_keys, cu_rows)]
+    bounds = [None if x is None else bytes_of(x) for x in (cu_keys, cu_rows)]
     return _kept_table(*sizes, *bounds, k.device, n_rows, stream)
 
 
@@ -55,15 +55,17 @@ def _kept_table(
     n_rows: int | None,
     _stream: int,
 ) -> BlockTable:
-    cu_keys, cu_rows = (None if x is None else _from_bytes(x) for x in (bounds, row_bounds))
+    cu_keys, cu_rows = (None if x is None else bounds_of(x) for x in (bounds, row_bounds))
     return block_table(n_tokens, block_size, cu_keys, device, n_rows, cu_rows)
 
 
-def _bytes(cu_seqlens: Tensor) -> bytes:
+def bytes_of(cu_seqlens: Tensor) -> bytes:
+    """Numbers on the host [n], as what a table made of them is found by, whoever changes them later."""
     return cu_seqlens.long().numpy().tobytes()
 
 
-def _from_bytes(bounds: bytes) -> Tensor:
+def bounds_of(bounds: bytes) -> Tensor:
+    """[n] int64 from :func:`bytes_of`."""
     return torch.from_numpy(np.frombuffer(bounds, np.int64).copy())
 
 
@@ -236,14 +238,14 @@ def full_kernels(
 
 
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> bytes:
-    return _bytes(torch.tensor([0, x.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens)
+    return bytes_of(torch.tensor([0, x.shape[0]], dtype=torch.int64) if cu_seqlens is None else cu_seqlens)
 
 
 def _ranges(
     n_rows: int, n_tokens: int, row_bounds: bytes, key_bounds: bytes, _device: torch.device, _stream: int | None = None
 ) -> dense.Ranges:
     """What rows see of a sequence that they are, or whose documents they end."""
-    ends = _from_bytes(row_bounds), _from_bytes(key_bounds)
+    ends = bounds_of(row_bounds), bounds_of(key_bounds)
     cu_rows, cu_seqlens = (x.numpy() for x in ends)
     check_cu_seqlens(ends[0], n_rows), check_cu_seqlens(ends[1], n_tokens)
     tokens = [(0, n_tokens)]

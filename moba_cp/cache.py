@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import checked_inputs, full_attention
-from .autograd import table_stream
+from .autograd import bounds_of, bytes_of, table_stream
 from .blocks import BlockTable, fitted_block_size, local_pages
 from .config import Gate, MoBAConfig
 from .ops import backend
@@ -26,8 +26,9 @@ MIN_ROOM, ROOM_PART = 256, 16
 class KVCache:
     """Keys and values of one layer; for inference, no gradient flows through it.
 
-    All sequences have the same length. Those that are shorter begin with padding: ``padding`` [b] int64 in the calls
-    says how many tokens of each belong to nobody. It must have the same values in all calls for these sequences.
+    All sequences have the same length. Those that are shorter begin with padding: ``padding`` [b] int64 or int32 in the
+    calls says how many tokens of each, 0 or more, belong to nobody. It must have the same values in all calls for these
+    sequences.
 
     Args:
         block_size: B of the MoBA layers that will ask.
@@ -111,6 +112,7 @@ class KVCache:
                 "use one for both"
             )
         q, scale = self._checked(q, softmax_scale)
+        padding = self._checked_padding(padding)
         if self.step is not None:
             return self.step.moba_attention(self, q, config, scale)
         table = self._table(q.shape[1], padding)
@@ -149,6 +151,7 @@ class KVCache:
     def full_attention(self, q: Tensor, softmax_scale: float | None = None, padding: Tensor | None = None) -> Tensor:
         """Exact attention of the last n tokens of each sequence: q and the result [b, n, Hq, D]."""
         q, scale = self._checked(q, softmax_scale)
+        padding = self._checked_padding(padding)
         if self.step is not None:
             return self.step.full_attention(self, q, scale)
         batch, n_rows, n_heads, _ = q.shape
@@ -233,6 +236,22 @@ class KVCache:
         # Under autocast they may differ: keys are as they were appended.
         return q.to(self._k.dtype), self._scale
 
+    def _checked_padding(self, padding: Tensor | None) -> Tensor | None:
+        """``padding`` if it fits the cache, or ValueError; on a GPU values are checked where tables are made."""
+        if padding is None:
+            return None
+        batch = self.k.shape[0]
+        rule = f"pass int64 [{batch}], how many tokens at the beginning of each sequence are padding"
+        integers = torch.int64, torch.int32
+        if not isinstance(padding, Tensor) or padding.dtype not in integers or padding.shape != (batch,):
+            what = f"{tuple(padding.shape)} {padding.dtype}" if isinstance(padding, Tensor) else repr(padding)
+            raise ValueError(f"padding is {what}; {rule}")
+        if padding.is_cpu and (padding < 0).any():
+            raise ValueError(f"padding={padding.tolist()} has numbers below 0; {rule}")
+        if self.step is not None:
+            raise ValueError("padding was passed within a Step, whose sequences have none; leave it out there")
+        return padding
+
     def _grow(self, needed: int, like: Tensor) -> None:
         capacity = max(self._capacity, needed)
         if capacity == needed > self._capacity:
@@ -247,13 +266,16 @@ class KVCache:
             setattr(self, name, grown)
 
     def _table(self, n_rows: int, padding: Tensor | None) -> BlockTable:
-        shape = self._k.shape[0], self._k.shape[1], self._means.shape[1], self.block_size
+        sizes = n_rows, self.length, self._k.shape[0], self._k.shape[1], self._means.shape[1], self.block_size
         device = self._k.device
-        if padding is not None:
-            padding = padding.to(device)
         stream = table_stream(device)
-        make = _table if stream is None else _kept_table
-        return make(n_rows, self.length, *shape, padding, device, stream)
+        by_value = padding is None or padding.is_cpu
+        # A tensor may be the next sequences' too, with other values: its version says so, which few tensors lack.
+        if stream is None or not by_value and padding.is_inference():
+            return _table(*sizes, padding, device)
+        if padding is None:
+            return _kept_table(*sizes, None, device, stream)
+        return _kept_table(*sizes, bytes_of(padding) if by_value else (padding, padding._version), device, stream)
 
     @torch.no_grad()
     def _average(self, padding: Tensor | None) -> None:
@@ -289,13 +311,16 @@ def _table(
     block_size: int,
     padding: Tensor | None,
     device: torch.device,
-    _stream: int | None,
 ) -> BlockTable:
     """Where blocks lie in [b * C] storage rows, and where the last ``n_rows`` tokens of each sequence lie in them.
 
     Block ``j`` of sequence ``i`` is number ``i * n_blocks + j``."""
     with torch.inference_mode(False):
-        begin = torch.zeros(batch, 1, dtype=torch.int64, device=device) if padding is None else padding[:, None]
+        if padding is None:
+            padding = torch.zeros(batch, dtype=torch.int64, device=device)
+        elif padding.is_cuda:
+            torch._assert_async((padding >= 0).all())
+        begin = padding.to(device=device, dtype=torch.int64)[:, None]
         sequence = torch.arange(batch, device=device)[:, None]
         in_sequence = begin + torch.arange(n_blocks, device=device) * block_size  # [b, M]
         of_block = (length - in_sequence).clamp(min=0, max=block_size)
@@ -315,7 +340,15 @@ def _table(
 
 
 # The layers of a model ask for the same one after the other.
-_kept_table = lru_cache(maxsize=4)(_table)
+@lru_cache(maxsize=4)
+def _kept_table(*sizes_padding_device_stream) -> BlockTable:
+    """:func:`_table`, with padding as its bytes on the host, or as a tensor and its version."""
+    *sizes, known, device, _stream = sizes_padding_device_stream
+    if isinstance(known, bytes):
+        padding = bounds_of(known)
+    else:
+        padding = None if known is None else known[0]
+    return _table(*sizes, padding, device)
 
 
 def documents(batch: int, n_rows: int, length: int, padding: Tensor | None, device) -> tuple[Tensor, Tensor]:

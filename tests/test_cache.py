@@ -84,6 +84,21 @@ def test_cropped_and_selected_sequences_go_on():
     assert relative_error(out, _whole("moba", q, k, v, None)[order, 57:]) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["moba", "full"])
+def test_the_next_sequences_padding_may_lie_in_the_same_tensor(kind):
+    padding = torch.tensor([0, 37, 90])
+    shared = padding.numpy()
+    for seed, values in enumerate(([0, 37, 90], [50, 3, 20], [20, 64, 0])):
+        if seed == 1:
+            padding.copy_(torch.tensor(values))
+        else:
+            shared[:] = values
+        q, k, v = _inputs(3, seed=seed)
+        out, _ = _in_pieces(kind, [T], q, k, v, padding)
+        real = (torch.arange(T) >= padding[:, None])[..., None, None]
+        assert relative_error(out * real, _whole(kind, q, k, v, padding)) < 1e-12
+
+
 def test_bfloat16_in_pieces_selects_the_same():
     q, k, v = _inputs(1, torch.bfloat16)
     whole = moba_attention(q[0], k[0], v[0], CONFIG)
@@ -101,6 +116,10 @@ def test_bfloat16_in_pieces_selects_the_same():
         (lambda c, q: c.full_attention(q.expand(2, -1, -1, -1)), r"the cache holds 20 tokens of 1 sequences"),
         (lambda c, q: c.moba_attention(torch.cat([q, q], 1), CONFIG), r"append the keys of its tokens first"),
         (lambda c, q: c.moba_attention(q.clone().requires_grad_(), CONFIG), r"none flows through a cache"),
+        (lambda c, q: c.moba_attention(q, CONFIG, padding=torch.tensor([3, 4])), r"padding is \(2,\) .* int64 \[1\]"),
+        (lambda c, q: c.full_attention(q[:, :1], padding=torch.tensor([3.0])), r"padding is \(1,\) torch.float32"),
+        (lambda c, q: c.full_attention(q, padding=[3]), r"padding is \[3\]; pass int64"),
+        (lambda c, q: c.moba_attention(q, CONFIG, padding=torch.tensor([-1])), r"padding=\[-1\] has numbers below 0"),
         (lambda c, q: c.append(q, q), r"sequences, heads and head_dim must be equal"),
         (lambda c, q: c.append(q, q[..., :4]), r"k has shape .* but v has"),
         (lambda c, q: c.crop(21), r"length=21 is not between 0 and the 20"),
