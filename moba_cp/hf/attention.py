@@ -120,8 +120,11 @@ def _layer_options(module: torch.nn.Module) -> LayerOptions:
 
 def _check_served(module, attention_mask, kwargs, moba_context) -> None:
     for name, what in _NOT_SERVED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False and kwargs[name] != 0:
-            raise ValueError(f"{name}={kwargs[name]!r}: attn_implementation='moba' does not serve {what}")
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name} is {list(value.shape)}: attn_implementation='moba' does not serve {what}")
+        if value:
+            raise ValueError(f"{name}={value!r}: attn_implementation='moba' does not serve {what}")
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(

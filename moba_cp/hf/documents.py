@@ -29,7 +29,7 @@ def moba_mask(
 
     Args:
         q_length, q_offset: of transformers 5; ``cache_position`` [n] of 4.57 says the same.
-        attention_mask: [b, L] bool, False where a token is padding.
+        attention_mask: [b, L] bool, False where a token is padding; or of more tokens, which are still to come.
         local_size: of a sliding window or a chunk.
 
     Raises:
@@ -54,7 +54,14 @@ def moba_mask(
     packed = mask_function is not causal_mask_function
     if packed and not torch.compiler.is_compiling():
         _check_is_packed(mask_function)
+    if attention_mask is not None and attention_mask.shape[1] > kv_length:
+        attention_mask = attention_mask[:, :kv_length]
     if attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.all()):
+        if attention_mask.shape[1] < kv_length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} tokens but there are {kv_length}, those in the cache "
+                "included; pass one of all tokens so far"
+            )
         if not torch.compiler.is_compiling():
             _check_no_holes(attention_mask)
         return _padding_ends(attention_mask, q_length)

@@ -72,13 +72,16 @@ class _Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._storage: list[tuple[int, torch.Size]] = []
+        self._stepped = -1
+        """Tokens of each sequence after the last step, if no other pass came after it."""
 
     def forward(self, input_ids: Tensor | None = None, **kwargs):
         """In the place of the model's own."""
-        if not self._serves(input_ids, kwargs):
-            return self.plain(input_ids=input_ids, **kwargs)
-        logits = self._next(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        logits = None
+        if self._serves(input_ids, kwargs):
+            logits = self._next(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         if logits is None:
+            self._stepped = -1
             return self.plain(input_ids=input_ids, **kwargs)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
 
@@ -110,10 +113,10 @@ class _Decoder:
         held = [x for tokens in self._tokens for x in tokens.storage]
         held += [layer.recent.storage for layer in self._cache.layers if layer.recent is not None]
         storage = [(x.data_ptr(), x.shape) for x in held]
+        # Behind another pass the sequences may be others, with padding; reading a mask makes the host wait.
+        if self._stepped != length and attention_mask is not None and not attention_mask.all():
+            return None
         if self._step is None or storage != self._storage or self._ids.shape != input_ids.shape:
-            if attention_mask is not None and not attention_mask.all():
-                self._able = False
-                return None
             with torch.inference_mode(False):
                 self._step, self._ids = Step(device), input_ids.clone()
                 self._positions = torch.empty_like(self._ids)
@@ -135,6 +138,7 @@ class _Decoder:
             logits = self._logits.clone()
         for tokens in self._tokens:
             tokens.advance(id(tokens) in self._step.averaged)
+        self._stepped = length + 1
         return logits
 
     def _run(self) -> Tensor:

@@ -56,6 +56,23 @@ def test_padded_on_the_left(kind):
             close(logits[row, keep], plain(ids[row, keep][None]).logits[0])
 
 
+@pytest.mark.parametrize("kind", ["moba", "dynamic"])
+@torch.no_grad()
+def test_a_mask_of_tokens_still_to_come(kind):
+    """As transformers' own attention takes it; one of too few tokens is refused."""
+    ours, plain = both()
+    ids, mask = tokens(2, 90), torch.ones(2, 90, dtype=torch.long)
+    mask[0, :20], mask[1, :5], mask[1, 80:] = 0, 0, 0
+    cache, outs = MoBACache(ours) if kind == "moba" else DynamicCache(config=ours.config), []
+    for piece in (slice(0, 40), slice(40, 70), slice(70, 80)):
+        outs.append(ours(ids[:, piece], past_key_values=cache, attention_mask=mask).logits)
+    logits = torch.cat(outs, 1)
+    for row, keep in enumerate(mask[:, :80].bool()):
+        close(logits[row, keep], plain(ids[row, :80][keep][None]).logits[0])
+    with pytest.raises(ValueError, match="attention_mask has 30 tokens but there are 90, .* pass one of all tokens"):
+        ours(ids[:, 80:], past_key_values=cache, attention_mask=mask[:, :30])
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate(beams):
     """With either cache, the prompt whole or in pieces, padded or not, the same tokens, those of whole passes."""

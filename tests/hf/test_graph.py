@@ -105,6 +105,28 @@ def test_what_cannot_be_stepped_through_is_as_ever(steps):
     close(torch.cat(logits, 1)[0], plain(ids[:1, 9:]).logits[0, 41:])
 
 
+@torch.no_grad()
+def test_sequences_with_padding_behind_others_without(steps):
+    """In the storage that the steps know; and steps serve again where padding ends."""
+    ours, plain = both()
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[0, :20], mask[1, :5] = 0, 0
+    cache = MoBACache(ours, capacity=60)
+    with decoding_graph(ours, cache):
+        _one_by_one(ours, cache, ids, 55)
+        cache.crop(-60)
+        outs = [ours(ids[:, :50], attention_mask=mask[:, :50], past_key_values=cache).logits]
+        for at in range(50, 60):
+            seen = mask[:, : at + 1]
+            outs.append(ours(ids[:, at : at + 1], attention_mask=seen, past_key_values=cache).logits)
+        assert len(steps) == 5
+        cache.crop(-60)
+        close(_one_by_one(ours, cache, ids, 50), plain(ids).logits[:, 49:])
+    assert len(steps) == 15
+    for row, keep in enumerate(mask.bool()):
+        close(torch.cat(outs, 1)[row, keep], plain(ids[row, keep][None]).logits[0])
+
+
 @pytest.mark.parametrize(
     "gate",
     [{}, {"shared_by_group": "sum"}, {"min_recent": 1, "sink": True}],
@@ -135,3 +157,6 @@ def test_a_step_of_one_cache(batch, gate):
         for x, y in zip(found, expected, strict=True):
             close(x, y, 1e-12)
     assert stepped.length == 60 and torch.equal(stepped.k, k)
+    stepped.step = step
+    with pytest.raises(ValueError, match="padding was passed within a Step"):
+        stepped.full_attention(q[:, :1], padding=torch.zeros(batch, dtype=torch.int64))

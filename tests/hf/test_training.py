@@ -187,6 +187,7 @@ def test_layers_of_other_kinds_are_refused_by_name():
         ({"attention_mask": torch.ones(1, 1, 60, 60, dtype=torch.bool)}, r"takes no dense mask"),
         ({"attention_mask": torch.tensor([[1] * 20 + [0] * 5 + [1] * 35])}, r"sequence 0 has padding between tokens"),
         ({"softcap": 30.0}, r"softcap=30.0: .* does not serve soft caps"),
+        ({"s_aux": torch.zeros(4)}, r"s_aux is \[4\]: .* does not serve attention sinks"),
         ({"is_causal": False}, r"attends in both directions|bidirectional"),
         ({"past_key_values": "static"}, r"use moba_cp.hf.MoBACache or a DynamicCache, not a static"),
     ],
