@@ -42,10 +42,16 @@ class _Halo:
     windows: Tensor
     """[n, w] int64, local rows of each of them and the w - 1 keys before it, oldest first; any row for those that lie
     elsewhere."""
+    apart: Tensor
+    """[n, w, 1, 1] bool, which of a window's keys lie elsewhere."""
     sources: Tensor
-    """[n, w] int64, likewise, where among the P N rows shown the key is; -1 if it lies here, or there is none."""
+    """[n, w] int64, where those are among the P N rows shown; any for the others."""
     reach: Tensor
     """[n w] uint8, how many keys before it the last of each window gets a part of; 0 for the others."""
+    behind: Tensor
+    """[n_tails, w] int64, local rows of each tail and of the w - 1 keys behind it, the last first."""
+    reach_behind: Tensor
+    """[n_tails w] uint8, how many of the keys right behind a tail get a part of it; 0 where it is another's row."""
 
 
 def convolve_keys(k: Tensor, weight: Tensor, context: CPContext) -> Tensor:
@@ -85,8 +91,7 @@ def forward(k: Tensor, weight: Tensor, context: CPContext, layer: str) -> Tensor
     shown = _show(k, halo, context, Where.forward(layer))
     out = ops.convolve(k, weight, halo.inside)
     if shown is not None:
-        apart = (halo.sources >= 0)[..., None, None]
-        windows = torch.where(apart, shown[halo.sources.clamp_min(0)], k[halo.windows])
+        windows = torch.where(halo.apart, shown[halo.sources], k[halo.windows])
         out[halo.rows] = ops.convolve(windows.flatten(0, 1), weight, halo.reach).view(windows.shape)[:, -1]
     return out
 
@@ -130,29 +135,25 @@ def _backward_across(
 ) -> None:
     """What ranks owe one another: gradients of the keys ``shown`` return to their ranks, where ``dk`` [L, g, D] is
     written once more for them, and ``dweight`` [g D / 2, w] gets their parts."""
-    wide = dweight.dtype
-    half = weight.to(wide).t().unflatten(1, (dout.shape[1], -1))
-    # [w, g, D], the weight of each channel.
-    factors = torch.cat([half, half], -1)
-    grad, dshown = dout[halo.rows].to(wide), shown.new_zeros(shown.shape, dtype=wide)
-    for j in range(1, len(factors)):
-        source = halo.sources[:, -1 - j]
-        # Where nothing is read, nothing is added, to whichever row.
-        apart = (source >= 0)[:, None, None]
-        part = (grad * shown[source.clamp_min(0)].to(wide)).masked_fill_(~apart, 0).sum(0)
-        dweight[:, j] += part.unflatten(-1, (2, -1)).sum(-2).flatten()
-        dshown.index_add_(0, source.clamp_min(0), (factors[j] * grad).masked_fill_(~apart, 0))
+    wide, ops = dweight.dtype, backend(dout)
+    half = weight.to(wide).t().unflatten(1, (dout.shape[1], -1))[1:].flip(0)
+    # As in a window without its last key: [w - 1, g, D], the weights of each channel, and [n, w - 1], where keys are.
+    factors, apart, sources = torch.cat([half, half], -1), halo.apart[:, :-1], halo.sources[:, :-1]
+    grad = dout[halo.rows, None].to(wide)
+    # Nothing is added for keys that lie here, whatever is multiplied.
+    products = torch.where(apart, grad * shown[sources].to(wide), 0).unflatten(-1, (2, -1))
+    dweight[:, 1:] += products.sum((0, 3)).flip(0).flatten(1).t()
+    parts, dshown = torch.where(apart, factors * grad, 0), shown.new_zeros(shown.shape, dtype=wide)
+    for i in range(len(factors)):
+        # No key gets two parts in one call: their order would be another every time.
+        dshown.index_add_(0, sources[:, i], parts[:, i])
     equal = [len(halo.tails)] * context.size
     returned = context.comm.all_to_all(dshown, equal, equal, _KIND + "_gradients", Where.backward(layer))()
     returned = returned.unflatten(0, (context.size, -1)).sum(0)[: halo.n_tails]
-    tails = halo.tails[: halo.n_tails]
-    grad = dout[tails].to(wide)
-    total = grad + factors[0] * grad + returned
-    for j in range(1, len(factors)):
-        at = (tails + j).clamp_max(len(dout) - 1)
-        reached = (tails + j < len(dout)) & (halo.inside[at] >= j)
-        total += (factors[j] * dout[at].to(wide)).masked_fill_(~reached[:, None, None], 0)
-    dk[tails] = total.to(dk.dtype)
+    # Rounded once: what was written to dk is computed again, wide, as a convolution that goes back.
+    behind = dout[halo.behind].to(wide)
+    again = ops.convolve(behind.flatten(0, 1), weight, halo.reach_behind).view(behind.shape)[:, -1]
+    dk[halo.tails[: halo.n_tails]] = (again + returned).to(dk.dtype)
 
 
 def _show(k: Tensor, halo: _Halo, context: CPContext, where: Where) -> Tensor | None:
@@ -184,17 +185,21 @@ def _build_halo(context: CPContext, width: int) -> _Halo:
     wanted = positions[rows, None] - distance
     found = order[np.searchsorted(shown[order], wanted).clip(0, len(order) - 1)]
     apart = (distance > inside[rows, None]) & (distance <= there[rows, None])
-    sources = np.where(apart, found, -1)
     windows = (rows[:, None] - distance).clip(0)
-    reaches = np.where(distance == 0, there[rows, None], 0).flatten()
     assert context.size > 1 or not len(rows)
-    assert (shown[sources[sources >= 0]] == wanted[sources >= 0]).all()
+    assert (shown[found[apart]] == wanted[apart]).all()
     own, _ = tails[context.rank]
+    behind = (own[:, None] + distance).clip(max=len(positions) - 1)
+    gets = (distance > 0) & (own[:, None] + distance < len(positions)) & (inside[behind] >= distance)
+    # The last row of a window is what it is for.
+    last = lambda reach: np.where(distance == 0, reach[:, None], 0).flatten().astype(np.uint8)
     padded = np.pad(own, (0, n - len(own)), mode="edge")
-    made = (inside.astype(np.uint8), padded, rows, windows, sources, reaches.astype(np.uint8))
+    of_windows = (rows, windows, apart[..., None, None], found, last(there[rows]), behind, last(gets.sum(1)))
     with torch.inference_mode(False):
-        of_rows, of_tails, *of_halo = (to_device(torch.from_numpy(x), context.device) for x in made)
-    return _Halo(of_rows, of_tails, len(own), *of_halo)
+        of_rows, of_tails, *others = (
+            to_device(torch.from_numpy(x), context.device) for x in (inside.astype(np.uint8), padded, *of_windows)
+        )
+    return _Halo(of_rows, of_tails, len(own), *others)
 
 
 def _tails(segments: Segments, reach: int) -> tuple[np.ndarray, np.ndarray]:

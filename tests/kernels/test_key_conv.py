@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moba_cp import eager, kernels
-from moba_cp.cp.key_conv import convolve_next_keys
+from moba_cp import CPContext, eager, kernels, ops
+from moba_cp.cp.key_conv import convolve_keys, convolve_next_keys
 from moba_cp.kernels import key_conv
+from tests.helpers.distributed import run_threads
 from tests.helpers.kernel_inputs import DEVICE, poisoned, strided
 
 # The interpreter computes bfloat16 wrongly.
@@ -82,3 +83,30 @@ def test_gradients_are_the_same_bits_every_time():
     for _ in range(3):
         again = kernels.convolve_backward(dout, k, weight, inside)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def _of_a_rank(comm, layout, bounds, k, weight, dout):
+    cp = CPContext(comm, layout, len(k), bounds, device=DEVICE)
+    leaves = [cp.shard(k).requires_grad_(), weight.clone().requires_grad_()]
+    assert ops.backend(k) is kernels
+    out = convolve_keys(*leaves, cp)
+    out.backward(cp.shard(dout))
+    return cp.unshard(out.detach()), cp.unshard(leaves[0].grad), leaves[1].grad
+
+
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_several_ranks_equal_one(layout, width):
+    """Keys to the bit: blocks are chosen by them."""
+    lengths = [1, 2, 17, 0, 28]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    k, dout, weight, _ = make(lengths, 2, 12, width, DTYPES[-1])
+    ((out, dk, dweight),) = run_threads(1, _of_a_rank, "contiguous", bounds, k, weight, dout)
+    with poisoned():
+        parts = run_threads(3, _of_a_rank, layout, bounds, k, weight, dout)
+    rounding = 4 * torch.finfo(k.dtype).eps
+    for there, grad, _ in parts:
+        assert torch.equal(there, out)
+        torch.testing.assert_close(grad, dk, rtol=rounding, atol=rounding)
+    together = sum(of_weight.double() for *_, of_weight in parts)
+    torch.testing.assert_close(together, dweight.double(), rtol=rounding, atol=8 * rounding)
