@@ -321,7 +321,8 @@ def _finish(journal: Journal, encoder, options: BuildOptions, seconds: float) ->
     listing = prefix.with_name(prefix.name + ".bad.txt")
     listing.unlink(missing_ok=True)
     if bad:
-        listing.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+        # Names of files need not be text.
+        listing.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="surrogateescape")
     if hasattr(encoder, "copy_to"):
         encoder.copy_to(prefix.with_name(prefix.name + ".tokenizer"))
     if options.mask_field is not None:

@@ -63,7 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
     workers = arguments.workers or len(os.sched_getaffinity(0))
     with _Progress() as progress:
         made = build(options, workers, progress)
-    print(*report.lines(made, prefix), sep="\n")
+    # Names of files need not be text.
+    print(*(line.encode("utf-8", "backslashreplace").decode() for line in report.lines(made, prefix)), sep="\n")
     report.draw_lengths(made.lengths, prefix.with_name(prefix.name + ".lengths.png"))
     return 0
 

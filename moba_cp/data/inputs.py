@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,6 +18,8 @@ from typing import Any
 UNIT_BYTES = 16 * 2**20
 _JSONL = (".jsonl", ".ndjson", ".json")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+# What some programs put in front of UTF-8; it belongs to no document.
+_SIGNATURE = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def find_units(paths: list[str], pattern: str | None, unit_bytes: int = UNIT_BYT
         close_texts()
         if kind == "parquet":
             units += _row_groups(file, unit_bytes)
-        elif Path(file).suffix in _COMPRESSED:
+        elif _suffix(file) in _COMPRESSED:
             units.append(Unit("jsonl", (file,), 0, -1, length))
         else:
             starts = range(0, max(length, 1), unit_bytes)
@@ -94,17 +97,23 @@ def find_units(paths: list[str], pattern: str | None, unit_bytes: int = UNIT_BYT
 
 
 def read_unit(unit: Unit, field: str, mask_field: str | None) -> Iterator[Document | Bad]:
-    """The documents of a unit, and what is wrong with the others, in the order of the file."""
+    """The documents of a unit, and what is wrong with the others, in the order of the file.
+
+    Raises:
+        ValueError: a file is damaged, so that what comes behind cannot be read.
+        OSError: a file cannot be opened.
+    """
     if unit.kind == "text":
         for file in unit.files:
-            yield _decoded(file, 1, Path(file).read_bytes())
-    elif unit.kind == "parquet":
+            yield _decoded(file, None, Path(file).read_bytes())
+        return
+    if unit.kind == "parquet":
         yield from _read_rows(unit, field, mask_field)
-    else:
-        (file,) = unit.files
-        for number, line in enumerate(_lines(unit), 1):
-            if line.strip():
-                yield _read_json(file, number, line, field, mask_field)
+        return
+    try:
+        yield from _read_lines(unit, field, mask_field)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(unit.files[0], error) from None
 
 
 def count_lines(file: str, stop: int) -> int:
@@ -147,7 +156,7 @@ def _files(paths: list[str], pattern: str | None) -> list[str]:
         if not path.is_dir():
             found.append(str(path))
             continue
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=_refuse):
             folders[:] = sorted(x for x in folders if not x.startswith("."))
             names = sorted(x for x in names if not x.startswith(".") and fnmatch(x, pattern or "*"))
             found += [os.path.join(folder, x) for x in names if os.path.isfile(os.path.join(folder, x))]
@@ -159,14 +168,22 @@ def _files(paths: list[str], pattern: str | None) -> list[str]:
     return found
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _suffix(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
 def _kind(file: str) -> str:
-    path = Path(file)
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    if path.suffix in _COMPRESSED and suffix not in _JSONL:
+    last = _suffix(file)
+    suffix = _suffix(Path(file).stem) if last in _COMPRESSED else last
+    if last in _COMPRESSED and suffix not in _JSONL:
         raise ValueError(
-            f"{file}: compressed, and not JSON lines by its name; unpack it first, or name it .jsonl{path.suffix}"
+            f"{file}: compressed, and not JSON lines by its name; unpack it first, or name it .jsonl{last}"
         )
-    return "parquet" if path.suffix == ".parquet" else "jsonl" if suffix in _JSONL else "text"
+    return "parquet" if suffix == ".parquet" else "jsonl" if suffix in _JSONL else "text"
 
 
 def _row_groups(file: str, unit_bytes: int) -> list[Unit]:
@@ -187,8 +204,8 @@ def _parquet(file: str):
 
     try:
         return ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, error) from None
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -208,7 +225,7 @@ def _lines(unit: Unit) -> Iterator[bytes]:
 
 
 def _open(file: str):
-    kind = _COMPRESSED.get(Path(file).suffix)
+    kind = _COMPRESSED.get(_suffix(file))
     if kind is None:
         return open(file, "rb", buffering=2**20)
     if kind == "gzip":
@@ -216,6 +233,14 @@ def _open(file: str):
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(file, compression=kind), 2**20)
+
+
+def _read_lines(unit: Unit, field: str, mask_field: str | None) -> Iterator[Document | Bad]:
+    for number, line in enumerate(_lines(unit), 1):
+        if number == 1 and unit.start == 0:
+            line = line.removeprefix(_SIGNATURE)
+        if line.strip():
+            yield _read_json(unit.files[0], number, line, field, mask_field)
 
 
 def _read_json(file: str, number: int, line: bytes, field: str, mask_field: str | None) -> Document | Bad:
@@ -242,9 +267,9 @@ def _read_rows(unit: Unit, field: str, mask_field: str | None) -> Iterator[Docum
     if missing := [name for name in columns if name not in names]:
         raise ValueError(f"{file}: no column {missing[0]!r}; there are {', '.join(names)}")
     number = sum(parquet.metadata.row_group(i).num_rows for i in range(unit.start))
-    for batch in parquet.iter_batches(256, row_groups=range(unit.start, unit.stop), columns=columns):
+    for batch in _batches(parquet, unit, columns):
         learned = batch.column(mask_field).to_pylist() if mask_field else [None] * batch.num_rows
-        for text, mask in zip(batch.column(field).to_pylist(), learned):
+        for text, mask in zip(_values(batch.column(field)), learned):
             number += 1
             if isinstance(text, bytes):
                 document = _decoded(file, number, text)
@@ -253,6 +278,33 @@ def _read_rows(unit: Unit, field: str, mask_field: str | None) -> Iterator[Docum
                     yield document
                     continue
             yield _checked(file, number, text, mask, field, mask_field)
+
+
+def _batches(parquet, unit: Unit, columns: list[str]) -> Iterator:
+    import pyarrow
+
+    try:
+        yield from parquet.iter_batches(256, row_groups=range(unit.start, unit.stop), columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(unit.files[0], error) from None
+
+
+def _values(column) -> list:
+    """Of a column's rows; text as bytes, since nothing has seen to it that it is UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    return (column.cast(pyarrow.large_binary()) if is_text else column).to_pylist()
+
+
+def _damaged(file: str, error: Exception) -> Exception:
+    """What to raise where reading a file ends in ``error``."""
+    if isinstance(error, OSError) and error.filename:
+        return error
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(f"{file}: damaged or cut off ({reason[0]}); get it whole again, or leave it out")
 
 
 def _checked(file: str, number: int, text: Any, learned: Any, field: str, mask_field: str | None) -> Document | Bad:
@@ -279,7 +331,9 @@ def _is_range(value: Any, length: int) -> bool:
     return pair and 0 <= value[0] <= value[1] <= length
 
 
-def _decoded(file: str, number: int, data: bytes) -> Document | Bad:
+def _decoded(file: str, row: int | None, data: bytes) -> Document | Bad:
+    """The document of a row, or that of a whole file."""
+    number, data = row or 1, data.removeprefix(_SIGNATURE)
     if not data:
         return Bad(file, number, "empty document")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -287,7 +341,8 @@ def _decoded(file: str, number: int, data: bytes) -> Document | Bad:
     try:
         return Document(number, data.decode("utf-8"), None)
     except UnicodeDecodeError as error:
-        return Bad(file, data.count(b"\n", 0, error.start) + number, _not_utf8(data, error))
+        line = data.count(b"\n", 0, error.start) + 1 if row is None else row
+        return Bad(file, line, _not_utf8(data, error))
 
 
 def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
