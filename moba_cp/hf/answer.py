@@ -1,7 +1,7 @@
 """Prompts of any length, answered: the prompt in pieces, then token by token."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class _Stream(BaseStreamer):
         """Nothing is left."""
 
 
+@contextmanager
+def _without_settings(model) -> Iterator[None]:
+    """transformers takes what a call leaves open from the model's own settings, such as a penalty for repetitions."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 def answer(
     model,
     prompt: Tensor,
@@ -42,6 +52,8 @@ def answer(
 ) -> Tensor:
     """The tokens that follow a prompt, by transformers' ``generate`` with a :class:`moba_cp.hf.MoBACache`.
 
+    The model's own settings (``generation_config``) do not count.
+
     Args:
         model: as :func:`moba_cp.hf.use_moba` leaves it.
         prompt: [n] int64.
@@ -49,7 +61,7 @@ def answer(
         piece: tokens of the prompt that are computed at a time.
         temperature: 0 takes the likeliest token.
         top_p: tokens are drawn from the likeliest that together have this probability.
-        end: a token, or some, with which an answer ends.
+        end: a token, or some, with which an answer ends; None: it ends after ``max_tokens``.
         on_token: called with each token as it comes.
         cuda_graph: see :func:`moba_cp.hf.decoding_graph`; None uses one on a GPU.
 
@@ -67,22 +79,22 @@ def answer(
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_p={top_p}: use 0 or more, and above 0 up to 1")
     n = prompt.numel()
-    sampling = {"do_sample": False, "temperature": None, "top_p": None}
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        # Of top_k None means 50 to transformers 5, and 0 all tokens.
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     first_end = end[0] if isinstance(end, list) else end
     how = GenerationConfig(
         max_new_tokens=max_tokens,
         prefill_chunk_size=piece if n > piece else None,
         eos_token_id=end,
         pad_token_id=0 if first_end is None else first_end,
-        top_k=None,
         **sampling,
     )
     ids, cache = prompt.to(model.device)[None], MoBACache(model, n + max_tokens)
     if cuda_graph is None:
         cuda_graph = ids.is_cuda
-    with decoding_graph(model, cache) if cuda_graph else nullcontext():
+    with _without_settings(model), decoding_graph(model, cache) if cuda_graph else nullcontext():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

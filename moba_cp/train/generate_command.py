@@ -84,10 +84,10 @@ def _device(name: str | None):
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         return arguments.prompt
-    if arguments.prompt_file == "-":
-        return sys.stdin.read()
+    # As bytes: reading as text changes line breaks, which are tokens.
+    data = sys.stdin.buffer.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_bytes()
     try:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file={arguments.prompt_file}: not UTF-8 at byte {error.start}") from None
 
@@ -186,7 +186,9 @@ class _Printer:
         if not text.endswith("\ufffd"):
             self._write(text)
             if text.endswith("\n") or len(self._pending) >= _PENDING_TOKENS:
-                self._pending, self._written = [], ""
+                # Some tokenizers' first token loses its space.
+                self._pending = self._pending[-1:]
+                self._written = self._text()
 
     def close(self) -> None:
         """Write what is left, and end the line."""

@@ -1,5 +1,6 @@
 """``moba-cp generate``: runs and folders of Hugging Face's answer prompts."""
 
+import argparse
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from moba_cp import cli
 from moba_cp.hf import use_moba
 from moba_cp.hf.answer import answer
-from moba_cp.train.generate_command import _Printer
+from moba_cp.train.generate_command import _Printer, _prompt
 from tests.helpers.data_files import write_tokenizer
 from tests.helpers.hf_models import tiny, tokens
 from tests.helpers.train_runs import train, write_text
@@ -115,6 +116,51 @@ def test_characters_of_several_tokens_are_written_whole(capsys):
             assert capsys.readouterr().out == "a"
     printer.close()
     assert capsys.readouterr().out == "é\n世界\n" and len(printer.times) == 11
+
+
+def test_spaces_behind_line_breaks_are_written(capsys):
+    """Of tokenizers whose first token loses its space."""
+    pieces = ["def", " x", "\n", "   ", " y", "\n"]
+    printer = _Printer(lambda x: "".join(pieces[i] for i in x.tolist()).removeprefix(" "), [])
+    for token in (1, 2, 3, 0, 4, 2, 2, 4):
+        printer.add(token)
+    printer.close()
+    assert capsys.readouterr().out == "x\n   def y\n\n y\n"
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_line_breaks_of_a_prompt_stay(tmp_path, monkeypatch, source):
+    """They are tokens; text mode would read all of them as line feeds."""
+    data = "one\r\ntwo\rthree\u2028é\n"
+    (tmp_path / "prompt.txt").write_bytes(data.encode())
+    named = str(tmp_path / "prompt.txt")
+    if source == "stdin":
+        named = "-"
+        monkeypatch.setattr(sys, "stdin", open(tmp_path / "prompt.txt", encoding="utf-8"))
+    assert _prompt(argparse.Namespace(prompt=None, prompt_file=named)) == data
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    if source == "stdin":
+        monkeypatch.setattr(sys, "stdin", open(tmp_path / "prompt.txt", encoding="utf-8"))
+    with pytest.raises(ValueError, match="not UTF-8 at byte 3"):
+        _prompt(argparse.Namespace(prompt=None, prompt_file=named))
+
+
+def test_a_model_s_own_settings_do_not_count():
+    """Greedy is the likeliest token, and a temperature draws from all of them."""
+    model, prompt = use_moba(tiny(), 16, 3), tokens(1, 40)[0]
+    expected = prompt[None]
+    with torch.no_grad():
+        for _ in range(12):
+            expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    settings = model.generation_config
+    settings.repetition_penalty, settings.eos_token_id, settings.min_new_tokens = 5.0, expected[0, 44].item(), 2
+    assert torch.equal(answer(model, prompt, 12), expected[0, 40:])
+    torch.manual_seed(0)
+    drawn = torch.cat([prompt, answer(model, prompt, 100, temperature=1e6)])
+    with torch.no_grad():
+        logits = model(drawn[None], use_cache=False).logits[0, 39:-1]
+    rank = (logits > logits.gather(1, drawn[40:, None])).sum(1)
+    assert len(rank) == 100 and rank.max() >= 50 and model.generation_config is settings
 
 
 def test_answer_streams_and_ends():
