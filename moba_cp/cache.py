@@ -231,7 +231,8 @@ class KVCache:
             )
         asked = q.shape[2:], q.dtype, q.device, softmax_scale
         if asked != self._asked:
-            *_, self._scale = checked_inputs(q[0], self.k[0], self.v[0], None, softmax_scale)
+            # Of the first sequence, if there is any.
+            *_, self._scale = checked_inputs(*(x[:1].flatten(0, 1) for x in (q, self.k, self.v)), None, softmax_scale)
             self._asked = asked
         # Under autocast they may differ: keys are as they were appended.
         return q.to(self._k.dtype), self._scale

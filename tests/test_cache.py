@@ -99,6 +99,13 @@ def test_the_next_sequences_padding_may_lie_in_the_same_tensor(kind):
         assert relative_error(out * real, _whole(kind, q, k, v, padding)) < 1e-12
 
 
+@pytest.mark.parametrize("batch, n_rows", [(0, 30), (0, 2), (2, 0)])
+def test_nobody_asks(batch, n_rows):
+    cache, q = KVCache(16), torch.randn(batch, n_rows, 4, 8)
+    cache.append(*torch.randn(2, batch, 40, 2, 8).unbind())
+    assert cache.moba_attention(q, CONFIG).shape == cache.full_attention(q).shape == q.shape
+
+
 def test_bfloat16_in_pieces_selects_the_same():
     q, k, v = _inputs(1, torch.bfloat16)
     whole = moba_attention(q[0], k[0], v[0], CONFIG)

@@ -85,6 +85,21 @@ def test_a_batch_of_none_has_nothing(n_rows):
     assert q.grad.shape == q.shape
 
 
+@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("batch", [None, 1, 3])
+def test_no_rows_among_keys(kind, batch):
+    """As when all that a step computes belongs to other sequences: nothing comes out, and no gradient."""
+    shape = () if batch is None else (batch,)
+    q, k, v = (
+        torch.randn(*shape, n, h, 8, dtype=torch.float64, requires_grad=True) for n, h in ((0, 4), (20, 2), (20, 2))
+    )
+    how = {} if batch else {"cu_seqlens": torch.tensor([0, 0, 0]), "cu_seqlens_k": torch.tensor([0, 7, 20])}
+    out, lse = ATTENTION[kind][0](q, k, v, return_lse=True, **how)
+    assert out.shape == q.shape and lse.shape == q.shape[:-1]
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+
+
 def test_a_batch_of_one_across_ranks_is_its_sequence():
     q, k, v = torch.randn(3, 1, 64, 2, 8)
     cp = CPContext(None, "zigzag", 64)

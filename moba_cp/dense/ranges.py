@@ -89,6 +89,9 @@ def build_ranges(rows, keys, cu_seqlens: np.ndarray) -> Ranges:
     """
     row_start, row_length, row_offset = _table(rows)
     key_start, key_length, key_offset = _table(keys)
+    one_document = int((np.diff(cu_seqlens) > 0).sum()) == 1
+    if not len(row_start) or not len(key_start):
+        return Ranges(int(row_length.sum()), int(key_length.sum()), (), one_document)
     bounds = np.unique(
         np.concatenate([row_start, row_start + row_length, key_start, key_start + key_length, cu_seqlens])
     )
@@ -117,7 +120,7 @@ def build_ranges(rows, keys, cu_seqlens: np.ndarray) -> Ranges:
         n_rows=int(row_length.sum()),
         n_keys=int(key_length.sum()),
         rectangles=_merged(run),
-        one_document=int((np.diff(cu_seqlens) > 0).sum()) == 1,
+        one_document=one_document,
     )
 
 
