@@ -71,7 +71,8 @@ _EXAMPLES = {
     "experiment switch": "moba-cp experiment switch hybrid/switch_90_10 --directory runs/switch",
 }
 _EXIT_CODES = """exit codes: 0 done, 1 an error of the run or of this library, 2 a wrong option, config or file,
-3 doctor or verify found something wrong, 75 asked to stop and saved, 130 interrupted"""
+3 doctor or verify found something wrong, or plan that a run does not fit, 75 asked to stop and saved,
+130 interrupted"""
 
 # What users install beside the package itself, in the order in which a missing package is looked for.
 _EXTRAS = ("train", "data", "metrics", "hf")

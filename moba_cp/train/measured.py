@@ -61,12 +61,12 @@ class Comparison:
         return self.predicted_gib / self.gib if self.gib and self.predicted_gib else None
 
 
-def compare(folder: Path, per_node: int = 8, host_gib: float | None = None) -> Comparison:
+def compare(folder: Path, per_node: int | None = None, host_gib: float | None = None) -> Comparison:
     """The run in ``folder`` and its forecast.
 
     Args:
         folder: a run's, with its ``config.yaml``, ``versions.json`` and ``log.jsonl``.
-        per_node: devices of a machine.
+        per_node: devices of a machine; None: the usual.
         host_gib: host memory of a rank; None: the usual.
 
     Raises:

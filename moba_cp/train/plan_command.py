@@ -7,27 +7,31 @@ import argparse
 
 from .command import add_overrides
 
+# The exit code of doctor and verify where something is wrong.
+DOES_NOT_FIT = 3
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or the name of a packaged one")
     parser.add_argument("--gpus", type=int, metavar="N", help="how many, in all machines together")
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="h100, h200, a100 or b200 (default: h100)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="of a machine (default: 8)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of a machine (default: 8)")
     parser.add_argument("--host-gib", type=float, metavar="GIB", help="host memory for each GPU (default: 100)")
     add_overrides(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too (.json)")
     parser.add_argument(
         "--measured",
         nargs="+",
         metavar="RUN",
         help="instead of CONFIG: folders of runs on GPUs; prints a table of predicted beside measured",
     )
-    parser.add_argument("--chart", metavar="FILE", help="with --measured: draw time and memory against tokens as a PNG")
+    parser.add_argument("--chart", metavar="FILE",
+                        help="with --measured: draw time and memory against tokens (.png)")  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code: 1 if the run would not fit.
+    """Run the command; returns the exit code: 3 if the run would not fit.
 
     Raises:
         ValueError, OSError: what the user should read.
@@ -40,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     from .measured import compare, draw, figures, table
     from .yaml_config import load
 
-    if arguments.gpus_per_node < 1:
+    if arguments.gpus_per_node is not None and arguments.gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node={arguments.gpus_per_node} is below 1; use 1 or more")
     if arguments.host_gib is not None and not arguments.host_gib > 0:
         raise ValueError(f"--host-gib={arguments.host_gib:g} is not above 0; use more, or leave it out")
@@ -71,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(*_lines(made, others, reach, *where), sep="\n")
     if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(_figures(made, reach), indent=1) + "\n", encoding="utf-8")
-    return 0 if made.memory is not None else 1
+    return 0 if made.memory is not None else DOES_NOT_FIT
 
 
 def _figures(made, reach: int) -> dict:
@@ -89,7 +93,9 @@ def _figures(made, reach: int) -> dict:
     }
 
 
-def _lines(made, others: list, reach: int, gpu, per_node: int = 8, host_gib: float | None = None) -> list[str]:
+def _lines(
+    made, others: list, reach: int, gpu, per_node: int | None = None, host_gib: float | None = None
+) -> list[str]:
     from .log import human
 
     config, data = made.config, made.config.data
@@ -122,7 +128,7 @@ def _lines(made, others: list, reach: int, gpu, per_node: int = 8, host_gib: flo
     return [*said, f"run: {config.run.steps:,} steps, {hours:.3g} hours"]
 
 
-def _what_fits(made, reach: int, gpu, per_node: int, host_gib: float | None) -> str:
+def _what_fits(made, reach: int, gpu, per_node: int | None, host_gib: float | None) -> str:
     from dataclasses import replace
 
     from .predict import forecast

@@ -33,13 +33,15 @@ class GPU:
     """Memory that a program gets."""
     host_gib: float
     """Host memory beside it that may be locked; a common machine's."""
+    per_node: int = 8
+    """Of a machine; a common one's."""
     measured: bool = False
     """Whether rates below were measured on it."""
 
 
 GPUS = {
-    "h100": GPU("H100 80GB", PEAKS["H100"], 79.0, 100.0, True),
-    "h200": GPU("H200", PEAKS["H200"], 139.5, 100.0, True),
+    "h100": GPU("H100 80GB", PEAKS["H100"], 79.0, 100.0, measured=True),
+    "h200": GPU("H200", PEAKS["H200"], 139.5, 100.0, measured=True),
     "a100": GPU("A100 80GB", PEAKS["A100"], 79.0, 100.0),
     "b200": GPU("B200", PEAKS["B200"], 178.0, 200.0),
 }
@@ -95,14 +97,14 @@ def forecast(
     config: TrainConfig,
     ranks: int,
     gpu: GPU,
-    per_node: int = 8,
+    per_node: int | None = None,
     host_gib: float | None = None,
     layers: Sequence[LayerMemory] | None = None,
 ) -> Forecast:
     """What a step of ``config`` takes on ``ranks`` devices.
 
     Args:
-        per_node: devices of a machine.
+        per_node: devices of a machine; None: the usual.
         host_gib: host memory of a rank; None: the usual.
         layers: what each keeps for backward; None: what fits and computes least again.
 
@@ -110,6 +112,7 @@ def forecast(
         ValueError: what a run on so many ranks would refuse.
     """
     config, context = check_ranks(config, ranks)
+    per_node = gpu.per_node if per_node is None else per_node
     groups = ranks // context
     model, attention = config.model, config.attention.at(config.run.steps, config.run.steps)
     local = -(-config.data.seq_len // context)
@@ -137,7 +140,9 @@ def forecast(
     return Forecast(config, ranks, context, plan, seconds, moved)
 
 
-def longest(config: TrainConfig, ranks: int, gpu: GPU, per_node: int = 8, host_gib: float | None = None) -> int:
+def longest(
+    config: TrainConfig, ranks: int, gpu: GPU, per_node: int | None = None, host_gib: float | None = None
+) -> int:
     """Tokens of the longest sequence that fits on ``ranks`` that share it, to a part in 64; 0 if none does, or if the
     config does not let so many share one."""
     shared = replace(config, run=replace(config.run, context_size=None))
@@ -160,7 +165,9 @@ def longest(config: TrainConfig, ranks: int, gpu: GPU, per_node: int = 8, host_g
     return low * unit
 
 
-def candidates(config: TrainConfig, ranks: int, gpu: GPU, per_node: int, host_gib: float | None) -> list[Forecast]:
+def candidates(
+    config: TrainConfig, ranks: int, gpu: GPU, per_node: int | None, host_gib: float | None
+) -> list[Forecast]:
     """Forecasts that fit, for every number of ranks that may share a sequence, the fastest first."""
     found = []
     for context in (n for n in range(1, ranks + 1) if ranks % n == 0):
