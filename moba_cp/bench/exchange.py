@@ -60,6 +60,8 @@ STYLES = {
 def main(args: argparse.Namespace) -> int:
     """Print the table."""
     _check(args)
+    if args.tokens is None:
+        args.tokens = 1 << 20 if _device(args) == "cuda" else 1 << 16
     if args.gate in GATES:
         shape = Shape.of(args)
         gate = SyntheticGate(args.gate, shape.heads, shape.kv_heads, args.block_size, args.top_k, args.seed)
@@ -98,6 +100,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"device={args.device!r} is not one of auto, cpu, cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': PyTorch finds no GPU here; use auto or cpu")
+
+
+def _device(args: argparse.Namespace) -> str:
+    return args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def panels(rows: list[Row]) -> list[Panel]:
@@ -174,7 +180,7 @@ class Asked:
 
 def measure(size: int, gate, modes: list[str], args: argparse.Namespace) -> list[Row]:
     """Rows of the table for ``size`` ranks."""
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(args)
     bounds = getattr(gate, "bounds", np.array([0, args.tokens]))
     segments = rank_segments(args.layout, args.tokens, size, bounds)
     options = ExchangeOptions(

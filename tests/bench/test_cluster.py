@@ -309,9 +309,11 @@ def test_a_profile_says_what_overlaps():
         (["--max-ms", "0"], "max-ms=0.0 is not positive"),
         (["--block-size", "20"], "block_size=20 is not a positive multiple of 16"),
         (["--json", "/nowhere/x.json"], "the folder /nowhere is not there"),
+        (["--device", "auto"], "this machine has none that PyTorch sees; name --device cpu and a small layer"),
     ],
 )
-def test_wrong_options_are_named_before_anything_starts(given, says):
+def test_wrong_options_are_named_before_anything_starts(given, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
         command.main(arguments(*given))
 

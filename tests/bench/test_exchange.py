@@ -129,7 +129,7 @@ def test_the_chart_mirrors_nothing_and_hides_nothing():
 @pytest.mark.parametrize("kind, share", [("concentrated", 0.134), ("uniform", 0.488)])
 def test_of_a_dense_ring_at_a_million_tokens(kind, share):
     """On 64 ranks, every rank for itself: what is promised is a fifth and a half."""
-    args = _args("--gate", kind, "--ranks-per-node", "1")
+    args = _args("--gate", kind, "--tokens", "1048576", "--ranks-per-node", "1")
     gate = SyntheticGate(kind, args.heads, args.kv_heads, args.block_size, args.top_k)
     (row,) = exchange.measure(64, gate, ["auto"], args)
     assert row.of_ring == pytest.approx(share, abs=5e-4)
@@ -177,6 +177,13 @@ def test_bad_arguments_are_named(given, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
         exchange.main(_args(*given))
+
+
+@pytest.mark.parametrize("gpu, tokens", [(False, 65536), (True, 1048576)])
+def test_without_a_number_of_tokens_a_cpu_counts_few(gpu, tokens, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(exchange, "measure", lambda *_: [])
+    assert exchange.main(_args()) == 0 and capsys.readouterr().out.startswith(f"{tokens} tokens, 32 query heads")
 
 
 @pytest.mark.parametrize("gate", ["uniform", "concentrated"])

@@ -43,6 +43,11 @@ def main(args: argparse.Namespace) -> int:
     """Check, measure, print; 1 on every rank if a check fails."""
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
     shape = _parse(args)
+    if args.device == "auto" and not torch.cuda.is_available():
+        raise ValueError(
+            "bench cluster measures GPUs, and this machine has none that PyTorch sees; name --device cpu and a small "
+            "layer, as docs/bench_cluster.md does"
+        )
     ranks = Ranks(args.device, args.timeout)
     try:
         _check_sizes(args, ranks)

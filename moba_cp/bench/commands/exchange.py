@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser, heads=32, kv_heads=8, gate="concentrated")
     parser.add_argument("--gate-layer", type=int, help="--gate may be a file: its layer (default: the middle one)")
     parser.add_argument("--ranks", default="2,4,8,16,32,64", help="numbers of ranks, by commas (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="T (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="T (default: 1048576 on a GPU, 65536 on a CPU: some seconds)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
     parser.add_argument("--modes", default=",".join(MODES), help="by commas (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep what was received for backward")
