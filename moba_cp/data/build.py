@@ -300,6 +300,7 @@ def _finish(journal: Journal, encoder, options: BuildOptions, seconds: float) ->
     bad = [f"{x['file']}:{x['line']}: {x['reason']}" for record in journal.records for x in record["bad"]]
     if not lengths.any():
         first = f"; the first: {bad[0]}" if bad else ""
+        shutil.rmtree(folder)
         raise ValueError(f"no document can be used of {', '.join(options.inputs)}: {len(bad)} are bad{first}")
     reasons = Counter(x["reason"].partition(" (")[0].partition(":")[0] for r in journal.records for x in r["bad"])
     text_bytes = sum(record["text_bytes"] for record in journal.records)

@@ -137,6 +137,9 @@ class Export:
         for name in _files_of_export(self.path):
             (self.path / name).replace(old / name)
         names = sorted(file.name for file in self.folder.iterdir())
+        for name in names:
+            # Safetensors lets nobody but their owner read its files.
+            shutil.copymode(self.folder / CONFIG, self.folder / name)
         for name in sorted(names, key=lambda name: name in (WEIGHTS, INDEX)):
             (self.folder / name).replace(self.path / name)
         self.discard()

@@ -169,6 +169,7 @@ def test_nothing_but_bad_documents_is_an_error(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("x\n")
     assert cli.main(["data", "build", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "a"), "--workers", "1"]) == 2
     assert "no document can be used" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_compressed_lines_and_parquet_hold_the_same_documents(tmp_path):

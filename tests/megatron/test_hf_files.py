@@ -45,6 +45,7 @@ def test_an_export_takes_the_place_of_the_older_one(before, after, tmp_path):
     export(tmp_path, 2, after)
     assert_holds(tmp_path, 2)
     weights = {file.name for file in tmp_path.glob("*.safetensors")}
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1, "who may read one file may read all"
     if after:
         assert weights == set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values())
     else:
