@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         return _help(argv)
     parser = _Parser(prog=f"moba-cp {words}", description=_sentence(COMMANDS[words][1]), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
+    )
     show_traceback = "--traceback" in argv or bool(os.environ.get("MOBA_CP_TRACEBACK"))
     try:
         module = importlib.import_module(COMMANDS[words][0])

@@ -177,6 +177,15 @@ def test_dry_run_shows_what_was_taken_and_left(place, capsys):
     assert "left out" not in shown and "JSON" not in shown
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["train", "dry run"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(place, capsys, monkeypatch, flags):
+    before, access = files(place), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK and access(path, mode))
+    assert cli.main(arguments(place, "run.directory=runs/a", flags=flags)) == 2
+    said = f"run.directory=runs/a: {place / 'here'} is not writable; name another folder, or make it writable\n"
+    assert capsys.readouterr().err == f"moba-cp train: error: {said}" and files(place) == before
+
+
 def test_padding_lets_odd_lengths_through(place, capsys):
     flags = ("--dry-run", "--ranks", "3")
     assert cli.main(arguments(place, "data.seq_len=255", "data.pad_to_multiple=true", flags=flags)) == 0

@@ -7,9 +7,9 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module imports from its own room and from those before it.
 ROOMS = [
-    "kernels", "launchers", "config", "host", "blocks", "given", "dtypes", "transforms", "reference", "eager", "ops",
-    "dense", "autograd", "cp", "attention", "cache", "steps", "index", "passes", "model", "data", "megatron", "hf",
-    "train", "experiments", "bench", "doctor", "verify", "cli", "__main__",
+    "kernels", "launchers", "outputs", "config", "host", "blocks", "given", "dtypes", "transforms", "reference",
+    "eager", "ops", "dense", "autograd", "cp", "attention", "cache", "steps", "index", "passes", "model", "data",
+    "megatron", "hf", "train", "experiments", "bench", "doctor", "verify", "cli", "__main__",
 ]  # fmt: skip
 
 

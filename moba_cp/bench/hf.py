@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -47,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         report["rows"] += rows
         print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
         if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(failed)
 
 

@@ -4,6 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ..outputs import check_writable
 from ..train.command import add_overrides
 
 NAMES = (
@@ -68,4 +69,5 @@ def main(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}={value} is not above 0")
     names = NAMES if "all" in arguments.names else tuple(dict.fromkeys(arguments.names))
     folder = Path(arguments.directory or f"runs/experiments-{arguments.scale}")
+    check_writable("--directory", folder)
     return start(arguments, names, folder, started)

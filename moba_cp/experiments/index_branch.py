@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         logs = {name: log for name in VARIANTS if (log := read_log(folder / name / LOG))}
         if not logs:
             raise ValueError(f"{folder}: no run is logged there; train them first, without --redraw")
-        picture = Path(args.picture or folder / "index-branch.png")
+        picture = args.picture or folder / "index-branch.png"
         _draw(logs, picture)
         print(*verdict(logs), f"chart: {picture}", sep="\n")
     return 0
@@ -127,5 +127,4 @@ def _draw(logs: dict[str, list[dict]], picture: Path) -> None:
     gap.set(title="validation loss over full attention's", ylabel="%")
     divergence.set(title="what index branches still have to learn", ylabel="divergence (nats), running mean")
     whole.legend(fontsize=8)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     save_picture(drawn, picture, 80)

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             if not _losses(log):
                 raise ValueError(f"{folder / name}: no step is logged there; train it first, without --redraw")
         first_full = _first_full_step(logs["switch"])
-        picture = Path(args.picture or folder / "switch.png")
+        picture = args.picture or folder / "switch.png"
         _draw(logs, first_full, picture)
         print(*_verdict(logs, first_full), f"chart: {picture}", sep="\n")
     return 0
@@ -109,6 +109,5 @@ def _draw(logs: dict[str, list[dict]], first_full: int, picture: Path) -> None:
         axes.grid(alpha=0.3)
     whole.set_ylabel("loss (nats per byte)")
     whole.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, format="png", dpi=80)
     pyplot.close(figure)

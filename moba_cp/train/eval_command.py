@@ -4,8 +4,8 @@ import argparse
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
+from ..outputs import output_file
 from .command import add_overrides
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", choices=("as_trained", "moba", "full"), default="as_trained",
                         help="of the layers (default: as_trained, by the run's last step)")  # fmt: skip
     add_overrides(parser, "run's config")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures here too (.json)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
     if mesh.first:
         print(*_lines(figures), sep="\n", flush=True)
         if arguments.json is not None:
-            Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or a folder with one (default: that "
                         "of the data or of the weights that the run began with)")  # fmt: skip
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in FOLDER; other files stay")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -28,6 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..megatron.hf import save_hf
+    from ..outputs import check_new
     from . import megatron_lm
     from .checkpoint import META
     from .exported import trained_model
@@ -35,11 +37,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.shard_gb <= 0:
         raise ValueError(f"--shard-gb={arguments.shard_gb} is not above 0")
-    trained = trained_model(arguments.run, arguments.tokenizer)
-    model, meta, config, tokenizer = trained.model, trained.meta, trained.config, trained.tokenizer
     folder, dtype = Path(arguments.to), getattr(torch, arguments.dtype)
     if any((folder / name).exists() for name in (LOG, META)):
         raise ValueError(f"--to={folder}: is a run's folder or a checkpoint; name another")
+    check_new("--to", folder, arguments.overwrite)
+    trained = trained_model(arguments.run, arguments.tokenizer)
+    model, meta, config, tokenizer = trained.model, trained.meta, trained.config, trained.tokenizer
     if config.attention.key_conv:
         raise ValueError(
             f"attention.key_conv={config.attention.key_conv}: no model of transformers, and none of Megatron-LM's own, "

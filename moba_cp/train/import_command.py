@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", metavar="FOLDER", help="of a Megatron-LM checkpoint: write the weights here, as "
                         "Hugging Face's, which the config then begins with")  # fmt: skip
     add_overrides(parser, "config")
-    parser.add_argument("--overwrite", action="store_true", help="replace CONFIG if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace CONFIG, and a model in --hf's FOLDER")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -25,6 +25,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     from ..megatron.hf_config import model_config_of
     from ..megatron.hf_files import CheckpointFiles
+    from ..outputs import check_new, check_writable
     from . import megatron_lm
     from .config import TrainConfig
     from .yaml_config import build, override, to_dict, to_yaml
@@ -32,9 +33,13 @@ def main(arguments: argparse.Namespace) -> int:
     target, folder = Path(arguments.to), Path(arguments.folder)
     if target.exists() and not arguments.overwrite:
         raise ValueError(f"--to={target}: is there; name another file, or replace it (--overwrite)")
+    check_writable("--to", target.parent)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     if megatron_lm.is_checkpoint(folder):
         if arguments.hf is None:
             raise ValueError(f"{folder}: a checkpoint of Megatron-LM; name a folder for its weights (--hf FOLDER)")
+        check_new("--hf", Path(arguments.hf), arguments.overwrite)
         megatron_lm.to_hf(folder, Path(arguments.hf))
         folder = Path(arguments.hf)
     elif arguments.hf is not None:

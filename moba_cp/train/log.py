@@ -7,7 +7,6 @@ Only rank 0 writes. In the run's folder: ``log.jsonl`` (one object per step), ``
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 import sys
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ..outputs import check_writable
 from .checkpoint import copy_aside, set_aside, set_aside_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
@@ -41,8 +41,7 @@ def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
         own: the run goes on from one of the folder's own checkpoints.
         overwrite: what is there may be replaced.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.directory={folder}: is a file; name a folder")
+    check_writable("run.directory", folder)
     if (folder / LOG).exists() and not (own or overwrite):
         raise ValueError(
             f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
@@ -54,11 +53,6 @@ def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
             f"run.directory={folder}: holds {', '.join(foreign)} but no {LOG}, so not of an earlier run; the run would "
             "replace it: name another folder"
         )
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise ValueError(f"run.directory={folder}: {parent} is a file; name a folder")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"run.directory={folder}: {parent} is not writable")
 
 
 class RunLog:

@@ -6,6 +6,8 @@ while one is written or read.
 
 import argparse
 import contextlib
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def save(
     config: TrainConfig,
     dtype: torch.dtype,
 ) -> None:
-    """Write the model of a checkpoint of ours into ``folder``, for ``--load``.
+    """Write the model of a checkpoint of ours into ``folder``, for ``--load``; one of the same step is replaced.
 
     Args:
         model: on the meta device.
@@ -60,17 +62,17 @@ def save(
         dtype: of the written weights.
 
     Raises:
-        ValueError: ``folder`` holds a checkpoint already, or Megatron-LM has no such rotary embedding.
+        ValueError: Megatron-LM has no such rotary embedding.
     """
     target = folder / f"iter_{meta.step:07d}"
-    if is_checkpoint(folder) or target.exists():
-        raise ValueError(f"--to={folder}: holds a checkpoint; name another folder")
+    partial = target.with_name(f"{target.name}.partial")
     arguments = _arguments(config, meta, dtype)
     full = build_model(config.model, AttentionConfig(default="full"), device="meta", dtype=dtype).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in full.named_parameters():
             parameter.copy_(read({name: model.get_parameter(name)})[name])
-    target.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     with _one_process():
         state = {
             "args": arguments,
@@ -78,7 +80,9 @@ def save(
             "iteration": meta.step,
             "model": full.sharded_state_dict(),
         }
-        dist_checkpointing.save(state, str(target))
+        dist_checkpointing.save(state, str(partial))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
     (folder / _LATEST).write_text(str(meta.step))
 
 
@@ -130,7 +134,10 @@ def _one_process():
     if not torch.cuda.is_available():
         torch.cuda.synchronize, torch.cuda.current_device = (lambda *_: None), (lambda: torch.device("cpu"))
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of PyTorch's functions that Megatron-core calls.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         torch.cuda.synchronize, torch.cuda.current_device = kept
         if made:

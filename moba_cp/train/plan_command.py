@@ -5,6 +5,7 @@
 
 import argparse
 
+from ..outputs import output_file
 from .command import add_overrides
 
 # The exit code of doctor and verify where something is wrong.
@@ -19,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of a machine (default: 8)")
     parser.add_argument("--host-gib", type=float, metavar="GIB", help="host memory for each GPU (default: 100)")
     add_overrides(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too (.json)")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures here too (.json)")
     parser.add_argument(
         "--measured",
         nargs="+",
         metavar="RUN",
         help="instead of CONFIG: folders of runs on GPUs; prints a table of predicted beside measured",
     )
-    parser.add_argument("--chart", metavar="FILE",
+    parser.add_argument("--chart", type=output_file(".png"), metavar="FILE",
                         help="with --measured: draw time and memory against tokens (.png)")  # fmt: skip
 
 
@@ -54,9 +55,9 @@ def main(arguments: argparse.Namespace) -> int:
         rows = [compare(Path(run), arguments.gpus_per_node, arguments.host_gib) for run in arguments.measured]
         print(*table(rows), sep="\n")
         if arguments.chart is not None:
-            draw(rows, Path(arguments.chart))
+            draw(rows, arguments.chart)
         if arguments.json is not None:
-            Path(arguments.json).write_text(json.dumps(figures(rows), indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json.dumps(figures(rows), indent=1) + "\n", encoding="utf-8")
         return 0
     if arguments.chart is not None:
         raise ValueError(f"--chart={arguments.chart} without --measured: there is nothing to draw; leave it out")
@@ -74,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     reach = predict.longest(config, arguments.gpus, *where)
     print(*_lines(made, others, reach, *where), sep="\n")
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(_figures(made, reach), indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(_figures(made, reach), indent=1) + "\n", encoding="utf-8")
     return 0 if made.memory is not None else DOES_NOT_FIT
 
 

@@ -4,11 +4,15 @@ import argparse
 import itertools
 from pathlib import Path
 
+from ..outputs import output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--to", default="runs.png", metavar="FILE", help="the PNG to write (default: runs.png)")
+    parser.add_argument(
+        "--to", type=output_file(".png"), default="runs.png", metavar="FILE", help="the PNG (default: runs.png)"
+    )
     parser.add_argument("--title", help="above the picture (default: none)")
 
 
@@ -26,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
         if not (folder / LOG).is_file():
             raise ValueError(f"{folder}: no {LOG} there; name the folder of a run")
         runs[name] = read_log(folder / LOG)
-    draw(runs, Path(arguments.to), arguments.title)
+    draw(runs, arguments.to, arguments.title)
     for name, records in runs.items():
         print(_line(name, records))
     print(f"written: {arguments.to}")

@@ -138,11 +138,13 @@ def test_weights_of_another_model_are_refused_before_training(place, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["import", "nowhere", "--to", "x.yaml"], "path='nowhere' holds no config.json"),
+        (["import", "nowhere", "--to", "x.yaml"], "nowhere: no such folder"),
+        (["import", "runs", "--to", "x.yaml"], "path='runs' holds no config.json"),
         (["import", "llama", "--to", "llama.yaml"], "--to=llama.yaml: is there"),
         (["import", "llama", "--to", "x.yaml", "--hf", "y"], "--hf=y: llama is no checkpoint of Megatron-LM"),
         (["export", "nowhere", "--to", "x"], "nowhere"),
         (["export", "runs/llama", "--to", "x", "--shard-gb", "0"], "--shard-gb=0.0 is not above 0"),
+        (["export", "runs/llama", "--to", "qwen3"], "--to=qwen3: holds files; name another folder, or replace a"),
         (["export", "runs/llama", "--to", "runs/llama"], "--to=runs/llama: is a run's folder or a checkpoint"),
         (["eval", "nowhere"], "nowhere"),
         (["eval", "runs/llama", "--sequences", "0"], "--sequences=0 is below 1"),
@@ -153,6 +155,22 @@ def test_mistakes_get_one_line(place, monkeypatch, capsys, arguments, message):
     assert cli.main(arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["hf", "megatron"])
+def test_an_export_replaces_another_one_only_on_request(place, tmp_path, capsys, way):
+    command = ["export", str(place / "runs" / "llama"), "--to", str(tmp_path / "out"), "--format", way]
+    assert cli.main(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert cli.main(command) == 2 and "holds files" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert cli.main([*command, "--overwrite"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert after.keys() == before.keys() and all(after[path] > before[path] for path in after if path.is_file())
+    if way == "megatron":
+        back = ["import", str(tmp_path / "out"), "--hf", str(place / "qwen3"), "--to", str(tmp_path / "c.yaml")]
+        assert cli.main(back) == 2
+        assert "--hf=" in (said := capsys.readouterr().err) and "holds files" in said
 
 
 def test_a_checkpoint_in_megatrons_old_format_is_refused(tmp_path, capsys):

@@ -245,7 +245,7 @@ def test_the_chart_joins_what_was_run_alike(monkeypatch, tmp_path):
         (["--gpus", "2", "--gpu", "tpu"], "--gpu=tpu: not known; use one of h100, h200"),
         (["--gpus", "2", "--set", "run.context_size=3"], "run.context_size=3 does not divide the 2 ranks"),
         (["--gpus", "2", "--host-gib", "0"], "--host-gib=0 is not above 0"),
-        (["--gpus", "2", "--json", "nowhere/x.json"], "nowhere/x.json: no such file, and no folder nowhere"),
+        (["--gpus", "2", "--json", "nowhere/x.json"], "nowhere/x.json': there is no folder"),
         (["--gpus", "3"], "data.seq_len=2048 is not divisible by 2 * cp_size = 6"),
         (["--gpus", "4", "--set", "exchange.mode=heads"], "4 ranks are to exchange tokens for heads"),
         (["--gpus", "4", "--set", "exchange.ranks_per_node=3"], "exchange.ranks_per_node=3 does not divide the 4"),

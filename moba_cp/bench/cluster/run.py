@@ -164,9 +164,6 @@ def _parse(args: argparse.Namespace) -> Shape:
     for name in ("repeats", "check_tokens", "max_ms", "timeout", "seconds"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name.replace('_', '-')}={getattr(args, name)} is not positive")
-    for path in (args.json, args.chart, args.profile):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
     args.tokens = whole_numbers("tokens", args.tokens)
     args.ranks = whole_numbers("ranks", args.ranks) if args.ranks else ()
     args.limits = Limits(args.repeats, args.max_ms)

@@ -1,8 +1,8 @@
 """``moba-cp bench attention``: the options of :mod:`..attention`."""
 
 import argparse
-from pathlib import Path
 
+from ...outputs import output_file
 from ..shape import CHART_SHAPE, SHAPES
 
 DENSE = ("cudnn", "flash", "fa4")
@@ -25,8 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs, of dense attention too")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after two to warm up")
     parser.add_argument("--deterministic", action="store_true", help="time the deterministic mode")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and environment to FILE")
-    parser.add_argument("--chart", metavar="FILE", help="also time 8K to 1M tokens and draw time against T to this PNG")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write rows and environment to FILE")
+    parser.add_argument(
+        "--chart",
+        type=output_file(".png"),
+        metavar="FILE",
+        help="also time 8K to 1M tokens and draw time against T to this PNG",
+    )
     parser.add_argument("--chart-shape", default=CHART_SHAPE, metavar="HQ,HKV,D,B,K", help="(default: %(default)s)")
 
 

@@ -1,8 +1,8 @@
 """``moba-cp bench cluster``: the options of :mod:`..cluster.run`."""
 
 import argparse
-from pathlib import Path
 
+from ...outputs import output_file
 from ..cluster.modes import DEFAULT_MODES, PARTS
 from ..shape import add_arguments as add_shape_arguments
 
@@ -28,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds until a hanging collective ends the run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write environment, settings and rows here, row by row")
-    parser.add_argument("--chart", type=Path, help="draw times and efficiency here (PNG)")
-    parser.add_argument("--profile", type=Path, help="write where the time goes on rank 0 here, as text")
+    parser.add_argument(
+        "--json", type=output_file(".json"), help="write environment, settings and rows here, row by row"
+    )
+    parser.add_argument("--chart", type=output_file(".png"), help="draw times and efficiency here (PNG)")
+    parser.add_argument("--profile", type=output_file(".txt"), help="write where the time goes on rank 0 here")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 
 from ...cp.options import MODES, WIRE_DTYPES
+from ...outputs import output_file
 from ..links import Links
 from ..shape import add_arguments as add_shape_arguments
 
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for speed in fields(Links):
         option = f"--{speed.name.replace('_', '-')}"
         parser.add_argument(option, type=float, default=speed.default, help=speed.metadata["help"])
-    parser.add_argument("--json", type=Path, help="write settings and table here")
-    parser.add_argument("--plot", type=Path, help="write a chart of bytes against P here (PNG)")
+    parser.add_argument("--json", type=output_file(".json"), help="write settings and table here")
+    parser.add_argument("--plot", type=output_file(".png"), help="write a chart of bytes against P here (PNG)")
 
 
 def main(args: argparse.Namespace) -> int:

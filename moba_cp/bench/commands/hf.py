@@ -2,6 +2,8 @@
 
 import argparse
 
+from ...outputs import output_file
+
 PARTS = ("check", "train", "prefill")
 
 
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--piece", type=int, default=16_384, metavar="T", help="of a prompt (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=128_256, metavar="V", help="(default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write rows and environment to FILE")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write rows and environment to FILE")
 
 
 def main(args: argparse.Namespace) -> int:
