@@ -75,7 +75,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
-        """The next tokens of all sequences: k, v [b, n, Hkv, D]."""
+        """The next tokens of all sequences: k, v [b, n, Hkv, D]; they are kept in the dtype of the first ones."""
         for name, x in (("k", k), ("v", v)):
             if x.dim() != 4:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; pass [sequences, tokens, heads, head_dim]")
@@ -260,8 +260,8 @@ class KVCache:
         shape, n_blocks = like.shape, capacity // self.block_size + 3
         for name, size in (("_k", capacity), ("_v", capacity), ("_means", n_blocks)):
             # Blocks that are not complete have no mean yet; what is never candidate is read nowhere.
-            grown = like.new_empty(shape[0], size, *shape[2:])
             held = getattr(self, name)
+            grown = (like if held is None else held).new_empty(shape[0], size, *shape[2:])
             if held is not None:
                 grown[:, : held.shape[1]].copy_(held)
             setattr(self, name, grown)

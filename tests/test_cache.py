@@ -106,6 +106,16 @@ def test_nobody_asks(batch, n_rows):
     assert cache.moba_attention(q, CONFIG).shape == cache.full_attention(q).shape == q.shape
 
 
+@pytest.mark.parametrize("capacity", [0, T])
+def test_tokens_in_another_dtype_change_no_earlier_ones(capacity):
+    """As when a prompt is computed without autocast, and tokens with it."""
+    _, k, v = _inputs(2, torch.float32)
+    cache = KVCache(16, capacity)
+    cache.append(k[:, :40], v[:, :40])
+    cache.append(k[:, 40:].bfloat16(), v[:, 40:].bfloat16())
+    assert torch.equal(cache.k[:, :40], k[:, :40]) and torch.equal(cache.v[:, 40:], v[:, 40:].bfloat16().float())
+
+
 def test_bfloat16_in_pieces_selects_the_same():
     q, k, v = _inputs(1, torch.bfloat16)
     whole = moba_attention(q[0], k[0], v[0], CONFIG)
