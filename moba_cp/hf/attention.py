@@ -73,6 +73,14 @@ def moba_forward(
             "the model's keys are convolved, which is done in a MoBACache for sequences without padding; pass "
             "past_key_values=MoBACache(model)"
         )
+    if moba_context is not None and layer is not None:
+        raise ValueError(
+            "moba_context beside a MoBACache, which holds whole sequences on one rank; leave past_key_values out"
+        )
+    if moba_context is not None and cu_seq_lens_q is not None:
+        raise ValueError(
+            "cu_seq_lens_q beside moba_context, whose documents count; give it to moba_cp.hf.ContextParallel instead"
+        )
     if layer is not None:
         if cu_seq_lens_q is not None:
             raise ValueError(

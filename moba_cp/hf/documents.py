@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from ..blocks import check_cu_seqlens
+
 
 def moba_mask(
     batch_size: int,
@@ -120,12 +122,15 @@ def _padding_ends(attention_mask: Tensor, n_rows: int) -> Tensor:
     return torch.cat([both.new_zeros(2, 1), both], 1).int()
 
 
-def batch_ends(shape, attention_mask: Tensor | None, position_ids: Tensor | None, device) -> Tensor:
+def batch_ends(
+    shape, attention_mask: Tensor | None, position_ids: Tensor | None, device, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """[n_docs + 1] int64, boundaries in the flattened batch of ``shape`` (b, S).
 
     Args:
         attention_mask: [b, S] or [1, S], 0 where a token is padding; None for no padding.
         position_ids: [b, S] or [1, S], which begin again with each document; None for one document per sequence.
+        cu_seqlens: [n_docs + 1], the boundaries of documents in a batch of one, in place of those.
 
     Raises:
         ValueError: padding between tokens, or another shape.
@@ -135,7 +140,14 @@ def batch_ends(shape, attention_mask: Tensor | None, position_ids: Tensor | None
             raise ValueError(f"{name} has shape {tuple(x.shape)} but input_ids {tuple(shape)}; they must be equal")
     starts = torch.zeros(shape, dtype=torch.bool, device=device)
     starts[:, 0] = True
-    if position_ids is not None:
+    if cu_seqlens is not None:
+        if shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q with {shape[0]} sequences; packed documents come as one sequence")
+        check_cu_seqlens(cu_seqlens, shape[1])
+        begin = cu_seqlens[:-1].to(device)
+        # Documents of zero length may begin behind the last token.
+        starts[0, begin[begin < shape[1]].long()] = True
+    elif position_ids is not None:
         starts[:, 1:] |= position_ids.diff(dim=1) != 1
     if attention_mask is not None:
         mask = attention_mask.bool().expand(shape)

@@ -58,6 +58,8 @@ class ContextParallel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **kwargs,
     ):
         """What the model returns for this rank's tokens; ``loss`` is that of the whole batch, on all ranks.
@@ -69,13 +71,25 @@ class ContextParallel(nn.Module):
             position_ids: [b, S] int64, which begin again with each packed document.
             num_items_in_batch: what the sum of losses is divided by, of all batches whose gradients add up; by default
                 the labels of this batch.
+            cu_seq_lens_q, cu_seq_lens_k: [n_docs + 1], boundaries of packed documents in a batch of one, equal to one
+                another, as transformers' collators give; then ``position_ids`` are positions alone.
             kwargs: for the model.
 
         Returns:
             As the model; ``logits`` [1, L, vocabulary] are of the tokens that ``context.positions`` names in the
             flattened batch; ``context``, a :class:`moba_cp.CPContext`, is among them.
+
+        Raises:
+            ValueError: shapes or boundaries do not fit one another, or the model is given a cache.
         """
-        context = self.context(input_ids, attention_mask, position_ids)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; they must be equal: "
+                "labels are shifted here"
+            )
+        if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
+            raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q; pass the same boundaries in both")
+        context = self.context(input_ids, attention_mask, position_ids, cu_seq_lens_q)
         positions = context.document_positions
         if position_ids is not None:
             positions = self._share(position_ids.expand_as(input_ids), 0, context)
@@ -99,10 +113,18 @@ class ContextParallel(nn.Module):
         return out
 
     def context(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
     ) -> CPContext:
         """How a batch is spread over the ranks; arguments as of :meth:`forward`."""
-        ends = batch_ends(input_ids.shape, attention_mask, position_ids, input_ids.device).tolist()
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; pass [sequences, tokens], at least one each"
+            )
+        ends = batch_ends(input_ids.shape, attention_mask, position_ids, input_ids.device, cu_seq_lens_q).tolist()
         size = self._group.size() if self._group is not None else 1
         unit = size if self._layout == "contiguous" else 2 * size
         filled = -(-ends[-1] // unit) * unit

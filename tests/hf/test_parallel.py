@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moba_cp.hf import ContextParallel, use_moba
+from moba_cp.hf import ContextParallel, MoBACache, use_moba
 from tests.helpers.distributed import run_ranks
 from tests.helpers.hf_models import both, close, gradients, tiny, tokens
 
@@ -108,6 +108,24 @@ def test_losses_of_several_batches_are_divided_by_all_their_labels():
     assert parallel(batch["input_ids"]).loss is None
 
 
+def test_boundaries_of_a_collator_are_those_of_documents():
+    """With positions beside them or without: as a model on one rank takes them."""
+    model, _ = both()
+    ends, batch = (
+        torch.tensor([0, 30, 30, 75], dtype=torch.int32),
+        {"input_ids": tokens(1, 75), "labels": tokens(1, 75)},
+    )
+    boundaries = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 45, "max_length_k": 45}
+    positions = torch.cat([torch.arange(30), torch.arange(45)])[None]
+    for position_ids in (None, positions, torch.arange(75)[None]):
+        expected = model(**batch, **boundaries, position_ids=position_ids, use_cache=False)
+        out = ContextParallel(model, None)(**batch, **boundaries, position_ids=position_ids)
+        logits = out.context.unshard(out.logits[0])[:75]
+        close(logits, expected.logits[0])
+        close(out.loss, expected.loss)
+    assert not torch.allclose(logits, model(**batch, use_cache=False).logits[0], atol=1e-2)
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="attends with sdpa, which sees this rank's tokens alone"):
         ContextParallel(tiny(), None)
@@ -116,3 +134,21 @@ def test_what_does_not_fit_is_named():
         ContextParallel(model, None, gradients="average")
     with pytest.raises(ValueError, match=r"position_ids has shape \(1, 7\) but input_ids \(1, 9\)"):
         ContextParallel(model, None)(tokens(1, 9), position_ids=torch.arange(7)[None])
+    ids, parallel, ends = tokens(2, 9), ContextParallel(model, None), torch.tensor([0, 4, 9])
+    for labels in (ids[:, :-1], ids[:1], torch.cat([ids, ids], 1)):
+        with pytest.raises(ValueError, match=r"labels has shape .* but input_ids \(2, 9\); they must be equal"):
+            parallel(ids, labels=labels)
+    for shape in ((9,), (1, 2, 9), (0, 9), (2, 0)):
+        with pytest.raises(ValueError, match=r"input_ids has shape .*; pass \[sequences, tokens\]"):
+            parallel(torch.ones(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cu_seq_lens_q with 2 sequences"):
+        parallel(ids, cu_seq_lens_q=ends)
+    with pytest.raises(ValueError, match=r"cu_seqlens=\[0, 4, 8\] must start at 0"):
+        parallel(ids[:1], cu_seq_lens_q=torch.tensor([0, 4, 8]))
+    with pytest.raises(ValueError, match="cu_seq_lens_k differs from cu_seq_lens_q"):
+        parallel(ids[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends + 1)
+    with torch.no_grad(), pytest.raises(ValueError, match="moba_context beside a MoBACache"):
+        parallel(ids, past_key_values=MoBACache(model))
+    context = parallel.context(ids[:1])
+    with pytest.raises(ValueError, match="cu_seq_lens_q beside moba_context"):
+        model(ids[:1], moba_context=context, cu_seq_lens_q=ends, use_cache=False)
