@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.epilog = getattr(module, "EXAMPLES", None) or f"example:\n  {_EXAMPLES[words]}\n\n{_EXIT_CODES}"
         arguments = parser.parse_args(argv[len(words.split()) :])
         return module.main(arguments)
-    except KeyboardInterrupt:
-        return _fail(words, "interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(words, str(interrupt) or "interrupted", INTERRUPTED)
     except Exception as error:
         if show_traceback:
             traceback.print_exc()

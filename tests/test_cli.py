@@ -5,8 +5,10 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,13 @@ def test_the_share_of_a_rank_is_shown_in_full(tmp_path, tokens, ranks, layout, s
     assert f"ranks: {ranks} = 1 data x {ranks} context, {share} tokens of a sequence on each" in summary
 
 
+def test_dry_run_says_where_moba_attends_to_everything(place, capsys):
+    for top_k, covers in ((15, False), (16, True)):
+        assert cli.main(arguments(place, f"attention.top_k={top_k}", flags=("--dry-run",))) == 0
+        note = "# note: attention.top_k=16 blocks of 16 cover data.seq_len=256: MoBA layers attend to everything"
+        assert (note in capsys.readouterr().out) is covers
+
+
 def test_dry_run_shows_what_was_taken_and_left(place, capsys):
     for name, content in {"a.gz": b"\x1f\x8b\x08", "b.jsonl": b'{"text": "x"}\n', "c.bin": b"\0" * 9}.items():
         (place / "text" / name).write_bytes(content)
@@ -198,6 +207,7 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     write_text(place / "text", 20)
     train(1, ([f"data.path={place / 'text'}", f"run.directory={place / 'run'}", "run.steps=2"], None))
+    (place / "cut_off" / "checkpoints").mkdir(parents=True)
     (place / "other").mkdir()
     (place / "other" / "log.jsonl").write_text('{"step": 1}\n')
     return place
@@ -210,10 +220,11 @@ def finished(tmp_path_factory):
         ((), ("--resume",), "has done 2 steps and run.steps=2; raise run.steps"),
         (("run.steps=4", "model.hidden_size=64"), ("--resume",), "of another model: model.hidden_size is 32 there"),
         (("run.steps=4",), ("--resume", "elsewhere"), "elsewhere: no checkpoint there"),
+        (("run.directory=cut_off",), ("--resume",), "cut_off: its run has saved no checkpoint yet (run.checkpoint_"),
         (("run.steps=4", "run.directory=other"), ("--resume", "run"), "run.directory=other: holds an earlier run"),
         (("run.steps=4",), ("--resume", "--overwrite"), "--overwrite with --resume: one replaces the run that the"),
     ],
-    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint", "another-run", "overwrite"],
+    ids=["earlier-run", "nothing-left", "another-model", "no-checkpoint", "cut-off", "another-run", "overwrite"],
 )
 def test_resume_mistakes_change_nothing(finished, capsys, monkeypatch, overrides, flags, message):
     monkeypatch.chdir(finished)
@@ -344,6 +355,22 @@ def test_a_packaged_config_is_found_by_its_name(place, capsys):
     assert cli.main(["train", "demo", "--set", f"data.path={place / 'text'}", "--set", "data.seq_len=64",
                      "--set", "data.validation_share=0.2", "--dry-run"]) == 0  # fmt: skip
     assert "steps: 7\n" in capsys.readouterr().out, "a file of one's own goes before"
+
+
+@pytest.mark.parametrize("every, told", [(2, r"step \d+ is saved; --resume goes on"), (10**6, "no step is saved")])
+def test_an_interrupted_run_says_what_is_saved(place, every, told):
+    command = [sys.executable, "-m", "moba_cp", *arguments(place, "run.steps=100000", f"run.checkpoint_every={every}")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline, log = time.monotonic() + 60 * TIME_SCALE, place / "here" / "run" / "log.jsonl"
+        while not (log.is_file() and log.read_text().count("\n") > 4):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60 * TIME_SCALE)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and re.search(rf"^moba-cp train: error: interrupted: {told}$", said, re.MULTILINE)
 
 
 BROKEN_RANK = """

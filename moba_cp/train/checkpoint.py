@@ -158,6 +158,11 @@ def find(path: Path, damaged: dict[Path, str] | None = None) -> Path:
             if is_whole(candidate, damaged):
                 return candidate
     why = "".join(f"; {reason}" for reason in damaged.values())
+    if not why and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path}: its run has saved no checkpoint yet (run.checkpoint_every); wait for one, or begin the run anew "
+            "(moba-cp train ... --overwrite)"
+        )
     raise ValueError(f"{path}: no checkpoint there; give a run's folder or one of its checkpoints/step-* folders{why}")
 
 

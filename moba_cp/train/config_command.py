@@ -27,6 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
 
         if arguments.config is None:
             raise ValueError("--set without CONFIG: name the file whose values it replaces")
+        if arguments.section is not None or arguments.markdown:
+            raise ValueError("CONFIG with --section or --markdown: these explain keys, and CONFIG is printed whole")
         print(to_yaml(load(TrainConfig, arguments.config, arguments.overrides)), end="")
         return 0
     from .config_keys import all_keys, as_markdown, as_text

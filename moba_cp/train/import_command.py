@@ -23,6 +23,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what the user should read.
     """
+    from ..data.encode import TOKENIZER
     from ..megatron.hf_config import model_config_of
     from ..megatron.hf_files import CheckpointFiles
     from ..outputs import check_new, check_writable
@@ -60,5 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
         f"# Begins with the weights in {folder}; made by moba-cp import.\n" + to_yaml(config), encoding="utf-8"
     )
     print(f"{folder}: {model.n_parameters(embeddings=True) / 1e6:,.1f} M parameters in {n_tensors} tensors")
+    if (folder / TOKENIZER).is_file():
+        print(f"for its data: moba-cp data build TEXT --to PREFIX --tokenizer {folder}")
     print(f"written: {target}; next: moba-cp train {target} --set data.path=PREFIX --set run.directory=runs/NAME")
     return 0

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from ..outputs import check_writable
-from .checkpoint import copy_aside, set_aside, set_aside_after
+from .checkpoint import any_in, copy_aside, set_aside, set_aside_after
 
 LOG, CONFIG, VERSIONS, CHECKPOINTS, CURVE = "log.jsonl", "config.yaml", "versions.json", "checkpoints", "loss.png"
 SELECTION = "selection.pt"
@@ -43,9 +43,9 @@ def check_folder(folder: Path, own: bool, overwrite: bool) -> None:
     """
     check_writable("run.directory", folder)
     if (folder / LOG).exists() and not (own or overwrite):
+        go_on = "; go on with it (--resume)," if any_in(folder / CHECKPOINTS) else " that has saved no checkpoint;"
         raise ValueError(
-            f"run.directory={folder}: holds an earlier run; go on with it (--resume), replace it (--overwrite) "
-            "or name another folder"
+            f"run.directory={folder}: holds an earlier run{go_on} replace it (--overwrite) or name another folder"
         )
     foreign = [name for name in _WRITTEN if (folder / name).exists()]
     if foreign and not own and not (folder / LOG).exists():

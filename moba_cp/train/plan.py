@@ -96,6 +96,7 @@ class RunPlan:
             + (f", {human(of_index, 'parameters')} of them in index branches" if of_index else "")
             + (f", {human(of_keys, 'parameters')} of them in convolutions over keys" if of_keys else ""),
             *self._schedule(),
+            *self._coverage(),
             *self._data_lines(),
             f"ranks: {self.size} = {self.data_size} data x {self.context_size} context, "
             f"{self.tokens_per_rank()} tokens of a sequence on each",
@@ -167,6 +168,17 @@ class RunPlan:
         if not self.config.attention.schedule:
             return []
         return ["schedule: " + ", ".join(f"{x.default} in steps {a} to {b}" for a, b, x in self._phases())]
+
+    def _coverage(self) -> list[str]:
+        """That MoBA is full attention here, where its blocks cover the sequence."""
+        attention, seq_len = self.config.attention, self.config.data.seq_len
+        sparse = any(x.default == "moba" for *_, x in self._phases())
+        if not sparse or attention.top_k * attention.block_size < seq_len:
+            return []
+        return [
+            f"note: attention.top_k={attention.top_k} blocks of {attention.block_size} cover data.seq_len={seq_len}: "
+            "MoBA layers attend to everything"
+        ]
 
 
 def _amount(tokens: int, unit: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..data.encode import TOKENIZER
 from . import checkpoint, manifest
 from .checkpoint import CheckpointMeta
 from .log import CHECKPOINTS, is_own
@@ -65,6 +66,11 @@ def find_checkpoint(resume: str | None, plan: RunPlan, damaged: dict[Path, str] 
         weights = plan.config.run.start_from
         if weights is not None and is_hf(weights):
             check_hf(weights, plan.config.model)
+            if plan.corpus.unit == "bytes" and (Path(weights) / TOKENIZER).is_file():
+                raise ValueError(
+                    f"run.start_from={weights}: has a tokenizer, and the data are read as bytes; make tokens of them "
+                    f"(moba-cp data build TEXT --to PREFIX --tokenizer {weights}) and set data.path=PREFIX"
+                )
         elif weights is not None:
             try:
                 _same_model(checkpoint.find(Path(weights)), plan, index_may_be_new=True)

@@ -12,7 +12,7 @@ from . import checkpoint, sinks
 from .agreement import content_of, digest_of, from_first, require_equal
 from .config import RunConfig, TrainConfig
 from .lock import FolderLock
-from .log import FLIGHT, check_folder, is_own, versions
+from .log import CHECKPOINTS, FLIGHT, check_folder, is_own, versions
 from .loop import Trainer
 from .mesh import Mesh, close_mesh, launched_rank, launched_size, open_mesh, start_ranks
 from .plan import RunPlan, plan_run
@@ -141,6 +141,10 @@ def _run(plan: RunPlan, resume: str | None, overwrite: bool) -> int:
             steps = f"{stopped.step} of {run.steps} steps are saved"
             print(f"stopped as asked: {steps} (exit code {STOPPED}); --resume goes on", file=sys.stderr, flush=True)
         return stopped.code
+    except KeyboardInterrupt:
+        saved = checkpoint.find_all(folder / CHECKPOINTS)
+        told = f"step {checkpoint.step_of(saved[-1])} is saved; --resume goes on" if saved else "no step is saved"
+        raise KeyboardInterrupt(f"interrupted: {told}") from None
     except Exception as error:
         # The terminal shows one line: the traceback goes into a file.
         if folder.is_dir():

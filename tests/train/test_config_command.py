@@ -65,6 +65,7 @@ def test_a_config_is_printed_with_all_that_it_leaves_out(capsys):
     [
         (["--section", "nothing"], "--section=nothing: no such section or key; use one of model, attention"),
         (["--set", "run.seed=1"], "--set without CONFIG"),
+        (["demo", "--section", "run"], "CONFIG with --section or --markdown"),
         (["demo", "--set", "run.sed=1"], "run.sed: unknown key; did you mean seed?"),
     ],
 )

@@ -101,7 +101,10 @@ def test_only_a_checkpoint_of_the_folder_is_its_own(tmp_path, monkeypatch):
 def test_folder_of_an_earlier_run_needs_a_word(tmp_path, own, overwrite):
     write_steps(tmp_path, 0, [1])
     check_folder(tmp_path, own, overwrite)
-    with pytest.raises(ValueError, match="holds an earlier run; go on with it"):
+    with pytest.raises(ValueError, match=r"earlier run that has saved no checkpoint; replace it \(--overwrite\) or"):
+        check_folder(tmp_path, False, False)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"earlier run; go on with it \(--resume\), replace it \(--overwrite\) or"):
         check_folder(tmp_path, False, False)
 
 

@@ -1,6 +1,7 @@
 """Models of transformers go in, are trained on two ranks, and come out: transformers gives the trainer's loss."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ def test_weights_of_another_model_are_refused_before_training(place, capsys):
     assert "another model: model.n_layers is 2 there and 3 here; moba-cp import" in shown and shown.count("\n") == 1
     assert cli.main([*command, "--set", "model.rope_base=1e6"]) == 0
     assert "note: the rotary embedding is another one than that of the weights" in capsys.readouterr().out
+
+
+def test_bytes_are_refused_as_tokens_of_a_model_with_a_tokenizer(place, tmp_path, capsys):
+    shutil.copytree(place / "llama", tmp_path / "model")
+    shutil.copy(place / "tokenizer" / "tokenizer.json", tmp_path / "model")
+    config = tmp_path / "c.yaml"
+    assert cli.main(["import", str(tmp_path / "model"), "--to", str(config), "--set", "data.seq_len=256"]) == 0
+    build_it = f"moba-cp data build TEXT --to PREFIX --tokenizer {tmp_path / 'model'}"
+    assert build_it in capsys.readouterr().out
+    assert cli.main(["train", str(config), "--dry-run", "--set", f"data.path={Path(__file__).parent}"]) == 2
+    assert build_it in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert cli.main(["train", str(config), "--dry-run", "--set", f"data.path={place / 'a'}"]) == 0
 
 
 @pytest.mark.parametrize(
