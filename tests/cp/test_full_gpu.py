@@ -69,6 +69,9 @@ def test_deterministic_gradients_repeat_across_ranks(nccl_reports):
 class _Echo(Communicator):
     """One rank of several without the others: whatever is received has the right shape and no meaning."""
 
+    # Nobody is there to compare them with.
+    checks_calls = False
+
     def __init__(self, rank, size):
         super().__init__(None)
         self.rank, self.size = rank, size
