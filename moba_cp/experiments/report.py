@@ -28,8 +28,9 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
     if not rows:
         return [f"{name}: nothing is done yet"]
     _table(folder / f"{name}.csv", rows)
+    compared = _comparable(runs, rows, ("seed", "size") if name in ("scaling-law", "position-loss") else ("seed",))
     try:
-        said = _EXPERIMENTS[name](rows, folder, folder / f"{name}.png")
+        said = _EXPERIMENTS[name](compared, folder, folder / f"{name}.png")
     except TooFew as missing:
         head = f"{name}: {len(rows)} of {len(runs)} runs are done; no chart yet: {missing}"
         return [head, *guessing_lines(runs, folder)]
@@ -42,6 +43,7 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
         f"{len(rows)} of {len(runs)} runs are done, {hours:.2f} hours of a process in all"
         + (f"; text {', '.join(sorted(texts))}" if texts else "")
         + (". **Not all runs have seen the same text.**" if len(texts) > 1 else "."),
+        *_seed_lines(compared, len(rows) - len(compared)),
         "",
         f"![{name}]({name}.png)",
         "",
@@ -50,6 +52,23 @@ def write(name: str, runs: list[Run], folder: Path) -> list[str]:
     ]
     (folder / f"{name}.md").write_text("\n".join([*head, *said]) + "\n", encoding="utf-8")
     return [f"{name}: {len(rows)} of {len(runs)} runs; {folder / name}.md, .csv, .png", *said]
+
+
+def _comparable(runs: list[Run], rows: Rows, facts: tuple[str, ...]) -> Rows:
+    """Those of the groups of runs with equal ``facts`` that are done as a whole, all where none is. Seeds differ more
+    than what is compared does: means over other seeds would say nothing."""
+    group = lambda x: tuple(x[fact] for fact in facts)
+    there = {row["name"] for row in rows}
+    undone = {group(run.facts) for run in runs if run.name not in there}
+    return [row for row in rows if group(row["facts"]) not in undone] or rows
+
+
+def _seed_lines(rows: Rows, left_out: int) -> list[str]:
+    seeds = len({row["facts"]["seed"] for row in rows})
+    lines = [f"{seeds} seeds; ± is the standard deviation over them."] if seeds > 1 else []
+    if left_out:
+        lines.append(f"Left out: {left_out} of them, since others of their seed, to compare them with, are not done.")
+    return ["", *lines] if lines else []
 
 
 def _convolved_lines(rows: Rows) -> list[str]:
@@ -213,30 +232,34 @@ def _position_loss(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
-    full, length = of(rows, kind="full"), rows[0]["length"]
-    by_blocks = means(
-        of(rows, kind="moba"), lambda r: (length // r["facts"]["block_size"], r["facts"]["top_k"]), loss_of
-    )
+    full, length = {row["facts"]["seed"]: loss_of(row) for row in of(rows, kind="full")}, rows[0]["length"]
+    place_of = lambda row: (length // row["facts"]["block_size"], row["facts"]["top_k"])
+    by_blocks = means(of(rows, kind="moba"), place_of, loss_of)
     if len(by_blocks) < 2:
         raise TooFew("fewer than 2 block sizes")
     places = sorted(by_blocks)
     names = [f"{top_k}/{blocks}" for blocks, top_k in places]
     drawn, (axes, beside) = figure((9, 4), [3, 2])
-    axes.errorbar(
-        names, [by_blocks[p][0] for p in places], [by_blocks[p][1] for p in places], capsize=3, label=LABELS["moba"],
-        **style("moba"),
-    )  # fmt: skip
-    said = ["| blocks attended to / all | block | loss | less full attention's |", "|---|---|---|---|"]
-    base = statistics.fmean(map(loss_of, full)) if full else None
+    axes.plot(names, [by_blocks[p][0] for p in places], label=LABELS["moba"], **style("moba"))
+    seeds = sorted({row["facts"]["seed"] for row in rows})
+    for seed in seeds if len(seeds) > 1 else ():
+        its = {place_of(row): loss_of(row) for row in of(rows, kind="moba", seed=seed)}
+        axes.plot([names[places.index(p)] for p in sorted(its)], [its[p] for p in sorted(its)], alpha=0.35,
+                  **style("moba") | {"linewidth": 0.8, "markersize": 3})  # fmt: skip
+        if seed in full:
+            axes.axhline(full[seed], alpha=0.35, **style("full", marker=False) | {"linewidth": 0.8})
+    said = ["| blocks attended to / all | block | loss | over full attention's of the same seed |", "|---|---|---|---|"]
+    base = statistics.fmean(full.values()) if full else None
     if base is not None:
         axes.axhline(base, label=LABELS["full"], **style("full", marker=False))
+    paired = [row for row in of(rows, kind="moba") if row["facts"]["seed"] in full]
+    over = means(paired, place_of, lambda row: loss_of(row) / full[row["facts"]["seed"]] - 1)
     for place, name in zip(places, names):
-        mean, deviation = by_blocks[place]
-        less = "" if base is None else f"{mean - base:+.4f}"
-        spread = f" ± {deviation:.4f}" if deviation else ""
-        said.append(f"| {name} | {length // place[0]:,} | {mean:.4f}{spread} | {less} |")
+        gap = _percent(over[place]) if place in over else ""
+        said.append(f"| {name} | {length // place[0]:,} | {by_blocks[place][0]:.4f} | {gap} |")
     axes.set(xlabel="blocks attended to / blocks in all", ylabel="validation loss (nats per token)")
-    axes.set_title(f"documents of {length:,} tokens, equal sparsity")
+    thin = "; thin: each seed" if len(seeds) > 1 else ""
+    axes.set_title(f"documents of {length:,} tokens, equal sparsity{thin}", fontsize=10)
     axes.legend(fontsize=8)
     beside.plot(list(paper.GRANULARITY), list(paper.GRANULARITY.values()), "o-", color=PAPER, label="MoBA")
     beside.axhline(paper.GRANULARITY_FULL, color=PAPER, linestyle="--", label="full attention")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .charts import figure, finish, label_of, style
-from .retrieval import VALUES
+from .retrieval import MANY, VALUES
 from .rows import Rows, TooFew, at_range, loss_of, of
 from .runs import Run
 from .training_report import training_losses
@@ -23,7 +23,7 @@ def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     if "moba" not in kinds:
         raise TooFew("no MoBA model is done")
     drawn, axes = figure((3 * len(kinds) + 3.5, 5.5), [1] * len(kinds) + [1.2], rows=2)
-    said = ["| | pass-key | of many keys | the longest, pass-key | all keys, fewest to most |", "|---|---|---|---|---|"]
+    said = ["| | pass-key | of many keys | the longest, of many | all keys, fewest to most |", "|---|---|---|---|---|"]
     lengths = list(rows[0]["retrieval"]["pass-key"])
     recall = {}
     for column, kind in enumerate(kinds):
@@ -47,7 +47,7 @@ def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
         numbers = [
             shares_of["pass-key"][:-1].mean(),
             shares_of["multi-key"][:-1].mean(),
-            shares_of["pass-key"][-1].mean(),
+            shares_of["multi-key"][-1].mean(),
         ]
         shares = " | ".join(f"{100 * number:.0f} %" for number in numbers)
         said.append(f"| {label_of(kind)} | {shares} | {100 * ends[0]:.0f} to {100 * ends[-1]:.0f} % |")
@@ -92,22 +92,23 @@ def key_conv_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
 
 
 def _on_both_tasks(rows: Rows, every: tuple[str, ...], picture: Path) -> list[str]:
-    """The loss of long text by position, and the keys found again by length, of every kind that has both."""
+    """The loss of long text by position, and the keys found again by length, of every kind that has both. One key of
+    many is asked: where there is one alone, its value is the only one, and need not be found by its key."""
     trained, asked = [row for row in rows if "retrieval" not in row], [row for row in rows if "retrieval" in row]
     kinds = [kind for kind in every if of(trained, kind=kind) and of(asked, kind=kind)]
     if "moba" not in kinds or kinds[-1] in ("full", "moba"):
         raise TooFew("MoBA or what it is compared with is missing, trained on text or asked for keys")
     n = len(trained[0]["by_position"])
     ends = [position["to"] + 1 for position in trained[0]["by_position"]]
-    lengths = list(asked[0]["retrieval"]["pass-key"])
+    lengths = list(asked[0]["retrieval"]["multi-key"])
     drawn, (text, found) = figure((10, 4), [1, 1])
-    said = ["| | loss | first range | last range | " + " | ".join(f"pass-key, {int(x):,}" for x in lengths) + " |"]
+    said = ["| | loss | first range | last range | " + " | ".join(f"a key, {int(x):,}" for x in lengths) + " |"]
     said.append("|---" * (4 + len(lengths)) + "|")
     for kind in kinds:
         its = of(trained, kind=kind)
         by_position = [statistics.fmean(at_range(i)(row) for row in its) for i in range(n)]
         text.plot(ends, by_position, label=label_of(kind), **style(kind))
-        right = [statistics.fmean(np.mean(row["retrieval"]["pass-key"][x]) for row in of(asked, kind=kind))
+        right = [statistics.fmean(np.mean(row["retrieval"]["multi-key"][x]) for row in of(asked, kind=kind))
                  for x in lengths]  # fmt: skip
         found.plot([int(x) for x in lengths], right, label=label_of(kind), **style(kind))
         losses = [statistics.fmean(map(loss_of, its)), by_position[0], by_position[-1]]
@@ -117,7 +118,7 @@ def _on_both_tasks(rows: Rows, every: tuple[str, ...], picture: Path) -> list[st
     name = f"{facts['top_k']} blocks of {facts['block_size']:,} in {trained[0]['length']:,}"
     text.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title=name)
     found.set(xscale="log", ylim=(0, 1.05), xlabel="length (tokens); the last was not trained on")
-    found.set(ylabel="right answers", title="pass-key, mean over depths")
+    found.set(ylabel="right answers", title=f"one of {MANY} keys, mean over depths")
     for axes in (text, found):
         axes.legend(fontsize=8)
     finish(drawn, picture)
