@@ -285,6 +285,7 @@ def _layerwise_hybrid(rows: Rows, folder: Path, picture: Path) -> list[str]:
         if count in tuned:
             axes.axhline(tuned[count][0], label=f"{LABELS[kind]} in all layers", **style(kind, marker=False))
     axes.set(xlabel="last layers with full attention", ylabel="validation loss of labelled tokens (nats)")
+    axes.set_xticks(hybrids)
     axes.set_title(f"fine-tuning of a MoBA model of {every} layers")
     axes.legend(fontsize=8)
     beside.plot(list(paper.LAYERWISE), list(paper.LAYERWISE.values()), "o-", color=PAPER)
@@ -368,7 +369,8 @@ def _block_size(rows: Rows, folder: Path, picture: Path) -> list[str]:
     for top_k in weighed[0][str(sizes[0])] if weighed else ():
         at = [int(size) for size in weighed[0] if int(size) * int(top_k) <= length]
         mass = [statistics.fmean(one[str(size)][top_k] for one in weighed) for size in at]
-        beside.plot(at, mass, color=next(shades), marker=next(markers), markersize=4, label=f"{top_k} blocks")
+        name = "1 block" if top_k == "1" else f"{top_k} blocks"
+        beside.plot(at, mass, color=next(shades), marker=next(markers), markersize=4, label=name)
     beside.set(xlabel="tokens of a block", ylabel="share of full attention's weights inside", ylim=(0, 1.02))
     beside.set_title("in the model with full attention", fontsize=10)
     if weighed:

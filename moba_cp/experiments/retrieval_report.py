@@ -56,6 +56,8 @@ def retrieval_page(rows: Rows, folder: Path, picture: Path) -> list[str]:
     for kind in kinds:
         line.plot([int(n) for n in recall[kind]], list(recall[kind].values()), label=label_of(kind), **style(kind))
     line.set(xscale="log", ylim=(0, 1.05), xlabel="pairs, all of them asked", ylabel="right answers")
+    line.set_xticks([int(n) for n in recall["moba"]], list(recall["moba"]))
+    line.minorticks_off()
     line.set_title(f"associative recall, {int(lengths[-2]):,} tokens", fontsize=9)
     line.legend(fontsize=7)
     axes[-1].axis("off")
@@ -118,6 +120,8 @@ def _on_both_tasks(rows: Rows, every: tuple[str, ...], picture: Path) -> list[st
     name = f"{facts['top_k']} blocks of {facts['block_size']:,} in {trained[0]['length']:,}"
     text.set(xlabel="position, up to", ylabel="validation loss (nats per token)", title=name)
     found.set(xscale="log", ylim=(0, 1.05), xlabel="length (tokens); the last was not trained on")
+    found.set_xticks([int(x) for x in lengths], [f"{int(x):,}" for x in lengths])
+    found.minorticks_off()
     found.set(ylabel="right answers", title=f"one of {MANY} keys, mean over depths")
     for axes in (text, found):
         axes.legend(fontsize=8)
