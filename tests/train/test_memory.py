@@ -40,6 +40,10 @@ def test_predictions_meet_what_an_h100_took(n_tokens, layers, measured):
     assert plan_layers(shape(n_tokens), layers).device / GIB == pytest.approx(measured, rel=0.05)
 
 
+def test_a_prediction_with_gathered_weights_meets_what_an_h200_took():
+    assert plan_layers(shape(32768), [NONE] * 14, gathered=True).device / GIB == pytest.approx(26.42, rel=0.05)
+
+
 def test_index_branches_take_their_share():
     n, index = 131072, IndexConfig(heads=4, dim=64)
     plain, branch = shape(n), shape(n, attention=replace(MOBA, index=index, full_layers="last 2"))
