@@ -38,17 +38,20 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what the user should read.
     """
+    from ..outputs import check_writable
     from . import report
     from .build import BuildOptions, build
 
     prefix = Path(arguments.to).expanduser()
     if prefix.suffix in (".bin", ".idx"):
         prefix = prefix.with_suffix("")
+    if prefix.is_dir():
+        raise ValueError(f"--to={prefix}: is a folder, and data.path={prefix} would mean it; name another PREFIX")
     if prefix.with_name(prefix.name + ".idx").exists() and not arguments.overwrite:
         raise ValueError(f"--to={prefix}: {prefix}.idx is there; name another PREFIX, or replace it (--overwrite)")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers={arguments.workers} is below 1; use 1 or more")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    check_writable("--to", prefix.parent)
     options = BuildOptions(
         inputs=tuple(arguments.inputs),
         prefix=str(prefix),

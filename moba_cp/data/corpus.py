@@ -194,6 +194,10 @@ def _open(corpus: CorpusConfig | None, config: DataConfig, run_folder: Path | No
         )
     text = replace(config, corpora=(), path=None, pattern=None)
     if corpus is not None:
+        indices = sorted(Path(corpus.path).expanduser().glob("*.idx")) if corpus.pattern is None else []
+        inside = next((path.with_suffix("") for path in indices if path.with_suffix(".bin").is_file()), None)
+        if inside is not None:
+            raise ValueError(f"data.path={corpus.path}: is a folder with tokens in it; name their PREFIX: {inside}")
         text = replace(text, path=corpus.path, pattern=corpus.pattern)
     found = open_corpus(text, run_folder)
     remarks = []

@@ -44,7 +44,8 @@ class TrainedModel:
         if self.config.attention.index is not None:
             raise ValueError(
                 "attention.index: the model's MoBA layers attend to what their index branches choose, which "
-                "transformers does not know; export --format megatron writes it without them, for full attention"
+                "transformers does not know; moba-cp eval takes the run, and export --format megatron writes it "
+                "without them, for full attention"
             )
         ids = self.tokenizer.special_ids() if self.tokenizer is not None else {}
         hf = hf_config_of(self.config.model, self.config.data.seq_len, dtype, **ids)

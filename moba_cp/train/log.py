@@ -214,7 +214,7 @@ def _fit(parts: list[str], width: int) -> str:
 
 def human(number: float, unit: str, base: int = 1000) -> str:
     """``number`` with a prefixed unit: "12.3 k tokens", "1.50 MiB" (base 1024 and a one-letter unit)."""
-    prefixes = ["", "k", "M", "G", "T"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
+    prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
     while abs(number) >= base and len(prefixes) > 1:
         number /= base
         prefixes.pop(0)

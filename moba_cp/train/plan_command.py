@@ -8,6 +8,8 @@ import argparse
 from ..outputs import output_file
 from .command import add_overrides
 
+# What hosts take to launch one layer's attention, forward and backward (README: 8,192 tokens without a graph).
+_LAUNCH_SECONDS = 2.6e-3
 # The exit code of doctor and verify where something is wrong.
 DOES_NOT_FIT = 3
 
@@ -114,6 +116,8 @@ def _lines(
         "  " + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in made.seconds.items() if seconds),
         f"limited by: {made.limit}",
     ]
+    if made.step_seconds < _LAUNCH_SECONDS * config.model.n_layers:
+        said.append("note: a step this short takes longer: what hosts take to launch kernels is not in the time")
     if config.attention.index is not None:
         said.append("note: what index branches compute is not in the time: no rate of it has been measured")
     if made.bytes:

@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from moba_cp import cli
 from moba_cp.data import build as build_module
 from moba_cp.data.build import BuildOptions, build
+from moba_cp.data.config import DataConfig
+from moba_cp.data.corpus import open_corpora
 from moba_cp.data.encode import TokenizerEncoder
 from moba_cp.data.fast import fast_encoder
 from moba_cp.data.indexed import IndexedDocuments
@@ -170,6 +172,23 @@ def test_nothing_but_bad_documents_is_an_error(tmp_path, capsys):
     assert cli.main(["data", "build", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "a"), "--workers", "1"]) == 2
     assert "no document can be used" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_where_tokens_may_lie(tmp_path, capsys, monkeypatch):
+    """Not under the name of a folder, which data.path would mean; and a folder of tokens is not read as text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text " * 9)
+    command = ["data", "build", "text", "--workers", "1", "--to"]
+    for prefix, says in (
+        ("text", "--to=text: is a folder"),
+        ("text/a.txt/b", "--to=text/a.txt: is a file; name a folder"),
+    ):
+        assert cli.main([*command, prefix]) == 2 and says in capsys.readouterr().err
+    assert cli.main(["data", "build", "nowhere", "--to", "new/tokens"]) == 2 and not (tmp_path / "new").exists()
+    assert cli.main([*command, "tokens/text"]) == 0
+    with pytest.raises(ValueError, match="data.path=tokens: is a folder with tokens in it; name .*: tokens/text"):
+        open_corpora(DataConfig(path="tokens"))
 
 
 def test_compressed_lines_and_parquet_hold_the_same_documents(tmp_path):

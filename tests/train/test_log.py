@@ -183,7 +183,8 @@ def test_progress_in_a_file_is_a_line_now_and_then():
         (1536, "B", 1024, "1.50 KiB"),
         (20 * 2**40, "B", 1024, "20.0 TiB"),
         (853_100, "parameters", 1000, "853.1 k parameters"),
-        (2.5e16, "FLOP", 1000, "25000.0 T FLOP"),
+        (2.5e16, "FLOP", 1000, "25.0 P FLOP"),
+        (2.5e22, "FLOP", 1000, "25000.0 E FLOP"),
     ],
 )
 def test_numbers_for_people(number, unit, base, text):

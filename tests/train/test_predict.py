@@ -128,12 +128,14 @@ def run(capsys, *arguments):
 def test_the_command_says_what_limits_and_what_fits(capsys, tmp_path):
     code, out, _ = run(capsys, "--gpus", "2", "--json", str(tmp_path / "x.json"))
     assert code == 0 and "2 x H100 80GB = 1 data x 2 context" in out and "limited by: " in out and "MFU" in out
+    assert "note: a step this short takes longer" in out
     figures = json.loads((tmp_path / "x.json").read_text())
     assert figures["fits"] and figures["step_seconds"] > 0 and figures["longest"] > 2048
     large = ["--set", "model.n_layers=32", "--set", "model.hidden_size=4096", "--set", "model.n_heads=32"]
     large += ["--set", "model.n_kv_heads=8", "--set", "data.seq_len=4194304", "--set", "data.sequences_per_step=1"]
     code, out, _ = run(capsys, "--gpus", "4", *large)
     assert code == WRONG and "memory: does not fit into 79 GiB" in out and "fits: " in out
+    assert "note: a step" not in out
     code, out, _ = run(capsys, "--gpus", "1", "--gpu", "A100")
     assert code == 0 and "not measured on A100" in out
 
