@@ -149,6 +149,8 @@ def moba_attention(
         # Field by field: torch.compile knows no properties of a config that it holds constant.
         gate = config.shared_by_group, config.score, config.min_recent, config.sink
         of_selection = block_indices, check_indices, *gate
+        # A copy of what is on the host, because backward reads it too.
+        cu_seqlens, cu_seqlens_k = (x.clone() if x is not None and x.is_cpu else x for x in (cu_seqlens, cu_seqlens_k))
         out, lse, selection, _ = moba_attention_op(q, k, v, cu_seqlens, *options, cu_seqlens_k, *of_selection)
         if return_selection:
             selection = numbers_in_documents_op(selection, q, k, cu_seqlens, config.block_size, cu_seqlens_k)

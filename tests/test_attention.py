@@ -369,13 +369,15 @@ def test_documents_that_do_not_fit_are_refused_each_time():
             moba_attention(q, q, q, MoBAConfig(32, 2), torch.tensor([0, 9], dtype=torch.int32))
 
 
-def test_documents_may_change_between_the_passes_of_full_attention():
+@pytest.mark.parametrize("name", ["moba", "full"])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "with NumPy"])
+def test_documents_may_change_between_the_passes(name, shared):
     """A batch's tensor of documents is often the next batch's too."""
     documents = torch.tensor([0, 20, 64])
     q, k, v = (torch.randn(64, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    out = full_attention(q, k, v, cu_seqlens=documents)
-    expected = torch.autograd.grad(full_attention(q, k, v, cu_seqlens=documents).sum(), (q, k, v))
-    documents[1] = 30
+    out = ATTENTION[name](q, k, v, cu_seqlens=documents)
+    expected = torch.autograd.grad(ATTENTION[name](q, k, v, cu_seqlens=documents).sum(), (q, k, v))
+    (documents.numpy() if shared else documents)[1] = 30
     for actual, right in zip(torch.autograd.grad(out.sum(), (q, k, v)), expected, strict=True):
         assert torch.equal(actual, right)
 
