@@ -330,7 +330,8 @@ def checked_inputs(
 def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
-    if not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
+    # A comparison, which torch.compile knows of a number that it holds open.
+    if not (isinstance(softmax_scale, (int, float)) and abs(softmax_scale) < math.inf):
         raise ValueError(f"softmax_scale={softmax_scale!r} is not a finite number; leave it out for head_dim ** -0.5")
     return float(softmax_scale)
 

@@ -1,6 +1,7 @@
 """moba_attention and full_attention on one device against the reference."""
 
 import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -334,6 +335,19 @@ def test_a_block_larger_than_the_sequence_costs_nothing_more(context):
 @pytest.mark.parametrize("kind", ["moba", "full"])
 def test_compiled_as_one_graph_for_every_length(kind):
     compile_and_compare("cpu", kind)
+
+
+@pytest.mark.parametrize("name", ["moba", "full"])
+def test_compiled_with_a_scale_that_changes(name):
+    """Of its second value on torch.compile holds it open."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ATTENTION[name], backend="aot_eager", fullgraph=True)
+    q, k, v = torch.randn(3, 64, 2, 8).unbind()
+    for scale in (0.5, 0.25, 1):
+        assert torch.equal(compiled(q, k, v, softmax_scale=scale), ATTENTION[name](q, k, v, softmax_scale=scale))
+    for scale in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="softmax_scale=.* is not a finite number"):
+            ATTENTION[name](q, k, v, softmax_scale=scale)
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["documents", "batch"])

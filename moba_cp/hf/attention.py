@@ -62,7 +62,7 @@ def moba_forward(
         ValueError: something is asked for that MoBA does not do.
     """
     _check_served(module, attention_mask, kwargs, moba_context)
-    options = _layer_options(module)
+    options = _layer_options(module, getattr(module, "_moba_text", None))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     n_rows, n_keys = q.shape[1], k.shape[1]
     kind = options.decoding if n_rows <= FEW_ROWS and n_keys > n_rows else options.kind
@@ -113,8 +113,9 @@ def moba_forward(
 
 
 @torch.compiler.assume_constant_result
-def _layer_options(module: torch.nn.Module) -> LayerOptions:
-    """What the module's config says of its layer; read again only when it changes."""
+def _layer_options(module: torch.nn.Module, _text: str | None) -> LayerOptions:
+    """What the module's config says of its layer; read again only when it changes. A compiled graph holds the result
+    until ``_text`` is another, which :func:`.options.use_moba` writes."""
     config = module.config
     known = module.__dict__.get("_moba_options")
     if known is None or known[0] != (config.moba if hasattr(config, "moba") else None):

@@ -87,6 +87,9 @@ def use_moba(
             f"{type(inner).__name__} does not take another attention: its layers do not go through transformers' "
             "attention interface; use a model of Llama's shape"
         )
+    for module in inner.modules():
+        if hasattr(module, "layer_idx"):
+            module._moba_text = repr(options)
     return model
 
 

@@ -133,6 +133,20 @@ def test_compiled(case):
         _same((loss.detach(), gradients(ours)), expected)
 
 
+@torch.no_grad()
+def test_a_compiled_model_follows_what_it_is_told_later():
+    ours, _ = both(layers=1, full_layers="none")
+    torch._dynamo.reset()
+    compiled, ids = torch.compile(ours, backend="aot_eager"), tokens(1, 80)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    logits = [compiled(**inputs).logits]
+    for options in ((32, 2), (16, 2, "last 1"), (16, 3)):
+        use_moba(ours, *options)
+        logits.append(compiled(**inputs).logits)
+        assert torch.equal(logits[-1], ours(**inputs).logits)
+    assert torch.equal(logits[3], logits[0]) and not any(torch.equal(x, logits[0]) for x in logits[1:3])
+
+
 def test_saved_with_its_config_and_loaded_by_name(tmp_path):
     ours, _ = both()
     ids = tokens(1, 60)
