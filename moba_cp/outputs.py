@@ -11,6 +11,9 @@ def output_file(suffix: str) -> Callable[[str], Path]:
 
     def checked(text: str) -> Path:
         path = Path(text)
+        # Such as /dev/stdout, or a pipe.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return path
         # A mistyped name must not replace a document by a picture.
         if path.suffix.lower() != suffix:
             raise argparse.ArgumentTypeError(f"{text!r} does not end in {suffix}; name a file that does")

@@ -37,6 +37,12 @@ def test_a_file_that_cannot_be_written_is_refused(here, monkeypatch, name, says)
     assert output_file(".json")("new/x.json").name == "x.json"
 
 
+def test_a_pipe_may_have_any_name(here):
+    os.mkfifo(here / "pipe")
+    for name in ("pipe", "/dev/null"):
+        assert str(output_file(".json")(name)) == name
+
+
 WRITTEN = ("--json", "--chart", "--plot", "--picture", "--profile")
 
 
