@@ -16,6 +16,7 @@ from .autograd import bounds_of, bytes_of, table_stream
 from .blocks import BlockTable, fitted_block_size, local_pages
 from .config import Gate, MoBAConfig
 from .ops import backend
+from .transforms import autocast_off, without_autocast
 
 # Rows of a sequence up to which kernels spread the blocks of each over the GPU; see kernels/decoding.py.
 FEW_ROWS = 16
@@ -120,6 +121,7 @@ class KVCache:
         return self.attend(q, table, config, scale, self.length // self.block_size)
 
     @torch.no_grad()
+    @without_autocast
     def attend(self, q: Tensor, table: BlockTable, config: MoBAConfig, scale: float, most: int) -> Tensor:
         """MoBA of q [b, n, Hq, D] to the blocks of ``table``, of whose means those of candidates are right; at most
         ``most`` of them are a row's candidates."""
@@ -298,7 +300,8 @@ class KVCache:
         start = torch.where(length > 0, start + sequence * capacity, 0).flatten()
         k = self._k.flatten(0, 1)
         fitted = fitted_block_size(size, until)
-        means = backend(k).block_means(k, start, length.flatten().int(), fitted)
+        with autocast_off(device):
+            means = backend(k).block_means(k, start, length.flatten().int(), fitted)
         at = sequence * n_blocks + block.clamp(max=n_blocks - 1)
         self._means.view(-1, *k.shape[1:]).index_copy_(0, at.flatten(), means)
 

@@ -14,6 +14,7 @@ from .blocks import BlockTable, local_pages
 from .cache import KVCache
 from .config import MoBAConfig
 from .ops import backend
+from .transforms import without_autocast
 
 
 class Step:
@@ -39,6 +40,7 @@ class Step:
             storage.index_copy_(1, self.position, x.to(storage.dtype))
 
     @torch.no_grad()
+    @without_autocast
     def moba_attention(self, cache: KVCache, q: Tensor, config: MoBAConfig, scale: float) -> Tensor:
         """Of the new token to all keys: q and the result [b, 1, Hq, D]."""
         k, _, means = cache.storage
@@ -56,6 +58,7 @@ class Step:
         return cache.attend(q, self._table(cache), config, scale, capacity // size)
 
     @torch.no_grad()
+    @without_autocast
     def full_attention(self, cache: KVCache, q: Tensor, scale: float) -> Tensor:
         """Exact attention of the new token, as to blocks of which all are selected: q and the result [b, 1, Hq, D]."""
         k, v, _ = cache.storage

@@ -5,6 +5,7 @@ Function whose backward pass is plain code would otherwise be differentiated as 
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,13 +31,15 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def call(*args):
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
-        if not _autocast_is_on(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(next(x.device for x in args if isinstance(x, Tensor))):
             return function(*args)
 
     return call
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """What is computed within it on ``device`` has the dtypes that it is given."""
+    return torch.autocast(device.type, enabled=False) if _autocast_is_on(device.type) else nullcontext()
 
 
 def once_differentiable(backward):

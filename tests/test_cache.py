@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moba_cp import KVCache, MoBAConfig, eager, full_attention, moba_attention
+from moba_cp.steps import Step
 from tests.helpers.cases import relative_error
 
 CONFIG = MoBAConfig(16, 3)
@@ -97,6 +98,32 @@ def test_the_next_sequences_padding_may_lie_in_the_same_tensor(kind):
         out, _ = _in_pieces(kind, [T], q, k, v, padding)
         real = (torch.arange(T) >= padding[:, None])[..., None, None]
         assert relative_error(out * real, _whole(kind, q, k, v, padding)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score", ["mean", "max"])
+def test_autocast_rounds_nothing_inside(dtype, score):
+    """Pieces and tokens, of the host and of a step: in the dtype in which keys were appended."""
+    q, k, v = _inputs(2, dtype)
+    config = MoBAConfig(16, 3, score=score)
+
+    def results():
+        cache, outs = KVCache(16, T), []
+        for piece in (slice(0, 90), slice(90, 118), slice(118, 119)):
+            cache.append(k[:, piece], v[:, piece])
+            outs.append(cache.moba_attention(q[:, piece], config))
+        if score == "mean":
+            cache.step = Step(q.device)
+            cache.step.position.fill_(119)
+            cache.append(k[:, 119:], v[:, 119:])
+            outs += [cache.moba_attention(q[:, 119:], config), cache.full_attention(q[:, 119:])]
+        return outs
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("batch, n_rows", [(0, 30), (0, 2), (2, 0)])
