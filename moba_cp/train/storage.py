@@ -49,6 +49,7 @@ def write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None =
 
     Raises:
         StorageError: on all ranks, if one could not.
+        KeyboardInterrupt: on all ranks, if one was interrupted.
     """
     _told(lambda: dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), process_group=group), folder, "written")
 
@@ -67,7 +68,9 @@ def _told(action, folder: Path, done: str) -> None:
     try:
         action()
     except CheckpointException as failed:
-        # It is no Exception, and its text is every rank's traceback.
+        # It is no Exception, and its text is every rank's traceback. Ctrl-C is among what it wraps.
+        if any(isinstance(error, KeyboardInterrupt) for error, _ in failed.failures.values()):
+            raise KeyboardInterrupt from None
         rank, (error, _) = min(failed.failures.items())
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -123,6 +123,17 @@ def test_words_of_pytorch_s_writer_are_told_with_the_room_that_is_left(tmp_path,
         checkpoint.save(tmp_path, meta(5), *trained(0), keep=2)
 
 
+def test_ctrl_c_in_a_save_is_no_failed_save(tmp_path, monkeypatch):
+    """PyTorch's writer catches it with everything else, and the run would go on."""
+
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, meta(5), *trained(0), keep=2)
+
+
 def test_what_an_earlier_save_could_not_remove_goes_with_the_next(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         FullDisk(patch)
