@@ -180,6 +180,8 @@ def select_gated(
     members = next_power_of_2(together)
     score_tile, (bm, bn, warps) = tuned.score_tile(q.dtype, members, block_size, dim), tuned.select_tile(dim, q.dtype)
     scored = together > 1 or block_size > 0
+    # Tiles of means on their way at a time: two with the queries' are more than every GPU's shared memory holds.
+    stages = 2 if tuned.is_hopper(q.device) else 1
     step = max(1, SCORE_BYTES // (4 * n_selections * n_blocks)) if scored else n_rows
     rows = min(step, n_rows) if scored else 0
     sort_keys = torch.empty(rows, n_selections, n_blocks, dtype=torch.int32, device=q.device)
@@ -196,7 +198,7 @@ def select_gated(
                 _score_kernel[(cdiv(n_some, score_tile.bm), n_selections, parts)](
                     keys=keys, start=start, n_keys=keys.shape[0], s_kr=keys.stride(0), s_kh=keys.stride(1),
                     M=together, MP=members, SUM=shared_by_group == "sum", B=block_size, BK=score_tile.bk,
-                    BM=score_tile.bm, BN=score_tile.bn, STAGES=2, **shared, **launch_options(score_tile.warps),
+                    BM=score_tile.bm, BN=score_tile.bn, STAGES=stages, **shared, **launch_options(score_tile.warps),
                 )  # fmt: skip
             _choose_kernel[(cdiv(n_some, bm), n_selections)](
                 means=keys, block_indices=block_indices[some], s_mb=keys.stride(0), s_mh=keys.stride(1),

@@ -46,12 +46,13 @@ def test_parts_of_kernels(kernel, part):
 
 
 def test_all_kernels_have_a_part():
-    """Those of token-wise work alone are element by element; a step decodes nothing."""
+    """Those of token-wise work and of convolved keys alone are element by element; a step decodes nothing."""
     root = Path(trace.__file__).parents[2] / "kernels"
     for file in sorted(set(root.rglob("*.py")) - {root / "decoding.py"}):
         names = re.findall(r"jit[^\n]*\n(?:@[^\n]*\n)*def (\w+_kernel)\(", file.read_text())
+        tokenwise = file.name in ("tokenwise.py", "key_conv.py")
         for name in names:
-            assert (trace.part_of(name) == "element by element") == (file.name == "tokenwise.py"), (file.name, name)
+            assert (trace.part_of(name) == "element by element") == tokenwise, (file.name, name)
 
 
 def test_waiting_is_when_nothing_runs():
