@@ -32,6 +32,9 @@ def main(arguments: argparse.Namespace) -> int:
     from .yaml_config import build, override, to_dict, to_yaml
 
     target, folder = Path(arguments.to), Path(arguments.folder)
+    # A key that is wrong is told before weights are written.
+    for text in arguments.overrides:
+        override(TrainConfig, {}, text)
     if target.exists() and not arguments.overwrite:
         raise ValueError(f"--to={target}: is there; name another file, or replace it (--overwrite)")
     check_writable("--to", target.parent)
