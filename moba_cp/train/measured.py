@@ -84,7 +84,7 @@ def compare(folder: Path, per_node: int | None = None, host_gib: float | None = 
     if not records:
         raise ValueError(f"{folder}: fewer than {_WARM_UP + 1} steps; the first is left out")
     layers = [LayerMemory(**layer) for layer in facts["layers"]] if "layers" in facts else None
-    made = forecast(config, facts["ranks"], gpu, per_node, host_gib, layers)
+    made = forecast(config, facts["ranks"], gpu, per_node, host_gib, layers, facts.get("weights_gathered", False))
     peaks = [record["peak_gib"] for record in records if "peak_gib" in record]
     attention = config.attention.at(config.run.steps, config.run.steps)
     full = len(attention.full_layer_numbers(config.model.n_layers))

@@ -100,6 +100,7 @@ def forecast(
     per_node: int | None = None,
     host_gib: float | None = None,
     layers: Sequence[LayerMemory] | None = None,
+    gathered: bool = False,
 ) -> Forecast:
     """What a step of ``config`` takes on ``ranks`` devices.
 
@@ -107,6 +108,7 @@ def forecast(
         per_node: devices of a machine; None: the usual.
         host_gib: host memory of a rank; None: the usual.
         layers: what each keeps for backward; None: what fits and computes least again.
+        gathered: of ``layers``, whether their weights stay gathered between the passes.
 
     Raises:
         ValueError: what a run on so many ranks would refuse.
@@ -124,7 +126,7 @@ def forecast(
     device = (config.memory.device_gib or gpu.gib) * GIB - NCCL_BYTES * (ranks > 1)
     host = (config.memory.host_gib or (gpu.host_gib if host_gib is None else host_gib)) * GIB
     if layers is not None:
-        plan = plan_layers(shape, layers)
+        plan = plan_layers(shape, layers, gathered)
     else:
         plan = choose_layers(shape, model.recompute, config.memory.offload, device, host)
     sequences = config.data.sequences_per_step // groups

@@ -44,6 +44,7 @@ class Reporter:
             facts = {"device": _device_name(self.mesh.device), "ranks": plan.size, "context_size": plan.context_size}
             # What `moba-cp plan --measured` needs.
             facts["layers"] = [asdict(layer) for layer in self._memory.layers]
+            facts["weights_gathered"] = self._memory.gathered
             self._log = RunLog(
                 self.folder, self._kept_steps, to_yaml(plan.config), facts, plan.config.run.failed_save == "go_on"
             )

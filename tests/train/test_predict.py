@@ -164,9 +164,10 @@ def test_what_would_fit_has_the_host_memory_that_was_named():
     assert _lines(forecast(apart, 2, gpu), [], 0, gpu)[-2] == "fits: --gpus 4 --set run.context_size=null"
 
 
-def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[float], gib: float | None, layers=None):
+def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[float], gib: float | None, layers=None,
+          gathered=False):  # fmt: skip
     """A folder as a run on ``device`` leaves it, whose steps took ``seconds`` and ``gib``."""
-    kept = MemoryPlan(tuple(layers or [LayerMemory()] * made.model.n_layers), {}, 0)
+    kept = MemoryPlan(tuple(layers or [LayerMemory()] * made.model.n_layers), {}, 0, gathered)
     plan = SimpleNamespace(config=replace(made, run=replace(made.run, directory=str(folder))), size=1, context_size=1)
     monkeypatch.setattr("moba_cp.train.report._device_name", lambda _: device)
     monkeypatch.setattr("moba_cp.train.report.draw", lambda *_: None)
@@ -177,6 +178,14 @@ def a_run(folder, monkeypatch, made: TrainConfig, device: str, seconds: list[flo
             record |= {"seconds": taken, "exchange": {"sent_bytes": 0}, **({} if gib is None else {"peak_gib": gib})}
             reporter.report(record)
     return str(folder)
+
+
+def test_gathered_weights_are_in_a_run_s_forecast(tmp_path, monkeypatch):
+    made = config(32768, "none")
+    for name, gathered in (("with", True), ("without", False)):
+        a_run(tmp_path / name, monkeypatch, made, "NVIDIA H200", [9, 0.31, 0.31], 26.4, gathered=gathered)
+    more = measured.compare(tmp_path / "with").predicted_gib - measured.compare(tmp_path / "without").predicted_gib
+    assert more == pytest.approx(2 * 12 / 14 * made.model.n_parameters() / 2**30)
 
 
 def test_runs_are_held_against_their_forecasts(tmp_path, monkeypatch, capsys):
