@@ -281,10 +281,8 @@ def plan_layers(shape: StepShape, layers: Sequence[LayerMemory], gathered: bool 
         # What the layer before keeps is leaving; in backward, its own is back and that of the layer before comes.
         leaving = away[i - 1] if i else 0
         moments.append((sum(here[: i + 1]), 0, shape.forward() + leaving))
-        fetched = away[i] + leaving
-        moments.append(
-            (sum(here[: i + 1]), shape.gradients(n - i - 1), shape.backward(i + 1, layer.recompute) + fetched)
-        )
+        behind = shape.backward(i + 1, layer.recompute) + away[i] + leaving
+        moments.append((sum(here[: i + 1]), shape.gradients(n - i - 1), behind))
     standing, gradients, most = max(moments, key=sum)
     parts = state | {"gradients": gradients, "kept for backward": standing, "one layer": most}
     return MemoryPlan(tuple(layers), parts, sum(away), gathered)
@@ -303,6 +301,11 @@ def choose_layers(
         offload: see :class:`MemoryConfig`.
     """
     n = shape.model.n_layers
+    if recompute in ("auto", "none") and offload != "all" and shape.state_on == "device":
+        # Where memory is plenty weights need not be gathered again, either.
+        plan = plan_layers(shape, [LayerMemory()] * n, gathered=True)
+        if plan.device <= device_bytes * (1 - _SLACK):
+            return plan
     for n_none in range(n, -1, -1):
         # How many layers keep attention, and how many their input alone.
         splits = range(n - n_none, -1, -1) if n_none == 0 else (n - n_none,)
@@ -314,11 +317,11 @@ def choose_layers(
             movable = n if recompute == "none" else n - n_none
             for n_host in (n,) if offload == "all" else (0,) if offload == "none" else range(movable + 1):
                 layers = [LayerMemory(policy, i < n_host) for i, policy in enumerate(policies)]
-                # Where memory is plenty weights need not be gathered again, either.
-                stays = (True, False) if shape.state_on == "device" and set(layers) == {LayerMemory()} else (False,)
-                for plan in (plan_layers(shape, layers, gathered) for gathered in stays):
-                    if plan.device <= device_bytes * (1 - _SLACK) and plan.host <= host_bytes:
-                        return plan
+                plan = plan_layers(shape, layers)
+                if plan.host > host_bytes:
+                    break
+                if plan.device <= device_bytes * (1 - _SLACK):
+                    return plan
     return None
 
 
@@ -360,10 +363,8 @@ def choose(
 def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: float) -> str:
     """The message: the least that was possible with the given options, and options that would be enough."""
     recompute, offload = config.model.recompute, config.memory.offload
-    least = plan_layers(
-        shape,
-        [LayerMemory("full" if recompute == "auto" else recompute, offload != "none")] * config.model.n_layers,
-    )
+    layer = LayerMemory("full" if recompute == "auto" else recompute, offload != "none")
+    least = plan_layers(shape, [layer] * config.model.n_layers)
     needs = [f"data.seq_len={config.data.seq_len} needs {least.device / GIB:.1f} GiB on the device of each rank"]
     if least.host:
         needs.append(f"and {least.host / GIB:.1f} GiB of its host memory")
@@ -388,8 +389,7 @@ def _does_not_fit(config, shape: StepShape, device_bytes: float, host_bytes: flo
     ]
     fits = lambda changed: choose_layers(changed, "auto", "auto", device_bytes, host_bytes) is not None
     fixes = [fix for kind in kinds if (fix := next((text for text, changed in kind if fits(changed)), None))]
-    use = "; use " + ", or ".join(fixes or ["more ranks"])
-    return f"{' '.join(needs)}, but {there}{use}"
+    return f"{' '.join(needs)}, but {there}; use {', or '.join(fixes or ['more ranks'])}"
 
 
 def _device_bytes(memory: MemoryConfig, device: torch.device) -> float:
