@@ -147,11 +147,6 @@ def block_count(n_tokens: int, block_size: int, cu_seqlens: Tensor | None) -> in
     return n_tokens // block_size + min(n_docs, n_tokens)
 
 
-def _there(cu_seqlens: Tensor, device) -> Tensor:
-    cu_seqlens = cu_seqlens.long()
-    return to_device(cu_seqlens, device) if cu_seqlens.is_cpu else cu_seqlens.to(device)
-
-
 def block_table(
     n_tokens: int,
     block_size: int,
@@ -175,10 +170,10 @@ def block_table(
         cu_seqlens = torch.arange(2, device=device) * n_tokens
     else:
         check_cu_seqlens(cu_seqlens, n_tokens)
-        cu_seqlens = _there(cu_seqlens, device)
+        cu_seqlens = to_device(cu_seqlens.long(), device)
     if n_rows is not None and cu_rows is not None:
         check_cu_seqlens(cu_rows, n_rows)
-        cu_rows = _there(cu_rows, device)
+        cu_rows = to_device(cu_rows.long(), device)
         check_rows_fit(cu_rows, cu_seqlens)
     elif n_rows is not None:
         cu_rows = torch.arange(2, device=device) * n_rows
