@@ -277,8 +277,8 @@ class KVCache:
         if stream is None or not by_value and padding.is_inference():
             return _table(*sizes, padding, device)
         if padding is None:
-            return _kept_table(*sizes, None, device, stream)
-        return _kept_table(*sizes, bytes_of(padding) if by_value else (padding, padding._version), device, stream)
+            return _kept_table(sizes, None, device, stream)
+        return _kept_table(sizes, bytes_of(padding) if by_value else (padding, padding._version), device, stream)
 
     @torch.no_grad()
     def _average(self, padding: Tensor | None) -> None:
@@ -345,9 +345,10 @@ def _table(
 
 # The layers of a model ask for the same one after the other.
 @lru_cache(maxsize=4)
-def _kept_table(*sizes_padding_device_stream) -> BlockTable:
+def _kept_table(
+    sizes: tuple[int, ...], known: bytes | tuple[Tensor, int] | None, device: torch.device, _stream: int
+) -> BlockTable:
     """:func:`_table`, with padding as its bytes on the host, or as a tensor and its version."""
-    *sizes, known, device, _stream = sizes_padding_device_stream
     if isinstance(known, bytes):
         padding = bounds_of(known)
     else:
