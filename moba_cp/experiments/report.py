@@ -243,8 +243,8 @@ def _granularity(rows: Rows, folder: Path, picture: Path) -> list[str]:
     axes.plot(names, [by_blocks[p][0] for p in places], label=LABELS["moba"], **style("moba"))
     seeds = sorted({row["facts"]["seed"] for row in rows})
     for seed in seeds if len(seeds) > 1 else ():
-        its = {place_of(row): loss_of(row) for row in of(rows, kind="moba", seed=seed)}
-        axes.plot([names[places.index(p)] for p in sorted(its)], [its[p] for p in sorted(its)], alpha=0.35,
+        its = sorted((place_of(row), loss_of(row)) for row in of(rows, kind="moba", seed=seed))
+        axes.plot([names[places.index(place)] for place, _ in its], [loss for _, loss in its], alpha=0.35,
                   **style("moba") | {"linewidth": 0.8, "markersize": 3})  # fmt: skip
         if seed in full:
             axes.axhline(full[seed], alpha=0.35, **style("full", marker=False) | {"linewidth": 0.8})
